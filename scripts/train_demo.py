@@ -41,6 +41,7 @@ def load_corpus(folder: pathlib.Path | None) -> dict[str, list[str]]:
         folder.mkdir(parents=True)
         for name, texts in split().items():
             (folder / f"{name}.txt").write_text(DOCUMENT_BREAK.join(texts), encoding="utf-8")
+        (folder / "python-version").write_text(platform.python_version())
     return {path.stem: path.read_text("utf-8").split(DOCUMENT_BREAK) for path in sorted(folder.glob("*.txt"))}
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--prepare-only", action="store_true")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.35)
     args = parser.parse_args()
     torch.manual_seed(SEED)
     started = time.time()
@@ -172,7 +173,9 @@ def main() -> None:
     tokenizer.save_pretrained(model_dir)
     report = {
         "seed": SEED,
-        "python": platform.python_version(),
+        "corpus_python": (
+            (args.corpus / "python-version").read_text() if args.corpus else platform.python_version()
+        ),
         "torch": torch.__version__.split("+")[0],
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "epochs": args.epochs,

@@ -1,0 +1,25 @@
+"""Every failure a user can cause or meet, each with the exit code the command line turns it into.
+
+A message is one sentence that says what was given, what is needed and what to do. Nothing here is raised for a bug
+of ours: those keep their traceback.
+"""
+
+from __future__ import annotations
+
+
+class Apex4Error(Exception):
+    """Something failed: damaged data, no space, a refusal to go on. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(Apex4Error):
+    """The request itself cannot be carried out as given. Exit code 2."""
+
+    exit_code = 2
+
+
+class Stopped(Apex4Error):
+    """Stopped on request at a safe point; `--resume` goes on from there. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -1,0 +1,89 @@
+"""The GPUs the planner knows: DESIGN §5. Rates are dense datasheet figures; rho = INT4 tensor / FP32 CUDA-core rate."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`int4_tops` is None where the tensor cores have no INT4 mode and 8-bit ones do the work (`int8_tops`)."""
+
+    name: str
+    sm: int
+    int4_tops: float | None
+    int8_tops: float
+    fp16_tflops: float  # FP32 accumulation
+    fp32_tflops: float
+
+    @property
+    def rho(self) -> float:
+        """Ratio of the tensor-core rate the kernel uses to the FP32 CUDA-core rate."""
+        return (self.int4_tops or self.int8_tops) / self.fp32_tflops
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 80, 1248, 624, 312, 19.5),
+        Gpu("RTX 3090", 86, 568, 284, 71, 35.6),
+        Gpu("A40", 86, 598.7, 299.3, 149.7, 37.4),
+        Gpu("A10", 86, 500, 250, 125, 31.2),
+        Gpu("RTX 4090", 89, 1321, 660.6, 165, 82.6),
+        Gpu("L40S", 89, 733, 733, 362, 91.6),
+        Gpu("L40", 89, 724, 362, 181, 90.5),
+        Gpu("H100", 90, None, 1979, 989, 66.9),
+        Gpu("H200", 90, None, 1979, 989, 66.9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint is packed for. `gpu` is None for a bare architecture or for no GPU at all."""
+
+    gpu: str | None
+    arch: str | None
+    layout: str
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia").removeprefix("geforce"))
+
+
+def _layout_of(sm: int) -> str:
+    # The m16n8k64 s4 mma exists from sm_80 to sm_89. Elsewhere the plain order is what every reader can repack from.
+    return "sm80" if 80 <= sm <= 89 else "rowmajor"
+
+
+def resolve_target(text: str) -> Target:
+    """Turn `--target` (a GPU of the table, `sm_XX`, or `auto`) into a Target.
+
+    `auto` is the GPU found, or no GPU with the plain layout. Raises UsageError for a name that is not known.
+    """
+    if text == "auto":
+        return _detect()
+    arch = re.fullmatch(r"sm_?(\d{2,3})a?", text.lower())
+    if arch:
+        sm = int(arch.group(1))
+        if sm < 75:
+            raise UsageError(f"target {text!r} has no INT4 or 8-bit tensor cores to compute with: sm_75 or newer is needed")
+        return Target(gpu=None, arch=f"sm_{sm}", layout=_layout_of(sm))
+    for gpu in GPUS.values():
+        if _fold(gpu.name) == _fold(text) or _fold(gpu.name).removeprefix("rtx") == _fold(text):
+            return Target(gpu=gpu.name, arch=f"sm_{gpu.sm}", layout=_layout_of(gpu.sm))
+    raise UsageError(f"target {text!r} is not known: give one of {', '.join(GPUS)}, sm_XX (for example sm_86), or auto")
+
+
+def _detect() -> Target:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Target(gpu=None, arch=None, layout="rowmajor")
+    major, minor = torch.cuda.get_device_capability()
+    found = _fold(torch.cuda.get_device_name())
+    name = next((gpu.name for gpu in GPUS.values() if _fold(gpu.name) in found and gpu.sm == major * 10 + minor), None)
+    return Target(gpu=name, arch=f"sm_{major}{minor}", layout=_layout_of(major * 10 + minor))

@@ -1,0 +1,63 @@
+"""The format's arithmetic in vectorised PyTorch: what runs on a CPU, and on any GPU that has no kernel of ours.
+
+Exact where the format says exact. Codes are integers of magnitude <= 7, so a product sum over a group of g inputs is
+at most 49 g, far below 2^24: a float32 matrix product of codes holds it exactly, in any order of summation. The
+dequantization then costs one multiply by s_w (exact: 13 bits times the 11 of a float16) and one multiply-add by s_a.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..number_format import ACTIVATION_SCALE_MIN, CODE_MAX
+from .hadamard import apply_block_hadamard
+
+ROWS_AT_ONCE = 2048  # tokens per pass: bounds the float32 partial sums, [rows, N]
+
+
+def quantize_activation(
+    x: torch.Tensor, group: int, clip: float = 1.0, hadamard: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] of any float dtype, K a multiple of `group` -> codes float32 [M, G, g] (integers), scales float32 [M, G].
+
+    NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
+    """
+    x = x.float()
+    if hadamard:
+        x = apply_block_hadamard(x)
+    grouped = x.unflatten(-1, (-1, group))
+    scale = (grouped.abs().amax(-1) * (clip / CODE_MAX)).clamp_min(ACTIVATION_SCALE_MIN)
+    codes = torch.round(grouped / scale[..., None]).clamp_(-CODE_MAX, CODE_MAX)
+    return codes, scale
+
+
+def linear(
+    x: torch.Tensor,
+    codes_w: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    clip: float = 1.0,
+    hadamard: bool = True,
+) -> torch.Tensor:
+    """y [..., N] in x's dtype: quantize x [..., K], multiply by int8 codes_w [N, K_padded], dequantize per group.
+
+    scale_w is float16 [N, G]; K is padded with zeros to K_padded; bias [N] is added in float32.
+    """
+    out_features, padded_k = codes_w.shape
+    groups = scale_w.shape[1]
+    rows = x.reshape(-1, x.shape[-1])
+    weight = codes_w.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, N, g]
+    scale_w = scale_w.float().t().contiguous()  # [G, N]
+    y = torch.empty(len(rows), out_features, dtype=x.dtype, device=x.device)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        part = torch.nn.functional.pad(part, (0, padded_k - part.shape[1]))
+        codes, scale_a = quantize_activation(part, padded_k // groups, clip, hadamard)
+        total = torch.zeros(len(part), out_features, dtype=torch.float32, device=x.device)
+        for g in range(groups):
+            partial = codes[:, g] @ weight[g].float().t()  # exact integers
+            total.addcmul_(partial.mul_(scale_w[g]), scale_a[:, g, None])
+        if bias is not None:
+            total += bias.float()
+        y[start : start + ROWS_AT_ONCE] = total.to(x.dtype)
+    return y.reshape(*x.shape[:-1], out_features)
