@@ -60,29 +60,35 @@ def _layout_of(sm: int) -> str:
 
 
 def resolve_target(text: str) -> Target:
-    """Turn `--target` (a GPU of the table, `sm_XX`, or `auto`) into a Target.
+    """Turn `--target` (a GPU of the table, `sm_XX`, `auto` or `none`) into a Target.
 
-    `auto` is the GPU found, or no GPU with the plain layout. Raises UsageError for a name that is not known.
+    `auto` is the GPU found, else `none`: no GPU and the plain layout. Raises UsageError for a name that is not known.
     """
     if text == "auto":
         return _detect()
+    if text == "none":
+        return Target(gpu=None, arch=None, layout="rowmajor")
     arch = re.fullmatch(r"sm_?(\d{2,3})a?", text.lower())
     if arch:
         sm = int(arch.group(1))
         if sm < 75:
-            raise UsageError(f"target {text!r} has no INT4 or 8-bit tensor cores to compute with: sm_75 or newer is needed")
+            raise UsageError(
+                f"target {text!r} has no INT4 or 8-bit tensor cores to compute with: sm_75 or newer is needed"
+            )
         return Target(gpu=None, arch=f"sm_{sm}", layout=_layout_of(sm))
     for gpu in GPUS.values():
         if _fold(gpu.name) == _fold(text) or _fold(gpu.name).removeprefix("rtx") == _fold(text):
             return Target(gpu=gpu.name, arch=f"sm_{gpu.sm}", layout=_layout_of(gpu.sm))
-    raise UsageError(f"target {text!r} is not known: give one of {', '.join(GPUS)}, sm_XX (for example sm_86), or auto")
+    raise UsageError(
+        f"target {text!r} is not known: give one of {', '.join(GPUS)}, sm_XX (for example sm_86), auto or none"
+    )
 
 
 def _detect() -> Target:
     import torch
 
     if not torch.cuda.is_available():
-        return Target(gpu=None, arch=None, layout="rowmajor")
+        return resolve_target("none")
     major, minor = torch.cuda.get_device_capability()
     found = _fold(torch.cuda.get_device_name())
     name = next((gpu.name for gpu in GPUS.values() if _fold(gpu.name) in found and gpu.sm == major * 10 + minor), None)

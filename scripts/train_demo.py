@@ -173,9 +173,7 @@ def main() -> None:
     tokenizer.save_pretrained(model_dir)
     report = {
         "seed": SEED,
-        "corpus_python": (
-            (args.corpus / "python-version").read_text() if args.corpus else platform.python_version()
-        ),
+        "corpus_python": ((args.corpus / "python-version").read_text() if args.corpus else platform.python_version()),
         "torch": torch.__version__.split("+")[0],
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "epochs": args.epochs,

@@ -1,0 +1,104 @@
+"""transformers 5: the config and quantizer behind `from_pretrained` of an apex4 checkpoint. Registers on import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import Apex4Error
+from .linear import Apex4Linear
+from .quant_config import QUANT_METHOD, QuantConfig
+
+
+@register_quantization_config(QUANT_METHOD)
+class Apex4Config(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint, in transformers' shape; `fields` is our own checked form."""
+
+    def __init__(self, **values: Any) -> None:
+        self.fields = QuantConfig.from_dict(values)
+        self.quant_method = QUANT_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.fields.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class Apex4HfQuantizer(HfQuantizer):
+    """Swaps the linears for Apex4Linear before the weights are loaded, and checks the tensors afterwards."""
+
+    quantization_config: Apex4Config
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise Apex4Error("apex4 does not quantize while loading: run 'apex4 quantize MODEL -o OUT' and load OUT")
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        replace_linears(model, self.quantization_config.fields, base_prefix=getattr(model, "base_model_prefix", ""))
+        if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
+            _require_tensors(model, [Path(file) for file in checkpoint_files])
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, Apex4Linear):
+                module.requires_grad_(False)
+                if module.weight_packed.device.type != "meta":  # offloaded to disk: read when it is used
+                    module.require_legal(name)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = "") -> list[str]:
+    """Put an Apex4Linear on the meta device in the place of every nn.Linear that the checkpoint stores quantized.
+
+    Names in the checkpoint are those of the causal LM; a bare base model's are looked up with its prefix. Returns the
+    names replaced.
+    """
+    kept = set(config.modules_to_not_convert)
+    replaced = []
+    for name, module in list(model.named_modules()):
+        stored_name = name if name.startswith(f"{base_prefix}.") or not _is_base(model) else f"{base_prefix}.{name}"
+        if not isinstance(module, nn.Linear) or stored_name in kept or name in kept:
+            continue
+        format = config.linear_format(stored_name, module.out_features, module.in_features)
+        new = Apex4Linear(format, module.bias is not None, module.weight.dtype, device="meta")
+        new.train(module.training)
+        model.set_submodule(name, new)
+        replaced.append(name)
+    return replaced
+
+
+def _is_base(model: nn.Module) -> bool:
+    return getattr(model, "base_model", model) is model
+
+
+def _require_tensors(model: nn.Module, files: list[Path]) -> None:
+    """Fail before loading if a quantized tensor is absent or misshapen: transformers would fill it with noise."""
+    from .source import read_header
+
+    stored = {name: info for file in files for name, info in read_header(file).items()}
+    # A base model is loaded from the causal LM's checkpoint under shorter names.
+    prefix = "" if not _is_base(model) else f"{model.base_model_prefix}."
+    for name, module in model.named_modules():
+        if not isinstance(module, Apex4Linear):
+            continue
+        for part, tensor in module.named_parameters():
+            info = stored.get(f"{prefix}{name}.{part}") or stored.get(f"{name}.{part}")
+            if info is None:
+                raise Apex4Error(f"the checkpoint has no tensor {name}.{part}: it is incomplete, get it again")
+            if info.shape != tuple(tensor.shape):
+                raise Apex4Error(
+                    f"{name}.{part} has shape {list(info.shape)} in {info.file} and {list(tensor.shape)} is needed: "
+                    "the checkpoint does not belong to its config.json"
+                )

@@ -1,0 +1,139 @@
+"""Runs the real transformers model one decoder layer at a time, on weights that are only there while it runs.
+
+The model's skeleton lives on the meta device. Its own forward is run once with the layers replaced by recorders, which
+yields what every layer is called with (rotary embeddings, masks, positions) without knowing the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .errors import Apex4Error
+from .source import ModelSource
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was: keeps the arguments, passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Some models choose a mask by an attribute of the layer.
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, str | int | float | bool):
+                setattr(self, name, value)
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.kwargs, self.hidden_states = kwargs, hidden_states
+        return hidden_states
+
+
+class _InputSeen(Exception):
+    """Ends a forward pass once the tensor asked for has been seen."""
+
+
+class LayerRunner:
+    """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype."""
+
+    def __init__(self, source: ModelSource, device: str, dtype: torch.dtype) -> None:
+        self._source, self._family = source, source.family
+        self.device, self.dtype = torch.device(device), dtype
+        self.config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))
+        self._layers: nn.ModuleList = self._get(self._family.layers)
+        self._calls: list[dict[str, Any]] = []
+
+    def _get(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+    def _set(self, name: str, module: nn.Module) -> None:
+        self.model.set_submodule(name, module)
+
+    @torch.no_grad()
+    def embed(self, samples: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """Token windows int64 [S, L] and the embedding matrix -> hidden states entering layer 0, [S, L, hidden]."""
+        weight = embedding.to(self.device, self.dtype)
+        states = [
+            self._run_recorders(nn.functional.embedding(ids[None].to(self.device), weight)).cpu() for ids in samples
+        ]
+        return torch.cat(states)
+
+    @torch.no_grad()
+    def prepare(self, seq_len: int) -> None:
+        """Record what every layer is called with, for windows of `seq_len` tokens."""
+        hidden = torch.zeros(1, seq_len, self.config.hidden_size, device=self.device, dtype=self.dtype)
+        self._run_recorders(hidden)
+
+    def _run_recorders(self, embeddings: torch.Tensor) -> torch.Tensor:
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+        norm = self._get(self._family.final_norm)
+        self._set(self._family.layers, recorders)
+        self._set(self._family.final_norm, nn.Identity())
+        try:
+            self.model.base_model(inputs_embeds=embeddings, use_cache=False)
+        finally:
+            self._set(self._family.layers, self._layers)
+            self._set(self._family.final_norm, norm)
+        self._calls = [recorder.kwargs for recorder in recorders]
+        return recorders[0].hidden_states
+
+    def load_layer(self, index: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        """Decoder layer `index` on the device, made of the source's tensors of that layer.
+
+        Raises Apex4Error if they are not exactly those the model has.
+        """
+        prefix = self._family.layer_prefix(index)
+        layer = self._layers[index]
+        state = {n.removeprefix(prefix): t.to(self.device, self.dtype) for n, t in tensors.items()}
+        expected = set(layer.state_dict())
+        if expected != set(state):
+            name = sorted(expected ^ set(state))[0]
+            what = "is missing from the checkpoint" if name in expected else "is in the checkpoint but not in the model"
+            raise Apex4Error(f"{prefix}{name} {what}: model and architecture do not fit together")
+        for name, parameter in layer.state_dict().items():
+            if parameter.shape != state[name].shape:
+                raise Apex4Error(
+                    f"{prefix}{name} has shape {list(state[name].shape)} and config.json implies {list(parameter.shape)}"
+                )
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(False)
+
+    def drop_layer(self, index: int) -> None:
+        self._layers[index].to("meta")
+
+    @torch.no_grad()
+    def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, L, H] through the layer as it is now -> the same shape."""
+        out = torch.empty_like(hidden)
+        for i in range(len(hidden)):
+            result = self._layers[index](hidden[i : i + 1].to(self.device), **self._calls[index])
+            out[i] = (result[0] if isinstance(result, tuple) else result)[0].cpu()
+        return out
+
+    @torch.no_grad()
+    def inputs_of(self, index: int, linear: str, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What `linear` of the layer reads, one batch [1, L, K] at a time. The rest of the layer is not computed."""
+        seen: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _InputSeen
+
+        handle = self._layers[index].get_submodule(linear).register_forward_pre_hook(stop)
+        try:
+            for i in range(len(hidden)):
+                try:
+                    self._layers[index](hidden[i : i + 1].to(self.device), **self._calls[index])
+                except _InputSeen:
+                    yield seen.pop()
+                else:
+                    raise Apex4Error(f"{self._family.layer_prefix(index)}{linear} is never run by its layer")
+        finally:
+            handle.remove()

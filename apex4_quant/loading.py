@@ -1,0 +1,68 @@
+"""A model folder, quantized or not, to a model that runs. Nothing is filled in: a missing tensor is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import Apex4Error, UsageError
+from .quant_config import QUANT_METHOD, QuantConfig
+from .source import read_config, read_tensor_infos
+from .storage import read_json, sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPORT_NAME = "apex4_report.json"
+
+
+def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:
+    """The checked apex4 section of a config.json, or None for a model that is not quantized. Raises Apex4Error."""
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    if section.get("quant_method") != QUANT_METHOD:
+        raise UsageError(f"the model is quantized by {section.get('quant_method')!r}, not by apex4")
+    return QuantConfig.from_dict(section)
+
+
+def verify_checksums(folder: Path) -> bool:
+    """Compare every weight file with the report's SHA-256. False if the folder has no report (saved by another tool).
+
+    Raises Apex4Error naming the first file that differs.
+    """
+    if not (folder / REPORT_NAME).is_file():
+        return False
+    for name, entry in read_json(folder / REPORT_NAME)["files"].items():
+        if not (folder / name).is_file():
+            raise Apex4Error(f"{folder / name} is missing: the checkpoint is incomplete, get it again")
+        if sha256(folder / name) != entry["sha256"]:
+            raise Apex4Error(f"{folder / name} does not have its recorded checksum: the file is damaged, get it again")
+    return True
+
+
+def load_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load for inference. Raises UsageError or Apex4Error, with one sentence, before and instead of a bad model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = read_config(folder)
+    quantized = quant_config_of(config) is not None
+    read_tensor_infos(folder)
+    if quantized:
+        verify_checksums(folder)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if info["missing_keys"]:
+        name = sorted(info["missing_keys"])[0]
+        raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")
+    return model.eval()

@@ -1,0 +1,431 @@
+"""`apex4 quantize`: one decoder layer at a time, restartable after each. DESIGN §4.
+
+source shards -> load one layer -> for every input group, in the order the layer computes them:
+    run the calibration hidden states up to it (through what is already quantized) -> probe its input
+    -> quantize the linears that read it -> put them into the layer
+-> write the layer's shard -> run the quantized layer to get the next hidden states -> commit -> drop the layer
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .calib.errors import CalibrationError
+from .calib.probes import InputProbe
+from .calib.samples import draw_samples
+from .calib.text import load_text
+from .errors import Apex4Error, Stopped, UsageError
+from .gpus import resolve_target
+from .layer_runner import LayerRunner
+from .layouts import get_layout
+from .linear import Apex4Linear
+from .loading import REPORT_NAME
+from .number_format import GroupSize, parse_group_size
+from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
+from .progress import Progress
+from .quant_config import TRANSFORMS
+from .recipes import DEFAULT_RECIPE, get_recipe
+from .run_state import RunState, require_empty, stored_settings
+from .source import INDEX_NAME, ModelSource
+from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
+from .tokenizers import load_tokenizer
+from .weight_quantizer import quantize_weight_rtn
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What a quantized model takes over unchanged from the original's folder, besides config.json.
+COMPANION_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What the user asks for. `auto` and None are decided by `resolve`, and the decision is what is recorded."""
+
+    model: str
+    recipe: str = DEFAULT_RECIPE
+    group_size: GroupSize = 128
+    target: str = "auto"
+    layout: str | None = None
+    transform: str | None = None
+    calib: str = "bundled"
+    samples: int = 64
+    seq_len: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    ignore: tuple[str, ...] = ()
+
+    def resolve(self, source: ModelSource) -> QuantizeSettings:
+        """Check every value and decide the open ones. Raises UsageError."""
+        recipe = get_recipe(self.recipe)
+        target = resolve_target(self.target)
+        transform = self.transform or recipe.transform
+        if transform not in TRANSFORMS:
+            raise UsageError(f"transform {transform!r} is not known: give one of {', '.join(TRANSFORMS)}")
+        for name, value in (("samples", self.samples), ("seq-len", self.seq_len)):
+            if value < 1:
+                raise UsageError(f"--{name} is {value}: give a positive number")
+        context = source.config.get("max_position_embeddings") or self.seq_len
+        return replace(
+            self,
+            group_size=parse_group_size(self.group_size),
+            target=target.gpu or target.arch or "none",
+            layout=get_layout(self.layout or target.layout).name,
+            transform=transform,
+            seq_len=min(self.seq_len, context),
+            device=resolve_device(self.device),
+            dtype=resolve_dtype(self.dtype, source.config),
+        )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` -> cuda if there is one, else cpu. Raises UsageError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not known: give cpu, cuda, cuda:N or auto")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device!r} is asked for and torch finds no CUDA GPU: give --device cpu")
+    return device
+
+
+def resolve_dtype(dtype: str, config: dict[str, Any]) -> str:
+    """`auto` -> the checkpoint's own. Raises UsageError for a dtype nothing computes in."""
+    if dtype == "auto":
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}, or auto")
+    return dtype
+
+
+@dataclass
+class QuantizeResult:
+    """What the run did; `as_dict` is the object of --json."""
+
+    out: Path
+    plan: Plan
+    source: ModelSource
+    records: list[dict[str, Any]] = field(default_factory=list)
+    bytes_after: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        errors = [record["error"] for record in self.records]
+        return {
+            "model": self.source.name,
+            "output": str(self.out),
+            "linears_quantized": len(self.plan.linears),
+            "tensors_kept": len(self.plan.kept),
+            "bytes_before": self.source.total_bytes,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": round(self.plan.bits_per_weight, 4),
+            "mean_relative_error": sum(errors) / len(errors),
+            "max_relative_error": max(errors),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What --dry-run shows."""
+
+    plan: Plan
+    source: ModelSource
+    settings: QuantizeSettings
+    peak_memory: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return plan_as_dict(self.plan, self.source) | {
+            "settings": _jsonable(self.settings),
+            "peak_memory_estimate": self.peak_memory,
+            "seconds_estimate": round(self.seconds, 1),
+        }
+
+
+def _jsonable(settings: QuantizeSettings) -> dict[str, Any]:
+    return asdict(settings) | {"ignore": list(settings.ignore)}
+
+
+def _plan(source: ModelSource, settings: QuantizeSettings) -> Plan:
+    target = resolve_target(settings.target)
+    return build_plan(
+        source,
+        recipe=settings.recipe,
+        transform=settings.transform or "none",
+        activation_clip=get_recipe(settings.recipe).activation_clip,
+        group_size=settings.group_size,
+        layout=settings.layout or target.layout,
+        target={"gpu": target.gpu, "arch": target.arch},
+        ignore=settings.ignore,
+    )
+
+
+def preview(settings: QuantizeSettings) -> Preview:
+    """Everything --dry-run shows, from headers alone (and two short timings)."""
+    source = ModelSource(settings.model)
+    settings = settings.resolve(source)
+    plan = _plan(source, settings)
+    tokens = settings.samples * settings.seq_len
+    width = DTYPES[settings.dtype].itemsize
+    peak = estimate_peak_memory(source, plan, tokens, settings.seq_len, width)
+    return Preview(plan, source, settings, peak, estimate_seconds(source, plan, tokens, settings.device))
+
+
+def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
+    """The settings of the run in `out`. `asked` are those given explicitly now. Raises UsageError if they differ."""
+    stored = stored_settings(out)
+    known = {name: stored[name] for name in QuantizeSettings.__dataclass_fields__ if name in stored}
+    first = QuantizeSettings(**known | {"ignore": tuple(stored.get("ignore", ()))})
+    # `auto` was decided by the first run; a GPU's name may be spelled in several ways.
+    asked = {name: value for name, value in asked.items() if value != "auto"}
+    if "target" in asked and resolve_target(asked["target"]) == resolve_target(first.target):
+        asked["target"] = first.target
+    if "group_size" in asked:
+        asked["group_size"] = parse_group_size(asked["group_size"])
+    for name, value in asked.items():
+        if getattr(first, name) != value:
+            raise UsageError(
+                f"{out} was begun with {name} = {getattr(first, name)!r} and now {value!r} is asked for: "
+                "resume with the first run's settings or choose another output folder"
+            )
+    return first
+
+
+def quantize(
+    settings: QuantizeSettings,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> QuantizeResult:
+    """Quantize `settings.model` into the folder `out`.
+
+    `should_stop` is asked after every decoder layer; if it says yes, Stopped is raised and `resume=True` goes on from
+    there. Raises UsageError or Apex4Error, with one sentence each; `out` is never left looking complete when it is not.
+    """
+    started = time.perf_counter()
+    progress = progress or Progress()
+    out = Path(out)
+    if not resume:
+        require_empty(out)
+    source = ModelSource(settings.model)
+    asked_seq_len = settings.seq_len
+    settings = settings.resolve(source)
+    plan = _plan(source, settings)
+    samples = _draw(source, settings, asked_seq_len, progress)
+    hidden_bytes = samples.numel() * int(source.config["hidden_size"]) * DTYPES[settings.dtype].itemsize
+    if not resume:
+        require_free_space(out, plan.bytes_after + 2 * hidden_bytes)
+    with progress.stage("checking weights", source.total_bytes, "B") as advance:
+        digests = source.verify(advance)
+    recorded = _jsonable(settings) | {"apex4_version": __version__, "weights_sha256": digests}
+    state = RunState.resume(out, recorded) if resume else RunState.begin(out, recorded)
+    try:
+        run = _Run(source, settings, plan, samples, state, progress, should_stop)
+        result = run.execute()
+    finally:
+        state.close()
+    state.finish()
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _draw(source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, progress: Progress) -> torch.Tensor:
+    tokenizer = load_tokenizer(source.folder)
+    try:
+        text = load_text(settings.calib)
+        what = f"calibration text {settings.calib!r}"
+        samples = draw_samples(tokenizer.encode, text, settings.samples, settings.seq_len, settings.seed, what)
+    except CalibrationError as error:
+        raise UsageError(str(error)) from error
+    if settings.seq_len < asked_seq_len:
+        progress.line(f"calibration windows are {settings.seq_len} tokens, the model's context ({asked_seq_len} asked)")
+    if len(samples) < settings.samples:
+        progress.line(
+            f"calibration text has {len(samples)} windows of {settings.seq_len} tokens ({settings.samples} asked)"
+        )
+    if int(samples.max()) >= int(source.config["vocab_size"]):
+        raise Apex4Error(
+            f"the tokenizer of {source.name} makes token {int(samples.max())} and the model knows "
+            f"{source.config['vocab_size']}: tokenizer and model do not belong together"
+        )
+    return samples
+
+
+class _Run:
+    def __init__(
+        self,
+        source: ModelSource,
+        settings: QuantizeSettings,
+        plan: Plan,
+        samples: torch.Tensor,
+        state: RunState,
+        progress: Progress,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.source, self.settings, self.plan, self.samples = source, settings, plan, samples
+        self.state, self.out, self.progress, self.should_stop = state, state.out, progress, should_stop
+        self.runner = LayerRunner(source, settings.device, DTYPES[settings.dtype])
+        self.family = source.family
+        self.shard_count = source.num_layers + 2  # embedding, layers, the rest
+        self.name_width = max(len(linear.name) for linear in plan.linears)
+
+    def execute(self) -> QuantizeResult:
+        self.runner.prepare(self.samples.shape[1])
+        embedding = f"{self.family.embedding}.weight"
+        if self.state.record(1) is None:
+            tensors = self.source.read([embedding])
+            self._write_shard(1, tensors)
+            self.state.save_hidden(0, self.runner.embed(self.samples, tensors[embedding]))
+            del tensors
+            self._commit(1, [])
+        total = sum(linear.elements for linear in self.plan.linears)
+        with self.progress.stage("quantizing", total, "w") as advance:
+            hidden: torch.Tensor | None = None
+            for layer in range(self.source.num_layers):
+                if self.state.record(layer + 2) is not None:
+                    advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
+                    self.state.drop_hidden(layer)
+                    continue
+                if self.should_stop():
+                    raise Stopped(
+                        f"stopped before layer {layer} of {self.source.num_layers}, nothing is lost: "
+                        f"'apex4 quantize --resume -o {self.out}' goes on"
+                    )
+                hidden = self._layer(layer, self.state.load_hidden(layer) if hidden is None else hidden, advance)
+        rest = [name for name in self.source.outer_tensors if name != embedding]
+        self._write_shard(self.shard_count, self.source.read(rest))
+        self._commit(self.shard_count, [])
+        return self._finish()
+
+    def _layer(self, layer: int, hidden: torch.Tensor, advance: Callable[[int], None]) -> torch.Tensor:
+        prefix = self.family.layer_prefix(layer)
+        stored = self.source.read(self.source.layer_tensors(layer))
+        module = self.runner.load_layer(layer, stored)
+        records = []
+        for position, group in enumerate(self.family.input_groups):
+            planned = [linear for linear in self.plan.of_layer(layer) if linear.input_group == position]
+            if not planned:
+                continue
+            probe = InputProbe(hidden.shape[0] * hidden.shape[1])
+            for batch in self.runner.inputs_of(layer, group[0], hidden):
+                probe.add(batch)
+            inputs = probe.rows().float()
+            if not bool(torch.isfinite(inputs).all()):
+                raise Apex4Error(
+                    f"the input of {prefix}{group[0]} is not finite in {self.settings.dtype}: try --dtype float32"
+                )
+            for linear in planned:
+                weight = stored.pop(f"{linear.name}.weight")
+                quantized, record = self._quantize(
+                    linear, weight, module.get_submodule(linear.name[len(prefix) :]), inputs
+                )
+                module.set_submodule(linear.name[len(prefix) :], quantized)
+                for part in ("weight_packed", "weight_scale"):
+                    stored[f"{linear.name}.{part}"] = getattr(quantized, part)
+                records.append(record)
+                advance(linear.elements)
+        self._write_shard(layer + 2, stored)
+        del stored
+        after = self.runner.run_layer(layer, hidden)
+        self.state.save_hidden(layer + 1, after)
+        self._commit(layer + 2, records)
+        self.state.drop_hidden(layer)
+        self.runner.drop_layer(layer)
+        return after
+
+    def _quantize(
+        self, linear: PlannedLinear, weight: torch.Tensor, module: nn.Module, inputs: torch.Tensor
+    ) -> tuple[Apex4Linear, dict[str, Any]]:
+        weight = weight.to(self.runner.device)
+        codes, scales = quantize_weight_rtn(linear.name, weight, linear.format)
+        quantized = Apex4Linear.from_codes(linear.format, codes, scales, module.bias)
+        exact = inputs @ weight.float().t()
+        if module.bias is not None:
+            exact += module.bias.float()
+        error = float((quantized(inputs) - exact).norm() / exact.norm().clamp_min(1e-30))
+        shape = f"{linear.format.out_features} x {linear.format.in_features}"
+        self.progress.line(
+            f"{linear.name:{self.name_width}}  {shape:>15}  group {linear.format.group_size}  output error {error:.4f}"
+        )
+        record = {
+            "name": linear.name,
+            "shape": [linear.format.out_features, linear.format.in_features],
+            "group_size": linear.format.group_size,
+            "error": error,
+        }
+        return quantized, record
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.out / f"model-{shard:05}-of-{self.shard_count:05}.safetensors"
+
+    def _write_shard(self, shard: int, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(self._shard_path(shard), tensors)
+        self._written = {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
+
+    def _commit(self, shard: int, records: list[dict[str, Any]]) -> None:
+        path = self._shard_path(shard)
+        self.state.commit(
+            shard,
+            {
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+                "tensors": self._written,
+                "linears": records,
+            },
+        )
+
+    def _finish(self) -> QuantizeResult:
+        shards = [self.state.record(shard) for shard in range(1, self.shard_count + 1)]
+        if any(shard is None for shard in shards):
+            raise Apex4Error(f"{self.out} has unfinished shards: run again with --resume")
+        records = [record for shard in shards for record in shard["linears"]]
+        if [record["name"] for record in records] != [linear.name for linear in self.plan.linears]:
+            raise Apex4Error(
+                f"{len(records)} linears were quantized and {len(self.plan.linears)} were planned: "
+                f"{self.out} is not complete and was not marked so"
+            )
+        weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
+        total = sum(sum(shard["tensors"].values()) for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        for pattern in COMPANION_PATTERNS:
+            for path in sorted(self.source.folder.glob(pattern)):
+                if path.is_file():
+                    copy_file(path, self.out / path.name)
+        write_json(self.out / INDEX_NAME, index)
+        write_json(self.out / REPORT_NAME, self._report(shards, records))
+        # Last: without config.json no reader takes the folder for a model.
+        write_json(self.out / "config.json", self.source.config | {"quantization_config": self.plan.config.to_dict()})
+        return QuantizeResult(self.out, self.plan, self.source, records, bytes_after=total)
+
+    def _report(self, shards: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
+        """Depends on the input alone, so that a resumed run writes the same bytes: no times, no host."""
+        import transformers
+
+        plan = plan_as_dict(self.plan, self.source)
+        for entry, record in zip(plan["quantized"], records, strict=True):
+            entry["error"] = record["error"]
+        return plan | {
+            "versions": {
+                "apex4": __version__,
+                "torch": torch.__version__.partition("+")[0],
+                "transformers": transformers.__version__,
+            },
+            "settings": _jsonable(self.settings),
+            "calibration_tokens": self.samples.numel(),
+            "files": {shard["file"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards},
+        }

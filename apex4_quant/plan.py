@@ -1,0 +1,207 @@
+"""What a run will do, decided from shapes alone, before any weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import UsageError
+from .layouts import get_layout
+from .number_format import GroupSize
+from .quant_config import LinearFormat, QuantConfig
+from .source import ModelSource
+from .storage import format_bytes
+
+OUTSIDE_LAYERS = "outside the decoder layers"
+IGNORED = "--ignore"
+NOT_LINEAR = "not a linear weight"
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """`name` is the module's full name; `input_group` its index among the layer's input groups."""
+
+    name: str
+    layer: int
+    input_group: int
+    format: LinearFormat
+    has_bias: bool
+
+    @property
+    def elements(self) -> int:
+        return self.format.out_features * self.format.in_features
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    linears: tuple[PlannedLinear, ...]
+    kept: tuple[KeptTensor, ...]
+    config: QuantConfig
+
+    def of_layer(self, layer: int) -> list[PlannedLinear]:
+        return [linear for linear in self.linears if linear.layer == layer]
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(linear.format.stored_bytes for linear in self.linears) + sum(kept.bytes for kept in self.kept)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales and padding included."""
+        elements = sum(linear.elements for linear in self.linears)
+        return 8 * sum(linear.format.stored_bytes for linear in self.linears) / elements if elements else 0.0
+
+
+def build_plan(
+    source: ModelSource,
+    *,
+    recipe: str,
+    transform: str,
+    activation_clip: float,
+    group_size: GroupSize,
+    layout: str,
+    target: dict[str, str | None],
+    ignore: tuple[str, ...],
+) -> Plan:
+    """Decide every linear of `source`. Raises UsageError if an --ignore pattern matches nothing, or everything does."""
+    family = source.family
+    base = LinearFormat(1, 1, group_size, get_layout(layout), transform, activation_clip)
+    linears, quantized_tensors, ignored, unmatched = [], set(), [], set(ignore)
+    for layer in range(source.num_layers):
+        prefix = family.layer_prefix(layer)
+        for position, group in enumerate(family.input_groups):
+            for name in (prefix + part for part in group):
+                hits = {
+                    pattern for pattern in ignore if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+                }
+                unmatched -= hits
+                if hits:
+                    ignored.append(name)
+                    continue
+                out_features, in_features = source.infos[f"{name}.weight"].shape
+                format = LinearFormat(
+                    out_features, in_features, base.group_size, base.layout, transform, activation_clip
+                )
+                linears.append(PlannedLinear(name, layer, position, format, f"{name}.bias" in source.infos))
+                quantized_tensors.add(f"{name}.weight")
+    if unmatched:
+        example = family.layer_prefix(0) + family.input_groups[-1][0]
+        raise UsageError(f"--ignore {sorted(unmatched)[0]!r} matches no linear: names look like {example}")
+    if not linears:
+        raise UsageError("--ignore leaves nothing to quantize: give fewer patterns")
+    outer = set(source.outer_tensors)
+    kept = tuple(
+        KeptTensor(
+            name,
+            OUTSIDE_LAYERS if name in outer else IGNORED if name.removesuffix(".weight") in ignored else NOT_LINEAR,
+            info.bytes,
+        )
+        for name, info in source.infos.items()
+        if name not in quantized_tensors
+    )
+    config = QuantConfig(
+        group_size=group_size,
+        layout=layout,
+        transform=transform,
+        activation_clip=activation_clip,
+        target=target,
+        modules={
+            linear.name: {"shape": [linear.format.out_features, linear.format.in_features]}
+            for linear in linears
+            if linear.format.is_padded
+        },
+        modules_to_not_convert=[family.head, *ignored],
+        recipe=recipe,
+    )
+    return Plan(tuple(linears), kept, config)
+
+
+def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int) -> int:
+    """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
+    and the calibration hidden states (before and after the layer)."""
+    hidden = int(source.config["hidden_size"])
+    layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
+    widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
+    largest = max(linear.elements for linear in plan.linears)
+    outer = max(source.infos[name].bytes for name in source.outer_tensors)
+    states = 2 * tokens * hidden * compute_bytes
+    working = layer + 12 * largest + 16 * seq_len * widest
+    return max(working, 2 * outer) + states
+
+
+def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str) -> float:
+    """From two short measurements on this machine: a float32 matrix product, and the scale search."""
+    import torch
+
+    from .weight_quantizer import search_scales
+
+    weight = torch.randn(1024, 1024, device=device)
+    search_scales(weight[:128], 128), weight @ weight
+
+    def measure(function: Any) -> float:
+        started = time.perf_counter()
+        function()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    per_multiply = measure(lambda: weight @ weight) / 1024**3
+    per_element = measure(lambda: search_scales(weight, 128)) / 1024**2
+    elements = sum(linear.elements for linear in plan.linears)
+    # Every linear is run on all calibration tokens about four times: once per later input group, once at the end.
+    return elements * (per_element + 4 * tokens * per_multiply)
+
+
+def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:
+    """The plan for --json and for the report in the checkpoint."""
+    return {
+        "model": source.name,
+        "architecture": source.family.architecture,
+        "quantized": [
+            {
+                "name": linear.name,
+                "shape": [linear.format.out_features, linear.format.in_features],
+                "group_size": linear.format.group_size,
+                "bytes": linear.format.stored_bytes,
+            }
+            for linear in plan.linears
+        ],
+        "kept": [{"name": kept.name, "reason": kept.reason, "bytes": kept.bytes} for kept in plan.kept],
+        "bytes_before": source.total_bytes,
+        "bytes_after": plan.bytes_after,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+    }
+
+
+def plan_as_text(plan: Plan, source: ModelSource) -> str:
+    """The plan for people, one line per linear and per reason to keep."""
+    width = max(len(linear.name) for linear in plan.linears)
+    lines = [source.describe()]
+    for linear in plan.linears:
+        shape = f"{linear.format.out_features} x {linear.format.in_features}"
+        padded = " (padded)" if linear.format.is_padded else ""
+        lines.append(
+            f"  {linear.name:{width}}  {shape:>15}  group {linear.format.group_size}  "
+            f"{format_bytes(linear.format.stored_bytes):>9}{padded}"
+        )
+    reasons: dict[str, list[KeptTensor]] = {}
+    for kept in plan.kept:
+        reasons.setdefault(kept.reason, []).append(kept)
+    for reason, tensors in reasons.items():
+        size = format_bytes(sum(kept.bytes for kept in tensors))
+        names = ", ".join(kept.name for kept in tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+        lines.append(f"  kept, {reason}: {len(tensors)} tensors, {size} ({names})")
+    lines.append(
+        f"  {format_bytes(source.total_bytes)} -> {format_bytes(plan.bytes_after)}, "
+        f"{plan.bits_per_weight:.3f} bits per quantized weight"
+    )
+    return "\n".join(lines)

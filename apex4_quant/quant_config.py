@@ -1,0 +1,130 @@
+"""`quantization_config` of config.json: what a checkpoint says of itself. Normative text: docs/format.md §3."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .errors import Apex4Error
+from .layouts import Layout, get_layout
+from .number_format import BITS, GroupSize, group_count, group_length, padded_in_features, parse_group_size
+
+QUANT_METHOD = "apex4"
+FORMAT_VERSION = 1
+TRANSFORMS = ("hadamard128", "none")
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """Everything needed to store and compute one quantized linear."""
+
+    out_features: int
+    in_features: int
+    group_size: GroupSize
+    layout: Layout
+    transform: str
+    activation_clip: float
+
+    @cached_property
+    def padded_k(self) -> int:
+        return padded_in_features(self.in_features, self.group_size)
+
+    @cached_property
+    def group_length(self) -> int:
+        return group_length(self.in_features, self.group_size)
+
+    @cached_property
+    def groups(self) -> int:
+        return group_count(self.in_features, self.group_size)
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        return self.layout.packed_shape(self.out_features, self.padded_k)
+
+    @property
+    def scale_shape(self) -> tuple[int, int, int]:
+        return self.layout.scale_shape(self.out_features, self.groups)
+
+    @property
+    def stored_bytes(self) -> int:
+        (a, b, c), (d, e, f) = self.packed_shape, self.scale_shape
+        return a * b * c + 2 * d * e * f
+
+    @property
+    def is_padded(self) -> bool:
+        return (self.out_features, self.in_features) != (
+            self.layout.padded_out_features(self.out_features),
+            self.padded_k,
+        )
+
+
+@dataclass
+class QuantConfig:
+    """Field by field the JSON object. `modules` holds what differs for single linears:
+    `group_size`, `activation_clip`, and `shape` [out, in] where the stored tensors are padded."""
+
+    group_size: GroupSize = 128
+    layout: str = "rowmajor"
+    transform: str = "hadamard128"
+    activation_clip: float = 1.0
+    target: dict[str, str | None] = field(default_factory=lambda: {"gpu": None, "arch": None})
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    recipe: str = ""
+    quant_method: str = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+    bits: int = BITS
+    activation_bits: int = BITS
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
+        """Read and check. Raises Apex4Error for a version, key or value this release does not understand."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise Apex4Error(
+                f"the checkpoint has format version {version!r} and this apex4 reads version {FORMAT_VERSION}: "
+                "use the release that wrote it, or quantize again"
+            )
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise Apex4Error(f"quantization_config has unknown fields {', '.join(unknown)}: use a newer apex4")
+        config = cls(**values)
+        for name, given, needed in (
+            ("quant_method", config.quant_method, QUANT_METHOD),
+            ("bits", config.bits, BITS),
+            ("activation_bits", config.activation_bits, BITS),
+        ):
+            if given != needed:
+                raise Apex4Error(f"quantization_config says {name} = {given!r} and this format needs {needed!r}")
+        if config.transform not in TRANSFORMS:
+            raise Apex4Error(f"quantization_config has an unknown transform {config.transform!r}: use a newer apex4")
+        get_layout(config.layout)
+        parse_group_size(config.group_size)
+        for name, override in config.modules.items():
+            unknown = sorted(set(override) - {"group_size", "activation_clip", "shape"})
+            if unknown:
+                raise Apex4Error(f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}")
+            parse_group_size(override.get("group_size", config.group_size))
+        return config
+
+    def linear_format(self, name: str, out_features: int, in_features: int) -> LinearFormat:
+        """The format of one linear of true shape [out_features, in_features].
+
+        Raises Apex4Error if the checkpoint records another true shape for it.
+        """
+        override = self.modules.get(name, {})
+        shape = override.get("shape")
+        if shape is not None and list(shape) != [out_features, in_features]:
+            raise Apex4Error(f"{name} is {out_features} x {in_features} in the model but {shape} in the checkpoint")
+        return LinearFormat(
+            out_features=out_features,
+            in_features=in_features,
+            group_size=parse_group_size(override.get("group_size", self.group_size)),
+            layout=get_layout(self.layout),
+            transform=self.transform,
+            activation_clip=float(override.get("activation_clip", self.activation_clip)),
+        )

@@ -1,0 +1,128 @@
+"""What makes a run restartable: a folder inside OUT that holds everything needed to go on after a kill.
+
+    OUT/.apex4-run/lock              held while a process works on OUT
+    OUT/.apex4-run/settings.json     the settings of the first run; a restart refuses others
+    OUT/.apex4-run/shard-00003.json  a finished shard: checksum, size, per-linear errors. Writing it is the commit.
+    OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3
+
+Order per layer: the shard, the next hidden states, then the record. A kill between them repeats the layer, which gives
+the same bytes again. config.json is written last of all, so an unfinished OUT loads nowhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .errors import Apex4Error, UsageError
+from .storage import read_json, remove_temporaries, write_json, write_tensors
+
+FOLDER = ".apex4-run"
+
+
+class RunState:
+    """One run on one output folder. Create with `begin` or `resume`, give back with `close`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / FOLDER
+
+    @classmethod
+    def begin(cls, out: Path, settings: dict[str, Any]) -> RunState:
+        """Start a run in a folder that is absent or empty. Raises UsageError otherwise."""
+        require_empty(out)
+        state = cls(out)
+        try:
+            state.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
+        state._lock()
+        write_json(state.folder / "settings.json", settings)
+        return state
+
+    @classmethod
+    def resume(cls, out: Path, settings: dict[str, Any]) -> RunState:
+        """Go on with a stopped run. Raises UsageError if its settings were others."""
+        first = stored_settings(out)
+        for name, value in settings.items():
+            if name == "weights_sha256" and first.get(name) != value:
+                raise UsageError(
+                    f"the weights of {settings['model']} changed since {out} was begun: begin again elsewhere"
+                )
+            if first.get(name) != value:
+                raise UsageError(
+                    f"{out} was begun with {name} = {first.get(name)!r} and now {value!r} is asked for: "
+                    "resume with the first run's settings or choose another output folder"
+                )
+        state = cls(out)
+        state._lock()
+        for folder in (out, state.folder):
+            remove_temporaries(folder)
+        return state
+
+    def _lock(self) -> None:
+        self._lock_file = open(self.folder / "lock", "w")  # noqa: SIM115  (held until close)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock_file.close()
+            raise Apex4Error(
+                f"another apex4 process is working on {self.out}: wait for it or choose another folder"
+            ) from error
+
+    def close(self) -> None:
+        self._lock_file.close()
+
+    def finish(self) -> None:
+        """Remove the run's folder: OUT is complete."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def record(self, shard: int) -> dict[str, Any] | None:
+        path = self.folder / f"shard-{shard:05}.json"
+        return read_json(path) if path.is_file() else None
+
+    def commit(self, shard: int, record: dict[str, Any]) -> None:
+        write_json(self.folder / f"shard-{shard:05}.json", record)
+
+    def save_hidden(self, layer: int, hidden: torch.Tensor) -> None:
+        write_tensors(self._hidden_path(layer), {"hidden_states": hidden})
+
+    def load_hidden(self, layer: int) -> torch.Tensor:
+        path = self._hidden_path(layer)
+        if not path.is_file():
+            raise Apex4Error(f"{path} is missing: {self.out} cannot be resumed, begin again in a new folder")
+        return load_file(path)["hidden_states"]
+
+    def drop_hidden(self, layer: int) -> None:
+        self._hidden_path(layer).unlink(missing_ok=True)
+
+    def _hidden_path(self, layer: int) -> Path:
+        return self.folder / f"hidden-{layer:05}.safetensors"
+
+
+def require_empty(out: Path) -> None:
+    """Raise UsageError unless `out` is absent or an empty folder."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"output {out} is a file: give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        unfinished = (out / FOLDER).is_dir()
+        advice = "add --resume to go on with the run it holds" if unfinished else "choose another folder or empty it"
+        raise UsageError(f"output folder {out} is not empty: {advice}")
+
+
+def stored_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in `out`. Raises UsageError if there is none."""
+    path = out / FOLDER / "settings.json"
+    if not path.is_file():
+        done = (out / "config.json").is_file()
+        raise UsageError(
+            f"{out} holds {'a finished checkpoint' if done else 'no run'}: there is nothing to resume, "
+            f"{'see apex4 inspect' if done else 'leave --resume away'}"
+        )
+    return read_json(path)

@@ -1,0 +1,209 @@
+"""The `apex4` command. Parses, calls the library, prints; everything else lives in apex4_quant.
+
+Results go to stdout (with --json: one object), progress and messages to stderr. Exit codes: 0 ok, 1 failed, 2 usage,
+75 stopped and resumable. Libraries are imported inside the commands: `apex4 --help` needs none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from apex4_quant import __version__
+from apex4_quant.errors import Apex4Error, UsageError
+
+
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """One sentence on stderr and the exit code, instead of a traceback, for what a user can cause."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            command(*args, **kwargs)
+        except Apex4Error as error:
+            click.echo(f"apex4: {error}", err=True)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of stdout is gone (`apex4 inspect ... | head`): nothing to tell it any more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+    return wrapped
+
+
+def _progress(as_json: bool) -> Any:
+    from apex4_quant.progress import Progress, TerminalProgress
+
+    return Progress() if as_json else TerminalProgress()
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once."""
+    asked = False
+
+    def handle(number: int, _: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, signal.SIG_DFL)
+        click.echo("apex4: stopping after the layer in flight (once more: at once)", err=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: asked
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="apex4")
+def cli() -> None:
+    """Quantize LLMs to W4A4 (INT4 weights and activations, groups of 128), check them, evaluate them."""
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder: absent or empty, or --resume.")
+@click.option("--recipe", default="rtn", show_default=True, help="How to quantize.")
+@click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
+@click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
+@click.option("--layout", help="Order of the packed codes: rowmajor or sm80.  [default: what the target reads]")
+@click.option("--transform", help="Group transform: hadamard128 or none.  [default: the recipe's]")
+@click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
+@click.option("--samples", default=64, show_default=True, help="Calibration windows.")
+@click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")
+@click.option("--seed", default=0, show_default=True, help="Which windows of the text are drawn.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+@click.option("--dtype", default="auto", show_default=True, help="Dtype layers run in: bfloat16, float16, float32.")
+@click.option(
+    "--ignore", multiple=True, metavar="PATTERN", help="Keep matching linears, e.g. '*.down_proj'. Repeatable."
+)
+@click.option("--resume", is_flag=True, help="Go on with the stopped run in OUT, with its settings.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@click.pass_context
+@_reports_errors
+def quantize(
+    context: click.Context,
+    model: str | None,
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Quantize MODEL ('demo', a local folder, or a Hub id) into a W4A4 checkpoint."""
+    if model is None and not resume:
+        raise UsageError("quantize needs a MODEL: give 'demo', a local folder, or a Hub id")
+    if out is None and not dry_run:
+        raise UsageError("quantize needs an output folder: give -o OUT, or --dry-run to see the plan only")
+    from apex4_quant import pipeline
+    from apex4_quant.plan import plan_as_text
+    from apex4_quant.storage import format_bytes
+
+    if resume:
+        if out is None:
+            raise UsageError("--resume needs the folder of the run: give -o OUT")
+        given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+        asked = {name: options[name] for name in given} | ({"model": model} if model else {})
+        settings = pipeline.settings_to_resume(out, asked)
+    else:
+        settings = pipeline.QuantizeSettings(model=str(model), **options)
+    if dry_run:
+        plan = pipeline.preview(settings)
+        if as_json:
+            click.echo(json.dumps(plan.as_dict()))
+            return
+        click.echo(plan_as_text(plan.plan, plan.source))
+        click.echo(
+            f"  about {plan.seconds:.0f} s on {plan.settings.device}, about {format_bytes(plan.peak_memory)} of tensors "
+            f"at the worst moment; layout {plan.settings.layout}; nothing was written"
+        )
+        return
+    assert out is not None
+    result = pipeline.quantize(
+        settings, out, resume=resume, progress=_progress(as_json), should_stop=_stop_on_signals()
+    )
+    summary = result.as_dict()
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    reasons: dict[str, int] = {}
+    for kept in result.plan.kept:
+        reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
+    kept_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    click.echo(f"{out}: {summary['linears_quantized']} linears quantized; tensors kept: {kept_text}")
+    click.echo(
+        f"  {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller), "
+        f"{summary['bits_per_weight']:.3f} bits per quantized weight, {summary['seconds']:.1f} s"
+    )
+    click.echo(
+        f"  relative output error of a linear: mean {summary['mean_relative_error']:.4f}, "
+        f"largest {summary['max_relative_error']:.4f}"
+    )
+
+
+@cli.command("eval")
+@click.argument("path")
+@click.option("--baseline", metavar="MODEL", help="Measure this model too and print the difference.")
+@click.option("--text", default="heldout", show_default=True, help="heldout, wikitext2, a file, or a Hub data set.")
+@click.option("--seq-len", default=2048, show_default=True, help="Window length, at most the model's context.")
+@click.option(
+    "--tasks", default="", help="lm-eval tasks, comma separated; apex4_choice and apex4_lastword are bundled."
+)
+@click.option("--include-path", help="Folder with more lm-eval task YAMLs.")
+@click.option("--batch-size", default=8, show_default=True, help="For --tasks.")
+@click.option("--limit", type=int, help="At most so many windows of text and rows of each task.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or auto: the checkpoint's."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@_reports_errors
+def evaluate(path: str, tasks: str, as_json: bool, **options: Any) -> None:
+    """Perplexity and lm-eval tasks of PATH (a quantized or original model, or 'demo')."""
+    from apex4_quant.evaluate import EvalSettings, evaluate, evaluation_as_text
+
+    names = tuple(task.strip() for task in tasks.split(",") if task.strip())
+    result = evaluate(EvalSettings(model=path, tasks=names, **options), _progress(as_json))
+    click.echo(json.dumps(result) if as_json else evaluation_as_text(result))
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def inspect(path: str, as_json: bool) -> None:
+    """Show what is in the quantized checkpoint PATH, linear by linear."""
+    from apex4_quant.inspection import inspect, inspection_as_text
+
+    result = inspect(path)
+    click.echo(json.dumps(result) if as_json else inspection_as_text(result))
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def check(path: str, as_json: bool) -> None:
+    """Check that the quantized checkpoint PATH is complete, undamaged and runs."""
+    from apex4_quant.checking import check
+
+    done = check(path, (lambda line: None) if as_json else click.echo)
+    click.echo(json.dumps({"path": path, "ok": True, "checks": done}) if as_json else f"{path} is whole")
+
+
+def main() -> None:
+    cli(prog_name="apex4")
+
+
+if __name__ == "__main__":
+    main()
