@@ -27,7 +27,8 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+            os.environ.setdefault(library, "error")
         try:
             command(*args, **kwargs)
         except Apex4Error as error:

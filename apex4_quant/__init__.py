@@ -18,7 +18,7 @@ __all__ = ["QuantizeSettings", "__version__", "quantize"]
 if not (_Path(__file__).parent / "calib").is_dir():
     __path__.append(str(_Path(__file__).resolve().parent.parent))
 
-from ._register import arm as _arm  # noqa: E402
+from ._register import arm as _arm
 
 _arm()
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -152,8 +153,9 @@ def _run_tasks(model: Any, tokenizer: Any, settings: EvalSettings, manager: Any)
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        # lm-eval prints to stdout here and there; stdout is for the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
+        # lm-eval prints to stdout here and there, and git complains on stderr when it asks for a commit of nothing.
+        no_commit = mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True)
+        with contextlib.redirect_stdout(sys.stderr), no_commit:
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
             results = simple_evaluate(
                 model=wrapped, tasks=list(settings.tasks), task_manager=manager, limit=settings.limit, log_samples=False

@@ -83,7 +83,7 @@ class Layout:
 
         Rows past N are zero codes. Raises ValueError if a code is out of range.
         """
-        out_features, padded_k = codes.shape
+        padded_k = codes.shape[1]
         if padded_k % BLOCK:
             raise ValueError(f"K = {padded_k} is not a multiple of {BLOCK}")
         if codes.numel() and int(codes.abs().max()) > CODE_MAX:

@@ -180,7 +180,7 @@ def preview(settings: QuantizeSettings) -> Preview:
     tokens = settings.samples * settings.seq_len
     width = DTYPES[settings.dtype].itemsize
     peak = estimate_peak_memory(source, plan, tokens, settings.seq_len, width)
-    return Preview(plan, source, settings, peak, estimate_seconds(source, plan, tokens, settings.device))
+    return Preview(plan, source, settings, peak, estimate_seconds(plan, tokens, settings.device))
 
 
 def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:

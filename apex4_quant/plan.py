@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -138,27 +139,32 @@ def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: 
     return max(working, 2 * outer) + states
 
 
-def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str) -> float:
-    """From two short measurements on this machine: a float32 matrix product, and the scale search."""
+def estimate_seconds(plan: Plan, tokens: int, device: str) -> float:
+    """From two short measurements on this machine: a quantized linear, and the scale search."""
     import torch
 
+    from .kernels import torch_backend
     from .weight_quantizer import search_scales
 
-    weight = torch.randn(1024, 1024, device=device)
-    search_scales(weight[:128], 128), weight @ weight
+    size = 1024
+    weight = torch.randn(size, size, device=device)
+    codes, scales = torch.ones(size, size, dtype=torch.int8, device=device), torch.ones(size, 8, device=device).half()
 
-    def measure(function: Any) -> float:
-        started = time.perf_counter()
-        function()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+    def seconds_of(function: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            function()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
 
-    per_multiply = measure(lambda: weight @ weight) / 1024**3
-    per_element = measure(lambda: search_scales(weight, 128)) / 1024**2
+    per_multiply = seconds_of(lambda: torch_backend.linear(weight, codes, scales)) / size**3
+    per_element = seconds_of(lambda: search_scales(weight, 128)) / size**2
     elements = sum(linear.elements for linear in plan.linears)
-    # Every linear is run on all calibration tokens about four times: once per later input group, once at the end.
-    return elements * (per_element + 4 * tokens * per_multiply)
+    # A linear is run again for every later input group of its layer and once at the end: three times on average.
+    return elements * (per_element + 3 * tokens * per_multiply)
 
 
 def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .errors import Apex4Error, UsageError
 from .storage import read_json, remove_temporaries, write_json, write_tensors
 
 FOLDER = ".apex4-run"
+_SETTINGS = "settings.json"
 
 
 class RunState:
@@ -38,11 +39,11 @@ class RunState:
         require_empty(out)
         state = cls(out)
         try:
-            state.folder.mkdir(parents=True)
+            state.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
         state._lock()
-        write_json(state.folder / "settings.json", settings)
+        write_json(state.folder / _SETTINGS, settings)
         return state
 
     @classmethod
@@ -79,8 +80,9 @@ class RunState:
         self._lock_file.close()
 
     def finish(self) -> None:
-        """Remove the run's folder: OUT is complete."""
+        """Remove the run's folder: OUT is complete. The settings go first, so that a kill in between stays finished."""
         self.close()
+        (self.folder / _SETTINGS).unlink()
         shutil.rmtree(self.folder)
 
     def record(self, shard: int) -> dict[str, Any] | None:
@@ -107,22 +109,23 @@ class RunState:
 
 
 def require_empty(out: Path) -> None:
-    """Raise UsageError unless `out` is absent or an empty folder."""
+    """Raise UsageError unless `out` is absent, empty, or holds only a run killed before it began."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()):
-        unfinished = (out / FOLDER).is_dir()
-        advice = "add --resume to go on with the run it holds" if unfinished else "choose another folder or empty it"
+    if not out.is_dir():
+        return
+    begun = (out / FOLDER / _SETTINGS).is_file()
+    if begun or any(path.name != FOLDER for path in out.iterdir()):
+        advice = "add --resume to go on with the run it holds" if begun else "choose another folder or empty it"
         raise UsageError(f"output folder {out} is not empty: {advice}")
 
 
 def stored_settings(out: Path) -> dict[str, Any]:
     """The settings of the run in `out`. Raises UsageError if there is none."""
-    path = out / FOLDER / "settings.json"
-    if not path.is_file():
-        done = (out / "config.json").is_file()
-        raise UsageError(
-            f"{out} holds {'a finished checkpoint' if done else 'no run'}: there is nothing to resume, "
-            f"{'see apex4 inspect' if done else 'leave --resume away'}"
-        )
-    return read_json(path)
+    path = out / FOLDER / _SETTINGS
+    if path.is_file():
+        return read_json(path)
+    if (out / "config.json").is_file():
+        shutil.rmtree(out / FOLDER, ignore_errors=True)  # what a kill during `finish` left
+        raise UsageError(f"{out} holds a finished checkpoint: there is nothing to resume, see 'apex4 inspect {out}'")
+    raise UsageError(f"{out} holds no run: there is nothing to resume, leave --resume away")
