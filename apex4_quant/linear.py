@@ -67,10 +67,10 @@ class Apex4Linear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Apex4Linear:
         # model.to(torch.bfloat16) must not touch the scales: their 11-bit mantissa is part of the format.
-        scale = self.weight_scale
+        scale = self.weight_scale.data  # not the Parameter: nn.Module changes its .data in place
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float16:
-            self.weight_scale = nn.Parameter(scale.detach().to(self.weight_scale.device), requires_grad=False)
+            self.weight_scale = nn.Parameter(scale.to(self.weight_scale.device), requires_grad=False)
         return self
 
     def extra_repr(self) -> str:

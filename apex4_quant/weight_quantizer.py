@@ -21,7 +21,7 @@ def transform_weight(weight: torch.Tensor, format: LinearFormat) -> torch.Tensor
 
 def round_to_codes(grouped: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """grouped float32 [..., g], scale float32 [...] -> codes float32, round half to even, clamped to +-7."""
-    return torch.round(grouped / scale[..., None]).clamp_(-CODE_MAX, CODE_MAX)
+    return (grouped / scale[..., None]).round_().clamp_(-CODE_MAX, CODE_MAX)
 
 
 def _store_scale(scale: torch.Tensor) -> torch.Tensor:

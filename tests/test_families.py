@@ -1,0 +1,198 @@
+"""Every supported architecture, as a small random model of the real class: quantize, load, compare with float64."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.families import FAMILIES, family_of
+from apex4_quant.kernels import reference
+from apex4_quant.linear import Apex4Linear
+from apex4_quant.number_format import padded_in_features
+from apex4_quant.source import DEMO_PATH
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+}
+RAGGED = {"hidden_size": 192, "intermediate_size": 328, "head_dim": 48}
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama ragged": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | RAGGED)),
+    "llama biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen2 window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "qwen3 ragged": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES | RAGGED)),
+}
+
+
+def write_model(folder: Path, name: str, **save: Any) -> nn.Module:
+    """A seeded random model of `MODELS` with the demo's tokenizer, in bfloat16, biases and norms not trivial."""
+    torch.manual_seed(len(name))
+    model = MODELS[name]()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+        elif "norm" in key:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(folder, **save)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_PATH / file, folder)
+    return model
+
+
+class ReferenceLinear(nn.Module):
+    """The format in float64, from the packed tensors of a loaded layer: the fake-quantized oracle."""
+
+    def __init__(self, packed: Apex4Linear) -> None:
+        super().__init__()
+        self.format, self.bias = packed.format, packed.bias
+        self.codes, self.scales = packed.codes(), packed.scales()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = nn.functional.pad(rows, (0, self.format.padded_k - rows.shape[1]))
+        hadamard = self.format.transform == "hadamard128"
+        codes, scale = reference.quantize_activation(
+            rows, self.format.group_length, self.format.activation_clip, hadamard
+        )
+        y = reference.linear(codes, scale, self.codes, self.scales, self.bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, "rowmajor") for name in MODELS] + [("llama ragged", "sm80"), ("qwen2", "sm80")]
+)
+def test_quantize_and_load(name: str, layout: str, tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", name)
+    settings = QuantizeSettings(str(tmp_path / "model"), target="none", layout=layout, samples=2, seq_len=64)
+    result = quantize(settings, tmp_path / "out")
+    assert len(result.records) == 14
+    assert max(record["error"] for record in result.records) < 0.25
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, Apex4Linear)}
+    assert sorted(packed) == sorted(record["name"] for record in result.records)
+
+    ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
+    ours = model(ids, use_cache=False).logits
+    for module_name, module in packed.items():
+        model.set_submodule(module_name, ReferenceLinear(module))
+    expected = model(ids, use_cache=False).logits
+    # Only float32 rounding differs, and a code at a tie now and then: far below what quantization itself does.
+    assert (ours - expected).norm() / expected.norm() < 2e-3
+    plain = original.float()(ids, use_cache=False).logits
+    quantization = (expected - plain).norm() / plain.norm()
+    assert 0.05 < quantization < 0.9  # random weights forgive nothing; no change at all would mean no quantization
+
+
+def test_dequantized_weights_are_close_and_everything_else_is_untouched(tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", "qwen2")
+    quantize(
+        QuantizeSettings(str(tmp_path / "model"), target="none", transform="none", samples=1, seq_len=32),
+        tmp_path / "out",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    before = original.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("weight_packed", "weight_scale")):
+            continue
+        assert torch.equal(tensor, before[name]), name
+    for name, module in model.named_modules():
+        if isinstance(module, Apex4Linear):
+            weight = before[f"{name}.weight"].float()
+            scales = module.scales().float().repeat_interleave(module.format.group_length, dim=1)
+            dequantized = (module.codes() * scales)[:, : weight.shape[1]]
+            assert (dequantized - weight).norm() / weight.norm() < 0.15
+
+
+def test_ignored_linears_stay_as_they_were(tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", "llama")
+    settings = QuantizeSettings(
+        str(tmp_path / "model"), target="none", samples=1, seq_len=32, ignore=("*.down_proj", "self_attn.k_proj")
+    )
+    result = quantize(settings, tmp_path / "out")
+    assert len(result.records) == 10
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for layer, before in zip(model.model.layers, original.model.layers, strict=True):
+        assert type(layer.mlp.down_proj) is nn.Linear
+        assert torch.equal(layer.mlp.down_proj.weight, before.mlp.down_proj.weight)
+        assert torch.equal(layer.self_attn.k_proj.weight, before.self_attn.k_proj.weight)
+        assert isinstance(layer.self_attn.q_proj, Apex4Linear)
+
+
+def test_sharded_and_single_file_sources_give_the_same_bytes(tmp_path: Path) -> None:
+    write_model(tmp_path / "single", "llama")
+    write_model(tmp_path / "sharded", "llama", max_shard_size="1MB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    for kind in ("single", "sharded"):
+        quantize(QuantizeSettings(str(tmp_path / kind), target="none", samples=1, seq_len=32), tmp_path / f"out-{kind}")
+    shards = sorted((tmp_path / "out-single").glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "out-sharded" / shard.name).read_bytes()
+
+
+def test_group_sizes_other_than_128(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "llama")
+    for group_size in (256, "channel"):
+        out = tmp_path / f"out-{group_size}"
+        quantize(
+            QuantizeSettings(str(tmp_path / "model"), group_size=group_size, target="none", samples=1, seq_len=32), out
+        )
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        down = model.model.layers[0].mlp.down_proj  # K = 384: padded to 512 for groups of 256
+        assert down.format.padded_k == padded_in_features(384, group_size) == (512 if group_size == 256 else 384)
+        assert down.format.groups == (2 if group_size == 256 else 1)
+        assert torch.isfinite(model(torch.arange(32)[None]).logits).all()
+
+
+def test_old_llama_checkpoints_with_stored_rotary_buffers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_model(tmp_path / "model", "llama")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    quantize(QuantizeSettings(str(tmp_path / "model"), target="none", samples=1, seq_len=32), tmp_path / "out")
+    assert "rotary" not in (tmp_path / "out" / "model.safetensors.index.json").read_text()
+
+
+def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
+    import transformers
+
+    for name in FAMILIES:
+        assert hasattr(transformers, name)
+    with pytest.raises(Exception, match="GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
+        family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")
