@@ -51,7 +51,7 @@ class Target:
 
 
 def _fold(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia").removeprefix("geforce"))
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
 
 
 def _layout_of(sm: int) -> str:
@@ -90,6 +90,8 @@ def _detect() -> Target:
     if not torch.cuda.is_available():
         return resolve_target("none")
     major, minor = torch.cuda.get_device_capability()
-    found = _fold(torch.cuda.get_device_name())
-    name = next((gpu.name for gpu in GPUS.values() if _fold(gpu.name) in found and gpu.sm == major * 10 + minor), None)
+    found = " ".join(re.split(r"[^A-Z0-9]+", torch.cuda.get_device_name().upper()))
+    name = next(
+        (g.name for g in GPUS.values() if f" {g.name.upper()} " in f" {found} " and g.sm == major * 10 + minor), None
+    )
     return Target(gpu=name, arch=f"sm_{major}{minor}", layout=_layout_of(major * 10 + minor))

@@ -86,7 +86,7 @@ class Layout:
         padded_k = codes.shape[1]
         if padded_k % BLOCK:
             raise ValueError(f"K = {padded_k} is not a multiple of {BLOCK}")
-        if codes.numel() and int(codes.abs().max()) > CODE_MAX:
+        if codes.numel() and (int(codes.max()) > CODE_MAX or int(codes.min()) < -CODE_MAX):
             raise ValueError(f"codes must lie in [-{CODE_MAX}, {CODE_MAX}]")
         tiles = _to_tiles(codes.to(torch.int8), self.rows, self.cols, self.order)
         pairs = tiles.reshape(*tiles.shape[:2], -1, 2).bitwise_and(0xF).to(torch.uint8)

@@ -36,8 +36,8 @@ def parse_group_size(value: GroupSize) -> GroupSize:
     if value == CHANNEL:
         return CHANNEL
     try:
-        number = int(value)
-    except (TypeError, ValueError):
+        number = int(value) if isinstance(value, int | str) else 0
+    except ValueError:
         number = 0
     if number <= 0 or number % BLOCK:
         raise UsageError(

@@ -59,6 +59,11 @@ class LinearFormat:
         )
 
 
+def _check_clip(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise Apex4Error(f"quantization_config.{name} is {value!r} and must be a positive number")
+
+
 @dataclass
 class QuantConfig:
     """Field by field the JSON object. `modules` holds what differs for single linears:
@@ -104,10 +109,18 @@ class QuantConfig:
             raise Apex4Error(f"quantization_config has an unknown transform {config.transform!r}: use a newer apex4")
         get_layout(config.layout)
         parse_group_size(config.group_size)
+        _check_clip("activation_clip", config.activation_clip)
         for name, override in config.modules.items():
+            if not isinstance(override, dict):
+                raise Apex4Error(f"quantization_config.modules[{name!r}] is {override!r} and must be an object")
+            if not isinstance(override.get("shape", []), list):
+                raise Apex4Error(f"quantization_config.modules[{name!r}] has a shape that is not a list of two numbers")
+            _check_clip(f"modules[{name!r}].activation_clip", override.get("activation_clip", config.activation_clip))
             unknown = sorted(set(override) - {"group_size", "activation_clip", "shape"})
             if unknown:
-                raise Apex4Error(f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}")
+                raise Apex4Error(
+                    f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}: use a newer apex4"
+                )
             parse_group_size(override.get("group_size", config.group_size))
         return config
 

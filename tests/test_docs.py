@@ -26,7 +26,9 @@ def test_named_paths_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     spans = re.findall(r"`([^`\n]+)`", text) + re.findall(r"\]\(([^)#]+)\)", text)
     for span in spans:
-        looks_like_a_path = re.fullmatch(r"[\w./-]+\.(py|md|toml|txt|json|yaml|jsonl|cu|cuh)|[\w.-]+(/[\w.-]+)+/?", span)
+        looks_like_a_path = re.fullmatch(
+            r"[\w./-]+\.(py|md|toml|txt|json|yaml|jsonl|cu|cuh)|[\w.-]+(/[\w.-]+)+/?", span
+        )
         if not looks_like_a_path or span in NOT_OURS or span.startswith(("http", "OUT", "build/")):
             continue
         assert (ROOT / span).exists() or (page.parent / span).exists(), f"{page.name} names {span}"

@@ -77,7 +77,9 @@ def test_save_pretrained_round_trips(demo_checkpoint: Path, tmp_path: Path) -> N
     assert torch.equal(logits_of(model), logits_of(again))
     first, second = (json.loads((p / "config.json").read_text()) for p in (demo_checkpoint, tmp_path))
     assert first["quantization_config"] == second["quantization_config"]
-    stored = {name: tensor for path in demo_checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    stored = {
+        name: tensor for path in demo_checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
     saved = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert stored.keys() == saved.keys()
     for name, tensor in stored.items():

@@ -1,8 +1,9 @@
 """The format's arithmetic in vectorised PyTorch: what runs on a CPU, and on any GPU that has no kernel of ours.
 
 Exact where the format says exact. Codes are integers of magnitude <= 7, so a product sum over a group of g inputs is
-at most 49 g, far below 2^24: a float32 matrix product of codes holds it exactly, in any order of summation. The
-dequantization then costs one multiply by s_w (exact: 13 bits times the 11 of a float16) and one multiply-add by s_a.
+at most 49 g: below 2^24, a float32 matrix product of codes holds it exactly, in any order of summation. (K beyond
+342,000 in one group would not; no model has it.) The dequantization costs one multiply by s_w, exact for g = 128 (13
+bits times the 11 of a float16), and one multiply-add by s_a.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ def linear(
 
     scale_w is float16 [N, G]; K is padded with zeros to K_padded; bias [N] is added in float32.
     """
+    # Under autocast the products of codes would be rounded to 16 bits.
+    with torch.autocast(x.device.type, enabled=False):
+        return _linear(x, codes_w, scale_w, bias, clip, hadamard)
+
+
+def _linear(
+    x: torch.Tensor,
+    codes_w: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    clip: float,
+    hadamard: bool,
+) -> torch.Tensor:
     out_features, padded_k = codes_w.shape
     groups = scale_w.shape[1]
     rows = x.reshape(-1, x.shape[-1])

@@ -1,0 +1,152 @@
+"""What several test files use: a quantized demo, tiny random models, the command line in and out of process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from apex4_quant.cli import cli
+from click.testing import CliRunner, Result
+
+import apex4_quant
+from apex4_quant.source import DEMO_PATH
+
+# On a busy machine torch's threads wait for each other ten times as long as these small models compute.
+torch.set_num_threads(1)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo` quantized once, for no GPU in particular. Read only: copy it before changing anything."""
+    out = tmp_path_factory.mktemp("demo") / "demo-w4a4"
+    settings = apex4_quant.QuantizeSettings(model="demo", target="none", samples=4, seq_len=128, device="cpu")
+    apex4_quant.quantize(settings, out)
+    return out
+
+
+@pytest.fixture
+def cli_environment() -> dict[str, str]:
+    """The environment of subprocesses: the user's, without what forbids the network, and one thread as above."""
+    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "FORCE_COLOR")
+    return {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path, cli_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_cli(*arguments, env={}) -> the finished process of `apex4 ARGUMENTS`, started in tmp_path."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "apex4_quant.cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env=cli_environment | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def invoke() -> Iterator[Callable[..., Result]]:
+    """invoke(*arguments) -> `apex4 ARGUMENTS` in this process: quick, but a bug's exception is raised here."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: object) -> Result:
+        result = CliRunner().invoke(cli, list(map(str, arguments)))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Callable[..., Path]:
+    """tiny_model(name="tiny", sharded=False, seed=0, **config) -> the folder of a small random bf16 Llama in tmp_path.
+
+    It has the demo's tokenizer. `sharded` gives several safetensors files and an index; `config` overrides LlamaConfig.
+    """
+
+    def make(name: str = "tiny", *, sharded: bool = False, seed: int = 0, **overrides: Any) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        folder = tmp_path / name
+        config = LlamaConfig(
+            **{
+                "vocab_size": 4096,
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 256,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "pad_token_id": None,
+            }
+            | overrides
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size="600KB" if sharded else "5GB")
+        for file in TOKENIZER_FILES:
+            shutil.copy(DEMO_PATH / file, folder / file)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def calib(tmp_path: Path) -> Path:
+    """A short calibration text: the bundled one takes half a second to tokenize."""
+    path = tmp_path / "calibration.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog and sleeps until the morning. " * 40)
+    return path
+
+
+@pytest.fixture
+def quantize_badly(invoke: Callable[..., Result], tmp_path: Path, calib: Path) -> Callable[..., Result]:
+    """quantize_badly(model, *options) -> the result of a run into tmp_path/out that must not leave a model there."""
+
+    def run(model: object, *options: object) -> Result:
+        out = tmp_path / "out"
+        small = ("--calib", calib, "--samples", 2, "--seq-len", 32, "--target", "none", "--json")
+        result = invoke("quantize", model, "-o", out, *small, *options)
+        assert not (out / "config.json").exists(), f"exit code {result.exit_code}: {result.stdout}"
+        return result
+
+    return run
+
+
+@pytest.fixture
+def one_sentence() -> Callable[..., str]:
+    """one_sentence(result, exit_code, *nouns) asserts on everything a refusal promises and returns its sentence."""
+
+    def check(result: Result | subprocess.CompletedProcess[str], exit_code: int, *nouns: str) -> str:
+        given = result.exit_code if isinstance(result, Result) else result.returncode
+        assert "Traceback" not in result.stderr + result.stdout
+        lines = [line for line in result.stderr.splitlines() if line.startswith("apex4: ")]
+        assert len(lines) == 1, f"exit code {given}, stderr {result.stderr!r}"
+        assert result.stderr.rstrip().endswith(lines[0]), "something follows the sentence"
+        assert (given, result.stdout) == (exit_code, ""), lines[0]
+        for noun in nouns:
+            assert noun in lines[0]
+        return lines[0]
+
+    return check
