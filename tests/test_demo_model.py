@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,10 @@ def heldout_windows(limit: int) -> torch.Tensor:
 def bigram_perplexity(test: torch.Tensor) -> float:
     """An interpolated bigram model counted on the calibration text: what "models English" has to beat by far."""
     tokens = load_tokenizer(DEMO_PATH).encode(load_text("bundled"))
-    single, pair, total = Counter(tokens), Counter(zip(tokens, tokens[1:], strict=False)), len(tokens)
+    single, pair, total = Counter(tokens), Counter(pairwise(tokens)), len(tokens)
     loss = count = 0.0
     for row in test.tolist():
-        for previous, token in zip(row, row[1:], strict=False):
+        for previous, token in pairwise(row):
             unigram = (single[token] + 1) / (total + 4096)
             bigram = pair[previous, token] / single[previous] if single[previous] else unigram
             loss -= math.log(0.6 * bigram + 0.4 * unigram)

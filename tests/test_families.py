@@ -194,5 +194,5 @@ def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
 
     for name in FAMILIES:
         assert hasattr(transformers, name)
-    with pytest.raises(Exception, match="GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
+    with pytest.raises(Exception, match=r"GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
         family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")
