@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from apex4_quant.cli import cli
 from click.testing import CliRunner, Result
 
 import apex4_quant
+from apex4_quant.cli import cli
 from apex4_quant.source import DEMO_PATH
 
 # On a busy machine torch's threads wait for each other ten times as long as these small models compute.

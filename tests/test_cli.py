@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from apex4_quant.calib.text import load_text
 from safetensors.torch import load_file, save_file
 
 import apex4_quant
+from apex4_quant.calib.text import load_text
 from apex4_quant.layouts import get_layout
 
 FAILED = 1
@@ -293,8 +293,14 @@ def damaged(demo_checkpoint: Path, tmp_path: Path) -> Damaged:
 
 UP = "model.layers.2.mlp.up_proj"
 DAMAGE: dict[str, tuple[Callable[[Damaged], None], tuple[str, ...]]] = {
-    "code -8 in a low nibble": (lambda d: d.set(f"{UP}.weight_packed", 1000, 0x18), (f"{UP}.weight_packed", "-8")),
-    "code -8 in a high nibble": (lambda d: d.set(f"{UP}.weight_packed", 77, 0x81), (f"{UP}.weight_packed", "-8")),
+    "code -8 in a low nibble": (
+        lambda d: d.set(f"{UP}.weight_packed", 1000, 0x18),
+        (f"{UP}.weight_packed", "model-00004-of", "-8"),
+    ),
+    "code -8 in a high nibble": (
+        lambda d: d.set(f"{UP}.weight_packed", 77, 0x81),
+        (f"{UP}.weight_packed", "model-00004-of", "-8"),
+    ),
     "zero scale": (lambda d: d.set(f"{UP}.weight_scale", 5, 0.0), (f"{UP}.weight_scale", "zero")),
     "negative scale": (lambda d: d.set(f"{UP}.weight_scale", 5, -0.01), (f"{UP}.weight_scale", "negative")),
     "NaN scale": (lambda d: d.set(f"{UP}.weight_scale", 6, float("nan")), (f"{UP}.weight_scale", "NaN")),
