@@ -139,7 +139,9 @@ def _task_manager(settings: EvalSettings) -> Any:
             f"--include-path {settings.include_path} is not a folder: give the one that holds the task YAMLs"
         )
     include = [str(TASKS_FOLDER)] + ([settings.include_path] if settings.include_path else [])
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if any(not manager.match_tasks([task]) for task in settings.tasks):
+        manager = TaskManager(include_path=include)  # ten seconds: it reads all of lm-eval's tasks
     unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
     if unknown:
         raise UsageError(f"task {unknown[0]!r} is not known to lm-eval: see 'lm-eval ls tasks', or give --include-path")

@@ -7,10 +7,10 @@ from typing import Any
 
 from .errors import UsageError
 from .families import Family, family_of
-from .loading import REPORT_NAME, quant_config_of
+from .loading import quant_config_of, read_report
 from .quant_config import QuantConfig
-from .source import TensorInfo, read_config, read_tensor_infos, resolve_model
-from .storage import format_bytes, read_json
+from .source import TensorInfo, read_config, read_tensor_infos, require_sizes, resolve_model
+from .storage import format_bytes
 
 
 class Checkpoint:
@@ -27,9 +27,9 @@ class Checkpoint:
             raise UsageError(f"{path} is not quantized: give a folder that 'apex4 quantize' wrote")
         self.quant: QuantConfig = quant
         self.family: Family = family_of(self.config, path)
+        require_sizes(self.config, self.folder)
         self.infos: dict[str, TensorInfo] = read_tensor_infos(self.folder)
-        path_to_report = self.folder / REPORT_NAME
-        self.report: dict[str, Any] | None = read_json(path_to_report) if path_to_report.is_file() else None
+        self.report = read_report(self.folder)
 
     def linears(self) -> list[str]:
         """Every linear of every decoder layer, whether the checkpoint stores it quantized or not."""

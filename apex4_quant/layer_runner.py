@@ -37,15 +37,39 @@ class _InputSeen(Exception):
     """Ends a forward pass once the tensor asked for has been seen."""
 
 
+def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+    """The model on the meta device. Raises Apex4Error if config.json or the tensors are not those of such a model."""
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{source.folder / 'config.json'} does not describe a model ({reason})") from error
+    family, expected = source.family, model.state_dict()
+    if config.tie_word_embeddings and f"{family.head}.weight" not in source.infos:
+        del expected[f"{family.head}.weight"]
+    for name, tensor in expected.items():
+        info = source.infos.get(name)
+        if info is None:
+            raise Apex4Error(f"{source.name} has no tensor {name} (missing): the checkpoint is incomplete")
+        if info.shape != tuple(tensor.shape):
+            raise Apex4Error(
+                f"{name} in {info.file} has shape {list(info.shape)} and config.json implies {list(tensor.shape)}"
+            )
+    for name, info in source.infos.items():
+        if name.startswith(f"{family.layers}.") and name not in expected:
+            raise Apex4Error(f"{name} in {info.file} is not of the model that config.json describes")
+    return config, model
+
+
 class LayerRunner:
     """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype."""
 
     def __init__(self, source: ModelSource, device: str, dtype: torch.dtype) -> None:
         self._source, self._family = source, source.family
         self.device, self.dtype = torch.device(device), dtype
-        self.config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        self.config, self.model = _skeleton(source, dtype)
         self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))
         self._layers: nn.ModuleList = self._get(self._family.layers)
         self._calls: list[dict[str, Any]] = []
@@ -85,23 +109,10 @@ class LayerRunner:
         return recorders[0].hidden_states
 
     def load_layer(self, index: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
-        """Decoder layer `index` on the device, made of the source's tensors of that layer.
-
-        Raises Apex4Error if they are not exactly those the model has.
-        """
+        """Decoder layer `index` on the device, made of the source's tensors of that layer (checked by `_skeleton`)."""
         prefix = self._family.layer_prefix(index)
         layer = self._layers[index]
         state = {n.removeprefix(prefix): t.to(self.device, self.dtype) for n, t in tensors.items()}
-        expected = set(layer.state_dict())
-        if expected != set(state):
-            name = sorted(expected ^ set(state))[0]
-            what = "is missing from the checkpoint" if name in expected else "is in the checkpoint but not in the model"
-            raise Apex4Error(f"{prefix}{name} {what}: model and architecture do not fit together")
-        for name, parameter in layer.state_dict().items():
-            if parameter.shape != state[name].shape:
-                raise Apex4Error(
-                    f"{prefix}{name} has shape {list(state[name].shape)} and config.json implies {list(parameter.shape)}"
-                )
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
 

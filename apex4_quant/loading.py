@@ -28,14 +28,26 @@ def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:
     return QuantConfig.from_dict(section)
 
 
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """apex4_report.json, or None where there is none (saved by another tool). Raises Apex4Error."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    if not isinstance(report, dict) or not {"files", "quantized", "kept"} <= set(report):
+        raise Apex4Error(f"{path} is not the report of a run: the file is damaged, get it again")
+    return report
+
+
 def verify_checksums(folder: Path) -> bool:
     """Compare every weight file with the report's SHA-256. False if the folder has no report (saved by another tool).
 
     Raises Apex4Error naming the first file that differs.
     """
-    if not (folder / REPORT_NAME).is_file():
+    report = read_report(folder)
+    if report is None:
         return False
-    for name, entry in read_json(folder / REPORT_NAME)["files"].items():
+    for name, entry in report["files"].items():
         if not (folder / name).is_file():
             raise Apex4Error(f"{folder / name} is missing: the checkpoint is incomplete, get it again")
         if sha256(folder / name) != entry["sha256"]:
@@ -57,11 +69,18 @@ def load_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     finally:
         if shown:
             logging.enable_progress_bar()
+    for name, stored, needed in sorted(info["mismatched_keys"]):
+        raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")

@@ -8,6 +8,7 @@ source shards -> load one layer -> for every input group, in the order the layer
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -188,14 +189,13 @@ def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
     stored = stored_settings(out)
     known = {name: stored[name] for name in QuantizeSettings.__dataclass_fields__ if name in stored}
     first = QuantizeSettings(**known | {"ignore": tuple(stored.get("ignore", ()))})
-    # `auto` was decided by the first run; a GPU's name may be spelled in several ways.
+    # `auto` was decided by the first run; everything else is compared as the first run decided it.
     asked = {name: value for name, value in asked.items() if value != "auto"}
-    if "target" in asked and resolve_target(asked["target"]) == resolve_target(first.target):
-        asked["target"] = first.target
-    if "group_size" in asked:
-        asked["group_size"] = parse_group_size(asked["group_size"])
+    again = replace(first, **asked)
+    if again.model == first.model:
+        again = again.resolve(ModelSource(first.model))
     for name, value in asked.items():
-        if getattr(first, name) != value:
+        if getattr(first, name) != getattr(again, name):
             raise UsageError(
                 f"{out} was begun with {name} = {getattr(first, name)!r} and now {value!r} is asked for: "
                 "resume with the first run's settings or choose another output folder"
@@ -229,12 +229,18 @@ def quantize(
     hidden_bytes = samples.numel() * int(source.config["hidden_size"]) * DTYPES[settings.dtype].itemsize
     if not resume:
         require_free_space(out, plan.bytes_after + 2 * hidden_bytes)
+    runner = LayerRunner(source, settings.device, DTYPES[settings.dtype])
     with progress.stage("checking weights", source.total_bytes, "B") as advance:
         digests = source.verify(advance)
-    recorded = _jsonable(settings) | {"apex4_version": __version__, "weights_sha256": digests}
+    inputs = {
+        f"weights of {source.name}": digests,
+        f"config.json of {source.name}": sha256(source.folder / "config.json"),
+        f"calibration text {settings.calib!r}": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
+    }
+    recorded = _jsonable(settings) | {"apex4_version": __version__, "inputs": inputs}
     state = RunState.resume(out, recorded) if resume else RunState.begin(out, recorded)
     try:
-        run = _Run(source, settings, plan, samples, state, progress, should_stop)
+        run = _Run(source, settings, plan, samples, runner, state, progress, should_stop)
         result = run.execute()
     finally:
         state.close()
@@ -272,13 +278,14 @@ class _Run:
         settings: QuantizeSettings,
         plan: Plan,
         samples: torch.Tensor,
+        runner: LayerRunner,
         state: RunState,
         progress: Progress,
         should_stop: Callable[[], bool],
     ) -> None:
         self.source, self.settings, self.plan, self.samples = source, settings, plan, samples
         self.state, self.out, self.progress, self.should_stop = state, state.out, progress, should_stop
-        self.runner = LayerRunner(source, settings.device, DTYPES[settings.dtype])
+        self.runner = runner
         self.family = source.family
         self.shard_count = source.num_layers + 2  # embedding, layers, the rest
         self.name_width = max(len(linear.name) for linear in plan.linears)

@@ -97,6 +97,14 @@ class QuantConfig:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise Apex4Error(f"quantization_config has unknown fields {', '.join(unknown)}: use a newer apex4")
+        for name, kind in (
+            ("activation_clip", int | float),
+            ("target", dict),
+            ("modules", dict),
+            ("modules_to_not_convert", list),
+        ):
+            if name in values and not isinstance(values[name], kind):
+                raise Apex4Error(f"quantization_config has {name} = {values[name]!r}: config.json is damaged")
         config = cls(**values)
         for name, given, needed in (
             ("quant_method", config.quant_method, QUANT_METHOD),

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import Apex4Error, UsageError
-from .storage import read_json, remove_temporaries, write_json, write_tensors
+from .storage import RUN_FOLDER, read_json, remove_temporaries, sha256, write_json, write_tensors
 
-FOLDER = ".apex4-run"
 _SETTINGS = "settings.json"
 
 
@@ -31,7 +31,7 @@ class RunState:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.folder = out / FOLDER
+        self.folder = out / RUN_FOLDER
 
     @classmethod
     def begin(cls, out: Path, settings: dict[str, Any]) -> RunState:
@@ -50,11 +50,10 @@ class RunState:
     def resume(cls, out: Path, settings: dict[str, Any]) -> RunState:
         """Go on with a stopped run. Raises UsageError if its settings were others."""
         first = stored_settings(out)
+        for name, value in settings["inputs"].items():
+            if first["inputs"].get(name) != value:
+                raise UsageError(f"the {name} changed since {out} was begun: begin again in another folder")
         for name, value in settings.items():
-            if name == "weights_sha256" and first.get(name) != value:
-                raise UsageError(
-                    f"the weights of {settings['model']} changed since {out} was begun: begin again elsewhere"
-                )
             if first.get(name) != value:
                 raise UsageError(
                     f"{out} was begun with {name} = {first.get(name)!r} and now {value!r} is asked for: "
@@ -64,6 +63,12 @@ class RunState:
         state._lock()
         for folder in (out, state.folder):
             remove_temporaries(folder)
+        for path in sorted(state.folder.glob("shard-*.json")):
+            record = read_json(path)
+            shard = out / record["file"]
+            if not shard.is_file() or sha256(shard) != record["sha256"]:
+                state.close()
+                raise Apex4Error(f"{shard} was finished and is now gone or damaged: begin again in another folder")
         return state
 
     def _lock(self) -> None:
@@ -99,7 +104,10 @@ class RunState:
         path = self._hidden_path(layer)
         if not path.is_file():
             raise Apex4Error(f"{path} is missing: {self.out} cannot be resumed, begin again in a new folder")
-        return load_file(path)["hidden_states"]
+        try:
+            return load_file(path)["hidden_states"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise Apex4Error(f"{path} is damaged ({error}): {self.out} cannot be resumed, begin again") from error
 
     def drop_hidden(self, layer: int) -> None:
         self._hidden_path(layer).unlink(missing_ok=True)
@@ -114,18 +122,21 @@ def require_empty(out: Path) -> None:
         raise UsageError(f"output {out} is a file: give a folder")
     if not out.is_dir():
         return
-    begun = (out / FOLDER / _SETTINGS).is_file()
-    if begun or any(path.name != FOLDER for path in out.iterdir()):
+    begun = (out / RUN_FOLDER / _SETTINGS).is_file()
+    if begun or any(path.name != RUN_FOLDER for path in out.iterdir()):
         advice = "add --resume to go on with the run it holds" if begun else "choose another folder or empty it"
         raise UsageError(f"output folder {out} is not empty: {advice}")
 
 
 def stored_settings(out: Path) -> dict[str, Any]:
     """The settings of the run in `out`. Raises UsageError if there is none."""
-    path = out / FOLDER / _SETTINGS
+    path = out / RUN_FOLDER / _SETTINGS
     if path.is_file():
-        return read_json(path)
+        settings = read_json(path)
+        if not isinstance(settings, dict) or not {"model", "inputs"} <= set(settings):
+            raise Apex4Error(f"{path} is damaged: {out} cannot be resumed, begin again in another folder")
+        return settings
     if (out / "config.json").is_file():
-        shutil.rmtree(out / FOLDER, ignore_errors=True)  # what a kill during `finish` left
+        shutil.rmtree(out / RUN_FOLDER, ignore_errors=True)  # what a kill during `finish` left
         raise UsageError(f"{out} holds a finished checkpoint: there is nothing to resume, see 'apex4 inspect {out}'")
     raise UsageError(f"{out} holds no run: there is nothing to resume, leave --resume away")

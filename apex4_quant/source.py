@@ -78,8 +78,13 @@ def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     """
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
             raise Apex4Error(f"{index} has no weight_map: the file is damaged, get it again")
         files = sorted(set(weight_map.values()))
         absent = [name for name in files if not (folder / name).is_file()]
@@ -139,7 +144,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise Apex4Error(f"{folder / 'config.json'} is not a JSON object: the file is damaged, get it again")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise Apex4Error(f"quantization_config in {folder / 'config.json'} is not a JSON object: get the file again")
     return config
+
+
+def require_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Raise Apex4Error if config.json lacks one of the sizes that every supported architecture has."""
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise Apex4Error(f"{folder / 'config.json'} has no usable {name}: the file is damaged, get it again")
 
 
 class ModelSource:
@@ -153,6 +167,7 @@ class ModelSource:
             method = self.config["quantization_config"].get("quant_method", "some method")
             raise UsageError(f"{model} is already quantized ({method}): give the original 16-bit model")
         self.family: Family = family_of(self.config, model)
+        require_sizes(self.config, self.folder)
         self.infos = {
             name: info
             for name, info in read_tensor_infos(self.folder).items()
@@ -162,8 +177,16 @@ class ModelSource:
         for index in range(self.num_layers):
             prefix = self.family.layer_prefix(index)
             for linear in (prefix + part for group in self.family.input_groups for part in group):
-                if linear + ".weight" not in self.infos:
+                info = self.infos.get(linear + ".weight")
+                if info is None:
                     raise Apex4Error(f"{model} has no tensor {linear}.weight: the checkpoint is incomplete")
+                if len(info.shape) != 2:
+                    raise Apex4Error(
+                        f"{linear}.weight in {info.file} has shape {list(info.shape)} and must be a matrix"
+                    )
+        for name, info in self.infos.items():
+            if info.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise Apex4Error(f"{name} in {info.file} is {info.dtype}: give the original 16- or 32-bit model")
         beyond = self.family.layer_prefix(self.num_layers)
         if any(name.startswith(beyond) for name in self.infos):
             raise Apex4Error(

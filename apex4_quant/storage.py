@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from .errors import Apex4Error, UsageError
 
+RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (run_state.py)
 TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
 
 
@@ -45,9 +46,10 @@ def _write_failure(path: Path, error: Exception) -> str:
     # safetensors reports I/O errors as text only.
     full = full or any(phrase in str(error) for phrase in ("No space left", "File too large", "quota exceeded"))
     if full:
+        out = path.parent.parent if path.parent.name == RUN_FOLDER else path.parent
         return (
             f"no space left to write {path}: what is finished is kept; free some space and "
-            f"run 'apex4 quantize --resume -o {path.parent}'"
+            f"run 'apex4 quantize --resume -o {out}'"
         )
     return f"{path} cannot be written ({error}): check the folder and its permissions"
 

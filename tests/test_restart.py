@@ -22,8 +22,7 @@ import pytest
 
 from apex4_quant.errors import Apex4Error, Stopped, UsageError
 from apex4_quant.pipeline import QuantizeSettings, quantize
-from apex4_quant.run_state import FOLDER
-from apex4_quant.storage import sha256
+from apex4_quant.storage import RUN_FOLDER, sha256
 
 FAILED, USAGE, STOPPED = 1, 2, 75
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -79,7 +78,7 @@ def make_job(tiny_model: Call, calib: Path, tmp_path: Path) -> Callable[..., Job
         quantize(settings, tmp_path / "uninterrupted")
         whole = snapshot(tmp_path / "uninterrupted")
         shards = [name for name in whole if name.endswith(".safetensors")]
-        assert len(shards) == layers + 2 and "config.json" in whole and FOLDER not in " ".join(whole)
+        assert len(shards) == layers + 2 and "config.json" in whole and RUN_FOLDER not in " ".join(whole)
         return Job(settings, tmp_path, whole)
 
     return make
@@ -132,8 +131,8 @@ def test_every_crash_point(make_job: Callable[..., Job]) -> None:
     with ends_before_step(job.out, None) as steps:
         quantize(job.settings, job.out)
     assert snapshot(job.out) == job.whole
-    begun, written = steps.index(f"write {FOLDER}/settings.json"), steps.index("write config.json")
-    finished = steps.index(f"remove {FOLDER}/settings.json")
+    begun, written = steps.index(f"write {RUN_FOLDER}/settings.json"), steps.index("write config.json")
+    finished = steps.index(f"remove {RUN_FOLDER}/settings.json")
     assert begun == 0 and begun < written < finished == len(steps) - 2
     assert len(steps) > 15, steps
     for number, step in enumerate(steps):
@@ -153,7 +152,7 @@ def test_every_crash_point(make_job: Callable[..., Job]) -> None:
             with pytest.raises(UsageError, match="holds a finished checkpoint"):
                 quantize(job.settings, job.out, resume=True)
         assert snapshot(job.out) == job.whole, f"killed before: {step}"
-        assert not (job.out / FOLDER).exists(), step
+        assert not (job.out / RUN_FOLDER).exists(), step
 
 
 def test_killed_again_and_again(make_job: Callable[..., Job]) -> None:
@@ -165,7 +164,7 @@ def test_killed_again_and_again(make_job: Callable[..., Job]) -> None:
             quantize(job.settings, job.out, resume=resume)
             break
         kills += 1
-        resume = (job.out / FOLDER / "settings.json").exists()
+        resume = (job.out / RUN_FOLDER / "settings.json").exists()
         assert kills < 50, "it makes no progress"
     assert kills > 4
     assert snapshot(job.out) == job.whole
@@ -218,7 +217,7 @@ def test_kill_9(make_job: Callable[..., Job], start: Call) -> None:
     wait_for_shard(process, job, 1)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert not (job.out / "config.json").exists() and (job.out / FOLDER / "settings.json").exists()
+    assert not (job.out / "config.json").exists() and (job.out / RUN_FOLDER / "settings.json").exists()
 
     process = start(["quantize", "--resume", "-o", str(job.out)])
     wait_for_shard(process, job, 3)
@@ -226,13 +225,13 @@ def test_kill_9(make_job: Callable[..., Job], start: Call) -> None:
     process.kill()
     process.wait()
 
-    if (job.out / FOLDER / "settings.json").exists():
+    if (job.out / RUN_FOLDER / "settings.json").exists():
         process = start(["quantize", "--resume", "-o", str(job.out), "--json"])
         stdout, stderr = process.communicate(timeout=300)
         assert (process.returncode, stderr) == (0, "")
         assert json.loads(stdout)["linears_quantized"] == 42
     else:  # on a machine that quantizes in 0.2 s
-        shutil.rmtree(job.out / FOLDER, ignore_errors=True)
+        shutil.rmtree(job.out / RUN_FOLDER, ignore_errors=True)
     assert snapshot(job.out) == job.whole
 
 
@@ -308,6 +307,6 @@ def test_disk_full_at_every_write(make_job: Callable[..., Job], monkeypatch: pyt
         except Apex4Error as error:
             assert "no space left to write" in str(error)
             assert not list(job.out.rglob("*.tmp"))
-        resume = (job.out / FOLDER / "settings.json").exists()
+        resume = (job.out / RUN_FOLDER / "settings.json").exists()
     assert {"settings.json", "shard-00002.json", "hidden-00001.safetensors", "config.json"} < failed
     assert snapshot(job.out) == job.whole

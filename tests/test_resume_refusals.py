@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from apex4_quant.errors import Stopped
 from apex4_quant.pipeline import QuantizeSettings, quantize
-from apex4_quant.run_state import FOLDER
+from apex4_quant.storage import RUN_FOLDER
 
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -77,7 +77,7 @@ def test_the_same_command_line_with_resume_goes_on(
         assert invoke(*command).exit_code == 75
     result = invoke(*command, "--resume")
     assert result.exit_code == 0, result.stderr
-    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / FOLDER).exists()
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / RUN_FOLDER).exists()
 
 
 def change_weights(model: Path) -> None:
@@ -124,7 +124,7 @@ def test_finished_shard_that_is_damaged(damage: str, stopped: Path, invoke: Call
 
 
 def test_lost_hidden_states(stopped: Path, invoke: Call, one_sentence: Call) -> None:
-    hidden = stopped / FOLDER / "hidden-00001.safetensors"
+    hidden = stopped / RUN_FOLDER / "hidden-00001.safetensors"
     content = hidden.read_bytes()
     hidden.write_bytes(content[: len(content) // 2])
     one_sentence(invoke("quantize", "--resume", "-o", stopped, "--json"), FAILED, hidden.name)
@@ -144,9 +144,9 @@ def test_kill_while_finishing(demo_checkpoint: Path, tmp_path: Path, invoke: Cal
     """A checkpoint that is complete, with what is left of its run's folder: it is finished, and it checks."""
     out = tmp_path / "out"
     shutil.copytree(demo_checkpoint, out)
-    (out / FOLDER).mkdir()
-    (out / FOLDER / "lock").touch()
-    (out / FOLDER / "shard-00001.json").write_text("{}")
+    (out / RUN_FOLDER).mkdir()
+    (out / RUN_FOLDER / "lock").touch()
+    (out / RUN_FOLDER / "shard-00001.json").write_text("{}")
     one_sentence(invoke("quantize", "demo", "-o", out), USAGE, f"{out} is not empty")
     one_sentence(invoke("quantize", "--resume", "-o", out), USAGE, f"{out} holds a finished checkpoint")
     assert files(out) == files(demo_checkpoint)
@@ -155,13 +155,13 @@ def test_kill_while_finishing(demo_checkpoint: Path, tmp_path: Path, invoke: Cal
 def test_kill_while_beginning(tiny_model: Call, calib: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
     """A run's folder without settings is no run: --resume says so, and a new run is not in its way."""
     out = tmp_path / "out"
-    (out / FOLDER).mkdir(parents=True)
-    (out / FOLDER / "lock").touch()
-    (out / FOLDER / "settings.json.tmp").write_text('{"mod')
+    (out / RUN_FOLDER).mkdir(parents=True)
+    (out / RUN_FOLDER / "lock").touch()
+    (out / RUN_FOLDER / "settings.json.tmp").write_text('{"mod')
     one_sentence(invoke("quantize", "--resume", "-o", out), USAGE, f"{out} holds no run", "leave --resume away")
     result = invoke("quantize", tiny_model(), "-o", out, "--calib", calib, *COMMON)
     assert result.exit_code == 0, result.stderr
-    assert (out / "config.json").is_file() and not (out / FOLDER).exists()
+    assert (out / "config.json").is_file() and not (out / RUN_FOLDER).exists()
 
 
 def test_folder_without_a_run(tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
@@ -174,13 +174,13 @@ def test_folder_without_a_run(tmp_path: Path, invoke: Call, one_sentence: Call) 
 
 def test_damaged_settings(stopped: Path, invoke: Call, one_sentence: Call) -> None:
     for text in ('{"model": "de', "[]", "{}"):
-        (stopped / FOLDER / "settings.json").write_text(text)
+        (stopped / RUN_FOLDER / "settings.json").write_text(text)
         one_sentence(invoke("quantize", "--resume", "-o", stopped, "--json"), FAILED, "settings.json")
 
 
 def test_two_processes(stopped: Path, tiny_model: Call, calib: Path, invoke: Call, one_sentence: Call) -> None:
     before = files(stopped)
-    with open(stopped / FOLDER / "lock", "w") as lock:
+    with open(stopped / RUN_FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         one_sentence(
             invoke("quantize", "--resume", "-o", stopped, "--json"), FAILED, "another apex4 process", str(stopped)
@@ -190,9 +190,9 @@ def test_two_processes(stopped: Path, tiny_model: Call, calib: Path, invoke: Cal
     assert result.exit_code == 0, result.stderr
     # One that has begun and not yet written its settings.
     begun = stopped.parent / "begun"
-    (begun / FOLDER).mkdir(parents=True)
-    with open(begun / FOLDER / "lock", "w") as lock:
+    (begun / RUN_FOLDER).mkdir(parents=True)
+    with open(begun / RUN_FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = invoke("quantize", stopped.parent / "tiny", "-o", begun, "--calib", calib, *COMMON, "--json")
         one_sentence(result, FAILED, "another apex4 process", str(begun))
-    assert list(files(begun)) == [f"{FOLDER}/lock"]
+    assert list(files(begun)) == [f"{RUN_FOLDER}/lock"]

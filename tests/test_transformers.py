@@ -99,8 +99,8 @@ def test_scales_stay_float16_whatever_the_model_is_cast_to(demo_checkpoint: Path
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
     linear = model.model.layers[0].mlp.up_proj
     before = linear.weight_scale.clone()
-    for cast in (model.bfloat16, model.float, model.half):
-        cast()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        model.to(dtype)
         assert linear.weight_scale.dtype == torch.float16 and torch.equal(linear.weight_scale, before)
         assert linear.weight_packed.dtype == torch.uint8
 
