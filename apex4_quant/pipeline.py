@@ -19,11 +19,14 @@ import torch
 from torch import nn
 
 from . import __version__
+from .activation_clip import search_activation_clip
 from .calib.errors import CalibrationError
+from .calib.hessian import HessianAccumulator
 from .calib.probes import InputProbe
 from .calib.samples import draw_samples
 from .calib.text import load_text
 from .errors import Apex4Error, Stopped, UsageError
+from .gptq import inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
 from .layer_runner import LayerRunner
 from .layouts import get_layout
@@ -38,6 +41,7 @@ from .run_state import RunState, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
+from .transforms import transform_input, transform_weight
 from .weight_quantizer import quantize_weight_rtn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -165,7 +169,6 @@ def _plan(source: ModelSource, settings: QuantizeSettings) -> Plan:
         source,
         recipe=settings.recipe,
         transform=settings.transform or "none",
-        activation_clip=get_recipe(settings.recipe).activation_clip,
         group_size=settings.group_size,
         layout=settings.layout or target.layout,
         target={"gpu": target.gpu, "arch": target.arch},
@@ -180,7 +183,8 @@ def preview(settings: QuantizeSettings) -> Preview:
     plan = _plan(source, settings)
     tokens = settings.samples * settings.seq_len
     width = DTYPES[settings.dtype].itemsize
-    peak = estimate_peak_memory(source, plan, tokens, settings.seq_len, width)
+    hessians = get_recipe(settings.recipe).rounding == "gptq"
+    peak = estimate_peak_memory(source, plan, tokens, settings.seq_len, width, hessians)
     return Preview(plan, source, settings, peak, estimate_seconds(plan, tokens, settings.device))
 
 
@@ -286,7 +290,7 @@ class _Run:
         self.source, self.settings, self.plan, self.samples = source, settings, plan, samples
         self.state, self.out, self.progress, self.should_stop = state, state.out, progress, should_stop
         self.runner = runner
-        self.family = source.family
+        self.family, self.recipe = source.family, get_recipe(settings.recipe)
         self.shard_count = source.num_layers + 2  # embedding, layers, the rest
         self.name_width = max(len(linear.name) for linear in plan.linears)
 
@@ -327,19 +331,13 @@ class _Run:
             planned = [linear for linear in self.plan.of_layer(layer) if linear.input_group == position]
             if not planned:
                 continue
-            probe = InputProbe(hidden.shape[0] * hidden.shape[1])
-            for batch in self.runner.inputs_of(layer, group[0], hidden):
-                probe.add(batch)
-            inputs = probe.rows().float()
-            if not bool(torch.isfinite(inputs).all()):
-                raise Apex4Error(
-                    f"the input of {prefix}{group[0]} is not finite in {self.settings.dtype}: try --dtype float32"
-                )
-            for linear in planned:
-                weight = stored.pop(f"{linear.name}.weight")
-                quantized, record = self._quantize(
-                    linear, weight, module.get_submodule(linear.name[len(prefix) :]), inputs
-                )
+            weights = [stored.pop(f"{linear.name}.weight").to(self.runner.device) for linear in planned]
+            inputs, factor = self._collect(layer, planned, prefix + group[0], hidden)
+            if self.recipe.search_clip:
+                planned = self._with_clip(planned, weights, inputs)
+            for linear, weight in zip(planned, weights, strict=True):
+                local = module.get_submodule(linear.name[len(prefix) :])
+                quantized, record = self._quantize(linear, weight, local, inputs, factor)
                 module.set_submodule(linear.name[len(prefix) :], quantized)
                 for part in ("weight_packed", "weight_scale"):
                     stored[f"{linear.name}.{part}"] = getattr(quantized, part)
@@ -354,11 +352,49 @@ class _Run:
         self.runner.drop_layer(layer)
         return after
 
+    def _collect(
+        self, layer: int, planned: list[PlannedLinear], reader: str, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the layer up to `reader`: a probe of its input, float32 [T, K], and GPTQ's factor if the recipe needs it."""
+        probe = InputProbe(hidden.shape[0] * hidden.shape[1])
+        hessian = HessianAccumulator() if self.recipe.rounding == "gptq" else None
+        for batch in self.runner.inputs_of(layer, reader.removeprefix(self.family.layer_prefix(layer)), hidden):
+            probe.add(batch)
+            if hessian is not None:
+                hessian.add(transform_input(batch, planned[0].format))
+        inputs = probe.rows().float()
+        if not bool(torch.isfinite(inputs).all()):
+            raise Apex4Error(f"the input of {reader} is not finite in {self.settings.dtype}: try --dtype float32")
+        if hessian is None:
+            return inputs, None
+        try:
+            matrix = hessian.matrix()
+        except CalibrationError as error:
+            raise Apex4Error(f"the Hessian of {reader} cannot be used, {error}: try --dtype float32") from error
+        del hessian
+        return inputs, inverse_factor(reader, matrix, warn=self.progress.line)
+
+    def _with_clip(
+        self, planned: list[PlannedLinear], weights: list[torch.Tensor], inputs: torch.Tensor
+    ) -> list[PlannedLinear]:
+        """The linears of one input with the activation clip ratio that suits them together: it is quantized once."""
+        format = planned[0].format
+        bases = [transform_weight(w, linear.format) for w, linear in zip(weights, planned, strict=True)]
+        clip = search_activation_clip(transform_input(inputs, format), bases, format.group_length)
+        return [replace(linear, format=replace(linear.format, activation_clip=clip)) for linear in planned]
+
     def _quantize(
-        self, linear: PlannedLinear, weight: torch.Tensor, module: nn.Module, inputs: torch.Tensor
+        self,
+        linear: PlannedLinear,
+        weight: torch.Tensor,
+        module: nn.Module,
+        inputs: torch.Tensor,
+        factor: torch.Tensor | None,
     ) -> tuple[Apex4Linear, dict[str, Any]]:
-        weight = weight.to(self.runner.device)
-        codes, scales = quantize_weight_rtn(linear.name, weight, linear.format)
+        if factor is None:
+            codes, scales = quantize_weight_rtn(linear.name, weight, linear.format)
+        else:
+            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor)
         quantized = Apex4Linear.from_codes(linear.format, codes, scales, module.bias)
         exact = inputs @ weight.float().t()
         if module.bias is not None:
@@ -372,6 +408,7 @@ class _Run:
             "name": linear.name,
             "shape": [linear.format.out_features, linear.format.in_features],
             "group_size": linear.format.group_size,
+            "activation_clip": linear.format.activation_clip,
             "error": error,
         }
         return quantized, record

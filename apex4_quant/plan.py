@@ -67,7 +67,6 @@ def build_plan(
     *,
     recipe: str,
     transform: str,
-    activation_clip: float,
     group_size: GroupSize,
     layout: str,
     target: dict[str, str | None],
@@ -75,7 +74,7 @@ def build_plan(
 ) -> Plan:
     """Decide every linear of `source`. Raises UsageError if an --ignore pattern matches nothing, or everything does."""
     family = source.family
-    base = LinearFormat(1, 1, group_size, get_layout(layout), transform, activation_clip)
+    base = LinearFormat(1, 1, group_size, get_layout(layout), transform, 1.0)
     linears, quantized_tensors, ignored, unmatched = [], set(), [], set(ignore)
     for layer in range(source.num_layers):
         prefix = family.layer_prefix(layer)
@@ -90,7 +89,7 @@ def build_plan(
                     continue
                 out_features, in_features = source.infos[f"{name}.weight"].shape
                 format = LinearFormat(
-                    out_features, in_features, base.group_size, base.layout, transform, activation_clip
+                    out_features, in_features, base.group_size, base.layout, transform, base.activation_clip
                 )
                 linears.append(PlannedLinear(name, layer, position, format, f"{name}.bias" in source.infos))
                 quantized_tensors.add(f"{name}.weight")
@@ -113,7 +112,6 @@ def build_plan(
         group_size=group_size,
         layout=layout,
         transform=transform,
-        activation_clip=activation_clip,
         target=target,
         modules={
             linear.name: {"shape": [linear.format.out_features, linear.format.in_features]}
@@ -126,9 +124,11 @@ def build_plan(
     return Plan(tuple(linears), kept, config)
 
 
-def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int) -> int:
+def estimate_peak_memory(
+    source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int, hessians: bool
+) -> int:
     """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
-    and the calibration hidden states (before and after the layer)."""
+    the Hessian of the widest input with its factors, and the calibration hidden states (before and after the layer)."""
     hidden = int(source.config["hidden_size"])
     layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
     widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
@@ -136,6 +136,8 @@ def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: 
     outer = max(source.infos[name].bytes for name in source.outer_tensors)
     states = 2 * tokens * hidden * compute_bytes
     working = layer + 12 * largest + 16 * seq_len * widest
+    if hessians:
+        working += 4 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
     return max(working, 2 * outer) + states
 
 

@@ -9,21 +9,27 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class Recipe:
-    """`transform` is the group transform used unless --transform says otherwise."""
+    """`transform` is the group transform used unless --transform says otherwise. `rounding` is "nearest" or "gptq".
+    `search_clip` looks for an activation clip ratio per linear input; without it all are 1."""
 
     name: str
     summary: str
     transform: str = "hadamard128"
-    activation_clip: float = 1.0
+    rounding: str = "nearest"
+    search_clip: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("rtn", "round to nearest in a block-Hadamard basis, scales from a squared-error clipping search"),
+        Recipe("rtn", "round to nearest, weight scales from a squared-error search"),
+        Recipe("gptq", "GPTQ on the inputs that come through the quantized layers before", rounding="gptq"),
+        Recipe(
+            "apex4", "GPTQ, and an activation clip ratio searched for every input", rounding="gptq", search_clip=True
+        ),
     )
 }
-DEFAULT_RECIPE = "rtn"
+DEFAULT_RECIPE = "apex4"
 
 
 def get_recipe(name: str) -> Recipe:

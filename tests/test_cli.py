@@ -186,7 +186,7 @@ def test_eval_for_people(invoke: Call, demo_checkpoint: Path) -> None:
     result = invoke("eval", demo_checkpoint, "--baseline", "demo", "--limit", 2, "--seq-len", 128)
     assert result.exit_code == 0
     head, text, columns, row = result.stdout.splitlines()
-    assert "W4A4 g128, rtn" in head and "KV cache 16 bits" in head
+    assert "W4A4 g128, apex4" in head and "KV cache 16 bits" in head
     assert "256 tokens of heldout in windows of 128" in text
     assert columns.split() == ["baseline", "model", "difference"]
     _, baseline, model, difference = row.split()[:4]

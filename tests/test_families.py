@@ -94,9 +94,12 @@ class ReferenceLinear(nn.Module):
 @pytest.mark.parametrize(
     ("name", "layout"), [(name, "rowmajor") for name in MODELS] + [("llama ragged", "sm80"), ("qwen2", "sm80")]
 )
-def test_quantize_and_load(name: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["rtn", "apex4"])
+def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", name)
-    settings = QuantizeSettings(str(tmp_path / "model"), target="none", layout=layout, samples=2, seq_len=64)
+    settings = QuantizeSettings(
+        str(tmp_path / "model"), recipe=recipe, target="none", layout=layout, samples=2, seq_len=64
+    )
     result = quantize(settings, tmp_path / "out")
     assert len(result.records) == 14
     assert max(record["error"] for record in result.records) < 0.25
@@ -110,8 +113,10 @@ def test_quantize_and_load(name: str, layout: str, tmp_path: Path) -> None:
     for module_name, module in packed.items():
         model.set_submodule(module_name, ReferenceLinear(module))
     expected = model(ids, use_cache=False).logits
-    # Only float32 rounding differs, and a code at a tie now and then: far below what quantization itself does.
-    assert (ours - expected).norm() / expected.norm() < 2e-3
+    # Only float32 rounding differs. A code at a tie may fall the other way, which moves the tokens that see it.
+    off = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+    assert off.median() < 1e-5
+    assert (off > 1e-3).sum() <= 0.1 * len(off)
     plain = original.float()(ids, use_cache=False).logits
     quantization = (expected - plain).norm() / plain.norm()
     assert 0.05 < quantization < 0.9  # random weights forgive nothing; no change at all would mean no quantization
@@ -120,7 +125,7 @@ def test_quantize_and_load(name: str, layout: str, tmp_path: Path) -> None:
 def test_dequantized_weights_are_close_and_everything_else_is_untouched(tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", "qwen2")
     quantize(
-        QuantizeSettings(str(tmp_path / "model"), target="none", transform="none", samples=1, seq_len=32),
+        QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", transform="none", samples=1, seq_len=32),
         tmp_path / "out",
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)

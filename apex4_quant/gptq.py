@@ -1,0 +1,106 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounding that spreads each column's error over the columns to come.
+
+With H = E[x x^T] and H^-1 = U^T U, U upper triangular, columns are rounded in order; the error of column i, divided by
+U_ii, times row i of U is taken from the columns after it. Which columns wait for which is only a matter of when the
+products are done: here a block is split in halves, the left half rounded, its errors applied to the right half in one
+matrix product, then the right half, and so on down to single columns. All work but the rounding is in matrix products.
+
+The factor comes from one Cholesky decomposition: with J the reversal of rows, J H J = L L^T gives H = R R^T with
+R = J L J upper triangular, hence U = R^-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .errors import Apex4Error
+from .number_format import CODE_MAX
+from .quant_config import LinearFormat
+from .transforms import transform_weight
+from .weight_quantizer import require_quantizable, search_scales
+
+DAMPING = 0.01  # of the mean of H's diagonal: the value of the paper's code
+DAMPING_STEP, DAMPING_MAX = 10.0, 10.0
+
+
+def inverse_factor(
+    name: str, hessian: torch.Tensor, damping: float = DAMPING, warn: Callable[[str], None] = lambda text: None
+) -> torch.Tensor:
+    """H float32 [K, K] -> U float32 [K, K], upper triangular, (H + damping)^-1 = U^T U.
+
+    A column whose input was always zero gets the mean diagonal: it is rounded to nearest, on its own. If the
+    decomposition fails, damping grows tenfold and `warn` is told; Apex4Error if that does not help either.
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    if not bool(mean > 0):
+        mean = torch.ones_like(mean)
+    dead = diagonal == 0
+    while damping <= DAMPING_MAX:
+        added = torch.full_like(diagonal, float(mean) * damping)
+        added[dead] = mean
+        # At most three K x K matrices besides the Hessian at any moment: K is 28672 in the largest models.
+        reversed_ = hessian.flip(0, 1)
+        reversed_.diagonal().add_(added.flip(0))
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        del reversed_
+        if not int(failed):
+            upper = lower.flip(0, 1)
+            del lower
+            factor = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
+            if bool(torch.isfinite(factor).all()):
+                return factor
+        damping *= DAMPING_STEP
+        warn(f"{name}: the Hessian is not positive definite, damping is now {damping:g}")
+    raise Apex4Error(f"{name}: the Hessian cannot be decomposed: use more calibration text or --recipe rtn")
+
+
+def quantize_weight_gptq(
+    name: str, weight: torch.Tensor, format: LinearFormat, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [N, K] and U [padded K, padded K] -> int8 codes [N, padded K], float16 scales [N, G].
+
+    The scale of a group is searched when its first column is reached, on the weights as corrected until then, with
+    squared errors weighted by 1 / U_kk^2 (what an error of column k costs once the later columns have compensated).
+    Raises Apex4Error, naming the tensor, for a weight that is not finite or too large.
+    """
+    transformed = transform_weight(weight, format)
+    require_quantizable(name, transformed)
+    # Transposed: a column of the weight is a contiguous row here.
+    pending = transformed.t().contiguous()  # [K, N], corrected as the sweep goes on
+    codes = torch.empty_like(pending)
+    errors = torch.empty_like(pending)
+    cost = factor.diagonal().square().reciprocal()
+    scales = []
+    group = format.group_length
+    for start in range(0, len(pending), group):
+        stop = start + group
+        scale = search_scales(pending[start:stop].t().contiguous(), group, cost[start:stop])[:, 0]
+        _sweep(pending, codes, errors, factor, scale, start, stop)
+        if stop < len(pending):
+            pending[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
+        scales.append(scale)
+    return codes.t().contiguous().to(torch.int8), torch.stack(scales, dim=1).half()
+
+
+def _sweep(
+    pending: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    start: int,
+    stop: int,
+) -> None:
+    """Round columns start..stop-1, each corrected by those before it within the range."""
+    if stop - start == 1:
+        codes[start] = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
+        errors[start] = (pending[start] - codes[start] * scale) / factor[start, start]
+        return
+    middle = (start + stop) // 2
+    _sweep(pending, codes, errors, factor, scale, start, middle)
+    pending[middle:stop].addmm_(factor[start:middle, middle:stop].t(), errors[start:middle], alpha=-1)
+    _sweep(pending, codes, errors, factor, scale, middle, stop)
