@@ -71,7 +71,8 @@ def quantize_weight_gptq(
     require_quantizable(name, transformed)
     # Transposed: a column of the weight is a contiguous row here.
     pending = transformed.t().contiguous()  # [K, N], corrected as the sweep goes on
-    codes = torch.empty_like(pending)
+    del transformed
+    codes = torch.empty_like(pending, dtype=torch.int8)
     errors = torch.empty_like(pending)
     cost = factor.diagonal().square().reciprocal()
     scales = []
@@ -83,7 +84,7 @@ def quantize_weight_gptq(
         if stop < len(pending):
             pending[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
         scales.append(scale)
-    return codes.t().contiguous().to(torch.int8), torch.stack(scales, dim=1).half()
+    return codes.t().contiguous(), torch.stack(scales, dim=1).half()
 
 
 def _sweep(
@@ -97,8 +98,9 @@ def _sweep(
 ) -> None:
     """Round columns start..stop-1, each corrected by those before it within the range."""
     if stop - start == 1:
-        codes[start] = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
-        errors[start] = (pending[start] - codes[start] * scale) / factor[start, start]
+        code = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
+        codes[start] = code
+        errors[start] = (pending[start] - code * scale) / factor[start, start]
         return
     middle = (start + stop) // 2
     _sweep(pending, codes, errors, factor, scale, start, middle)

@@ -8,6 +8,8 @@ source shards -> load one layer -> for every input group, in the order the layer
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import time
 from collections.abc import Callable
@@ -275,6 +277,12 @@ def _draw(source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, p
     return samples
 
 
+def _return_free_memory() -> None:
+    """glibc keeps freed blocks between live ones: over the layers of a model that adds up to hundreds of MB."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc has no such call, and no such habit
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class _Run:
     def __init__(
         self,
@@ -332,9 +340,14 @@ class _Run:
             if not planned:
                 continue
             weights = [stored.pop(f"{linear.name}.weight").to(self.runner.device) for linear in planned]
-            inputs, factor = self._collect(layer, planned, prefix + group[0], hidden)
+            inputs, hessian = self._collect(layer, planned, prefix + group[0], hidden)
             if self.recipe.search_clip:
                 planned = self._with_clip(planned, weights, inputs)
+            _return_free_memory()
+            factor = None
+            if hessian is not None:
+                factor = inverse_factor(prefix + group[0], hessian, warn=self.progress.line)
+                del hessian
             for linear, weight in zip(planned, weights, strict=True):
                 local = module.get_submodule(linear.name[len(prefix) :])
                 quantized, record = self._quantize(linear, weight, local, inputs, factor)
@@ -350,12 +363,13 @@ class _Run:
         self._commit(layer + 2, records)
         self.state.drop_hidden(layer)
         self.runner.drop_layer(layer)
+        _return_free_memory()
         return after
 
     def _collect(
         self, layer: int, planned: list[PlannedLinear], reader: str, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the layer up to `reader`: a probe of its input, float32 [T, K], and GPTQ's factor if the recipe needs it."""
+        """Run the layer up to `reader`: a probe of its input, float32 [T, K], and its Hessian if the recipe needs one."""
         probe = InputProbe(hidden.shape[0] * hidden.shape[1])
         hessian = HessianAccumulator() if self.recipe.rounding == "gptq" else None
         for batch in self.runner.inputs_of(layer, reader.removeprefix(self.family.layer_prefix(layer)), hidden):
@@ -368,11 +382,9 @@ class _Run:
         if hessian is None:
             return inputs, None
         try:
-            matrix = hessian.matrix()
+            return inputs, hessian.take_matrix()
         except CalibrationError as error:
             raise Apex4Error(f"the Hessian of {reader} cannot be used, {error}: try --dtype float32") from error
-        del hessian
-        return inputs, inverse_factor(reader, matrix, warn=self.progress.line)
 
     def _with_clip(
         self, planned: list[PlannedLinear], weights: list[torch.Tensor], inputs: torch.Tensor

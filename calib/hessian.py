@@ -22,11 +22,14 @@ class HessianAccumulator:
         self._sum.addmm_(rows.t(), rows)
         self._tokens += len(rows)
 
-    def matrix(self) -> torch.Tensor:
-        """E[x x^T], float32 [K, K]. Raises CalibrationError if no token was seen or one was not finite."""
+    def take_matrix(self) -> torch.Tensor:
+        """E[x x^T], float32 [K, K], and forget it: at K = 28672 a copy would be 3 GB.
+
+        Raises CalibrationError if no token was seen or one was not finite.
+        """
         if self._sum is None or self._tokens == 0:
             raise CalibrationError("no calibration token reached it")
-        mean = self._sum / self._tokens
+        mean, self._sum = self._sum.div_(self._tokens), None
         if not bool(torch.isfinite(mean).all()):
             raise CalibrationError("the calibration inputs hold NaN or infinity")
         return mean

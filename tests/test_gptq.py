@@ -30,7 +30,7 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     accumulator = HessianAccumulator()
     for part in x.split(100):
         accumulator.add(part[None])
-    return accumulator.matrix()
+    return accumulator.take_matrix()
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -45,11 +45,11 @@ def test_hessian_is_the_mean_outer_product_and_ignores_batching() -> None:
 
 def test_hessian_refuses_nan_and_emptiness() -> None:
     with pytest.raises(CalibrationError, match="no calibration token"):
-        HessianAccumulator().matrix()
+        HessianAccumulator().take_matrix()
     accumulator = HessianAccumulator()
     accumulator.add(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(CalibrationError, match="NaN"):
-        accumulator.matrix()
+        accumulator.take_matrix()
 
 
 def test_factor_squares_to_the_inverse_of_the_damped_hessian() -> None:
