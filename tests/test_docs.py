@@ -71,3 +71,8 @@ def test_every_command_and_option_is_in_the_readme_or_its_own_help() -> None:
         for parameter in command.get_params(Context(command)):
             if parameter.param_type_name == "option":
                 assert parameter.help or parameter.name == "help", f"{name} {parameter.name}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_figure_is_left_open(page: Path) -> None:
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", page.read_text("utf-8"))
