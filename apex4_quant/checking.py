@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from .devices import DTYPES, resolve_dtype
 from .errors import Apex4Error
 from .inspection import Checkpoint
 from .layouts import has_forbidden_code
 from .loading import load_model, verify_checksums
 from .number_format import BLOCK
-from .pipeline import DTYPES, resolve_dtype
 from .quant_config import LinearFormat
 from .source import INDEX_NAME, read_tensors
 

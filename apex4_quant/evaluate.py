@@ -17,9 +17,9 @@ import torch
 from .calib.errors import CalibrationError
 from .calib.samples import windows
 from .calib.text import load_text
+from .devices import DTYPES, resolve_device, resolve_dtype
 from .errors import UsageError
 from .loading import load_model, quant_config_of
-from .pipeline import DTYPES, resolve_device, resolve_dtype
 from .progress import Progress
 from .source import read_config, resolve_model
 from .tokenizers import load_tokenizer

@@ -59,14 +59,12 @@ class Apex4HfQuantizer(HfQuantizer):
         return False
 
 
-def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = "") -> list[str]:
+def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = "") -> None:
     """Put an Apex4Linear on the meta device in the place of every nn.Linear that the checkpoint stores quantized.
 
-    Names in the checkpoint are those of the causal LM; a bare base model's are looked up with its prefix. Returns the
-    names replaced.
+    Names in the checkpoint are those of the causal LM; a bare base model's are looked up with its prefix.
     """
     kept = set(config.modules_to_not_convert)
-    replaced = []
     for name, module in list(model.named_modules()):
         stored_name = name if name.startswith(f"{base_prefix}.") or not _is_base(model) else f"{base_prefix}.{name}"
         if not isinstance(module, nn.Linear) or stored_name in kept or name in kept:
@@ -75,8 +73,6 @@ def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = ""
         new = Apex4Linear(format, module.bias is not None, module.weight.dtype, device="meta")
         new.train(module.training)
         model.set_submodule(name, new)
-        replaced.append(name)
-    return replaced
 
 
 def _is_base(model: nn.Module) -> bool:

@@ -67,7 +67,7 @@ class LayerRunner:
     """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype."""
 
     def __init__(self, source: ModelSource, device: str, dtype: torch.dtype) -> None:
-        self._source, self._family = source, source.family
+        self._family = source.family
         self.device, self.dtype = torch.device(device), dtype
         self.config, self.model = _skeleton(source, dtype)
         self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))

@@ -27,6 +27,7 @@ from .calib.hessian import HessianAccumulator
 from .calib.probes import InputProbe
 from .calib.samples import draw_samples
 from .calib.text import load_text
+from .devices import DTYPES, resolve_device, resolve_dtype
 from .errors import Apex4Error, Stopped, UsageError
 from .gptq import inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
@@ -46,7 +47,6 @@ from .tokenizers import load_tokenizer
 from .transforms import transform_input, transform_weight
 from .weight_quantizer import quantize_weight_rtn
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a quantized model takes over unchanged from the original's folder, besides config.json.
 COMPANION_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
@@ -93,27 +93,6 @@ class QuantizeSettings:
             device=resolve_device(self.device),
             dtype=resolve_dtype(self.dtype, source.config),
         )
-
-
-def resolve_device(device: str) -> str:
-    """`auto` -> cuda if there is one, else cpu. Raises UsageError for a device that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"device {device!r} is not known: give cpu, cuda, cuda:N or auto")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device!r} is asked for and torch finds no CUDA GPU: give --device cpu")
-    return device
-
-
-def resolve_dtype(dtype: str, config: dict[str, Any]) -> str:
-    """`auto` -> the checkpoint's own. Raises UsageError for a dtype nothing computes in."""
-    if dtype == "auto":
-        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}, or auto")
-    return dtype
 
 
 @dataclass
@@ -186,8 +165,9 @@ def preview(settings: QuantizeSettings) -> Preview:
     tokens = settings.samples * settings.seq_len
     width = DTYPES[settings.dtype].itemsize
     hessians = get_recipe(settings.recipe).rounding == "gptq"
+    LayerRunner(source, settings.device, DTYPES[settings.dtype])  # refuses tensors that are not those of the model
     peak = estimate_peak_memory(source, plan, tokens, settings.seq_len, width, hessians)
-    return Preview(plan, source, settings, peak, estimate_seconds(plan, tokens, settings.device))
+    return Preview(plan, source, settings, peak, estimate_seconds(plan, tokens, settings.device, hessians))
 
 
 def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:

@@ -28,7 +28,6 @@ class PlannedLinear:
     layer: int
     input_group: int
     format: LinearFormat
-    has_bias: bool
 
     @property
     def elements(self) -> int:
@@ -91,7 +90,7 @@ def build_plan(
                 format = LinearFormat(
                     out_features, in_features, base.group_size, base.layout, transform, base.activation_clip
                 )
-                linears.append(PlannedLinear(name, layer, position, format, f"{name}.bias" in source.infos))
+                linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
     if unmatched:
         example = family.layer_prefix(0) + family.input_groups[-1][0]
@@ -141,7 +140,7 @@ def estimate_peak_memory(
     return max(working, 2 * outer) + states
 
 
-def estimate_seconds(plan: Plan, tokens: int, device: str) -> float:
+def estimate_seconds(plan: Plan, tokens: int, device: str, hessians: bool) -> float:
     """From two short measurements on this machine: a quantized linear, and the scale search."""
     import torch
 
@@ -166,7 +165,12 @@ def estimate_seconds(plan: Plan, tokens: int, device: str) -> float:
     per_element = seconds_of(lambda: search_scales(weight, 128)) / size**2
     elements = sum(linear.elements for linear in plan.linears)
     # A linear is run again for every later input group of its layer and once at the end: three times on average.
-    return elements * (per_element + 3 * tokens * per_multiply)
+    multiplies = 3 * tokens * elements
+    if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
+        inputs = {(linear.layer, linear.input_group): linear.format.padded_k for linear in plan.linears}
+        multiplies += sum(tokens * k * k for k in inputs.values())
+        multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
+    return elements * per_element + multiplies * per_multiply
 
 
 def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:

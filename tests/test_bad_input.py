@@ -181,3 +181,8 @@ EVAL_OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
 @pytest.mark.parametrize("option", EVAL_OPTIONS, ids=" ".join)
 def test_option_of_eval(one_sentence: Call, option: tuple[str, ...], invoke: Call) -> None:
     one_sentence(invoke("eval", "demo", "--json", *option), USAGE, *EVAL_OPTIONS[option])
+
+
+def test_a_device_with_an_index_that_is_not_there(invoke: Call) -> None:
+    result = invoke("quantize", "demo", "--dry-run", "--device", "cpu:3")
+    one_sentence(result, 2, "cpu:3", "is not there")
