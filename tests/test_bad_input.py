@@ -183,6 +183,6 @@ def test_option_of_eval(one_sentence: Call, option: tuple[str, ...], invoke: Cal
     one_sentence(invoke("eval", "demo", "--json", *option), USAGE, *EVAL_OPTIONS[option])
 
 
-def test_a_device_with_an_index_that_is_not_there(invoke: Call) -> None:
+def test_a_device_with_an_index_that_is_not_there(one_sentence: Call, invoke: Call) -> None:
     result = invoke("quantize", "demo", "--dry-run", "--device", "cpu:3")
-    one_sentence(result, 2, "cpu:3", "is not there")
+    one_sentence(result, USAGE, "cpu:3", "is not there")
