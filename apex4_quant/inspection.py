@@ -36,8 +36,7 @@ class Checkpoint:
         return [
             self.family.layer_prefix(layer) + part
             for layer in range(int(self.config["num_hidden_layers"]))
-            for group in self.family.input_groups
-            for part in group
+            for part in self.family.linears()
         ]
 
 

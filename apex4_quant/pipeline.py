@@ -320,13 +320,13 @@ class _Run:
             if not planned:
                 continue
             weights = [stored.pop(f"{linear.name}.weight").to(self.runner.device) for linear in planned]
-            inputs, hessian = self._collect(layer, planned, prefix + group[0], hidden)
+            inputs, hessian = self._collect(layer, planned, prefix + group.linears[0], hidden)
             if self.recipe.search_clip:
                 planned = self._with_clip(planned, weights, inputs)
             _return_free_memory()
             factor = None
             if hessian is not None:
-                factor = inverse_factor(prefix + group[0], hessian, warn=self.progress.line)
+                factor = inverse_factor(prefix + group.linears[0], hessian, warn=self.progress.line)
                 del hessian
             for linear, weight in zip(planned, weights, strict=True):
                 local = module.get_submodule(linear.name[len(prefix) :])

@@ -78,7 +78,7 @@ def build_plan(
     for layer in range(source.num_layers):
         prefix = family.layer_prefix(layer)
         for position, group in enumerate(family.input_groups):
-            for name in (prefix + part for part in group):
+            for name in (prefix + part for part in group.linears):
                 hits = {
                     pattern for pattern in ignore if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
                 }
@@ -93,7 +93,7 @@ def build_plan(
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
     if unmatched:
-        example = family.layer_prefix(0) + family.input_groups[-1][0]
+        example = family.layer_prefix(0) + family.linears()[-1]
         raise UsageError(f"--ignore {sorted(unmatched)[0]!r} matches no linear: names look like {example}")
     if not linears:
         raise UsageError("--ignore leaves nothing to quantize: give fewer patterns")

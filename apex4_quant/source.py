@@ -176,7 +176,7 @@ class ModelSource:
         self.num_layers = int(self.config["num_hidden_layers"])
         for index in range(self.num_layers):
             prefix = self.family.layer_prefix(index)
-            for linear in (prefix + part for group in self.family.input_groups for part in group):
+            for linear in (prefix + part for part in self.family.linears()):
                 info = self.infos.get(linear + ".weight")
                 if info is None:
                     raise Apex4Error(f"{model} has no tensor {linear}.weight: the checkpoint is incomplete")
