@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .kernels.torch_backend import quantize_activation
@@ -10,7 +12,7 @@ CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(13))  # 1.00 ... 0.76
 ROWS = 1024  # calibration tokens looked at: the error is a sum over tokens and needs no more to rank the ratios
 
 
-def search_activation_clip(inputs: torch.Tensor, weights: list[torch.Tensor], group: int) -> float:
+def search_activation_clip(inputs: torch.Tensor, weights: Iterable[torch.Tensor], group: int) -> float:
     """The ratio with the least output error sum ||(Q(x) - x) W^T||^2 over the linears that read `inputs`.
 
     inputs float32 [T, K] and weights float32 [N_i, K], all in the quantization basis; K a multiple of `group`.

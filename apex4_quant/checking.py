@@ -80,10 +80,13 @@ def _formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .experts import unfuse_experts
+
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     del config.quantization_config
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config)
+    unfuse_experts(skeleton)
     for name in checkpoint.linears():
         if name not in checkpoint.quant.modules_to_not_convert:
             linear = skeleton.get_submodule(name)

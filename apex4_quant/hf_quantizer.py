@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import Apex4Error
+from .experts import UnfusedExperts, unfuse_experts
 from .linear import Apex4Linear
 from .quant_config import QUANT_METHOD, QuantConfig
 
@@ -51,6 +53,11 @@ class Apex4HfQuantizer(HfQuantizer):
                 if module.weight_packed.device.type != "meta":  # offloaded to disk: read when it is used
                     module.require_legal(name)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Renamings stay. Nothing is fused or split: the checkpoint's tensors are those of the model with its experts
+        unfused, and transformers' patterns for one tensor per expert would take them for tensors to be fused."""
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+
     def is_serializable(self) -> bool:
         return True
 
@@ -62,8 +69,10 @@ class Apex4HfQuantizer(HfQuantizer):
 def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = "") -> None:
     """Put an Apex4Linear on the meta device in the place of every nn.Linear that the checkpoint stores quantized.
 
-    Names in the checkpoint are those of the causal LM; a bare base model's are looked up with its prefix.
+    Experts are unfused first. Names in the checkpoint are those of the causal LM; a bare base model's are looked up with
+    its prefix.
     """
+    unfuse_experts(model)
     kept = set(config.modules_to_not_convert)
     for name, module in list(model.named_modules()):
         stored_name = name if name.startswith(f"{base_prefix}.") or not _is_base(model) else f"{base_prefix}.{name}"
@@ -80,14 +89,17 @@ def _is_base(model: nn.Module) -> bool:
 
 
 def _require_tensors(model: nn.Module, files: list[Path]) -> None:
-    """Fail before loading if a quantized tensor is absent or misshapen: transformers would fill it with noise."""
+    """Fail before loading if a quantized tensor or one of an expert is absent or misshapen: transformers would fill it
+    with noise."""
     from .source import read_header
 
     stored = {name: info for file in files for name, info in read_header(file).items()}
     # A base model is loaded from the causal LM's checkpoint under shorter names.
     prefix = "" if not _is_base(model) else f"{model.base_model_prefix}."
+    experts = [name for name, module in model.named_modules() if isinstance(module, UnfusedExperts)]
     for name, module in model.named_modules():
-        if not isinstance(module, Apex4Linear):
+        kept_expert = isinstance(module, nn.Linear) and name.startswith(tuple(f"{parent}." for parent in experts))
+        if not isinstance(module, Apex4Linear) and not kept_expert:
             continue
         for part, tensor in module.named_parameters():
             info = stored.get(f"{prefix}{name}.{part}") or stored.get(f"{name}.{part}")

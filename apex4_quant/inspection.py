@@ -36,7 +36,7 @@ class Checkpoint:
         return [
             self.family.layer_prefix(layer) + part
             for layer in range(int(self.config["num_hidden_layers"]))
-            for part in self.family.linears()
+            for part in self.family.linears(self.config, layer)
         ]
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import Apex4Error
+from .expert_tensors import published_name
+from .experts import unfuse_experts
 from .source import ModelSource
 
 
@@ -42,7 +44,9 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, nn.Module]:
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        unfuse_experts(model)
+        model.eval()
     except Exception as error:  # transformers raises whatever the missing or odd field leads to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Apex4Error(f"{source.folder / 'config.json'} does not describe a model ({reason})") from error
@@ -52,14 +56,16 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, nn.Module]:
     for name, tensor in expected.items():
         info = source.infos.get(name)
         if info is None:
+            name = published_name(name, source.stored_names, family)
             raise Apex4Error(f"{source.name} has no tensor {name} (missing): the checkpoint is incomplete")
         if info.shape != tuple(tensor.shape):
             raise Apex4Error(
-                f"{name} in {info.file} has shape {list(info.shape)} and config.json implies {list(tensor.shape)}"
+                f"{info.stored or name} in {info.file} has shape {list(info.shape)} and config.json implies "
+                f"{list(tensor.shape)}"
             )
     for name, info in source.infos.items():
         if name.startswith(f"{family.layers}.") and name not in expected:
-            raise Apex4Error(f"{name} in {info.file} is not of the model that config.json describes")
+            raise Apex4Error(f"{info.stored or name} in {info.file} is not of the model that config.json describes")
     return config, model
 
 
@@ -84,9 +90,13 @@ class LayerRunner:
     def embed(self, samples: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """Token windows int64 [S, L] and the embedding matrix -> hidden states entering layer 0, [S, L, hidden]."""
         weight = embedding.to(self.device, self.dtype)
-        states = [
-            self._run_recorders(nn.functional.embedding(ids[None].to(self.device), weight)).cpu() for ids in samples
-        ]
+        states = []
+        for ids in samples:
+            embedded = nn.functional.embedding(ids[None].to(self.device), weight)
+            if self._family.scaled_embedding:
+                # In this order and precision, as the class does it: the scale is rounded before it is applied.
+                embedded = embedded * torch.tensor(self.config.hidden_size**0.5, device=self.device).to(self.dtype)
+            states.append(self._run_recorders(embedded).cpu())
         return torch.cat(states)
 
     @torch.no_grad()
@@ -129,15 +139,18 @@ class LayerRunner:
         return out
 
     @torch.no_grad()
-    def inputs_of(self, index: int, linear: str, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What `linear` of the layer reads, one batch [1, L, K] at a time. The rest of the layer is not computed."""
-        seen: list[torch.Tensor] = []
+    def calls_of(self, index: int, module: str, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """What `module` of the layer is called with, one window at a time. The rest of the layer is not computed.
+
+        For a linear that is one tensor [1, L, K], for experts their hidden_states [L, H] and routing (experts.py).
+        """
+        seen: list[tuple[torch.Tensor, ...]] = []
 
         def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen.append(args[0])
+            seen.append(args)
             raise _InputSeen
 
-        handle = self._layers[index].get_submodule(linear).register_forward_pre_hook(stop)
+        handle = self._layers[index].get_submodule(module).register_forward_pre_hook(stop)
         try:
             for i in range(len(hidden)):
                 try:
@@ -145,6 +158,6 @@ class LayerRunner:
                 except _InputSeen:
                     yield seen.pop()
                 else:
-                    raise Apex4Error(f"{self._family.layer_prefix(index)}{linear} is never run by its layer")
+                    raise Apex4Error(f"{self._family.layer_prefix(index)}{module} is never run by its layer")
         finally:
             handle.remove()

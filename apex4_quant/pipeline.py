@@ -1,7 +1,7 @@
 """`apex4 quantize`: one decoder layer at a time, restartable after each. DESIGN §4.
 
 source shards -> load one layer -> for every input group, in the order the layer computes them:
-    run the calibration hidden states up to it (through what is already quantized) -> probe its input
+    run the calibration hidden states up to it (through what is already quantized; collecting.py)
     -> quantize the linears that read it -> put them into the layer
 -> write the layer's shard -> run the quantized layer to get the next hidden states -> commit -> drop the layer
 """
@@ -23,10 +23,9 @@ from torch import nn
 from . import __version__
 from .activation_clip import search_activation_clip
 from .calib.errors import CalibrationError
-from .calib.hessian import HessianAccumulator
-from .calib.probes import InputProbe
 from .calib.samples import draw_samples
 from .calib.text import load_text
+from .collecting import CollectedGroup, Collector
 from .devices import DTYPES, resolve_device, resolve_dtype
 from .errors import Apex4Error, Stopped, UsageError
 from .gptq import inverse_factor, quantize_weight_gptq
@@ -167,7 +166,7 @@ def preview(settings: QuantizeSettings) -> Preview:
     hessians = get_recipe(settings.recipe).rounding == "gptq"
     LayerRunner(source, settings.device, DTYPES[settings.dtype])  # refuses tensors that are not those of the model
     peak = estimate_peak_memory(source, plan, tokens, settings.seq_len, width, hessians)
-    return Preview(plan, source, settings, peak, estimate_seconds(plan, tokens, settings.device, hessians))
+    return Preview(plan, source, settings, peak, estimate_seconds(source, plan, tokens, settings.device, hessians))
 
 
 def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
@@ -281,6 +280,8 @@ class _Run:
         self.family, self.recipe = source.family, get_recipe(settings.recipe)
         self.shard_count = source.num_layers + 2  # embedding, layers, the rest
         self.name_width = max(len(linear.name) for linear in plan.linears)
+        gptq = self.recipe.rounding == "gptq"
+        self.collector = Collector(runner, self.family, source.config, gptq, progress.line)
 
     def execute(self) -> QuantizeResult:
         self.runner.prepare(self.samples.shape[1])
@@ -314,66 +315,44 @@ class _Run:
         prefix = self.family.layer_prefix(layer)
         stored = self.source.read(self.source.layer_tensors(layer))
         module = self.runner.load_layer(layer, stored)
-        records = []
-        for position, group in enumerate(self.family.input_groups):
-            planned = [linear for linear in self.plan.of_layer(layer) if linear.input_group == position]
-            if not planned:
-                continue
-            weights = [stored.pop(f"{linear.name}.weight").to(self.runner.device) for linear in planned]
-            inputs, hessian = self._collect(layer, planned, prefix + group.linears[0], hidden)
-            if self.recipe.search_clip:
-                planned = self._with_clip(planned, weights, inputs)
+        planned = self.plan.of_layer(layer)
+        records: dict[str, dict[str, Any]] = {}
+        for group in self.collector.groups_of(layer, module, planned, hidden):
+            clip = self._clip(group, stored) if self.recipe.search_clip else None
             _return_free_memory()
-            factor = None
-            if hessian is not None:
-                factor = inverse_factor(prefix + group.linears[0], hessian, warn=self.progress.line)
-                del hessian
-            for linear, weight in zip(planned, weights, strict=True):
-                local = module.get_submodule(linear.name[len(prefix) :])
-                quantized, record = self._quantize(linear, weight, local, inputs, factor)
-                module.set_submodule(linear.name[len(prefix) :], quantized)
-                for part in ("weight_packed", "weight_scale"):
-                    stored[f"{linear.name}.{part}"] = getattr(quantized, part)
-                records.append(record)
-                advance(linear.elements)
+            for part in group.take_parts():
+                inputs, hessian = part.statistics.inputs(), part.statistics.take_hessian()
+                factor = None
+                if hessian is not None:
+                    factor = inverse_factor(part.reader, hessian, warn=self.progress.line)
+                    del hessian
+                for linear in part.planned:
+                    if clip is not None:
+                        linear = replace(linear, format=replace(linear.format, activation_clip=clip))
+                    weight = stored.pop(f"{linear.name}.weight").to(self.runner.device)
+                    local = module.get_submodule(linear.name[len(prefix) :])
+                    quantized, record = self._quantize(linear, weight, local, inputs, factor)
+                    module.set_submodule(linear.name[len(prefix) :], quantized)
+                    for name in ("weight_packed", "weight_scale"):
+                        stored[f"{linear.name}.{name}"] = getattr(quantized, name)
+                    records[linear.name] = record | part.record_of(linear)
+                    advance(linear.elements)
         self._write_shard(layer + 2, stored)
         del stored
         after = self.runner.run_layer(layer, hidden)
         self.state.save_hidden(layer + 1, after)
-        self._commit(layer + 2, records)
+        self._commit(layer + 2, [records[linear.name] for linear in planned if linear.name in records])
         self.state.drop_hidden(layer)
         self.runner.drop_layer(layer)
         _return_free_memory()
         return after
 
-    def _collect(
-        self, layer: int, planned: list[PlannedLinear], reader: str, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the layer up to `reader`: a probe of its input, float32 [T, K], and its Hessian if the recipe needs one."""
-        probe = InputProbe(hidden.shape[0] * hidden.shape[1])
-        hessian = HessianAccumulator() if self.recipe.rounding == "gptq" else None
-        for batch in self.runner.inputs_of(layer, reader.removeprefix(self.family.layer_prefix(layer)), hidden):
-            probe.add(batch)
-            if hessian is not None:
-                hessian.add(transform_input(batch, planned[0].format))
-        inputs = probe.rows().float()
-        if not bool(torch.isfinite(inputs).all()):
-            raise Apex4Error(f"the input of {reader} is not finite in {self.settings.dtype}: try --dtype float32")
-        if hessian is None:
-            return inputs, None
-        try:
-            return inputs, hessian.take_matrix()
-        except CalibrationError as error:
-            raise Apex4Error(f"the Hessian of {reader} cannot be used, {error}: try --dtype float32") from error
-
-    def _with_clip(
-        self, planned: list[PlannedLinear], weights: list[torch.Tensor], inputs: torch.Tensor
-    ) -> list[PlannedLinear]:
-        """The linears of one input with the activation clip ratio that suits them together: it is quantized once."""
+    def _clip(self, group: CollectedGroup, stored: dict[str, torch.Tensor]) -> float:
+        """The activation clip ratio that suits all linears of an input together: it is quantized once."""
+        planned = [linear for part in group.parts for linear in part.planned]
+        bases = (transform_weight(stored[f"{p.name}.weight"].to(self.runner.device), p.format) for p in planned)
         format = planned[0].format
-        bases = [transform_weight(w, linear.format) for w, linear in zip(weights, planned, strict=True)]
-        clip = search_activation_clip(transform_input(inputs, format), bases, format.group_length)
-        return [replace(linear, format=replace(linear.format, activation_clip=clip)) for linear in planned]
+        return search_activation_clip(transform_input(group.statistics.inputs(), format), bases, format.group_length)
 
     def _quantize(
         self,
@@ -454,7 +433,7 @@ class _Run:
 
         plan = plan_as_dict(self.plan, self.source)
         for entry, record in zip(plan["quantized"], records, strict=True):
-            entry["error"] = record["error"]
+            entry |= {key: record[key] for key in ("error", "calibration_tokens", "fallback") if key in record}
         return plan | {
             "versions": {
                 "apex4": __version__,

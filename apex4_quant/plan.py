@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import UsageError
+from .families import expert_of
 from .layouts import get_layout
 from .number_format import GroupSize
 from .quant_config import LinearFormat, QuantConfig
@@ -18,6 +19,7 @@ from .storage import format_bytes
 OUTSIDE_LAYERS = "outside the decoder layers"
 IGNORED = "--ignore"
 NOT_LINEAR = "not a linear weight"
+ROUTER = "a router"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def build_plan(
     linears, quantized_tensors, ignored, unmatched = [], set(), [], set(ignore)
     for layer in range(source.num_layers):
         prefix = family.layer_prefix(layer)
-        for position, group in enumerate(family.input_groups):
+        for position, group in enumerate(family.groups(source.config, layer)):
             for name in (prefix + part for part in group.linears):
                 hits = {
                     pattern for pattern in ignore if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
@@ -93,17 +95,21 @@ def build_plan(
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
     if unmatched:
-        example = family.layer_prefix(0) + family.linears()[-1]
+        example = family.layer_prefix(0) + family.linears(source.config, 0)[-1]
         raise UsageError(f"--ignore {sorted(unmatched)[0]!r} matches no linear: names look like {example}")
     if not linears:
         raise UsageError("--ignore leaves nothing to quantize: give fewer patterns")
-    outer = set(source.outer_tensors)
+    outer, asked = set(source.outer_tensors), {f"{name}.weight" for name in ignored}
+
+    def reason(name: str) -> str:
+        if name in outer:
+            return OUTSIDE_LAYERS
+        if family.experts is not None and name.endswith(f".{family.experts.router}.weight"):
+            return ROUTER
+        return IGNORED if name in asked else NOT_LINEAR
+
     kept = tuple(
-        KeptTensor(
-            name,
-            OUTSIDE_LAYERS if name in outer else IGNORED if name.removesuffix(".weight") in ignored else NOT_LINEAR,
-            info.bytes,
-        )
+        KeptTensor(name, reason(name), info.bytes)
         for name, info in source.infos.items()
         if name not in quantized_tensors
     )
@@ -127,7 +133,8 @@ def estimate_peak_memory(
     source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int, hessians: bool
 ) -> int:
     """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
-    the Hessian of the widest input with its factors, and the calibration hidden states (before and after the layer)."""
+    the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, and the
+    calibration hidden states (before and after the layer)."""
     hidden = int(source.config["hidden_size"])
     layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
     widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
@@ -136,11 +143,32 @@ def estimate_peak_memory(
     states = 2 * tokens * hidden * compute_bytes
     working = layer + 12 * largest + 16 * seq_len * widest
     if hessians:
-        working += 4 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
-    return max(working, 2 * outer) + states
+        working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
+    return max(working + _collected_bytes(source, plan, compute_bytes, hessians), 2 * outer) + states
 
 
-def estimate_seconds(plan: Plan, tokens: int, device: str, hessians: bool) -> float:
+def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int, hessians: bool) -> int:
+    """What one stage's statistics take at most: a Hessian per input, and for experts a shared one and rows too."""
+    from .collecting import EXPERT_ROWS
+
+    most = 0
+    for layer in range(source.num_layers):
+        readers: dict[tuple[int, int | None], int] = {}
+        for linear in plan.of_layer(layer):
+            readers[linear.input_group, expert_of(linear.name)] = linear.format.padded_k
+        first = 0
+        for stage in source.family.stages(source.config, layer):
+            last = first + len(stage)
+            of_stage = {reader: k for reader, k in readers.items() if first <= reader[0] < last}
+            first = last
+            experts = [k for (_, expert), k in of_stage.items() if expert is not None]
+            widths = [*of_stage.values(), max(experts)] if experts else list(of_stage.values())
+            kept = 2 * EXPERT_ROWS * sum(experts) * compute_bytes
+            most = max(most, kept + sum(4 * k * k for k in widths if hessians))
+    return most
+
+
+def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, hessians: bool) -> float:
     """From two short measurements on this machine: a quantized linear, and the scale search."""
     import torch
 
@@ -164,11 +192,17 @@ def estimate_seconds(plan: Plan, tokens: int, device: str, hessians: bool) -> fl
     per_multiply = seconds_of(lambda: torch_backend.linear(weight, codes, scales)) / size**3
     per_element = seconds_of(lambda: search_scales(weight, 128)) / size**2
     elements = sum(linear.elements for linear in plan.linears)
+    experts = source.family.experts
+    share = 1.0 if experts is None else experts.token_share(source.config)
+
+    def seen(expert: int | None) -> float:
+        return tokens if expert is None else tokens * share
+
     # A linear is run again for every later input group of its layer and once at the end: three times on average.
-    multiplies = 3 * tokens * elements
+    multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
-        inputs = {(linear.layer, linear.input_group): linear.format.padded_k for linear in plan.linears}
-        multiplies += sum(tokens * k * k for k in inputs.values())
+        inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
+        multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
     return elements * per_element + multiplies * per_multiply
 

@@ -11,9 +11,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import Apex4Error, UsageError
+from .expert_tensors import published_name, unfused
 from .families import RECOMPUTED_SUFFIXES, Family, family_of
 from .storage import format_bytes, read_json, sha256
+from .tensor_info import TensorInfo
 
 DEMO = "demo"
 DEMO_PATH = Path(__file__).resolve().parent / "demo"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CHECKSUMS_NAME = "checksums.json"  # {file name: sha256}, optional beside any model
-
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
 def resolve_model(model: str) -> Path:
@@ -123,7 +110,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensors(infos: dict[str, TensorInfo], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The named tensors on the CPU, in their stored dtype. Raises Apex4Error for a damaged file."""
+    """The named tensors on the CPU, in their stored dtype; of a part of a tensor, only that part is read.
+
+    Raises Apex4Error for a damaged file.
+    """
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name in names:
         by_file[infos[name].file].append(name)
@@ -131,7 +121,10 @@ def read_tensors(infos: dict[str, TensorInfo], names: Iterable[str]) -> dict[str
     for path, wanted in by_file.items():
         try:
             with safe_open(path, "pt", backend="pread") as file:
-                tensors |= {name: file.get_tensor(name) for name in wanted}
+                for name in wanted:
+                    info = infos[name]
+                    stored = info.stored or name
+                    tensors[name] = file.get_tensor(stored) if info.part is None else file.get_slice(stored)[info.part]
         except (SafetensorError, OSError) as error:
             raise Apex4Error(f"{path} cannot be read ({error}): get the file again") from error
     return tensors
@@ -157,7 +150,10 @@ def require_sizes(config: dict[str, Any], folder: Path) -> None:
 
 
 class ModelSource:
-    """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error."""
+    """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
+
+    `infos` has the tensors under the names of the model with its experts unfused, however they are stored.
+    """
 
     def __init__(self, model: str) -> None:
         self.name = model
@@ -168,18 +164,21 @@ class ModelSource:
             raise UsageError(f"{model} is already quantized ({method}): give the original 16-bit model")
         self.family: Family = family_of(self.config, model)
         require_sizes(self.config, self.folder)
-        self.infos = {
+        stored = {
             name: info
             for name, info in read_tensor_infos(self.folder).items()
             if not name.endswith(RECOMPUTED_SUFFIXES)
         }
+        self.stored_names = list(stored)
+        self.infos = unfused(stored, self.family)
         self.num_layers = int(self.config["num_hidden_layers"])
         for index in range(self.num_layers):
             prefix = self.family.layer_prefix(index)
-            for linear in (prefix + part for part in self.family.linears()):
+            for linear in (prefix + part for part in self.family.linears(self.config, index)):
                 info = self.infos.get(linear + ".weight")
                 if info is None:
-                    raise Apex4Error(f"{model} has no tensor {linear}.weight: the checkpoint is incomplete")
+                    name = published_name(linear + ".weight", stored, self.family)
+                    raise Apex4Error(f"{model} has no tensor {name}: the checkpoint is incomplete")
                 if len(info.shape) != 2:
                     raise Apex4Error(
                         f"{linear}.weight in {info.file} has shape {list(info.shape)} and must be a matrix"
@@ -228,7 +227,9 @@ class ModelSource:
         for name, info in self.infos.items():
             tensor = self.read([name])[name]
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise Apex4Error(f"{name} in {info.file} holds NaN or infinity: the model is damaged, get it again")
+                raise Apex4Error(
+                    f"{info.stored or name} in {info.file} holds NaN or infinity: the model is damaged, get it again"
+                )
             advance(info.bytes)
         return digests
 

@@ -8,12 +8,14 @@ import torch
 class InputProbe:
     """Keeps every `stride`-th token of what a linear reads, at most `tokens` rows of `total` in all.
 
-    Evenly spaced over all calibration tokens, so it needs no random state and is the same in every run.
+    Evenly spaced over all calibration tokens, so it needs no random state and is the same in every run. If `total` is
+    None, it is not known beforehand (an expert's tokens): the stride doubles whenever twice too many rows are kept.
     """
 
-    def __init__(self, total: int, tokens: int = 4096) -> None:
-        self._stride = max(1, -(-total // tokens))
-        self._seen = 0
+    def __init__(self, total: int | None, tokens: int = 4096) -> None:
+        self._stride = max(1, -(-(total or 1) // tokens))
+        self._most = None if total is not None else tokens
+        self._seen = self._kept = 0
         self._rows: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
@@ -22,7 +24,17 @@ class InputProbe:
         first = -self._seen % self._stride
         self._rows.append(rows[first :: self._stride].clone())
         self._seen += len(rows)
+        self._kept += len(self._rows[-1])
+        while self._most is not None and self._kept >= 2 * self._most:
+            self._halve()
+
+    def _halve(self) -> None:
+        self._rows = [torch.cat(self._rows)[::2].clone()]
+        self._kept = len(self._rows[0])
+        self._stride *= 2
 
     def rows(self) -> torch.Tensor:
         """[kept tokens, K] in the dtype seen."""
+        if self._most is not None and self._kept > self._most:
+            self._halve()
         return torch.cat(self._rows)

@@ -1,0 +1,229 @@
+"""What linears are quantized with: inputs and Hessians, seen by running the calibration text through a layer.
+
+One pass over the calibration hidden states serves all input groups of a stage. The experts of a layer see different
+tokens, so each has its own statistics, unless too few tokens reached it:
+
+    gate_proj, up_proj    the rows of the MLP's input that the router sends to the expert; else all rows
+    down_proj             what the expert makes of those rows; else what it makes of all rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calib.errors import CalibrationError
+from .calib.hessian import HessianAccumulator
+from .calib.probes import InputProbe
+from .errors import Apex4Error
+from .experts import UnfusedExperts, routed
+from .families import Experts, Family, InputGroup, expert_of
+from .layer_runner import LayerRunner
+from .plan import PlannedLinear
+from .quant_config import LinearFormat
+from .transforms import transform_input
+
+SHARED = "shared statistics"
+
+# GPTQ fits the tokens it sees. With n tokens and K features its error on other tokens of the same kind was, at n = K, up
+# to a half above that with statistics of all tokens, even where these came from other subspaces; from n = 2 K on the
+# expert's own tokens are as good or better (docs/log.md).
+TOKENS_PER_FEATURE = 2
+
+EXPERT_ROWS = 1024  # kept of what an expert reads: a layer may have hundreds of experts
+
+
+class Statistics:
+    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian in its basis."""
+
+    def __init__(self, reader: str, probe: InputProbe, dtype: torch.dtype, format: LinearFormat | None) -> None:
+        self._reader, self._probe, self._dtype, self._format = reader, probe, dtype, format
+        self._hessian = HessianAccumulator() if format is not None else None
+        self._inputs: torch.Tensor | None = None
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """x [..., K], as the linears read it."""
+        self._probe.add(x)
+        if self._hessian is not None and self._format is not None:
+            self._hessian.add(transform_input(x, self._format))
+        self.tokens += x.numel() // x.shape[-1]
+
+    def inputs(self) -> torch.Tensor:
+        """The rows kept, float32 [T, K]. Raises Apex4Error if one is not finite."""
+        if self._inputs is None:
+            self._inputs = self._probe.rows().float()
+            if not bool(torch.isfinite(self._inputs).all()):
+                dtype = str(self._dtype).removeprefix("torch.")
+                raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: try --dtype float32")
+        return self._inputs
+
+    def take_hessian(self) -> torch.Tensor | None:
+        """The Hessian, float32 [padded K, padded K], and forget it. Raises Apex4Error if it cannot be used."""
+        if self._hessian is None:
+            return None
+        try:
+            return self._hessian.take_matrix()
+        except CalibrationError as error:
+            raise Apex4Error(f"the Hessian of {self._reader} cannot be used, {error}: try --dtype float32") from error
+
+
+@dataclass
+class Part:
+    """Linears of an input group that are quantized with the same statistics.
+
+    `tokens` says for every expert among them how many calibration tokens the router sent to it.
+    """
+
+    reader: str
+    planned: list[PlannedLinear]
+    statistics: Statistics
+    tokens: dict[int, int] = field(default_factory=dict)
+    shared: bool = False
+
+    def record_of(self, linear: PlannedLinear) -> dict[str, Any]:
+        """What the report says of an expert's calibration; nothing for other linears."""
+        expert = expert_of(linear.name)
+        if expert is None:
+            return {}
+        return {"calibration_tokens": self.tokens[expert]} | ({"fallback": SHARED} if self.shared else {})
+
+
+@dataclass
+class CollectedGroup:
+    """An input group: `statistics` of the tensor itself, and the parts that its linears fall into."""
+
+    statistics: Statistics
+    parts: list[Part]
+
+    def take_parts(self) -> Iterator[Part]:
+        """The parts one after the other, each forgotten when the next is asked for."""
+        while self.parts:
+            yield self.parts.pop(0)
+
+
+class Collector:
+    """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics."""
+
+    def __init__(
+        self, runner: LayerRunner, family: Family, config: dict[str, Any], hessians: bool, say: Callable[[str], None]
+    ) -> None:
+        self._runner, self._family, self._config = runner, family, config
+        self._hessians, self._say = hessians, say
+
+    def groups_of(
+        self, layer: int, module: nn.Module, planned: list[PlannedLinear], hidden: torch.Tensor
+    ) -> Iterator[CollectedGroup]:
+        """The input groups of decoder layer `module` that have planned linears, in the order of computation.
+
+        A stage is collected when the first of its groups is asked for: by then the linears before it must have been
+        replaced by their quantized form. hidden [S, L, H] are the states entering the layer. Raises Apex4Error.
+        """
+        by_group: dict[int, list[PlannedLinear]] = {}
+        for linear in planned:
+            by_group.setdefault(linear.input_group, []).append(linear)
+        first = 0
+        for stage in self._family.stages(self._config, layer):
+            wanted = [by_group[first + i] for i in range(len(stage)) if first + i in by_group]
+            first += len(stage)
+            if not wanted:
+                continue
+            experts = self._family.experts
+            if experts is not None and expert_of(stage[0].linears[0]) is not None:
+                unfused = module.get_submodule(experts.module)
+                assert isinstance(unfused, UnfusedExperts)
+                collect = self._entering if stage[0].producer is None else self._inside
+                groups = collect(layer, experts, unfused, [linear for group in wanted for linear in group], hidden)
+            else:
+                groups = [self._dense(layer, stage[0], wanted[0], hidden)]
+            while groups:
+                yield groups.pop(0)
+
+    def _statistics(self, reader: str, probe: InputProbe, linear: PlannedLinear) -> Statistics:
+        return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
+
+    def _dense(
+        self, layer: int, group: InputGroup, planned: list[PlannedLinear], hidden: torch.Tensor
+    ) -> CollectedGroup:
+        reader = self._family.layer_prefix(layer) + group.linears[0]
+        statistics = self._statistics(reader, InputProbe(hidden.shape[0] * hidden.shape[1]), planned[0])
+        for (x,) in self._runner.calls_of(layer, group.linears[0], hidden):
+            statistics.add(x)
+        return CollectedGroup(statistics, [Part(reader, planned, statistics)])
+
+    def _entering(
+        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], hidden: torch.Tensor
+    ) -> list[CollectedGroup]:
+        """One group: the gate and up projections of all experts, with a part for each that saw enough tokens."""
+        name = self._family.layer_prefix(layer) + experts.module
+        everything = self._statistics(name, InputProbe(hidden.shape[0] * hidden.shape[1]), planned[0])
+        own = self._own(name, planned)
+        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden):
+            everything.add(states)
+            for expert, tokens, _ in routed(index):
+                if expert in own:
+                    own[expert].statistics.add(states[tokens])
+        fed, starved = self._split(own)
+        if starved:
+            linears = [linear for part in starved for linear in part.planned]
+            tokens = {expert: n for part in starved for expert, n in part.tokens.items()}
+            fed.append(Part(name, linears, everything, tokens, shared=True))
+        return [CollectedGroup(everything, fed)]
+
+    def _inside(
+        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], hidden: torch.Tensor
+    ) -> list[CollectedGroup]:
+        """One group per expert: its down projection."""
+        own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
+        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden):
+            for expert, tokens, _ in routed(index):
+                if expert in own:
+                    own[expert].statistics.add(module[expert].inner(states[tokens]))
+        _, starved = self._split(own)
+        for part in starved:
+            probe = InputProbe(hidden.shape[0] * hidden.shape[1], EXPERT_ROWS)
+            part.statistics = self._statistics(part.reader, probe, part.planned[0])
+            part.shared = True
+        if starved:  # a second pass, of these experts on all tokens
+            for states, _, _ in self._runner.calls_of(layer, experts.module, hidden):
+                for part in starved:
+                    (expert,) = part.tokens
+                    part.statistics.add(module[expert].inner(states))
+        return [CollectedGroup(part.statistics, [part]) for part in own.values()]
+
+    def _own(self, name: str, planned: list[PlannedLinear]) -> dict[int, Part]:
+        """A part for every expert that has planned linears, with nothing seen yet."""
+        linears: dict[int, list[PlannedLinear]] = {}
+        for linear in planned:
+            expert = expert_of(linear.name)
+            assert expert is not None
+            linears.setdefault(expert, []).append(linear)
+        parts = {}
+        for expert, of_expert in linears.items():
+            reader = f"{name}.{expert}"
+            parts[expert] = Part(
+                reader, of_expert, self._statistics(reader, InputProbe(None, EXPERT_ROWS), of_expert[0])
+            )
+        return parts
+
+    def _split(self, own: dict[int, Part]) -> tuple[list[Part], list[Part]]:
+        """The parts with enough tokens and those without, which are reported."""
+        fed, starved = [], []
+        for expert, part in own.items():
+            part.tokens = {expert: part.statistics.tokens}
+            # Rounding to nearest uses no statistics: there it takes a token to measure the error with, no more.
+            needed = TOKENS_PER_FEATURE * part.planned[0].format.in_features if self._hessians else 1
+            if part.statistics.tokens >= needed:
+                fed.append(part)
+                continue
+            starved.append(part)
+            seen = f"{part.statistics.tokens} calibration tokens" if part.statistics.tokens else "no calibration token"
+            names = ", ".join(linear.name.rpartition(".")[2] for linear in part.planned)
+            self._say(
+                f"{part.reader}: {seen} reached this expert ({needed} needed): {names} use {SHARED} of all tokens"
+            )
+        return fed, starved

@@ -1,0 +1,27 @@
+"""What a safetensors header says of one tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """`stored` is the name in the file if it is another, `part` the index of what is meant of that tensor (None: all).
+
+    `shape` is that of the part.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    stored: str | None = None
+    part: tuple[int | slice, ...] | None = None
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * _BYTES.get(self.dtype, 1)
