@@ -11,14 +11,24 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from apex4_quant import QuantizeSettings, quantize
@@ -52,6 +62,31 @@ MODELS = {
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
     "qwen3 ragged": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES | RAGGED)),
+    "phi3 partial rotary": lambda: Phi3ForCausalLM(
+        Phi3Config(**SIZES, partial_rotary_factor=0.5, sliding_window=16, pad_token_id=0)
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=32, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=10.0)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+    "mixtral tied ragged": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES | RAGGED, num_local_experts=3, num_experts_per_tok=1, tie_word_embeddings=True)
+    ),
+    "qwen3moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SIZES, head_dim=32, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=128, mlp_only_layers=[0]
+        )
+    ),
+}
+# Linears of both layers, where it is not seven a layer.
+COUNTS = {
+    "phi3 partial rotary": 2 * 4,
+    "mixtral": 2 * (4 + 3 * 4),
+    "mixtral tied ragged": 2 * (4 + 3 * 3),
+    "qwen3moe": 2 * 4 + 3 + 3 * 6,
 }
 
 
@@ -63,7 +98,8 @@ def write_model(folder: Path, name: str, **save: Any) -> nn.Module:
         if key.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
         elif "norm" in key:
-            nn.init.uniform_(parameter, 0.5, 1.5)
+            offset = FAMILIES[type(model).__name__].norm_offset
+            nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
     model = model.to(torch.bfloat16)
     model.save_pretrained(folder, **save)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -101,7 +137,7 @@ def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) 
         str(tmp_path / "model"), recipe=recipe, target="none", layout=layout, samples=2, seq_len=64
     )
     result = quantize(settings, tmp_path / "out")
-    assert len(result.records) == 14
+    assert len(result.records) == COUNTS.get(name, 14)
     assert max(record["error"] for record in result.records) < 0.25
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
