@@ -34,9 +34,10 @@ from transformers import (
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.families import FAMILIES, family_of
 from apex4_quant.kernels import reference
+from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.linear import Apex4Linear
 from apex4_quant.number_format import padded_in_features
-from apex4_quant.source import DEMO_PATH
+from apex4_quant.source import DEMO_PATH, ModelSource
 
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -158,6 +159,70 @@ def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) 
     assert 0.05 < quantization < 0.9  # random weights forgive nothing; no change at all would mean no quantization
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_run_one_at_a_time_are_the_model(name: str, tmp_path: Path) -> None:
+    """Embedding scale, masks, windows and rotary embeddings of every layer: what calibration sees is what there is."""
+    write_model(tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(1))
+    entering: list[torch.Tensor] = []
+    for layer in (*model.model.layers, model.model.norm):
+        layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    model(ids, use_cache=False)
+
+    source = ModelSource(str(tmp_path))
+    runner = LayerRunner(source, "cpu", torch.float32)
+    runner.prepare(48)
+    embedding = f"{source.family.embedding}.weight"
+    hidden = runner.embed(ids, source.read([embedding])[embedding])
+    for index, expected in enumerate(entering):
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+        if index < source.num_layers:
+            runner.load_layer(index, source.read(source.layer_tensors(index)))
+            hidden = runner.run_layer(index, hidden)
+            runner.drop_layer(index)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_entries_say_where_inputs_come_from_and_who_writes_the_stream(name: str, tmp_path: Path) -> None:
+    """Scaling the channels of an input where it is made, and back where it is read, must change nothing."""
+    write_model(tmp_path, name)
+    source = ModelSource(str(tmp_path))
+    runner = LayerRunner(source, "cpu", torch.float32)
+    runner.prepare(32)
+    hidden = torch.randn(1, 32, source.config["hidden_size"], generator=torch.Generator().manual_seed(0))
+    for index in range(source.num_layers):
+        tensors = {n: t.float() for n, t in source.read(source.layer_tensors(index)).items()}
+        layer = runner.load_layer(index, tensors)
+        expected = runner.run_layer(index, hidden)
+        for group in source.family.groups(source.config, index):
+            scale = torch.rand(layer.get_submodule(group.linears[0]).in_features) + 0.5
+            if group.norm is not None:
+                gain, offset = layer.get_submodule(group.norm).weight, source.family.norm_offset
+                gain.copy_((gain + offset) * scale - offset)
+            else:
+                assert group.producer is not None
+                made = layer.get_submodule(group.producer.linear)
+                if group.producer.per_head:
+                    heads = (runner.config.num_key_value_heads, -1, layer.self_attn.head_dim)
+                    scale = scale.view(heads)[:, :1].expand_as(scale.view(heads))
+                    rows, scale = scale[:, 0].flatten(), scale.flatten()
+                else:
+                    rows = scale
+                first = 0 if group.producer.rows == "all" else made.out_features - len(rows)
+                for parameter in made.parameters():
+                    parameter[first:] *= rows.view(-1, *[1] * (parameter.dim() - 1))
+            for reader in (*group.linears, *group.also_read_by):
+                layer.get_submodule(reader).weight /= scale
+            torch.testing.assert_close(runner.run_layer(index, hidden), expected, rtol=1e-3, atol=1e-3)
+        for writer in source.family.residual_writers(source.config, index):
+            for parameter in layer.get_submodule(writer).parameters():
+                parameter.zero_()
+        assert torch.equal(runner.run_layer(index, hidden), hidden)
+
+
 def test_dequantized_weights_are_close_and_everything_else_is_untouched(tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", "qwen2")
     quantize(
@@ -235,5 +300,6 @@ def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
 
     for name in FAMILIES:
         assert hasattr(transformers, name)
+        assert any(name == type(make()).__name__ for make in MODELS.values()), f"no model of {name} is tested"
     with pytest.raises(Exception, match=r"GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
         family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")
