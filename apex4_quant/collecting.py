@@ -29,9 +29,9 @@ from .transforms import transform_input
 
 SHARED = "shared statistics"
 
-# GPTQ fits the tokens it sees. With n tokens and K features its error on other tokens of the same kind was, at n = K, up
-# to a half above that with statistics of all tokens, even where these came from other subspaces; from n = 2 K on the
-# expert's own tokens are as good or better (docs/log.md).
+# GPTQ fits the tokens it sees. With as many tokens as features or fewer, its error on other tokens of the same kind was
+# above that with the statistics of all tokens, even where those lie in other directions; at twice as many the two are
+# about even (docs/log.md).
 TOKENS_PER_FEATURE = 2
 
 EXPERT_ROWS = 1024  # kept of what an expert reads: a layer may have hundreds of experts
