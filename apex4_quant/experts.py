@@ -70,8 +70,8 @@ def unfuse_experts(model: nn.Module) -> None:
         fused = getattr(module, "gate_up_proj", None)
         if not isinstance(fused, nn.Parameter):
             continue
-        plain = module.has_gate and module.is_concatenated and not (module.is_transposed or module.has_bias)
-        if not plain or fused.dim() != 3:
+        usual = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+        if fused.dim() != 3 or any(getattr(module, name, value) != value for name, value in usual.items()):
             raise Apex4Error(f"the experts in {name} are of a kind that apex4 does not know: use a newer apex4")
         count, rows, hidden = fused.shape
         model.set_submodule(name, UnfusedExperts(count, hidden, rows // 2, module.act_fn, fused.dtype))

@@ -100,9 +100,15 @@ class Experts:
         return min(1.0, _positive(config, "num_experts_per_tok") / self.count(config))
 
     def in_layer(self, config: dict[str, Any], layer: int) -> bool:
-        """Whether the layer is sparse. A family without these settings (Mixtral) has no dense layers."""
+        """Whether the layer is sparse. A family without these settings (Mixtral) has no dense layers.
+
+        Raises Apex4Error for settings that cannot be.
+        """
         dense = config.get("mlp_only_layers") or []
-        return layer not in dense and (layer + 1) % int(config.get("decoder_sparse_step") or 1) == 0
+        if not isinstance(dense, list):
+            raise Apex4Error("config.json has no usable mlp_only_layers: the file is damaged, get it again")
+        every = 1 if config.get("decoder_sparse_step") is None else _positive(config, "decoder_sparse_step")
+        return layer not in dense and (layer + 1) % every == 0
 
     def stages(self, count: int) -> tuple[tuple[InputGroup, ...], ...]:
         names = [f"{self.module}.{expert}" for expert in range(count)]

@@ -53,9 +53,10 @@ class Apex4HfQuantizer(HfQuantizer):
                 if module.weight_packed.device.type != "meta":  # offloaded to disk: read when it is used
                     module.require_legal(name)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Renamings stay. Nothing is fused or split: the checkpoint's tensors are those of the model with its experts
         unfused, and transformers' patterns for one tensor per expert would take them for tensors to be fused."""
+        # transformers 5.17 calls it with the conversions alone, 5.23 with the model too.
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def is_serializable(self) -> bool:

@@ -131,6 +131,14 @@ def test_fused_and_published_sources_give_the_same_bytes(name: str, moe: Callabl
         assert shard.read_bytes() == (tmp_path / "out-fused" / shard.name).read_bytes()
 
 
+def test_experts_of_another_form_are_refused() -> None:
+    for attribute, value in (("has_bias", True), ("is_transposed", True), ("has_gate", False)):
+        model = mixtral()
+        setattr(model.model.layers[1].mlp.experts, attribute, value)
+        with pytest.raises(Apex4Error, match=r"experts in model\.layers\.1\.mlp\.experts"):
+            unfuse_experts(model)
+
+
 def test_a_fused_source_is_read_expert_by_expert(moe: Callable[..., Path]) -> None:
     source = ModelSource(str(moe("mixtral", save_original_format=False)))
     whole = load_file(source.folder / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj"]
@@ -192,14 +200,21 @@ def test_damaged_sources_are_refused(
     one_sentence(quantize_badly(folder), 1, *nouns)
 
 
-def test_a_config_without_the_number_of_experts_is_refused(
-    moe: Callable[..., Path], quantize_badly: Callable[..., Result], one_sentence: Callable[..., str]
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_local_experts", None), ("num_local_experts", "4"), ("mlp_only_layers", 3), ("decoder_sparse_step", 0)],
+)
+def test_damaged_configs_are_refused(
+    field: str,
+    value: object,
+    moe: Callable[..., Path],
+    quantize_badly: Callable[..., Result],
+    one_sentence: Callable[..., str],
 ) -> None:
     folder = moe("mixtral")
-    config = json.loads((folder / "config.json").read_text())
-    del config["num_local_experts"]
+    config = json.loads((folder / "config.json").read_text()) | {field: value}
     (folder / "config.json").write_text(json.dumps(config))
-    one_sentence(quantize_badly(folder), 1, "num_local_experts", "config.json")
+    one_sentence(quantize_badly(folder), 1, field, "config.json")
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "apex4"])
