@@ -65,7 +65,9 @@ MAINLOOPS: dict[str, Mainloop] = {
 }
 OURS, NAIVE = MAINLOOPS["two-ffma"], MAINLOOPS["naive"]
 
-DEFAULT_BUDGET = 1.05  # a plan may take this multiple of the fastest plan's predicted time: what lambda <= 1 costs, and no more
+DEFAULT_BUDGET = (
+    1.05  # a plan may take this multiple of the fastest plan's predicted time: what lambda <= 1 costs, and no more
+)
 DEFAULT_TOKENS = 2048
 _EXAMPLE_K = 4096  # for tables of GPUs: the hidden size of an 8B model
 

@@ -9,6 +9,7 @@ optimal for their own time whatever the thinning did.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 _SAME = 1e-12  # of the largest loss: less is rounding, not a better selection
@@ -68,7 +69,7 @@ def _relaxation(groups: Sequence[Sequence[tuple[float, float]]]) -> list[Selecti
     for index, options in enumerate(groups):
         hull = _lower_hull(options)
         picks.append(hull[0])
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in pairwise(hull):
             gained, spent = options[before][1] - options[after][1], options[after][0] - options[before][0]
             steps.append((-gained / spent, index, after))
     selections = [_selection(groups, picks)]

@@ -37,10 +37,11 @@ from .linear import Apex4Linear
 from .loading import REPORT_NAME
 from .number_format import GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
+from .plan_file import read_plan_file
 from .progress import Progress
 from .quant_config import TRANSFORMS
 from .recipes import DEFAULT_RECIPE, get_recipe
-from .run_state import RunState, require_empty, stored_settings
+from .run_state import RunState, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
@@ -56,11 +57,15 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What the user asks for. `auto` and None are decided by `resolve`, and the decision is what is recorded."""
+    """What the user asks for. `auto` and None are decided by `resolve`, and the decision is what is recorded.
+
+    `plan` is the path of a plan file; resolved, it is what the file says: group sizes by full module name.
+    """
 
     model: str
     recipe: str = DEFAULT_RECIPE
     group_size: GroupSize = 128
+    plan: str | dict[str, GroupSize] | None = None
     target: str = "auto"
     layout: str | None = None
     transform: str | None = None
@@ -83,8 +88,14 @@ class QuantizeSettings:
             if value < 1:
                 raise UsageError(f"--{name} is {value}: give a positive number")
         context = source.config.get("max_position_embeddings") or self.seq_len
+        plan = self.plan
+        if plan is not None and parse_group_size(self.group_size) != 128:
+            raise UsageError("--plan decides every group size: leave --group-size away")
+        if isinstance(plan, str):
+            plan = read_plan_file(Path(plan).expanduser()).for_model(source)
         return replace(
             self,
+            plan=plan,
             group_size=parse_group_size(self.group_size),
             target=target.gpu or target.arch or "none",
             layout=get_layout(self.layout or target.layout).name,
@@ -154,6 +165,7 @@ def _plan(source: ModelSource, settings: QuantizeSettings) -> Plan:
         layout=settings.layout or target.layout,
         target={"gpu": target.gpu, "arch": target.arch},
         ignore=settings.ignore,
+        group_sizes=settings.plan if isinstance(settings.plan, dict) else None,
     )
 
 
@@ -182,10 +194,7 @@ def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
         again = again.resolve(ModelSource(first.model))
     for name, value in asked.items():
         if getattr(first, name) != getattr(again, name):
-            raise UsageError(
-                f"{out} was begun with {name} = {getattr(first, name)!r} and now {value!r} is asked for: "
-                "resume with the first run's settings or choose another output folder"
-            )
+            raise other_setting(out, name, getattr(first, name), value)
     return first
 
 
@@ -211,7 +220,7 @@ def quantize(
     asked_seq_len = settings.seq_len
     settings = settings.resolve(source)
     plan = _plan(source, settings)
-    samples = _draw(source, settings, asked_seq_len, progress)
+    samples = draw_calibration(source, settings, asked_seq_len, progress)
     hidden_bytes = samples.numel() * int(source.config["hidden_size"]) * DTYPES[settings.dtype].itemsize
     if not resume:
         require_free_space(out, plan.bytes_after + 2 * hidden_bytes)
@@ -235,7 +244,10 @@ def quantize(
     return result
 
 
-def _draw(source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, progress: Progress) -> torch.Tensor:
+def draw_calibration(
+    source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, progress: Progress
+) -> torch.Tensor:
+    """Token windows int64 [S, L] for resolved settings. Raises UsageError for text that cannot be had or is too short."""
     tokenizer = load_tokenizer(source.folder)
     try:
         text = load_text(settings.calib)

@@ -40,8 +40,12 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return prod(self.shape) * _BYTES.get(self.dtype, 1)
+        return self.elements * _BYTES.get(self.dtype, 1)
 
 
 def resolve_model(model: str) -> Path:

@@ -1,0 +1,180 @@
+"""What each group size would cost in accuracy, measured in one float pass over the decoder layers.
+
+For a linear y = x W^T and a group size, in the transformed basis, over probe rows x of the calibration text:
+
+    relative error e = ( E||(Q(x) - x) W^T||^2 + E||x (Q(W) - W)^T||^2 ) / E||x W^T||^2
+
+The second term is tr(dW H dW^T) with H = E[x x^T] over the same rows. Codes are rounded to nearest: weight scales by the
+search of weight_quantizer.py, activations at the best of a few clip ratios for all linears of the input.
+
+The loss of an input group is the sum over its linears of e times the share of their block (attention, MLP): the energy
+of what the block adds to the residual stream over the energy of the stream behind the layer, both as the median over
+tokens (a few tokens carry huge norms). To first order the relative error of a block's output is the sum of those of its
+linears, since products (gate times up) and linear maps (probabilities times v, then o) pass relative errors on, and the
+norm at the next reader makes errors of the stream relative to it. So the sum over a plan is noise over signal in the
+stream: a proxy that ranks plans, not a perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .calib.probes import InputProbe
+from .errors import Apex4Error
+from .families import Family
+from .kernels.torch_backend import quantize_activation
+from .layer_runner import LayerRunner
+from .layouts import get_layout
+from .number_format import BLOCK, CHANNEL, GroupSize, round_up
+from .plan_file import groups_of_layer
+from .quant_config import LinearFormat
+from .source import ModelSource
+from .transforms import transform_input, transform_weight
+from .weight_quantizer import require_quantizable, round_to_codes, search_scales
+
+LADDER: tuple[GroupSize, ...] = (128, 256, 512, CHANNEL)
+ROWS = 1024  # probe rows per input: errors are sums over rows and outputs, and need no more to be ranked
+CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76)
+
+
+@dataclass(frozen=True)
+class GroupSensitivity:
+    """One input group of one layer. `errors`: by group size, finest first, the relative error of each linear.
+
+    `losses`: by group size, the weighted sum of them. `outputs` are the N of the linears, `writes`: it holds the last
+    residual writer of its layer (down_proj), which the mode `mixed` takes first.
+    """
+
+    layer: int
+    position: int
+    linears: tuple[str, ...]
+    outputs: tuple[int, ...]
+    in_features: int
+    writes: bool
+    errors: dict[GroupSize, tuple[float, ...]]
+    losses: dict[GroupSize, float]
+
+
+def ladder_of(in_features: int) -> tuple[GroupSize, ...]:
+    """The group sizes worth considering, finest first: one that covers all of K is the same as "channel".
+
+    512 stays in the ladder of K = 768: it pads, and the cost model charges for that.
+    """
+    padded = round_up(in_features, BLOCK)
+    return tuple(
+        size for size in LADDER if size == BLOCK or (padded > BLOCK if size == CHANNEL else int(size) < padded)
+    )
+
+
+def block_writer(family: Family, layer: int, position: int) -> str:
+    """The linear through which input group `position` reaches the residual stream: the next writer in order."""
+    groups = [group for _, group in groups_of_layer(family, layer)]
+    for group in groups[position:]:
+        for linear in group.linears:
+            if linear in family.residual_writers:
+                return linear
+    raise ValueError(f"{family.architecture}: nothing after input group {position} writes into the residual stream")
+
+
+def relative_errors(rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat) -> tuple[float, ...]:
+    """Predicted relative error energy of each of `weights` [N_i, K] at `format`'s group size; rows [T, K]."""
+    x = transform_input(rows, format)
+    bases = [transform_weight(weight, format) for weight in weights]
+    exact = [float((x @ base.t()).square().sum()) for base in bases]
+    by_ratio = []
+    for ratio in CLIP_RATIOS:
+        codes, scale = quantize_activation(x, format.group_length, clip=ratio, hadamard=False)
+        difference = (codes * scale[..., None]).flatten(1) - x
+        by_ratio.append([float((difference @ base.t()).square().sum()) for base in bases])
+    of_input = min(by_ratio, key=sum)
+    result = []
+    for base, energy, noise in zip(bases, exact, of_input, strict=True):
+        scale = search_scales(base, format.group_length)
+        rounded = round_to_codes(base.unflatten(1, (-1, format.group_length)), scale).mul_(scale[..., None]).flatten(1)
+        noise += float((x @ (rounded - base).t()).square().sum())
+        result.append(noise / energy if energy else 0.0)
+    return tuple(result)
+
+
+def measure_sensitivity(
+    source: ModelSource,
+    runner: LayerRunner,
+    samples: torch.Tensor,
+    transform: str,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[GroupSensitivity]:
+    """One pass of samples int64 [S, L] through the float layers, one layer in memory at a time.
+
+    `advance` is told the weights done. Raises Apex4Error, naming the linear, for weights or inputs that are not finite.
+    """
+    runner.prepare(samples.shape[1])
+    embedding = f"{source.family.embedding}.weight"
+    hidden = runner.embed(samples, source.read([embedding])[embedding])
+    found = []
+    for layer in range(source.num_layers):
+        measured, hidden = _measure_layer(source, runner, layer, hidden, transform, advance)
+        found += measured
+        runner.drop_layer(layer)
+    return found
+
+
+def _measure_layer(
+    source: ModelSource,
+    runner: LayerRunner,
+    layer: int,
+    hidden: torch.Tensor,
+    transform: str,
+    advance: Callable[[int], None],
+) -> tuple[list[GroupSensitivity], torch.Tensor]:
+    """The groups of one layer, and hidden [S, L, H] behind it."""
+    family, prefix = source.family, source.family.layer_prefix(layer)
+    stored = source.read(source.layer_tensors(layer))
+    runner.load_layer(layer, stored)
+    measured, energies = [], {}
+    for position, group in groups_of_layer(family, layer):
+        probe = InputProbe(hidden.shape[0] * hidden.shape[1], ROWS)
+        for batch in runner.inputs_of(layer, group.linears[0], hidden):
+            probe.add(batch)
+        rows = probe.rows().float()
+        if not bool(torch.isfinite(rows).all()):
+            raise Apex4Error(f"the input of {prefix}{group.linears[0]} is not finite: try --dtype float32")
+        weights = [stored[f"{prefix}{linear}.weight"].to(runner.device).float() for linear in group.linears]
+        for linear, weight in zip(group.linears, weights, strict=True):
+            require_quantizable(prefix + linear, weight)
+            if linear in family.residual_writers:
+                energies[linear] = float((rows @ weight.t()).square().sum(1).median())
+        in_features = weights[0].shape[1]
+        errors: dict[GroupSize, tuple[float, ...]] = {}
+        for size in ladder_of(in_features):
+            format = LinearFormat(1, in_features, size, get_layout("rowmajor"), transform, 1.0)
+            errors[size] = relative_errors(rows, weights, format)
+        measured.append((position, group, [weight.shape[0] for weight in weights], in_features, errors))
+        advance(sum(weight.numel() for weight in weights))
+    after = runner.run_layer(layer, hidden)
+    stream = float(after.flatten(0, 1).float().square().sum(1).median())
+    groups = [
+        GroupSensitivity(
+            layer,
+            position,
+            tuple(prefix + linear for linear in group.linears),
+            tuple(outputs),
+            in_features,
+            family.residual_writers[-1] in group.linears,
+            errors,
+            _losses(errors, energies[block_writer(family, layer, position)] / stream if stream else 0.0),
+        )
+        for position, group, outputs, in_features, errors in measured
+    ]
+    return groups, after
+
+
+def _losses(errors: dict[GroupSize, tuple[float, ...]], share: float) -> dict[GroupSize, float]:
+    """A coarser group never counts as better than a finer one: where it measures so, that is the sample's noise."""
+    losses, worst = {}, 0.0
+    for size, of_linears in errors.items():
+        worst = max(worst, share * sum(of_linears))
+        losses[size] = worst
+    return losses
