@@ -40,7 +40,7 @@ I2F_SLOTS_LATER = 2.0
 class Mainloop:
     """How a kernel turns integer sums into floats. `fp32_slots` are FP32-rate slots per accumulator and group.
 
-    `i2f`: it also converts with I2F. `overlapped`: CUDA cores work while the tensor cores do; otherwise they take turns.
+    `i2f`: it also converts with I2F. `overlapped`: CUDA cores work while the tensor cores do, else they take turns.
     """
 
     name: str
@@ -170,13 +170,14 @@ def gpus_as_text() -> str:
     lines = [header + "".join(f" {'l@' + size:>9}" for size in values["gpus"][0]["lambda"]) + "  planner's default"]
     for gpu in values["gpus"]:
         tops = f"{gpu['tensor_tops']:g} {'INT4' if gpu['tensor_bits'] == 4 else '8bit'}"
-        row = f"{gpu['name']:9} {gpu['sm']:3} {tops:>12} {gpu['fp16_tflops']:6g} {gpu['fp32_tflops']:6g} {gpu['memory_gbs']:5g}"
+        row = f"{gpu['name']:9} {gpu['sm']:3} {tops:>12} {gpu['fp16_tflops']:6g} {gpu['fp32_tflops']:6g}"
+        row += f" {gpu['memory_gbs']:5g}"
         loads = "".join(f" {load:9.3f}" for load in gpu["lambda"].values())
         lines.append(f"{row} {gpu['rho']:5.1f}{loads}  {gpu['default']}")
     lines += [
         "FP16, FP32: dense TFLOPS. rho: tensor rate / FP32 rate.",
-        f"l@g: lambda = c * rho / g with c = {values['slots_per_group']:g} FP32 slots per accumulator and group (mainloop "
-        f"{OURS.name});",
+        f"l@g: lambda = c * rho / g with c = {values['slots_per_group']:g} FP32 slots per accumulator and group "
+        f"(mainloop {OURS.name});",
         f"     channel: g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
         "All predicted from datasheet rates, nothing is measured.",
     ]

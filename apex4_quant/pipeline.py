@@ -247,7 +247,7 @@ def quantize(
 def draw_calibration(
     source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, progress: Progress
 ) -> torch.Tensor:
-    """Token windows int64 [S, L] for resolved settings. Raises UsageError for text that cannot be had or is too short."""
+    """Token windows int64 [S, L] for resolved settings. Raises UsageError for text that is absent or too short."""
     tokenizer = load_tokenizer(source.folder)
     try:
         text = load_text(settings.calib)

@@ -5,8 +5,8 @@
     linears:
       model.layers.0.self_attn.q_proj: {group_size: 128, shape: [4096, 4096]}
 
-YAML, or JSON if the name ends so (which is YAML too). Everything else at the top (model, target, mode, ...) says how the
-plan came about and binds nobody. Linears that read one input quantize it once, so they must have one group size.
+YAML, or JSON if the name ends so (which is YAML too). Everything else at the top (model, target, mode, ...) says how
+the plan came about and binds nobody. Linears that read one input quantize it once, so they must have one group size.
 """
 
 from __future__ import annotations

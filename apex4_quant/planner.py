@@ -8,7 +8,7 @@ mixed   the paper's: sensitive inputs at 128, the others per channel. Sensitive 
         others by loss saved per second, and as many are taken as the bound allows or needs
 auto    the least loss within --budget, or the least time within --max-loss, from {128, 256, 512, channel}
 
-A budget is a multiple of the predicted time of the fastest plan, a maximal loss a multiple of the loss of 128 everywhere.
+A budget is a multiple of the fastest plan's predicted time, a maximal loss a multiple of the loss of 128 everywhere.
 """
 
 from __future__ import annotations

@@ -4,15 +4,12 @@ For a linear y = x W^T and a group size, in the transformed basis, over probe ro
 
     relative error e = ( E||(Q(x) - x) W^T||^2 + E||x (Q(W) - W)^T||^2 ) / E||x W^T||^2
 
-The second term is tr(dW H dW^T) with H = E[x x^T] over the same rows. Codes are rounded to nearest: weight scales by the
-search of weight_quantizer.py, activations at the best of a few clip ratios for all linears of the input.
+The second term is tr(dW H dW^T) with H = E[x x^T] over the same rows. Codes are rounded to nearest: weight scales by
+the search of weight_quantizer.py, activations at the best of a few clip ratios for all linears of the input.
 
-The loss of an input group is the sum over its linears of e times the share of their block (attention, MLP): the energy
-of what the block adds to the residual stream over the energy of the stream behind the layer, both as the median over
-tokens (a few tokens carry huge norms). To first order the relative error of a block's output is the sum of those of its
-linears, since products (gate times up) and linear maps (probabilities times v, then o) pass relative errors on, and the
-norm at the next reader makes errors of the stream relative to it. So the sum over a plan is noise over signal in the
-stream: a proxy that ranks plans, not a perplexity.
+The loss of an input group is the mean of e over its linears, that of a plan the sum over its groups: every input counts
+the same. It is a proxy that ranks plans, not a perplexity. Weighing by what a block adds to the residual stream was
+tried and ranks worse (docs/log.md): it makes the first layer, which writes most of the stream, look all-important.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ import torch
 
 from .calib.probes import InputProbe
 from .errors import Apex4Error
-from .families import Family
 from .kernels.torch_backend import quantize_activation
 from .layer_runner import LayerRunner
 from .layouts import get_layout
@@ -44,8 +40,8 @@ CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76)
 class GroupSensitivity:
     """One input group of one layer. `errors`: by group size, finest first, the relative error of each linear.
 
-    `losses`: by group size, the weighted sum of them. `outputs` are the N of the linears, `writes`: it holds the last
-    residual writer of its layer (down_proj), which the mode `mixed` takes first.
+    `losses`: by group size, the group's part of the loss. `outputs` are the N of the linears, `writes`: it holds the
+    last residual writer of its layer (down_proj), which the mode `mixed` takes first.
     """
 
     layer: int
@@ -67,16 +63,6 @@ def ladder_of(in_features: int) -> tuple[GroupSize, ...]:
     return tuple(
         size for size in LADDER if size == BLOCK or (padded > BLOCK if size == CHANNEL else int(size) < padded)
     )
-
-
-def block_writer(family: Family, layer: int, position: int) -> str:
-    """The linear through which input group `position` reaches the residual stream: the next writer in order."""
-    groups = [group for _, group in groups_of_layer(family, layer)]
-    for group in groups[position:]:
-        for linear in group.linears:
-            if linear in family.residual_writers:
-                return linear
-    raise ValueError(f"{family.architecture}: nothing after input group {position} writes into the residual stream")
 
 
 def relative_errors(rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat) -> tuple[float, ...]:
@@ -133,7 +119,7 @@ def _measure_layer(
     family, prefix = source.family, source.family.layer_prefix(layer)
     stored = source.read(source.layer_tensors(layer))
     runner.load_layer(layer, stored)
-    measured, energies = [], {}
+    found = []
     for position, group in groups_of_layer(family, layer):
         probe = InputProbe(hidden.shape[0] * hidden.shape[1], ROWS)
         for batch in runner.inputs_of(layer, group.linears[0], hidden):
@@ -144,37 +130,34 @@ def _measure_layer(
         weights = [stored[f"{prefix}{linear}.weight"].to(runner.device).float() for linear in group.linears]
         for linear, weight in zip(group.linears, weights, strict=True):
             require_quantizable(prefix + linear, weight)
-            if linear in family.residual_writers:
-                energies[linear] = float((rows @ weight.t()).square().sum(1).median())
         in_features = weights[0].shape[1]
         errors: dict[GroupSize, tuple[float, ...]] = {}
         for size in ladder_of(in_features):
             format = LinearFormat(1, in_features, size, get_layout("rowmajor"), transform, 1.0)
             errors[size] = relative_errors(rows, weights, format)
-        measured.append((position, group, [weight.shape[0] for weight in weights], in_features, errors))
-        advance(sum(weight.numel() for weight in weights))
-    after = runner.run_layer(layer, hidden)
-    stream = float(after.flatten(0, 1).float().square().sum(1).median())
-    groups = [
-        GroupSensitivity(
-            layer,
-            position,
-            tuple(prefix + linear for linear in group.linears),
-            tuple(outputs),
-            in_features,
-            family.residual_writers[-1] in group.linears,
-            errors,
-            _losses(errors, energies[block_writer(family, layer, position)] / stream if stream else 0.0),
+        found.append(
+            GroupSensitivity(
+                layer,
+                position,
+                tuple(prefix + linear for linear in group.linears),
+                tuple(weight.shape[0] for weight in weights),
+                in_features,
+                family.residual_writers[-1] in group.linears,
+                errors,
+                losses_of(errors),
+            )
         )
-        for position, group, outputs, in_features, errors in measured
-    ]
-    return groups, after
+        advance(sum(weight.numel() for weight in weights))
+    return found, runner.run_layer(layer, hidden)
 
 
-def _losses(errors: dict[GroupSize, tuple[float, ...]], share: float) -> dict[GroupSize, float]:
-    """A coarser group never counts as better than a finer one: where it measures so, that is the sample's noise."""
+def losses_of(errors: dict[GroupSize, tuple[float, ...]]) -> dict[GroupSize, float]:
+    """Relative errors of an input group's linears by group size, finest first -> its loss by group size.
+
+    A coarser size never counts as better than a finer one: where it measures so, that is the sample's noise.
+    """
     losses, worst = {}, 0.0
     for size, of_linears in errors.items():
-        worst = max(worst, share * sum(of_linears))
+        worst = max(worst, sum(of_linears) / len(of_linears))
         losses[size] = worst
     return losses

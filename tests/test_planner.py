@@ -23,7 +23,7 @@ from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.plan_file import read_plan_file
 from apex4_quant.planner import GroupOptions, Option, PlanSettings, choose, make_plan
 from apex4_quant.quant_config import LinearFormat
-from apex4_quant.sensitivity import CLIP_RATIOS, ladder_of, relative_errors
+from apex4_quant.sensitivity import CLIP_RATIOS, ladder_of, losses_of, relative_errors
 from apex4_quant.source import ModelSource
 from apex4_quant.weight_quantizer import quantize_weight_rtn
 
@@ -156,6 +156,11 @@ def test_relative_error_is_that_of_the_quantized_linear(size: int | str) -> None
         return float((linear(rows) - exact).square().sum() / exact.square().sum())
 
     assert predicted == pytest.approx(min(map(real, CLIP_RATIOS)), rel=0.04)
+
+
+def test_losses_are_means_that_never_fall() -> None:
+    errors = {128: (0.1, 0.3), 256: (0.1, 0.2), "channel": (0.5, 0.7)}
+    assert losses_of(errors) == pytest.approx({128: 0.2, 256: 0.2, "channel": 0.6})
 
 
 def test_dead_input_has_no_error() -> None:
