@@ -37,7 +37,7 @@ from .linear import Apex4Linear
 from .loading import REPORT_NAME
 from .number_format import GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
-from .plan_file import read_plan_file
+from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
 from .quant_config import TRANSFORMS
 from .recipes import DEFAULT_RECIPE, get_recipe
@@ -91,8 +91,9 @@ class QuantizeSettings:
         plan = self.plan
         if plan is not None and parse_group_size(self.group_size) != 128:
             raise UsageError("--plan decides every group size: leave --group-size away")
-        if isinstance(plan, str):
-            plan = read_plan_file(Path(plan).expanduser()).for_model(source)
+        if plan is not None:
+            read = read_plan_file(Path(plan).expanduser()) if isinstance(plan, str) else plan_of_sizes(plan)
+            plan = read.for_model(source)
         return replace(
             self,
             plan=plan,

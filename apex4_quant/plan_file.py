@@ -84,6 +84,12 @@ class PlanFile:
         return {name: entry.group_size for name, entry in self.linears.items()}
 
 
+def plan_of_sizes(group_sizes: Mapping[str, GroupSize]) -> PlanFile:
+    """A plan that never was a file. Raises UsageError for an illegal size."""
+    entries = {name: PlanEntry(parse_group_size(size), None) for name, size in group_sizes.items()}
+    return PlanFile(Path("given"), None, entries)
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML would keep the last without a word."""
 

@@ -323,6 +323,17 @@ def test_plan_and_group_size_exclude_each_other(
         QuantizeSettings(str(model), plan=str(path), group_size="channel").resolve(ModelSource(str(model)))
 
 
+def test_bad_plan_from_python(model: Path) -> None:
+    source = ModelSource(str(model))
+    for plan, noun in (
+        ({UP: 64}, "64"),
+        ({"lm_head": 128}, "lm_head.*no linear"),
+        ({UP: 128, UP[:-7] + "gate_proj": 256}, "same input"),
+    ):
+        with pytest.raises(UsageError, match=noun):
+            QuantizeSettings(str(model), plan=plan).resolve(source)
+
+
 # Plan files that quantize follows
 
 
