@@ -74,6 +74,7 @@ def cli() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder: absent or empty, or --resume.")
 @click.option("--recipe", default="apex4", show_default=True, help="How to quantize: apex4, gptq or rtn.")
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
+@click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
 @click.option("--layout", help="Order of the packed codes: rowmajor or sm80.  [default: what the target reads]")
 @click.option("--transform", help="Group transform: hadamard128 or none.  [default: the recipe's]")
@@ -105,6 +106,8 @@ def quantize(
         raise UsageError("quantize needs a MODEL: give 'demo', a local folder, or a Hub id")
     if out is None and not dry_run:
         raise UsageError("quantize needs an output folder: give -o OUT, or --dry-run to see the plan only")
+    if options["plan"] and context.get_parameter_source("group_size") == ParameterSource.COMMANDLINE:
+        raise UsageError("--plan decides every group size: leave --group-size away")
     from apex4_quant import pipeline
     from apex4_quant.plan import plan_as_text
     from apex4_quant.storage import format_bytes
@@ -150,6 +153,44 @@ def quantize(
         f"  relative output error of a linear: mean {summary['mean_relative_error']:.4f}, "
         f"largest {summary['max_relative_error']:.4f}"
     )
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def gpus(as_json: bool) -> None:
+    """The GPUs that are known: rates, rho, and how much of the dequantization hides behind the tensor cores."""
+    from apex4_quant.cost_model import gpus_as_dict, gpus_as_text
+
+    click.echo(json.dumps(gpus_as_dict()) if as_json else gpus_as_text())
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Plan file to write: .yaml, .yml or .json.")
+@click.option("--target", default="auto", show_default=True, help="GPU of 'apex4 gpus', or auto.")
+@click.option("--mode", default="auto", show_default=True, help="auto, mixed (down_proj at 128) or g128.")
+@click.option(
+    "--budget", type=float, help="Time allowed, in multiples of the fastest plan's.  [default: 1.05 for auto]"
+)
+@click.option("--max-loss", type=float, help="Loss allowed, in multiples of g128's; then time is minimised.")
+@click.option("--tokens", default=2048, show_default=True, help="Tokens a step, for predicted times.")
+@click.option("--mainloop", default="two-ffma", show_default=True, help="two-ffma, or naive to compare.")
+@click.option("--transform", help="Group transform: hadamard128 or none.  [default: the default recipe's]")
+@click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
+@click.option("--samples", default=16, show_default=True, help="Calibration windows.")
+@click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")
+@click.option("--seed", default=0, show_default=True, help="Which windows of the text are drawn.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+@click.option("--dtype", default="auto", show_default=True, help="Dtype layers run in: bfloat16, float16, float32.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@_reports_errors
+def plan(out: Path | None, as_json: bool, **options: Any) -> None:
+    """Choose a group size for every linear of MODEL on a GPU, from predicted loss and predicted time."""
+    from apex4_quant.planner import PlanSettings, make_plan
+
+    result = make_plan(PlanSettings(**options), out, _progress(as_json))
+    click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
 
 
 @cli.command("eval")

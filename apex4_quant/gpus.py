@@ -18,25 +18,33 @@ class Gpu:
     int8_tops: float
     fp16_tflops: float  # FP32 accumulation
     fp32_tflops: float
+    memory_gbs: float  # GB/s, 10^9 bytes
+
+    @property
+    def tensor_tops(self) -> float:
+        """The tensor-core rate the kernel uses, in 10^12 operations a second."""
+        return self.int4_tops or self.int8_tops
 
     @property
     def rho(self) -> float:
         """Ratio of the tensor-core rate the kernel uses to the FP32 CUDA-core rate."""
-        return (self.int4_tops or self.int8_tops) / self.fp32_tflops
+        return self.tensor_tops / self.fp32_tflops
 
 
+# Memory bandwidth from NVIDIA's datasheets: A100 80GB SXM, RTX 3090 (GA102 whitepaper), A40, A10, RTX 4090 (Ada
+# whitepaper), L40S, L40, H100 SXM, H200 SXM.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80, 1248, 624, 312, 19.5),
-        Gpu("RTX 3090", 86, 568, 284, 71, 35.6),
-        Gpu("A40", 86, 598.7, 299.3, 149.7, 37.4),
-        Gpu("A10", 86, 500, 250, 125, 31.2),
-        Gpu("RTX 4090", 89, 1321, 660.6, 165, 82.6),
-        Gpu("L40S", 89, 733, 733, 362, 91.6),
-        Gpu("L40", 89, 724, 362, 181, 90.5),
-        Gpu("H100", 90, None, 1979, 989, 66.9),
-        Gpu("H200", 90, None, 1979, 989, 66.9),
+        Gpu("A100", 80, 1248, 624, 312, 19.5, 2039),
+        Gpu("RTX 3090", 86, 568, 284, 71, 35.6, 936),
+        Gpu("A40", 86, 598.7, 299.3, 149.7, 37.4, 696),
+        Gpu("A10", 86, 500, 250, 125, 31.2, 600),
+        Gpu("RTX 4090", 89, 1321, 660.6, 165, 82.6, 1008),
+        Gpu("L40S", 89, 733, 733, 362, 91.6, 864),
+        Gpu("L40", 89, 724, 362, 181, 90.5, 864),
+        Gpu("H100", 90, None, 1979, 989, 66.9, 3350),
+        Gpu("H200", 90, None, 1979, 989, 66.9, 4800),
     )
 }
 

@@ -36,10 +36,11 @@ from .linear import Apex4Linear
 from .loading import REPORT_NAME
 from .number_format import GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
+from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
 from .quant_config import TRANSFORMS
 from .recipes import DEFAULT_RECIPE, get_recipe
-from .run_state import RunState, require_empty, stored_settings
+from .run_state import RunState, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
@@ -55,11 +56,15 @@ COMPANION_PATTERNS = (
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What the user asks for. `auto` and None are decided by `resolve`, and the decision is what is recorded."""
+    """What the user asks for. `auto` and None are decided by `resolve`, and the decision is what is recorded.
+
+    `plan` is the path of a plan file; resolved, it is what the file says: group sizes by full module name.
+    """
 
     model: str
     recipe: str = DEFAULT_RECIPE
     group_size: GroupSize = 128
+    plan: str | dict[str, GroupSize] | None = None
     target: str = "auto"
     layout: str | None = None
     transform: str | None = None
@@ -82,8 +87,15 @@ class QuantizeSettings:
             if value < 1:
                 raise UsageError(f"--{name} is {value}: give a positive number")
         context = source.config.get("max_position_embeddings") or self.seq_len
+        plan = self.plan
+        if plan is not None and parse_group_size(self.group_size) != 128:
+            raise UsageError("--plan decides every group size: leave --group-size away")
+        if plan is not None:
+            read = read_plan_file(Path(plan).expanduser()) if isinstance(plan, str) else plan_of_sizes(plan)
+            plan = read.for_model(source)
         return replace(
             self,
+            plan=plan,
             group_size=parse_group_size(self.group_size),
             target=target.gpu or target.arch or "none",
             layout=get_layout(self.layout or target.layout).name,
@@ -143,7 +155,8 @@ def _jsonable(settings: QuantizeSettings) -> dict[str, Any]:
     return asdict(settings) | {"ignore": list(settings.ignore)}
 
 
-def _plan(source: ModelSource, settings: QuantizeSettings) -> Plan:
+def plan_of(source: ModelSource, settings: QuantizeSettings) -> Plan:
+    """What a run with resolved `settings` will do. Raises UsageError."""
     target = resolve_target(settings.target)
     return build_plan(
         source,
@@ -153,6 +166,7 @@ def _plan(source: ModelSource, settings: QuantizeSettings) -> Plan:
         layout=settings.layout or target.layout,
         target={"gpu": target.gpu, "arch": target.arch},
         ignore=settings.ignore,
+        group_sizes=settings.plan if isinstance(settings.plan, dict) else None,
     )
 
 
@@ -160,7 +174,7 @@ def preview(settings: QuantizeSettings) -> Preview:
     """Everything --dry-run shows, from headers alone (and two short timings)."""
     source = ModelSource(settings.model)
     settings = settings.resolve(source)
-    plan = _plan(source, settings)
+    plan = plan_of(source, settings)
     tokens = settings.samples * settings.seq_len
     width = DTYPES[settings.dtype].itemsize
     hessians = get_recipe(settings.recipe).rounding == "gptq"
@@ -181,10 +195,7 @@ def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
         again = again.resolve(ModelSource(first.model))
     for name, value in asked.items():
         if getattr(first, name) != getattr(again, name):
-            raise UsageError(
-                f"{out} was begun with {name} = {getattr(first, name)!r} and now {value!r} is asked for: "
-                "resume with the first run's settings or choose another output folder"
-            )
+            raise other_setting(out, name, getattr(first, name), value)
     return first
 
 
@@ -209,8 +220,8 @@ def quantize(
     source = ModelSource(settings.model)
     asked_seq_len = settings.seq_len
     settings = settings.resolve(source)
-    plan = _plan(source, settings)
-    samples = _draw(source, settings, asked_seq_len, progress)
+    plan = plan_of(source, settings)
+    samples = draw_calibration(source, settings, asked_seq_len, progress)
     hidden_bytes = samples.numel() * int(source.config["hidden_size"]) * DTYPES[settings.dtype].itemsize
     if not resume:
         require_free_space(out, plan.bytes_after + 2 * hidden_bytes)
@@ -234,7 +245,10 @@ def quantize(
     return result
 
 
-def _draw(source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, progress: Progress) -> torch.Tensor:
+def draw_calibration(
+    source: ModelSource, settings: QuantizeSettings, asked_seq_len: int, progress: Progress
+) -> torch.Tensor:
+    """Token windows int64 [S, L] for resolved settings. Raises UsageError for text that is absent or too short."""
     tokenizer = load_tokenizer(source.folder)
     try:
         text = load_text(settings.calib)

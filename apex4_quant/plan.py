@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -72,8 +72,12 @@ def build_plan(
     layout: str,
     target: dict[str, str | None],
     ignore: tuple[str, ...],
+    group_sizes: Mapping[str, GroupSize] | None = None,
 ) -> Plan:
-    """Decide every linear of `source`. Raises UsageError if an --ignore pattern matches nothing, or everything does."""
+    """Decide every linear of `source`. `group_sizes` of a plan file override `group_size`, by full module name.
+
+    Raises UsageError if an --ignore pattern matches nothing, or everything does, or a plan misses a linear.
+    """
     family = source.family
     base = LinearFormat(1, 1, group_size, get_layout(layout), transform, 1.0)
     linears, quantized_tensors, ignored, unmatched = [], set(), [], set(ignore)
@@ -89,9 +93,10 @@ def build_plan(
                     ignored.append(name)
                     continue
                 out_features, in_features = source.infos[f"{name}.weight"].shape
-                format = LinearFormat(
-                    out_features, in_features, base.group_size, base.layout, transform, base.activation_clip
-                )
+                if group_sizes is not None and name not in group_sizes:
+                    raise UsageError(f"the plan says nothing of {name}: add it, or keep it with --ignore")
+                size = group_size if group_sizes is None else group_sizes[name]
+                format = LinearFormat(out_features, in_features, size, base.layout, transform, base.activation_clip)
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
     if unmatched:
@@ -118,15 +123,21 @@ def build_plan(
         layout=layout,
         transform=transform,
         target=target,
-        modules={
-            linear.name: {"shape": [linear.format.out_features, linear.format.in_features]}
-            for linear in linears
-            if linear.format.is_padded
-        },
+        modules={linear.name: entry for linear in linears if (entry := _override(linear.format, group_size))},
         modules_to_not_convert=[family.head, *ignored],
         recipe=recipe,
     )
     return Plan(tuple(linears), kept, config)
+
+
+def _override(format: LinearFormat, group_size: GroupSize) -> dict[str, Any]:
+    """What config.json says of this linear alone."""
+    entry: dict[str, Any] = {}
+    if format.group_size != group_size:
+        entry["group_size"] = format.group_size
+    if format.is_padded:
+        entry["shape"] = [format.out_features, format.in_features]
+    return entry
 
 
 def estimate_peak_memory(

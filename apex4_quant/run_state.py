@@ -55,10 +55,7 @@ class RunState:
                 raise UsageError(f"the {name} changed since {out} was begun: begin again in another folder")
         for name, value in settings.items():
             if first.get(name) != value:
-                raise UsageError(
-                    f"{out} was begun with {name} = {first.get(name)!r} and now {value!r} is asked for: "
-                    "resume with the first run's settings or choose another output folder"
-                )
+                raise other_setting(out, name, first.get(name), value)
         state = cls(out)
         state._lock()
         for folder in (out, state.folder):
@@ -114,6 +111,16 @@ class RunState:
 
     def _hidden_path(self, layer: int) -> Path:
         return self.folder / f"hidden-{layer:05}.safetensors"
+
+
+def other_setting(out: Path, name: str, first: Any, now: Any) -> UsageError:
+    """The refusal to resume with another setting."""
+    # A plan has hundreds of entries: which of them differ is for a diff of the two files.
+    first, now = ("a plan of its own" if isinstance(value, dict) else repr(value) for value in (first, now))
+    return UsageError(
+        f"{out} was begun with {name} = {first} and now {now} is asked for: "
+        "resume with the first run's settings or choose another output folder"
+    )
 
 
 def require_empty(out: Path) -> None:

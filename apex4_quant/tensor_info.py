@@ -23,5 +23,9 @@ class TensorInfo:
     part: tuple[int | slice, ...] | None = None
 
     @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return prod(self.shape) * _BYTES.get(self.dtype, 1)
+        return self.elements * _BYTES.get(self.dtype, 1)

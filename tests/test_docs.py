@@ -21,6 +21,7 @@ NOT_OURS = {
     "model.safetensors.index.json",
     "apex4_report.json",
     "text.jsonl",
+    "plan.yaml",
 }
 
 

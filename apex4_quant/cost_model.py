@@ -1,0 +1,184 @@
+"""How long a linear takes on a GPU of the table: a prediction from datasheet rates, not a measurement. Torch-free.
+
+For M tokens, N outputs, K inputs (padded) in G groups, with p the share of peak that is reached:
+
+    tensor time  T = 2 M N K / (p * tensor rate)
+    CUDA cores   C = 2 c M N G / (p * FP32 rate)            an FP32 slot counts as two operations, as in TFLOPS
+    memory       B = (N K / 2 + 2 N G + M K / 2 + 4 M G + 2 M N) / bandwidth
+    GEMM           = max(T, C, B) if the mainloop overlaps T and C, else max(T + C, B)
+    quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input
+
+so that C / T = c * rho / g = lambda: a mainloop that overlaps hides its dequantization while lambda <= 1 (DESIGN 5).
+Not modelled: waves that do not fill the GPU, launch latency, instruction issue and shared memory.
+Everything that is assumed and not read from a datasheet is in the constants and the two `Mainloop`s below; an account
+of issue slots made from compiled code can replace them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+from .gpus import GPUS, Gpu, resolve_target
+from .number_format import CHANNEL, GroupSize, group_count, group_length, padded_in_features
+
+FP16_SHARE = 0.85  # of peak, what cuBLAS reaches on large GEMMs (A100: about 265 of 312 TFLOPS)
+MEMORY_SHARE = 0.85  # of the datasheet's bandwidth, what a streaming kernel reaches
+# Of peak, what a W4A4 kernel reaches in either unit. sm_8x: the one number fitted here, to the published ratios of the
+# naive kernel (tests/test_cost_model.py), and taken for ours too until it is measured. sm_90: the goal of DESIGN 6,
+# 1.6 of the 2.0 that the rates allow.
+W4A4_SHARE_SM80 = 0.43
+W4A4_SHARE_SM90 = 0.68
+# FP32 slots of one I2F: 16 results a clock and SM against 64 FP32 lanes on sm_80; 64 against 128 lanes from sm_86 on.
+I2F_SLOTS_SM80 = 4.0
+I2F_SLOTS_LATER = 2.0
+
+
+@dataclass(frozen=True)
+class Mainloop:
+    """How a kernel turns integer sums into floats. `fp32_slots` are FP32-rate slots per accumulator and group.
+
+    `i2f`: it also converts with I2F. `overlapped`: CUDA cores work while the tensor cores do, else they take turns.
+    """
+
+    name: str
+    summary: str
+    fp32_slots: float
+    i2f: bool
+    overlapped: bool
+
+    def slots(self, gpu: Gpu) -> float:
+        """c: slots per accumulator and group on this GPU."""
+        return self.fp32_slots + (I2F_SLOTS_SM80 if gpu.sm <= 80 else I2F_SLOTS_LATER) * self.i2f
+
+
+MAINLOOPS: dict[str, Mainloop] = {
+    loop.name: loop
+    for loop in (
+        Mainloop("two-ffma", "this project's: two FFMA, overlapped", 2.0, i2f=False, overlapped=True),
+        # FMUL of the two scales, FFMA, MOV that zeroes the accumulator; the conversion waits for the mma and the next
+        # mma for the conversion. A model with overlap cannot give the published ratios of A100 and RTX 3090 at once.
+        Mainloop("naive", "I2F, FMUL, FFMA and MOV, in turns with the mma", 3.0, i2f=True, overlapped=False),
+    )
+}
+OURS, NAIVE = MAINLOOPS["two-ffma"], MAINLOOPS["naive"]
+
+DEFAULT_BUDGET = (
+    1.05  # a plan may take this multiple of the fastest plan's predicted time: what lambda <= 1 costs, and no more
+)
+DEFAULT_TOKENS = 2048
+_EXAMPLE_K = 4096  # for tables of GPUs: the hidden size of an 8B model
+
+
+def get_mainloop(name: str) -> Mainloop:
+    if name not in MAINLOOPS:
+        raise UsageError(f"mainloop {name!r} is not known: give one of {', '.join(MAINLOOPS)}")
+    return MAINLOOPS[name]
+
+
+def get_gpu(target: str) -> Gpu:
+    """The GPU of the table that `--target` names. Raises UsageError where times cannot be predicted."""
+    name = resolve_target(target).gpu
+    if name is None:
+        raise UsageError(f"target {target!r} is no GPU whose rates are known: give one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def dequantization_load(gpu: Gpu, in_features: int, group_size: GroupSize, mainloop: Mainloop = OURS) -> float:
+    """lambda = c * rho / g, CUDA-core time over tensor-core time of one GEMM."""
+    return mainloop.slots(gpu) * gpu.rho / group_length(in_features, group_size)
+
+
+def _w4a4_share(gpu: Gpu) -> float:
+    return W4A4_SHARE_SM90 if gpu.sm >= 90 else W4A4_SHARE_SM80
+
+
+def _memory_seconds(gpu: Gpu, size: float) -> float:
+    return size / (gpu.memory_gbs * 1e9 * MEMORY_SHARE)
+
+
+def gemm_seconds(gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainloop: Mainloop = OURS) -> float:
+    """Predicted seconds of the W4A4 GEMM alone: x [m, k] quantized, weight [n, k], y [m, n] in 16 bits."""
+    padded, groups, share = padded_in_features(k, group_size), group_count(k, group_size), _w4a4_share(gpu)
+    tensor = 2 * m * n * padded / (gpu.tensor_tops * 1e12 * share)
+    cuda_cores = 2 * mainloop.slots(gpu) * m * n * groups / (gpu.fp32_tflops * 1e12 * share)
+    memory = _memory_seconds(gpu, n * padded / 2 + 2 * n * groups + m * padded / 2 + 4 * m * groups + 2 * m * n)
+    return max(max(tensor, cuda_cores) if mainloop.overlapped else tensor + cuda_cores, memory)
+
+
+def activation_seconds(gpu: Gpu, m: int, k: int, group_size: GroupSize) -> float:
+    """Predicted seconds of quantizing x [m, k] from 16 bits: bound by memory."""
+    padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
+    return _memory_seconds(gpu, 2 * m * k + m * padded / 2 + 4 * m * groups)
+
+
+def input_group_seconds(
+    gpu: Gpu, m: int, outputs: Sequence[int], k: int, group_size: GroupSize, mainloop: Mainloop = OURS
+) -> float:
+    """Predicted seconds of the linears [n, k], n in `outputs`, that share one input: it is quantized once."""
+    gemms = sum(gemm_seconds(gpu, m, n, k, group_size, mainloop) for n in outputs)
+    return gemms + activation_seconds(gpu, m, k, group_size)
+
+
+def fp16_seconds(gpu: Gpu, m: int, n: int, k: int) -> float:
+    """Predicted seconds of the same linear in 16 bits through cuBLAS."""
+    return max(2 * m * n * k / (gpu.fp16_tflops * 1e12 * FP16_SHARE), _memory_seconds(gpu, 2 * (n * k + m * k + m * n)))
+
+
+def default_choice(gpu: Gpu, mainloop: Mainloop = OURS) -> str:
+    """What the planner's default does on this GPU, in words: g128 everywhere where it costs nothing."""
+
+    def seconds(group_size: GroupSize) -> float:
+        return input_group_seconds(gpu, DEFAULT_TOKENS, [_EXAMPLE_K], _EXAMPLE_K, group_size, mainloop)
+
+    if seconds(128) <= DEFAULT_BUDGET * seconds(CHANNEL):
+        return "g128 everywhere"
+    return f"128 where it matters most, within {DEFAULT_BUDGET:g}x of all per channel"
+
+
+def gpus_as_dict() -> dict[str, Any]:
+    """What `apex4 gpus --json` prints."""
+    return {
+        "slots_per_group": OURS.slots(GPUS["A100"]),
+        "channel_in_features": _EXAMPLE_K,
+        "gpus": [
+            {
+                "name": gpu.name,
+                "sm": gpu.sm,
+                "tensor_tops": gpu.tensor_tops,
+                "tensor_bits": 8 if gpu.int4_tops is None else 4,
+                "fp16_tflops": gpu.fp16_tflops,
+                "fp32_tflops": gpu.fp32_tflops,
+                "memory_gbs": gpu.memory_gbs,
+                "rho": round(gpu.rho, 2),
+                "lambda": {
+                    str(size): round(dequantization_load(gpu, _EXAMPLE_K, size), 4) for size in (128, 256, 512, CHANNEL)
+                },
+                "default": default_choice(gpu),
+            }
+            for gpu in GPUS.values()
+        ],
+    }
+
+
+def gpus_as_text() -> str:
+    """The table of `apex4 gpus`."""
+    values = gpus_as_dict()
+    header = f"{'GPU':9} {'sm':>3} {'tensor TOPS':>12} {'FP16':>6} {'FP32':>6} {'GB/s':>5} {'rho':>5}"
+    lines = [header + "".join(f" {'l@' + size:>9}" for size in values["gpus"][0]["lambda"]) + "  planner's default"]
+    for gpu in values["gpus"]:
+        tops = f"{gpu['tensor_tops']:g} {'INT4' if gpu['tensor_bits'] == 4 else '8bit'}"
+        row = f"{gpu['name']:9} {gpu['sm']:3} {tops:>12} {gpu['fp16_tflops']:6g} {gpu['fp32_tflops']:6g}"
+        row += f" {gpu['memory_gbs']:5g}"
+        loads = "".join(f" {load:9.3f}" for load in gpu["lambda"].values())
+        lines.append(f"{row} {gpu['rho']:5.1f}{loads}  {gpu['default']}")
+    lines += [
+        "FP16, FP32: dense TFLOPS. rho: tensor rate / FP32 rate.",
+        f"l@g: lambda = c * rho / g with c = {values['slots_per_group']:g} FP32 slots per accumulator and group "
+        f"(mainloop {OURS.name});",
+        f"     channel: g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
+        "All predicted from datasheet rates, nothing is measured.",
+    ]
+    return "\n".join(lines)
