@@ -96,10 +96,13 @@ def _formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
 def _shapes(checkpoint: Checkpoint) -> str:
     count = 0
     for name, format in _formats(checkpoint):
-        for part, shape, dtype in (
+        parts: list[tuple[str, tuple[int, ...], str]] = [
             ("weight_packed", format.packed_shape, "U8"),
             ("weight_scale", format.scale_shape, "F16"),
-        ):
+        ]
+        if format.transform_shape is not None:
+            parts.append(("input_transform", format.transform_shape, "F16"))
+        for part, shape, dtype in parts:
             info = checkpoint.infos.get(f"{name}.{part}")
             if info is None:
                 raise Apex4Error(f"{name}.{part} is missing from the checkpoint")

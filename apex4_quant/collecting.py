@@ -25,7 +25,7 @@ from .families import Experts, Family, InputGroup, expert_of
 from .layer_runner import LayerRunner
 from .plan import PlannedLinear
 from .quant_config import LinearFormat
-from .transforms import transform_input
+from .transforms import pad_input_features, transform_hessian
 
 SHARED = "shared statistics"
 
@@ -38,7 +38,7 @@ EXPERT_ROWS = 1024  # kept of what an expert reads: a layer may have hundreds of
 
 
 class Statistics:
-    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian in its basis."""
+    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian."""
 
     def __init__(self, reader: str, probe: InputProbe, dtype: torch.dtype, format: LinearFormat | None) -> None:
         self._reader, self._probe, self._dtype, self._format = reader, probe, dtype, format
@@ -50,7 +50,7 @@ class Statistics:
         """x [..., K], as the linears read it."""
         self._probe.add(x)
         if self._hessian is not None and self._format is not None:
-            self._hessian.add(transform_input(x, self._format))
+            self._hessian.add(pad_input_features(x, self._format))
         self.tokens += x.numel() // x.shape[-1]
 
     def inputs(self) -> torch.Tensor:
@@ -62,12 +62,15 @@ class Statistics:
                 raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: try --dtype float32")
         return self._inputs
 
-    def take_hessian(self) -> torch.Tensor | None:
-        """The Hessian, float32 [padded K, padded K], and forget it. Raises Apex4Error if it cannot be used."""
-        if self._hessian is None:
+    def take_hessian(self, matrix: torch.Tensor | None) -> torch.Tensor | None:
+        """The Hessian in the quantization basis, float32 [padded K, padded K], and forget it.
+
+        `matrix` is the dense transform, where the format has one. Raises Apex4Error if the Hessian cannot be used.
+        """
+        if self._hessian is None or self._format is None:
             return None
         try:
-            return self._hessian.take_matrix()
+            return transform_hessian(self._hessian.take_matrix(), self._format, matrix)
         except CalibrationError as error:
             raise Apex4Error(f"the Hessian of {self._reader} cannot be used, {error}: try --dtype float32") from error
 

@@ -59,15 +59,20 @@ def inverse_factor(
 
 
 def quantize_weight_gptq(
-    name: str, weight: torch.Tensor, format: LinearFormat, factor: torch.Tensor
+    name: str,
+    weight: torch.Tensor,
+    format: LinearFormat,
+    factor: torch.Tensor,
+    matrix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] and U [padded K, padded K] -> int8 codes [N, padded K], float16 scales [N, G].
 
+    `matrix` is the dense transform of the input, if it has one; U belongs to the Hessian in the transformed basis.
     The scale of a group is searched when its first column is reached, on the weights as corrected until then, with
     squared errors weighted by 1 / U_kk^2 (what an error of column k costs once the later columns have compensated).
     Raises Apex4Error, naming the tensor, for a weight that is not finite or too large.
     """
-    transformed = transform_weight(weight, format)
+    transformed = transform_weight(weight, format, matrix)
     require_quantizable(name, transformed)
     # Transposed: a column of the weight is a contiguous row here.
     pending = transformed.t().contiguous()  # [K, N], corrected as the sweep goes on

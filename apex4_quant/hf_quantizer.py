@@ -75,6 +75,7 @@ def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = ""
     """
     unfuse_experts(model)
     kept = set(config.modules_to_not_convert)
+    made: dict[str, Apex4Linear] = {}  # by the name in the checkpoint
     for name, module in list(model.named_modules()):
         stored_name = name if name.startswith(f"{base_prefix}.") or not _is_base(model) else f"{base_prefix}.{name}"
         if not isinstance(module, nn.Linear) or stored_name in kept or name in kept:
@@ -83,6 +84,15 @@ def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = ""
         new = Apex4Linear(format, module.bias is not None, module.weight.dtype, device="meta")
         new.train(module.training)
         model.set_submodule(name, new)
+        made[stored_name] = new
+    for name, module in made.items():
+        owner = module.format.transform_from
+        if owner is not None:
+            if owner not in made:
+                raise Apex4Error(
+                    f"{name} takes its transform from {owner}, which is not in the model: config.json is damaged"
+                )
+            module.take_transform_from(made[owner])
 
 
 def _is_base(model: nn.Module) -> bool:

@@ -50,7 +50,8 @@ def inspect(path: str) -> dict[str, Any]:
         plain = checkpoint.infos.get(f"{name}.weight")
         scale = checkpoint.infos.get(f"{name}.weight_scale")
         override = checkpoint.quant.modules.get(name, {})
-        stored = [info for info in (packed, scale, plain) if info]
+        transform = checkpoint.infos.get(f"{name}.input_transform")
+        stored = [info for info in (packed, scale, transform, plain) if info]
         tiles = packed and (packed.shape[0] * packed.shape[2] // 64, packed.shape[1] * 128)
         shape = override.get("shape") or (list(tiles) if tiles else list(plain.shape) if plain else None)
         linears.append(

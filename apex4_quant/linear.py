@@ -10,11 +10,12 @@ from torch import nn
 from .errors import Apex4Error
 from .kernels import torch_backend
 from .layouts import has_forbidden_code
-from .quant_config import LinearFormat
+from .quant_config import DENSE, LinearFormat
 
 
 class Apex4Linear(nn.Module):
-    """y = W4A4(x) + bias. Parameters, as stored: `weight_packed` uint8, `weight_scale` float16, `bias` or None."""
+    """y = W4A4(x) + bias. Parameters, as stored: `weight_packed` uint8, `weight_scale` float16, `bias` or None, and
+    `input_transform` float16 if this linear stores the dense transform of its input (`take_transform_from`: another)."""
 
     def __init__(self, format: LinearFormat, bias: bool, dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
@@ -27,16 +28,27 @@ class Apex4Linear(nn.Module):
         self.weight_packed = parameter(format.packed_shape, torch.uint8)
         self.weight_scale = parameter(format.scale_shape, torch.float16)
         self.bias = parameter((format.out_features,), dtype) if bias else None
+        shape = format.transform_shape
+        self.input_transform = parameter(shape, torch.float16) if shape else None
+        self._transform_owner: tuple[Apex4Linear, ...] = ()  # a tuple hides it from nn.Module: it is no child
 
     @classmethod
     def from_codes(
-        cls, format: LinearFormat, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+        cls,
+        format: LinearFormat,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        matrix: torch.Tensor | None = None,
     ) -> Apex4Linear:
-        """Pack int8 codes [N, padded K] and float16 scales [N, G]."""
+        """Pack int8 codes [N, padded K] and float16 scales [N, G]; `matrix` if this linear stores its transform."""
         module = cls(format, bias is not None, bias.dtype if bias is not None else torch.float32, device="meta")
         module.weight_packed = nn.Parameter(format.layout.pack(codes), requires_grad=False)
         module.weight_scale = nn.Parameter(format.layout.pack_scales(scales), requires_grad=False)
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if module.input_transform is not None:
+            assert matrix is not None
+            module.input_transform = nn.Parameter(matrix, requires_grad=False)
         return module
 
     def codes(self) -> torch.Tensor:
@@ -55,7 +67,26 @@ class Apex4Linear(nn.Module):
             self.bias,
             clip=self.format.activation_clip,
             hadamard=self.format.transform == "hadamard128",
+            matrix=self.transform_matrix(),
         )
+
+    def take_transform_from(self, owner: Apex4Linear) -> None:
+        """Use the dense transform that `owner`, which reads the same input, stores."""
+        self._transform_owner = (owner,)
+
+    def transform_matrix(self) -> torch.Tensor | None:
+        """The dense transform of the input, float16 [padded K / 128, 128, 128], or None."""
+        if self.format.transform != DENSE:
+            return None
+        owner = self._transform_owner[0] if self._transform_owner else self
+        matrix = owner.input_transform
+        if matrix is not None and matrix.device.type == "meta":
+            # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
+            offloaded = getattr(getattr(owner, "_hf_hook", None), "weights_map", None)
+            matrix = offloaded["input_transform"] if offloaded is not None else None
+        if matrix is None:
+            raise Apex4Error("a linear is run without the dense transform of its input: load the model as a whole")
+        return matrix.to(self.weight_scale.device)
 
     def require_legal(self, name: str) -> None:
         """Raise Apex4Error naming the tensor if a code is -8 or a scale is not positive and finite."""
@@ -64,13 +95,20 @@ class Apex4Linear(nn.Module):
         scale = self.weight_scale.float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise Apex4Error(f"{name}.weight_scale holds a zero, negative or non-finite scale: the file is damaged")
+        if self.input_transform is not None and not bool(torch.isfinite(self.input_transform).all()):
+            raise Apex4Error(f"{name}.input_transform holds NaN or infinity: the file is damaged")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Apex4Linear:
         # model.to(torch.bfloat16) must not touch the scales: their 11-bit mantissa is part of the format.
-        scale = self.weight_scale.data  # not the Parameter: nn.Module changes its .data in place
+        # The same holds for the transform: the weights were multiplied by the inverse of exactly these numbers.
+        exact = {name: getattr(self, name) for name in ("weight_scale", "input_transform")}
+        # .data, not the Parameter: nn.Module changes that in place
+        before = {name: tensor.data for name, tensor in exact.items() if tensor is not None}
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float16:
-            self.weight_scale = nn.Parameter(scale.to(self.weight_scale.device), requires_grad=False)
+        for name, data in before.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float16:
+                setattr(self, name, nn.Parameter(data.to(now.device), requires_grad=False))
         return self
 
     def extra_repr(self) -> str:

@@ -32,19 +32,20 @@ from .gptq import inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
 from .layer_runner import LayerRunner
 from .layouts import get_layout
+from .learned_transform import learn_transform
 from .linear import Apex4Linear
 from .loading import REPORT_NAME
 from .number_format import GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
 from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
-from .quant_config import TRANSFORMS
+from .quant_config import DENSE, TRANSFORMS, QuantConfig
 from .recipes import DEFAULT_RECIPE, get_recipe
 from .run_state import RunState, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
-from .transforms import transform_input, transform_weight
+from .transforms import pad_input_features, transform_input, transform_weight
 from .weight_quantizer import quantize_weight_rtn
 
 # What a quantized model takes over unchanged from the original's folder, besides config.json.
@@ -332,10 +333,14 @@ class _Run:
         planned = self.plan.of_layer(layer)
         records: dict[str, dict[str, Any]] = {}
         for group in self.collector.groups_of(layer, module, planned, hidden):
-            clip = self._clip(group, stored) if self.recipe.search_clip else None
+            matrix = self._dense_transform(group, stored)
+            clip = self._clip(group, stored, matrix) if self.recipe.search_clip else None
             _return_free_memory()
+            # The linear that stores the transform comes first: the others use it from there.
+            group.parts.sort(key=lambda part: part.planned[0].format.transform_from is not None)
+            first: Apex4Linear | None = None
             for part in group.take_parts():
-                inputs, hessian = part.statistics.inputs(), part.statistics.take_hessian()
+                inputs, hessian = part.statistics.inputs(), part.statistics.take_hessian(matrix)
                 factor = None
                 if hessian is not None:
                     factor = inverse_factor(part.reader, hessian, warn=self.progress.line)
@@ -345,10 +350,16 @@ class _Run:
                         linear = replace(linear, format=replace(linear.format, activation_clip=clip))
                     weight = stored.pop(f"{linear.name}.weight").to(self.runner.device)
                     local = module.get_submodule(linear.name[len(prefix) :])
-                    quantized, record = self._quantize(linear, weight, local, inputs, factor)
+                    quantized = self._quantize(linear, weight, local, factor, matrix)
+                    if linear.format.transform_from is not None:
+                        assert first is not None
+                        quantized.take_transform_from(first)
+                    first = first or quantized
+                    record = self._measure(linear, weight, quantized, inputs)
                     module.set_submodule(linear.name[len(prefix) :], quantized)
-                    for name in ("weight_packed", "weight_scale"):
-                        stored[f"{linear.name}.{name}"] = getattr(quantized, name)
+                    for name in ("weight_packed", "weight_scale", "input_transform"):
+                        if getattr(quantized, name) is not None:
+                            stored[f"{linear.name}.{name}"] = getattr(quantized, name)
                     records[linear.name] = record | part.record_of(linear)
                     advance(linear.elements)
         self._write_shard(layer + 2, stored)
@@ -361,42 +372,54 @@ class _Run:
         _return_free_memory()
         return after
 
-    def _clip(self, group: CollectedGroup, stored: dict[str, torch.Tensor]) -> float:
+    def _dense_transform(self, group: CollectedGroup, stored: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The transform learned for all linears of an input together, where the plan wants one."""
+        planned = [linear for part in group.parts for linear in part.planned]
+        if planned[0].format.transform != DENSE:
+            return None
+        weights = (pad_input_features(stored[f"{p.name}.weight"].to(self.runner.device), p.format) for p in planned)
+        return learn_transform(pad_input_features(group.statistics.inputs(), planned[0].format), weights)
+
+    def _clip(self, group: CollectedGroup, stored: dict[str, torch.Tensor], matrix: torch.Tensor | None) -> float:
         """The activation clip ratio that suits all linears of an input together: it is quantized once."""
         planned = [linear for part in group.parts for linear in part.planned]
-        bases = (transform_weight(stored[f"{p.name}.weight"].to(self.runner.device), p.format) for p in planned)
-        format = planned[0].format
-        return search_activation_clip(transform_input(group.statistics.inputs(), format), bases, format.group_length)
+        bases = (transform_weight(stored[f"{p.name}.weight"].to(self.runner.device), p.format, matrix) for p in planned)
+        inputs = transform_input(group.statistics.inputs(), planned[0].format, matrix)
+        return search_activation_clip(inputs, bases, planned[0].format.group_length)
 
     def _quantize(
         self,
         linear: PlannedLinear,
         weight: torch.Tensor,
         module: nn.Module,
-        inputs: torch.Tensor,
         factor: torch.Tensor | None,
-    ) -> tuple[Apex4Linear, dict[str, Any]]:
+        matrix: torch.Tensor | None,
+    ) -> Apex4Linear:
         if factor is None:
-            codes, scales = quantize_weight_rtn(linear.name, weight, linear.format)
+            codes, scales = quantize_weight_rtn(linear.name, weight, linear.format, matrix)
         else:
-            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor)
-        quantized = Apex4Linear.from_codes(linear.format, codes, scales, module.bias)
+            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor, matrix)
+        return Apex4Linear.from_codes(linear.format, codes, scales, module.bias, matrix)
+
+    def _measure(
+        self, linear: PlannedLinear, weight: torch.Tensor, quantized: Apex4Linear, inputs: torch.Tensor
+    ) -> dict[str, Any]:
+        """The record of a linear: what was decided, and its relative output error on `inputs` float32 [T, K]."""
         exact = inputs @ weight.float().t()
-        if module.bias is not None:
-            exact += module.bias.float()
+        if quantized.bias is not None:
+            exact += quantized.bias.float()
         error = float((quantized(inputs) - exact).norm() / exact.norm().clamp_min(1e-30))
         shape = f"{linear.format.out_features} x {linear.format.in_features}"
         self.progress.line(
             f"{linear.name:{self.name_width}}  {shape:>15}  group {linear.format.group_size}  output error {error:.4f}"
         )
-        record = {
+        return {
             "name": linear.name,
             "shape": [linear.format.out_features, linear.format.in_features],
             "group_size": linear.format.group_size,
             "activation_clip": linear.format.activation_clip,
             "error": error,
         }
-        return quantized, record
 
     def _shard_path(self, shard: int) -> Path:
         return self.out / f"model-{shard:05}-of-{self.shard_count:05}.safetensors"
@@ -438,8 +461,18 @@ class _Run:
         write_json(self.out / INDEX_NAME, index)
         write_json(self.out / REPORT_NAME, self._report(shards, records))
         # Last: without config.json no reader takes the folder for a model.
-        write_json(self.out / "config.json", self.source.config | {"quantization_config": self.plan.config.to_dict()})
+        config = self._config(records).to_dict()
+        write_json(self.out / "config.json", self.source.config | {"quantization_config": config})
         return QuantizeResult(self.out, self.plan, self.source, records, bytes_after=total)
+
+    def _config(self, records: list[dict[str, Any]]) -> QuantConfig:
+        """The plan's, with the clip ratios that were found on the way."""
+        config = self.plan.config
+        modules = {name: dict(entry) for name, entry in config.modules.items()}
+        for record in records:
+            if record["activation_clip"] != config.activation_clip:
+                modules.setdefault(record["name"], {})["activation_clip"] = record["activation_clip"]
+        return replace(config, modules=modules)
 
     def _report(self, shards: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
         """Depends on the input alone, so that a resumed run writes the same bytes: no times, no host."""
@@ -447,7 +480,11 @@ class _Run:
 
         plan = plan_as_dict(self.plan, self.source)
         for entry, record in zip(plan["quantized"], records, strict=True):
-            entry |= {key: record[key] for key in ("error", "calibration_tokens", "fallback") if key in record}
+            entry |= {
+                key: record[key]
+                for key in ("error", "activation_clip", "calibration_tokens", "fallback")
+                if key in record
+            }
         return plan | {
             "versions": {
                 "apex4": __version__,

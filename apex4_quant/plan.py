@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +12,7 @@ from .errors import UsageError
 from .families import expert_of
 from .layouts import get_layout
 from .number_format import GroupSize
-from .quant_config import LinearFormat, QuantConfig
+from .quant_config import DENSE, LinearFormat, QuantConfig
 from .source import ModelSource
 from .storage import format_bytes
 
@@ -84,6 +84,7 @@ def build_plan(
     for layer in range(source.num_layers):
         prefix = family.layer_prefix(layer)
         for position, group in enumerate(family.groups(source.config, layer)):
+            owner: str | None = None  # of the dense transform of this input
             for name in (prefix + part for part in group.linears):
                 hits = {
                     pattern for pattern in ignore if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
@@ -96,7 +97,11 @@ def build_plan(
                 if group_sizes is not None and name not in group_sizes:
                     raise UsageError(f"the plan says nothing of {name}: add it, or keep it with --ignore")
                 size = group_size if group_sizes is None else group_sizes[name]
-                format = LinearFormat(out_features, in_features, size, base.layout, transform, base.activation_clip)
+                format = replace(
+                    base, out_features=out_features, in_features=in_features, group_size=size, transform_from=owner
+                )
+                if transform == DENSE:
+                    owner = owner or name
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
     if unmatched:
@@ -137,6 +142,8 @@ def _override(format: LinearFormat, group_size: GroupSize) -> dict[str, Any]:
         entry["group_size"] = format.group_size
     if format.is_padded:
         entry["shape"] = [format.out_features, format.in_features]
+    if format.transform_from is not None:
+        entry["transform_from"] = format.transform_from
     return entry
 
 

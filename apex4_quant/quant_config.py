@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from .errors import Apex4Error
 from .layouts import Layout, get_layout
-from .number_format import BITS, GroupSize, group_count, group_length, padded_in_features, parse_group_size
+from .number_format import BITS, BLOCK, GroupSize, group_count, group_length, padded_in_features, parse_group_size
 
 QUANT_METHOD = "apex4"
 FORMAT_VERSION = 1
-TRANSFORMS = ("hadamard128", "none")
+DENSE = "dense128"
+TRANSFORMS = ("hadamard128", DENSE, "none")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class LinearFormat:
     layout: Layout
     transform: str
     activation_clip: float
+    transform_from: str | None = None  # the linear that stores the dense transform of the input both read
 
     @cached_property
     def padded_k(self) -> int:
@@ -47,9 +50,15 @@ class LinearFormat:
         return self.layout.scale_shape(self.out_features, self.groups)
 
     @property
+    def transform_shape(self) -> tuple[int, int, int] | None:
+        """Of the tensor `input_transform`, if this linear stores one."""
+        owns = self.transform == DENSE and self.transform_from is None
+        return (self.padded_k // BLOCK, BLOCK, BLOCK) if owns else None
+
+    @property
     def stored_bytes(self) -> int:
-        (a, b, c), (d, e, f) = self.packed_shape, self.scale_shape
-        return a * b * c + 2 * d * e * f
+        half_words = prod(self.scale_shape) + (prod(self.transform_shape) if self.transform_shape else 0)
+        return prod(self.packed_shape) + 2 * half_words
 
     @property
     def is_padded(self) -> bool:
@@ -67,7 +76,8 @@ def _check_clip(name: str, value: Any) -> None:
 @dataclass
 class QuantConfig:
     """Field by field the JSON object. `modules` holds what differs for single linears:
-    `group_size`, `activation_clip`, and `shape` [out, in] where the stored tensors are padded."""
+    `group_size`, `activation_clip`, `transform_from` (the linear that stores the dense transform of the input both read),
+    and `shape` [out, in] where the stored tensors are padded."""
 
     group_size: GroupSize = 128
     layout: str = "rowmajor"
@@ -124,12 +134,22 @@ class QuantConfig:
             if not isinstance(override.get("shape", []), list):
                 raise Apex4Error(f"quantization_config.modules[{name!r}] has a shape that is not a list of two numbers")
             _check_clip(f"modules[{name!r}].activation_clip", override.get("activation_clip", config.activation_clip))
-            unknown = sorted(set(override) - {"group_size", "activation_clip", "shape"})
+            unknown = sorted(set(override) - {"group_size", "activation_clip", "shape", "transform_from"})
             if unknown:
                 raise Apex4Error(
                     f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}: use a newer apex4"
                 )
             parse_group_size(override.get("group_size", config.group_size))
+            owner = override.get("transform_from")
+            if owner is not None and (
+                config.transform != DENSE
+                or not isinstance(owner, str)
+                or "transform_from" in config.modules.get(owner, {})
+            ):
+                raise Apex4Error(
+                    f"quantization_config.modules[{name!r}] takes its transform from {owner!r}, which stores none: "
+                    "config.json is damaged"
+                )
         return config
 
     def linear_format(self, name: str, out_features: int, in_features: int) -> LinearFormat:
@@ -148,4 +168,5 @@ class QuantConfig:
             layout=get_layout(self.layout),
             transform=self.transform,
             activation_clip=float(override.get("activation_clip", self.activation_clip)),
+            transform_from=override.get("transform_from"),
         )

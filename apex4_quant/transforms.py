@@ -1,27 +1,43 @@
 """Group transforms as the pipeline applies them: into the basis in which weights and activations are quantized.
 
-x -> x T and W -> W T^-T leave x W^T as it was. The Hadamard transform is orthonormal and symmetric, so T = T^-T = H.
+x -> x T and W -> W T^-T leave x W^T as it was, and H = E[x^T x] becomes T^T H T. T is block-diagonal, one 128 x 128 block
+per 128 channels: the Hadamard matrix (orthonormal and symmetric, so T = T^-T), or the dense `matrix` [K / 128, 128, 128]
+of the input.
 """
 
 from __future__ import annotations
 
 import torch
 
+from .kernels.block_matrix import apply_block_matrix
 from .kernels.hadamard import apply_block_hadamard
-from .quant_config import LinearFormat
+from .quant_config import DENSE, LinearFormat
 
 
-def _padded(matrix: torch.Tensor, format: LinearFormat) -> torch.Tensor:
-    return torch.nn.functional.pad(matrix.float(), (0, format.padded_k - format.in_features))
+def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
+    """x [..., K] -> float32 [..., padded K]."""
+    return torch.nn.functional.pad(x.float(), (0, format.padded_k - format.in_features))
 
 
-def transform_weight(weight: torch.Tensor, format: LinearFormat) -> torch.Tensor:
+def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:
+    assert (matrix is not None) == (format.transform == DENSE)
+    if matrix is not None:
+        return apply_block_matrix(x, matrix.float())
+    return apply_block_hadamard(x) if format.transform == "hadamard128" else x
+
+
+def transform_weight(weight: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
     """weight [N, K] -> float32 [N, padded K], W T^-T."""
-    padded = _padded(weight, format)
-    return apply_block_hadamard(padded) if format.transform == "hadamard128" else padded
+    if matrix is not None:
+        matrix = torch.linalg.inv(matrix.double()).transpose(1, 2).float()
+    return _apply(pad_input_features(weight, format), format, matrix)
 
 
-def transform_input(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
+def transform_input(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K] -> float32 [..., padded K], x T: what the activation quantizer rounds."""
-    padded = _padded(x, format)
-    return apply_block_hadamard(padded) if format.transform == "hadamard128" else padded
+    return _apply(pad_input_features(x, format), format, matrix)
+
+
+def transform_hessian(hessian: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """H float32 [padded K, padded K] of the padded input -> T^T H T."""
+    return _apply(_apply(hessian, format, matrix).t(), format, matrix).t().contiguous()

@@ -59,12 +59,14 @@ def require_quantizable(name: str, transformed: torch.Tensor) -> None:
         )
 
 
-def quantize_weight_rtn(name: str, weight: torch.Tensor, format: LinearFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [N, K] -> int8 codes [N, padded K], float16 scales [N, G].
+def quantize_weight_rtn(
+    name: str, weight: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [N, K] -> int8 codes [N, padded K], float16 scales [N, G]. `matrix`: the dense transform of the input.
 
     Raises Apex4Error, naming the tensor, if a value is not finite or too large for a float16 scale.
     """
-    transformed = transform_weight(weight, format)
+    transformed = transform_weight(weight, format, matrix)
     require_quantizable(name, transformed)
     scale = search_scales(transformed, format.group_length)
     codes = round_to_codes(transformed.unflatten(1, (-1, format.group_length)), scale).flatten(1)

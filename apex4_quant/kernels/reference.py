@@ -9,18 +9,24 @@ from __future__ import annotations
 import torch
 
 from ..number_format import ACTIVATION_SCALE_MIN, CODE_MAX
+from .block_matrix import apply_block_matrix
 from .hadamard import apply_block_hadamard
 
 
 def quantize_activation(
-    x: torch.Tensor, group: int, clip: float = 1.0, hadamard: bool = True
+    x: torch.Tensor, group: int, clip: float = 1.0, hadamard: bool = True, matrix: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K], K a multiple of `group` -> integer codes int64 [M, K] and scales float64 [M, K / group].
+
+    Each block of 128 inputs is first multiplied by its `matrix` [K / 128, 128, 128] or, without one, by the Hadamard
+    matrix if `hadamard`.
 
     s = max(clip * absmax / 7, floor) is rounded to float32, as stored; q = clamp(round_half_even(x / s), -7, 7).
     """
     x = x.double()
-    if hadamard:
+    if matrix is not None:
+        x = apply_block_matrix(x, matrix.double())
+    elif hadamard:
         x = apply_block_hadamard(x)
     grouped = x.unflatten(-1, (-1, group))
     scale = (clip * grouped.abs().amax(-1) / CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN).float().double()

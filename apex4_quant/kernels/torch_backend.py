@@ -11,20 +11,25 @@ from __future__ import annotations
 import torch
 
 from ..number_format import ACTIVATION_SCALE_MIN, CODE_MAX
+from .block_matrix import apply_block_matrix
 from .hadamard import apply_block_hadamard
 
 ROWS_AT_ONCE = 2048  # tokens per pass: bounds the float32 partial sums, [rows, N]
 
 
 def quantize_activation(
-    x: torch.Tensor, group: int, clip: float = 1.0, hadamard: bool = True
+    x: torch.Tensor, group: int, clip: float = 1.0, hadamard: bool = True, matrix: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] of any float dtype, K a multiple of `group` -> codes float32 [M, G, g] (integers), scales float32 [M, G].
+
+    `matrix` [K / 128, 128, 128] is multiplied to the blocks of x in float32, in the place of the Hadamard matrix.
 
     NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
     """
     x = x.float()
-    if hadamard:
+    if matrix is not None:
+        x = apply_block_matrix(x, matrix.float())
+    elif hadamard:
         x = apply_block_hadamard(x)
     grouped = x.unflatten(-1, (-1, group))
     scale = (grouped.abs().amax(-1) * (clip / CODE_MAX)).clamp_min(ACTIVATION_SCALE_MIN)
@@ -39,14 +44,15 @@ def linear(
     bias: torch.Tensor | None = None,
     clip: float = 1.0,
     hadamard: bool = True,
+    matrix: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y [..., N] in x's dtype: quantize x [..., K], multiply by int8 codes_w [N, K_padded], dequantize per group.
 
-    scale_w is float16 [N, G]; K is padded with zeros to K_padded; bias [N] is added in float32.
+    scale_w is float16 [N, G], matrix None or [K_padded / 128, 128, 128]; K is padded with zeros to K_padded; bias [N] is added in float32.
     """
     # Under autocast the products of codes would be rounded to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
-        return _linear(x, codes_w, scale_w, bias, clip, hadamard)
+        return _linear(x, codes_w, scale_w, bias, clip, hadamard, matrix)
 
 
 def _linear(
@@ -56,6 +62,7 @@ def _linear(
     bias: torch.Tensor | None,
     clip: float,
     hadamard: bool,
+    matrix: torch.Tensor | None,
 ) -> torch.Tensor:
     out_features, padded_k = codes_w.shape
     groups = scale_w.shape[1]
@@ -66,7 +73,7 @@ def _linear(
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
         part = torch.nn.functional.pad(part, (0, padded_k - part.shape[1]))
-        codes, scale_a = quantize_activation(part, padded_k // groups, clip, hadamard)
+        codes, scale_a = quantize_activation(part, padded_k // groups, clip, hadamard, matrix)
         total = torch.zeros(len(part), out_features, dtype=torch.float32, device=x.device)
         for g in range(groups):
             partial = codes[:, g] @ weight[g].float().t()  # exact integers

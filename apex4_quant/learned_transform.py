@@ -1,0 +1,156 @@
+"""A group transform learned from the layer's own weights and inputs: one dense 128 x 128 matrix per block of K.
+
+With x -> x T and W -> W T^-T, a block's rounding errors are about uniform in +- half a step, and a step is a seventh of
+the block's largest value. To first order the expected squared output error of a block is then, up to one constant,
+
+    E_x[ max_j |x T|_j^2 ] * tr(T^-1 B T^-T)  +  sum_n max_j |w_n T^-T|_j^2 * tr(T^T A T)
+
+with A = E[x^T x] and B = W^T W of the block: how far the largest value of a token sticks out, times how much the weights
+amplify an error, and the same with the sides exchanged. Under a Gaussian model the best T is known in closed form (WUSH,
+arXiv 2512.00956) and makes both sides equally spread; here the largest values are those of real rows, which T can make
+rarer than a Gaussian's. The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the
+gradient written out: blocks are independent, and a step costs four products of [rows, 128] with [128, 128].
+
+The matrix is stored in numbers that bfloat16 and float16 both hold exactly, and the weights are transformed with the
+inverse of what is stored, so its rounding costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .kernels.hadamard import apply_block_hadamard
+from .number_format import BLOCK
+
+STEPS = 100
+LEARNING_RATE = 0.01  # of T = T_0 (I + D); falls to zero along a cosine
+BETAS, EPSILON = (0.9, 0.95), 1e-8
+ROWS, WEIGHT_ROWS = 512, 256  # looked at in one step, drawn anew for each
+WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from
+SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
+
+
+@dataclass
+class _Blocks:
+    """Everything by block: rows [G, T, 128] of the input, weights [G, N', 128] that stand for N rows, A and B."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    weight_rows: int  # N: `_peaks` takes a mean over rows, the error of the weights is a sum
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor]) -> _Blocks:
+        x = _by_block(inputs)
+        total, kept, b = 0, [], torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
+        for weight in weights:
+            w = _by_block(weight)
+            b.baddbmm_(w.transpose(1, 2), w)
+            kept.append(w[:, :: max(1, w.shape[1] // WEIGHT_SAMPLE)].clone())
+            total += w.shape[1]
+        w = torch.cat(kept, dim=1)
+        w = w[:, :: max(1, w.shape[1] // WEIGHT_SAMPLE)].contiguous()
+        return cls(x, w, total, x.transpose(1, 2) @ x / x.shape[1], b)
+
+
+def _by_block(matrix: torch.Tensor) -> torch.Tensor:
+    """[R, K] -> [K / 128, R, 128]."""
+    return matrix.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
+
+
+def learn_transform(inputs: torch.Tensor, weights: Iterable[torch.Tensor], steps: int = STEPS) -> torch.Tensor:
+    """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
+
+    K is padded to a multiple of 128. Blocks where nothing was gained, or whose inputs or weights are all zero, get the
+    scaled Hadamard matrix. The same arguments give the same result.
+    """
+    blocks = _Blocks.of(inputs, weights)
+    start = _balanced_hadamard(blocks)
+    learned = _descend(blocks, start, steps)
+    before, after = _error(blocks, start), _error(blocks, learned)
+    better = torch.isfinite(after) & (after < before)  # False for NaN
+    return _storable(torch.where(better[:, None, None], learned, start))
+
+
+def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
+    """diag(d) H, d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel (DESIGN 3.1)."""
+    a, b = (matrix.diagonal(dim1=1, dim2=2) for matrix in (blocks.a, blocks.b))
+    alive = (a.amax(1, keepdim=True) > 0) & (b.amax(1, keepdim=True) > 0)
+    # A dead channel is taken for a quiet one: its factor is bounded.
+    a, b = (side.clamp_min(1e-6 * side.mean(1, keepdim=True).clamp_min(1e-30)) for side in (a, b))
+    log_d = torch.where(alive, (b.log() - a.log()) / 4, 0.0)
+    d = (log_d - log_d.mean(1, keepdim=True)).exp()
+    return d[..., None] * apply_block_hadamard(torch.eye(BLOCK, device=a.device))
+
+
+def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
+    identity = torch.eye(BLOCK, device=start.device)
+    change = torch.zeros_like(start)  # D
+    first, second = torch.zeros_like(change), torch.zeros_like(change)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        x, w = _draw(blocks.x, ROWS, generator), _draw(blocks.w, WEIGHT_ROWS, generator)
+        transform = start @ (identity + change)
+        gradient = start.transpose(1, 2) @ _gradient(blocks, transform, x, w)
+        first.lerp_(gradient, 1 - BETAS[0])
+        second.lerp_(gradient.square(), 1 - BETAS[1])
+        rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        size = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
+        change.addcdiv_(first, size, value=-rate / (1 - BETAS[0] ** (step + 1)))
+    return start @ (identity + change)
+
+
+def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    if rows.shape[1] <= count:
+        return rows
+    chosen = torch.randperm(rows.shape[1], generator=generator)[:count].to(rows.device)
+    return rows.index_select(1, chosen)
+
+
+def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [G, R, 128] -> per block the mean over rows of the largest square, and its gradient by the values."""
+    index = values.abs().argmax(-1, keepdim=True)
+    largest = values.gather(-1, index)
+    gradient = torch.zeros_like(values).scatter_(-1, index, largest * (2 / values.shape[1]))
+    return largest.square().mean((1, 2)), gradient
+
+
+def _gradient(blocks: _Blocks, transform: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Of the logarithm of every block's error with respect to its T, [G, 128, 128]."""
+    inverse = torch.linalg.inv(transform)
+    turned = inverse.transpose(1, 2)
+    x_peak, x_slope = _peaks(x @ transform)
+    w_peak, w_slope = _peaks(w @ turned)
+    w_peak, w_slope = w_peak * blocks.weight_rows, w_slope * blocks.weight_rows
+    inverse_b = inverse @ blocks.b
+    a_transform = blocks.a @ transform
+    b_trace = (inverse_b * inverse).sum((1, 2))
+    a_trace = (a_transform * transform).sum((1, 2))
+    by_inverse = w_slope.transpose(1, 2) @ w * a_trace[:, None, None] + inverse_b * (2 * x_peak)[:, None, None]
+    slope = x.transpose(1, 2) @ x_slope * b_trace[:, None, None] + a_transform * (2 * w_peak)[:, None, None]
+    slope -= turned @ by_inverse @ turned  # d(T^-1) = -T^-1 dT T^-1
+    error = x_peak * b_trace + w_peak * a_trace
+    return torch.where(error[:, None, None] > 0, slope / error.clamp_min(1e-30)[:, None, None], 0.0)
+
+
+def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
+    """The objective per block over all rows kept, [G]."""
+    inverse = torch.linalg.inv(transform)
+    x_peak, _ = _peaks(blocks.x @ transform)
+    w_peak, _ = _peaks(blocks.w @ inverse.transpose(1, 2))
+    b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
+    a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
+    return x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
+
+
+def _storable(transform: torch.Tensor) -> torch.Tensor:
+    """Scale each block by a power of two to a largest entry in [1/2, 1) and round to what both 16-bit formats hold."""
+    _, exponent = torch.frexp(transform.abs().amax((1, 2), keepdim=True))
+    mantissa, exponents = torch.frexp(torch.ldexp(transform, -exponent))
+    rounded = torch.ldexp(torch.round(mantissa * 2**MANTISSA_BITS) / 2**MANTISSA_BITS, exponents)
+    return torch.where(rounded.abs() < SMALLEST, 0.0, rounded).half()
