@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .devices import DTYPES, resolve_device, resolve_dtype
 from .errors import Apex4Error, Stopped, UsageError
 from .gptq import inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
+from .importance import scale_by_readers
 from .layer_runner import LayerRunner
 from .layouts import get_layout
 from .learned_transform import learn_transform
@@ -333,8 +334,8 @@ class _Run:
         planned = self.plan.of_layer(layer)
         records: dict[str, dict[str, Any]] = {}
         for group in self.collector.groups_of(layer, module, planned, hidden):
-            matrix = self._dense_transform(group, stored)
-            clip = self._clip(group, stored, matrix) if self.recipe.search_clip else None
+            matrix = self._dense_transform(layer, group, stored)
+            clip = self._clip(layer, group, stored, matrix) if self.recipe.search_clip else None
             _return_free_memory()
             # The linear that stores the transform comes first: the others use it from there.
             group.parts.sort(key=lambda part: part.planned[0].format.transform_from is not None)
@@ -372,20 +373,37 @@ class _Run:
         _return_free_memory()
         return after
 
-    def _dense_transform(self, group: CollectedGroup, stored: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The transform learned for all linears of an input together, where the plan wants one."""
-        planned = [linear for part in group.parts for linear in part.planned]
-        if planned[0].format.transform != DENSE:
-            return None
-        weights = (pad_input_features(stored[f"{p.name}.weight"].to(self.runner.device), p.format) for p in planned)
-        return learn_transform(pad_input_features(group.statistics.inputs(), planned[0].format), weights)
+    def _weighed(self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The weights that read an input, float32 [N_i, padded K], rows scaled by how much their errors matter."""
+        prefix = self.family.layer_prefix(layer)
+        for linear in (linear for part in group.parts for linear in part.planned):
+            weight = pad_input_features(stored[f"{linear.name}.weight"].to(self.runner.device), linear.format)
+            for produced in self.family.groups(self.source.config, layer):
+                if produced.producer is not None and prefix + produced.producer.linear == linear.name:
+                    readers = [stored[f"{prefix}{name}.weight"].to(self.runner.device) for name in produced.linears]
+                    heads = self.source.config.get("num_key_value_heads") or self.source.config["num_attention_heads"]
+                    scale_by_readers(weight, produced.producer, readers, heads)
+            yield weight
 
-    def _clip(self, group: CollectedGroup, stored: dict[str, torch.Tensor], matrix: torch.Tensor | None) -> float:
+    def _dense_transform(
+        self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The transform learned for all linears of an input together, where the plan wants one."""
+        format = group.parts[0].planned[0].format
+        if format.transform != DENSE:
+            return None
+        return learn_transform(
+            pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
+        )
+
+    def _clip(
+        self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor], matrix: torch.Tensor | None
+    ) -> float:
         """The activation clip ratio that suits all linears of an input together: it is quantized once."""
-        planned = [linear for part in group.parts for linear in part.planned]
-        bases = (transform_weight(stored[f"{p.name}.weight"].to(self.runner.device), p.format, matrix) for p in planned)
-        inputs = transform_input(group.statistics.inputs(), planned[0].format, matrix)
-        return search_activation_clip(inputs, bases, planned[0].format.group_length)
+        format = group.parts[0].planned[0].format
+        bases = (transform_weight(weight, format, matrix) for weight in self._weighed(layer, group, stored))
+        inputs = transform_input(group.statistics.inputs(), format, matrix)
+        return search_activation_clip(inputs, bases, format.group_length)
 
     def _quantize(
         self,

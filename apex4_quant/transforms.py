@@ -15,8 +15,8 @@ from .quant_config import DENSE, LinearFormat
 
 
 def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
-    """x [..., K] -> float32 [..., padded K]."""
-    return torch.nn.functional.pad(x.float(), (0, format.padded_k - format.in_features))
+    """x [..., K], padded already or not -> float32 [..., padded K]."""
+    return torch.nn.functional.pad(x.float(), (0, format.padded_k - x.shape[-1]))
 
 
 def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:
