@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.checking import check
-from apex4_quant.errors import Stopped, UsageError
+from apex4_quant.errors import Apex4Error, Stopped, UsageError
 from apex4_quant.expert_tensors import published_name
-from apex4_quant.families import FAMILIES, Family, InputGroup
+from apex4_quant.families import ATTENTION, FAMILIES, GATED_MLP, Family, InputGroup
 from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.model_transform import balance, balancing_factor, merged_by_norm, rotate_stream, rotate_values
 from apex4_quant.orthogonal import Orthogonal, derived_seed, hadamard_order, orthogonal_matrix
@@ -307,6 +307,37 @@ def test_norm_offsets_are_rotated_too(
     tensors = write_rewritten(source, recipe, tmp_path / "rewritten")
     assert difference(logits(tmp_path / "rewritten"), logits(source.folder)) < SAME
     assert bool((tensors["model.norm.weight"] == 0).all()) == recipe.rotation
+
+
+def test_several_groups_of_one_norm_share_its_gain(
+    float_model: Callable[..., ModelSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = tuple(InputGroup((f"self_attn.{part}_proj",), norm="input_layernorm") for part in "qkv")
+    family = dataclasses.replace(FAMILIES["LlamaForCausalLM"], attention=(*split, *ATTENTION[1:]))
+    monkeypatch.setitem(FAMILIES, family.architecture, family)
+    source = float_model("llama biased")
+    write_rewritten(source, BOTH, tmp_path / "rewritten")
+    assert difference(logits(tmp_path / "rewritten"), logits(source.folder)) < SAME
+
+
+def test_an_input_that_nothing_can_be_folded_into_is_reported_once(
+    float_model: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = dataclasses.replace(FAMILIES["LlamaForCausalLM"], mlp=(GATED_MLP[0], InputGroup(("mlp.down_proj",))))
+    monkeypatch.setitem(FAMILIES, family.architecture, family)
+    source, lines = float_model("llama"), []
+    rewriter, hidden = Rewriter(source, runner_of(source), BALANCED, 0, lines.append), random_hidden(source)
+    for index in range(2):
+        before = source.read(source.layer_tensors(index))
+        after = rewriter.layer(index, source.read(source.layer_tensors(index)), hidden)
+        changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
+        assert changed == {
+            *("input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "post_attention_layernorm"),
+            *("gate_proj", "up_proj"),
+        }
+    assert lines == ["mlp.down_proj: the diagonal can be folded nowhere and is left away"]
+    with pytest.raises(Apex4Error, match=r"layers\.0\.self_attn\.o_proj is not finite: try --dtype float32"):
+        rewriter.layer(0, source.read(source.layer_tensors(0)), hidden * float("inf"))
 
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen2", "qwen3", "phi3 partial rotary", "mixtral"])
