@@ -97,14 +97,15 @@ class Rewriter:
         }
         groups = merged_by_norm(self._family.groups(self._source.config, index))
         if self._rotation:
-            self._rotate(index, tensors, groups)
-        if self._diagonal:
+            writers = self._family.residual_writers(self._source.config, index)
+            rotate_stream(tensors, groups, writers, self._family.norm_offset, self._stream)
+        if self._diagonal:  # after R1, which takes the gains in which it is folded; before R2, which spreads channels
             self._balance(index, tensors, groups, hidden)
+        if self._rotation:
+            self._rotate_values(index, tensors, groups)
         return {name: tensors.pop(name.removeprefix(prefix)).to("cpu", dtype) for name, dtype in dtypes.items()}
 
-    def _rotate(self, index: int, tensors: Tensors, groups: list[InputGroup]) -> None:
-        writers = self._family.residual_writers(self._source.config, index)
-        rotate_stream(tensors, groups, writers, self._family.norm_offset, self._stream)
+    def _rotate_values(self, index: int, tensors: Tensors, groups: list[InputGroup]) -> None:
         for group in groups:
             if group.producer is not None and group.producer.per_head:
                 width = tensors[f"{group.linears[0]}.weight"].shape[1] // int(self._runner.config.num_attention_heads)

@@ -340,6 +340,30 @@ def test_an_input_that_nothing_can_be_folded_into_is_reported_once(
         rewriter.layer(0, source.read(source.layer_tensors(0)), hidden * float("inf"))
 
 
+@torch.no_grad()
+def test_strong_value_channels_are_balanced_before_they_are_rotated(float_model: Callable[..., ModelSource]) -> None:
+    """Afterwards they are spread over their head, and no diagonal could tell them apart."""
+    source = float_model("llama")
+    prefix, width = source.family.layer_prefix(0), 64
+    tensors = source.read(source.layer_tensors(0))
+    tensors[f"{prefix}self_attn.v_proj.weight"][5] *= 32
+    tensors[f"{prefix}self_attn.o_proj.weight"][:, [5, 5 + width]] /= 32  # two query heads read this channel
+    runner, hidden = runner_of(source), random_hidden(source)
+
+    def share_of_the_strongest_direction() -> float:
+        runner.load_layer(0, tensors)
+        seen = torch.cat([x[0, :, :width] for (x,) in runner.calls_of(0, "self_attn.o_proj", hidden)])
+        moments = torch.linalg.svdvals(seen).square()
+        return float(moments[0] / moments.sum())
+
+    assert share_of_the_strongest_direction() > 0.9
+    rewriter = Rewriter(source, runner, BOTH, 0, lambda line: None)
+    rotation = orthogonal_matrix(hidden.shape[-1], derived_seed(0, "stream")).float()
+    hidden = hidden @ rotation
+    tensors = rewriter.layer(0, tensors, hidden)
+    assert share_of_the_strongest_direction() < 0.4
+
+
 @pytest.mark.parametrize("name", ["llama tied", "qwen2", "qwen3", "phi3 partial rotary", "mixtral"])
 def test_every_folded_tensor_matters(name: str, float_model: Callable[..., ModelSource], tmp_path: Path) -> None:
     """With any one of the changed tensors as it was, the exactness test above fails."""
