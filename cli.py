@@ -72,7 +72,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder: absent or empty, or --resume.")
-@click.option("--recipe", default="apex4", show_default=True, help="How to quantize: apex4, gptq or rtn.")
+@click.option("--recipe", default="apex4", show_default=True, help="How to quantize: apex4, gptq, rtn or quarot-128g.")
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
 @click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")

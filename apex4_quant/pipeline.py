@@ -1,6 +1,7 @@
 """`apex4 quantize`: one decoder layer at a time, restartable after each. DESIGN §4.
 
-source shards -> load one layer -> for every input group, in the order the layer computes them:
+source shards -> load one layer, rewritten as the recipe wants it (rewriting.py)
+-> for every input group, in the order the layer computes them:
     run the calibration hidden states up to it (through what is already quantized; collecting.py)
     -> quantize the linears that read it -> put them into the layer
 -> write the layer's shard -> run the quantized layer to get the next hidden states -> commit -> drop the layer
@@ -42,6 +43,7 @@ from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
 from .quant_config import DENSE, TRANSFORMS, QuantConfig
 from .recipes import DEFAULT_RECIPE, get_recipe
+from .rewriting import Rewriter, require_rotatable
 from .run_state import RunState, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
@@ -81,6 +83,7 @@ class QuantizeSettings:
     def resolve(self, source: ModelSource) -> QuantizeSettings:
         """Check every value and decide the open ones. Raises UsageError."""
         recipe = get_recipe(self.recipe)
+        require_rotatable(source, recipe)
         target = resolve_target(self.target)
         transform = self.transform or recipe.transform
         if transform not in TRANSFORMS:
@@ -298,12 +301,13 @@ class _Run:
         self.name_width = max(len(linear.name) for linear in plan.linears)
         gptq = self.recipe.rounding == "gptq"
         self.collector = Collector(runner, self.family, source.config, gptq, progress.line)
+        self.rewriter = Rewriter(source, runner, self.recipe, settings.seed, progress.line)
 
     def execute(self) -> QuantizeResult:
         self.runner.prepare(self.samples.shape[1])
         embedding = f"{self.family.embedding}.weight"
         if self.state.record(1) is None:
-            tensors = self.source.read([embedding])
+            tensors = self.rewriter.embedding(self.source.read([embedding]))
             self._write_shard(1, tensors)
             self.state.save_hidden(0, self.runner.embed(self.samples, tensors[embedding]))
             del tensors
@@ -323,13 +327,13 @@ class _Run:
                     )
                 hidden = self._layer(layer, self.state.load_hidden(layer) if hidden is None else hidden, advance)
         rest = [name for name in self.source.outer_tensors if name != embedding]
-        self._write_shard(self.shard_count, self.source.read(rest))
+        self._write_shard(self.shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self.shard_count, [])
         return self._finish()
 
     def _layer(self, layer: int, hidden: torch.Tensor, advance: Callable[[int], None]) -> torch.Tensor:
         prefix = self.family.layer_prefix(layer)
-        stored = self.source.read(self.source.layer_tensors(layer))
+        stored = self.rewriter.layer(layer, self.source.read(self.source.layer_tensors(layer)), hidden)
         module = self.runner.load_layer(layer, stored)
         planned = self.plan.of_layer(layer)
         records: dict[str, dict[str, Any]] = {}
@@ -479,8 +483,8 @@ class _Run:
         write_json(self.out / INDEX_NAME, index)
         write_json(self.out / REPORT_NAME, self._report(shards, records))
         # Last: without config.json no reader takes the folder for a model.
-        config = self._config(records).to_dict()
-        write_json(self.out / "config.json", self.source.config | {"quantization_config": config})
+        section = {"quantization_config": self._config(records).to_dict()}
+        write_json(self.out / "config.json", self.source.config | self.rewriter.config_changes() | section)
         return QuantizeResult(self.out, self.plan, self.source, records, bytes_after=total)
 
     def _config(self, records: list[dict[str, Any]]) -> QuantConfig:

@@ -13,6 +13,7 @@ from .families import expert_of
 from .layouts import get_layout
 from .number_format import GroupSize
 from .quant_config import DENSE, LinearFormat, QuantConfig
+from .recipes import get_recipe
 from .source import ModelSource
 from .storage import format_bytes
 
@@ -79,7 +80,8 @@ def build_plan(
     Raises UsageError if an --ignore pattern matches nothing, or everything does, or a plan misses a linear.
     """
     family = source.family
-    base = LinearFormat(1, 1, group_size, get_layout(layout), transform, 1.0)
+    asked = get_recipe(recipe)
+    base = LinearFormat(1, 1, group_size, get_layout(layout), transform, asked.activation_clip)
     linears, quantized_tensors, ignored, unmatched = [], set(), [], set(ignore)
     for layer in range(source.num_layers):
         prefix = family.layer_prefix(layer)
@@ -109,24 +111,28 @@ def build_plan(
         raise UsageError(f"--ignore {sorted(unmatched)[0]!r} matches no linear: names look like {example}")
     if not linears:
         raise UsageError("--ignore leaves nothing to quantize: give fewer patterns")
-    outer, asked = set(source.outer_tensors), {f"{name}.weight" for name in ignored}
+    outer, on_request = set(source.outer_tensors), {f"{name}.weight" for name in ignored}
 
     def reason(name: str) -> str:
         if name in outer:
             return OUTSIDE_LAYERS
         if family.experts is not None and name.endswith(f".{family.experts.router}.weight"):
             return ROUTER
-        return IGNORED if name in asked else NOT_LINEAR
+        return IGNORED if name in on_request else NOT_LINEAR
 
     kept = tuple(
         KeptTensor(name, reason(name), info.bytes)
         for name, info in source.infos.items()
         if name not in quantized_tensors
     )
+    head = f"{family.head}.weight"
+    if asked.rotation and head not in source.infos:  # tied: after a rotation it is a tensor of its own
+        kept += (KeptTensor(head, OUTSIDE_LAYERS, source.infos[f"{family.embedding}.weight"].bytes),)
     config = QuantConfig(
         group_size=group_size,
         layout=layout,
         transform=transform,
+        activation_clip=asked.activation_clip,
         target=target,
         modules={linear.name: entry for linear in linears if (entry := _override(linear.format, group_size))},
         modules_to_not_convert=[family.head, *ignored],
@@ -162,7 +168,11 @@ def estimate_peak_memory(
     working = layer + 12 * largest + 16 * seq_len * widest
     if hessians:
         working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
-    return max(working + _collected_bytes(source, plan, compute_bytes, hessians), 2 * outer) + states
+    recipe = get_recipe(plan.config.recipe)
+    rewriting = 0
+    if recipe.rotation or recipe.diagonal:  # the layer in float32, before anything is collected, and loaded
+        rewriting = 3 * layer + 16 * seq_len * widest
+    return max(working + _collected_bytes(source, plan, compute_bytes, hessians), rewriting, 2 * outer) + states
 
 
 def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int, hessians: bool) -> int:
