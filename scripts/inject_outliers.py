@@ -81,6 +81,8 @@ def inject(model: str, out: Path, factor: float, fraction: float, seed: int) -> 
         raise UsageError(f"--fraction is {fraction} and --factor {factor}: give a share of 1 and a positive number")
     require_empty(out)
     source = ModelSource(model)
+    if source.family.experts is not None:
+        raise UsageError(f"{model} has experts: only dense models are supported")
     generator = torch.Generator().manual_seed(seed)
     changed: dict[str, torch.Tensor] = source.read(source.outer_tensors)
     sites: dict[str, list[int]] = {}
@@ -88,7 +90,7 @@ def inject(model: str, out: Path, factor: float, fraction: float, seed: int) -> 
         stored = source.read(source.layer_tensors(index))
         tensors = {name: tensor.double() for name, tensor in stored.items()}
         layer = source.family.layer_prefix(index)
-        for group in source.family.input_groups:
+        for group in source.family.groups(source.config, index):
             readers = [layer + linear for linear in (*group.linears, *group.also_read_by)]
             if group.norm is not None:
                 norm = f"{layer}{group.norm}.weight"
