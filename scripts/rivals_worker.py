@@ -1,0 +1,205 @@
+"""One rival recipe on one model, in the rivals' environment: quantize, measure, print JSON in the last line.
+
+    rivals_worker.py --list
+    rivals_worker.py RECIPE MODEL IDS
+
+scripts/bench_rivals starts it. IDS is a file of token windows (`calibration`, `heldout`) that apex4's own code drew.
+The model stays in memory as llm-compressor leaves it, which is how that library simulates the quantized model: weights
+and activations are rounded to their grids and computed in floating point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.autoround import AutoRoundModifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import AWQModifier, QuIPModifier, SmoothQuantModifier, SpinQuantModifier
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from apex4_quant.evaluate import measure_perplexity
+
+GROUP = 128
+BATCH = 8
+
+if not torch.accelerator.is_available():
+    # AWQ pins memory for a GPU without looking whether there is one, and would not run here.
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[assignment]
+
+
+def token_scheme() -> dict[str, Any]:
+    """The library's preset: weights in groups of 128, one activation scale for a whole token."""
+    return {"scheme": "W4A4", "ignore": ["lm_head"]}
+
+
+def group_scheme(observer: str = "mse") -> dict[str, Any]:
+    """What apex4 does: groups of 128 on both sides. `observer` chooses weight scales; `mse` searches a clip."""
+    int4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**int4, observer=observer),
+        input_activations=QuantizationArgs(**int4, dynamic=True),
+    )
+    return {"config_groups": {"w4a4": scheme}, "ignore": ["lm_head"]}
+
+
+def spinquant(*rotations: str, block: int | None = None) -> SpinQuantModifier:
+    """Of the kinds of Hadamard matrix only the randomized one exists for widths that are no power of two."""
+    return SpinQuantModifier(rotations=list(rotations), transform_type="random-hadamard", transform_block_size=block)
+
+
+def quip(block: int | None) -> QuIPModifier:
+    """A Hadamard of order `block` (None: of all K) on the input of every linear, at run time."""
+    return QuIPModifier(rotations=["v"], transform_type="random-hadamard", transform_block_size=block)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`activations` is the reach of one activation scale; `online` what is multiplied at run time."""
+
+    activations: str
+    summary: str
+    modifiers: Callable[[], list[Any]]
+    online: str = "nothing"
+
+
+TOKEN, G128 = "token", "g128"
+RECIPES: dict[str, Recipe] = {
+    "token-rtn": Recipe(TOKEN, "preset W4A4, nearest", lambda: [QuantizationModifier(**token_scheme())]),
+    "token-gptq": Recipe(TOKEN, "preset W4A4, GPTQ", lambda: [GPTQModifier(**token_scheme())]),
+    "token-r12-gptq": Recipe(
+        TOKEN, "SpinQuant R1 R2, preset W4A4, GPTQ", lambda: [spinquant("R1", "R2"), GPTQModifier(**token_scheme())]
+    ),
+    "token-r124-gptq": Recipe(
+        TOKEN, "SpinQuant R1 R2 R4, preset W4A4, GPTQ",
+        lambda: [spinquant("R1", "R2", "R4"), GPTQModifier(**token_scheme())], "down",
+    ),
+    "token-quip-gptq": Recipe(
+        TOKEN, "QuIP over all K, preset W4A4, GPTQ", lambda: [quip(None), GPTQModifier(**token_scheme())], "every input"
+    ),
+    "g128-rtn": Recipe(G128, "nearest, absmax scales", lambda: [QuantizationModifier(**group_scheme("minmax"))]),
+    "g128-rtn-mse": Recipe(G128, "nearest, searched scales", lambda: [QuantizationModifier(**group_scheme())]),
+    "g128-gptq": Recipe(G128, "GPTQ", lambda: [GPTQModifier(**group_scheme())]),
+    "g128-gptq-imatrix": Recipe(
+        G128, "GPTQ, scales weighted by activations", lambda: [GPTQModifier(**group_scheme("imatrix_mse"))]
+    ),
+    "g128-smooth-gptq": Recipe(
+        G128, "SmoothQuant 0.5, GPTQ", lambda: [SmoothQuantModifier(), GPTQModifier(**group_scheme())]
+    ),
+    "g128-awq-gptq": Recipe(G128, "AWQ, GPTQ", lambda: [AWQModifier(), GPTQModifier(**group_scheme())]),
+    "g128-r12-rtn": Recipe(
+        G128, "SpinQuant R1 R2, nearest", lambda: [spinquant("R1", "R2"), QuantizationModifier(**group_scheme())]
+    ),
+    "g128-r12-gptq": Recipe(
+        G128, "SpinQuant R1 R2, GPTQ", lambda: [spinquant("R1", "R2"), GPTQModifier(**group_scheme())]
+    ),
+    "g128-r124-gptq": Recipe(
+        G128, "SpinQuant R1 R2 R4, GPTQ",
+        lambda: [spinquant("R1", "R2", "R4"), GPTQModifier(**group_scheme())], "down",
+    ),
+    "g128-r14-b128-gptq": Recipe(
+        G128, "SpinQuant R1 R2 R4, R1 and R4 in blocks of 128, GPTQ",
+        lambda: [spinquant("R1", "R2", "R4", block=GROUP), GPTQModifier(**group_scheme())], "down",
+    ),
+    "g128-quip-gptq": Recipe(
+        G128, "QuIP over all K, GPTQ", lambda: [quip(None), GPTQModifier(**group_scheme())], "every input"
+    ),
+    "g128-quip128-rtn": Recipe(
+        G128, "QuIP in blocks of 128, nearest",
+        lambda: [quip(GROUP), QuantizationModifier(**group_scheme())], "every input",
+    ),
+    "g128-quip128-gptq": Recipe(
+        G128, "QuIP in blocks of 128, GPTQ", lambda: [quip(GROUP), GPTQModifier(**group_scheme())], "every input"
+    ),
+    "g128-quip128-imatrix": Recipe(
+        G128, "QuIP in blocks of 128, GPTQ, scales weighted by activations",
+        lambda: [quip(GROUP), GPTQModifier(**group_scheme("imatrix_mse"))], "every input",
+    ),
+    "g128-r12-quip128-gptq": Recipe(
+        G128, "SpinQuant R1 R2, QuIP in blocks of 128, GPTQ",
+        lambda: [spinquant("R1", "R2"), quip(GROUP), GPTQModifier(**group_scheme())], "every input",
+    ),
+    "g128-smooth-quip128-gptq": Recipe(
+        G128, "SmoothQuant 0.5, QuIP in blocks of 128, GPTQ",
+        lambda: [SmoothQuantModifier(), quip(GROUP), GPTQModifier(**group_scheme())], "every input",
+    ),
+    "g128-awq-quip128-gptq": Recipe(
+        G128, "AWQ, QuIP in blocks of 128, GPTQ",
+        lambda: [AWQModifier(), quip(GROUP), GPTQModifier(**group_scheme())], "every input",
+    ),
+    "g128-autoround": Recipe(G128, "AutoRound, 200 steps", lambda: [AutoRoundModifier(**group_scheme("minmax"))]),
+    "g128-r12-autoround": Recipe(
+        G128, "SpinQuant R1 R2, AutoRound, 200 steps",
+        lambda: [spinquant("R1", "R2"), AutoRoundModifier(**group_scheme("minmax"))],
+    ),
+}  # fmt: skip
+
+
+def run(name: str, folder: Path, ids: dict[str, torch.Tensor]) -> dict[str, Any]:
+    started = time.perf_counter()
+    # "auto": the dtype of the checkpoint, as `apex4 eval` computes in it.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    windows = [{"input_ids": window} for window in ids["calibration"].split(BATCH)]
+    oneshot(
+        model=model,
+        recipe=RECIPES[name].modifiers(),
+        dataset=DataLoader(windows, batch_size=None),  # type: ignore[arg-type]
+        num_calibration_samples=len(ids["calibration"]),
+        max_seq_length=ids["calibration"].shape[1],
+    )
+    seconds = time.perf_counter() - started
+    result: dict[str, Any] = {
+        "seconds": seconds,
+        "finished": time.time(),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "quantized_linears": sum(quantizes_both_sides(module) for module in model.modules()),
+    }
+    model.eval()
+    result["perplexity"] = measure_perplexity(model, ids["heldout"])
+    # Scales in bfloat16 cost something that a kernel with float32 scales would not: show the rival without it too.
+    result["perplexity_float32"] = measure_perplexity(model.float(), ids["heldout"])
+    return result
+
+
+def quantizes_both_sides(module: torch.nn.Module) -> bool:
+    scheme = getattr(module, "quantization_scheme", None)
+    enabled = getattr(module, "quantization_enabled", True)
+    return bool(enabled and scheme is not None and scheme.weights and scheme.input_activations)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", choices=RECIPES)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("ids", nargs="?", type=Path)
+    parser.add_argument("--list", action="store_true", help="print the recipes as JSON and stop")
+    args = parser.parse_args()
+    if args.list:
+        print(json.dumps({n: {"activations": r.activations, "summary": r.summary, "online": r.online}
+                          for n, r in RECIPES.items()}))  # fmt: skip
+        return
+    if args.ids is None:
+        parser.error("RECIPE, MODEL and IDS are needed")
+    torch.manual_seed(0)
+    print(json.dumps(run(args.recipe, args.model, load_file(args.ids))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
