@@ -72,12 +72,17 @@ def cli() -> None:
 @cli.command()
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder: absent or empty, or --resume.")
-@click.option("--recipe", default="apex4", show_default=True, help="How to quantize: apex4, gptq, rtn or quarot-128g.")
+@click.option(
+    "--recipe",
+    default="apex4",
+    show_default=True,
+    help="apex4, apex4-hadamard, quarot-128g, gptq, rtn, or a YAML file.",
+)
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
 @click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
 @click.option("--layout", help="Order of the packed codes: rowmajor or sm80.  [default: what the target reads]")
-@click.option("--transform", help="Group transform: hadamard128 or none.  [default: the recipe's]")
+@click.option("--transform", help="Group transform: hadamard128, dense128 or none.  [default: the recipe's]")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
 @click.option("--samples", default=64, show_default=True, help="Calibration windows.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")

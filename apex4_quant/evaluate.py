@@ -129,6 +129,23 @@ def measure_perplexity(model: PreTrainedModel, ids: torch.Tensor, advance: Any =
     return math.exp(float(total) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
+@torch.no_grad()
+def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float]:
+    """Mean negative log-likelihood of `model` on ids int64 [windows, L], as in `measure_perplexity`, and the mean
+    Kullback-Leibler divergence KL(original || model) of its predictions, both in nats per predicted token."""
+    likelihood = divergence = 0.0
+    for window in ids:
+        inputs = window[None].to(model.device)
+        ours, theirs = (
+            torch.log_softmax(m(input_ids=inputs, use_cache=False).logits[0, :-1].float(), -1)
+            for m in (model, original)
+        )
+        likelihood -= float(ours.gather(1, inputs[0, 1:, None]).double().sum())
+        divergence += float((theirs.exp() * (theirs - ours)).double().sum())
+    count = ids.shape[0] * (ids.shape[1] - 1)
+    return likelihood / count, divergence / count
+
+
 def _task_manager(settings: EvalSettings) -> Any:
     try:
         from lm_eval.tasks import TaskManager

@@ -30,7 +30,7 @@ STEPS = 100
 LEARNING_RATE = 0.01  # of T = T_0 (I + D); falls to zero along a cosine
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 ROWS, WEIGHT_ROWS = 512, 256  # looked at in one step, drawn anew for each
-WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from
+WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
 SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
 
 
@@ -47,15 +47,17 @@ class _Blocks:
     @classmethod
     def of(cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor]) -> _Blocks:
         x = _by_block(inputs)
-        total, kept, b = 0, [], torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
+        b = torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
+        total, stride = 0, 1
+        kept = b.new_zeros(len(x), 0, BLOCK)
         for weight in weights:
             w = _by_block(weight)
             b.baddbmm_(w.transpose(1, 2), w)
-            kept.append(w[:, :: max(1, w.shape[1] // WEIGHT_SAMPLE)].clone())
             total += w.shape[1]
-        w = torch.cat(kept, dim=1)
-        w = w[:, :: max(1, w.shape[1] // WEIGHT_SAMPLE)].contiguous()
-        return cls(x, w, total, x.transpose(1, 2) @ x / x.shape[1], b)
+            kept = torch.cat([kept, w[:, ::stride]], dim=1)
+            while kept.shape[1] > 2 * WEIGHT_SAMPLE:  # every row stands for as many
+                kept, stride = kept[:, ::2].contiguous(), 2 * stride
+        return cls(x, kept, total, x.transpose(1, 2) @ x / x.shape[1], b)
 
 
 def _by_block(matrix: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimat
 from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
 from .quant_config import DENSE, TRANSFORMS, QuantConfig
-from .recipes import DEFAULT_RECIPE, get_recipe
+from .recipes import DEFAULT_RECIPE, get_recipe, named_recipes
 from .rewriting import Rewriter, require_rotatable
 from .run_state import RunState, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
@@ -66,7 +66,7 @@ class QuantizeSettings:
     """
 
     model: str
-    recipe: str = DEFAULT_RECIPE
+    recipe: str | dict[str, Any] = DEFAULT_RECIPE
     group_size: GroupSize = 128
     plan: str | dict[str, GroupSize] | None = None
     target: str = "auto"
@@ -100,6 +100,8 @@ class QuantizeSettings:
             plan = read.for_model(source)
         return replace(
             self,
+            # A file may change before a resume: its content is what is recorded.
+            recipe=self.recipe if self.recipe in list(named_recipes()) else recipe.as_dict(),
             plan=plan,
             group_size=parse_group_size(self.group_size),
             target=target.gpu or target.arch or "none",
@@ -165,7 +167,7 @@ def plan_of(source: ModelSource, settings: QuantizeSettings) -> Plan:
     target = resolve_target(settings.target)
     return build_plan(
         source,
-        recipe=settings.recipe,
+        recipe=get_recipe(settings.recipe),
         transform=settings.transform or "none",
         group_size=settings.group_size,
         layout=settings.layout or target.layout,

@@ -13,7 +13,7 @@ from .families import expert_of
 from .layouts import get_layout
 from .number_format import GroupSize
 from .quant_config import DENSE, LinearFormat, QuantConfig
-from .recipes import get_recipe
+from .recipes import Recipe, get_recipe
 from .source import ModelSource
 from .storage import format_bytes
 
@@ -49,6 +49,7 @@ class Plan:
     linears: tuple[PlannedLinear, ...]
     kept: tuple[KeptTensor, ...]
     config: QuantConfig
+    recipe: Recipe
 
     def of_layer(self, layer: int) -> list[PlannedLinear]:
         return [linear for linear in self.linears if linear.layer == layer]
@@ -67,7 +68,7 @@ class Plan:
 def build_plan(
     source: ModelSource,
     *,
-    recipe: str,
+    recipe: Recipe | str,
     transform: str,
     group_size: GroupSize,
     layout: str,
@@ -136,9 +137,9 @@ def build_plan(
         target=target,
         modules={linear.name: entry for linear in linears if (entry := _override(linear.format, group_size))},
         modules_to_not_convert=[family.head, *ignored],
-        recipe=recipe,
+        recipe=asked.name,
     )
-    return Plan(tuple(linears), kept, config)
+    return Plan(tuple(linears), kept, config, asked)
 
 
 def _override(format: LinearFormat, group_size: GroupSize) -> dict[str, Any]:
@@ -168,9 +169,8 @@ def estimate_peak_memory(
     working = layer + 12 * largest + 16 * seq_len * widest
     if hessians:
         working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
-    recipe = get_recipe(plan.config.recipe)
     rewriting = 0
-    if recipe.rotation or recipe.diagonal:  # the layer in float32, before anything is collected, and loaded
+    if plan.recipe.rotation or plan.recipe.diagonal:  # the layer in float32, before anything is collected, and loaded
         rewriting = 3 * layer + 16 * seq_len * widest
     return max(working + _collected_bytes(source, plan, compute_bytes, hessians), rewriting, 2 * outer) + states
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .number_format import GroupSize
 from .pipeline import QuantizeSettings, draw_calibration, plan_of
 from .plan_file import plan_file_json, plan_file_text, require_plan_path
 from .progress import Progress
+from .quant_config import DENSE
 from .sensitivity import LADDER, GroupSensitivity, measure_sensitivity
 from .source import ModelSource
 from .storage import write_bytes
@@ -288,6 +289,8 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
     source = ModelSource(settings.model)
     names = ("model", "target", "transform", "calib", "samples", "seq_len", "seed", "device", "dtype")
     run = QuantizeSettings(**{name: getattr(settings, name) for name in names}).resolve(source)
+    if run.transform == DENSE:  # learnt for one group size; sizes are compared, more cheaply, under the Hadamard matrix
+        run = replace(run, transform="hadamard128")
     samples = draw_calibration(source, run, settings.seq_len, progress)
     runner = LayerRunner(source, run.device, DTYPES[run.dtype])
     groups = measure_sensitivity(source, runner, samples, plan_of(source, run).linears, progress)

@@ -1,21 +1,31 @@
-"""Named ways to quantize, as data. A recipe decides what is done to a linear; the pipeline decides when."""
+"""Named ways to quantize, as data (recipes.yaml). A recipe decides what is done; the pipeline decides when."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
+from .quant_config import TRANSFORMS
+
+ROUNDINGS = ("nearest", "gptq")
+SUFFIXES = (".yaml", ".yml", ".json")
+DEFAULT_RECIPE = "apex4"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`transform` is the group transform used unless --transform says otherwise. `rounding` is "nearest" or "gptq".
-    `search_clip` looks for an activation clip ratio per linear input; without it all are `activation_clip`.
-    `rotation` merges random Hadamard rotations of the residual stream and of the values into the weights, `diagonal` is
-    the exponent of the balancing factors (0: none). Both leave the model's function as it is (model_transform.py)."""
+    """`transform` is the group transform used unless --transform says otherwise: "hadamard128", "dense128" (learned for
+    every input) or "none". `rounding` is "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear
+    input; without it all are `activation_clip`. `rotation` merges random Hadamard rotations of the residual stream and
+    of the values into the weights, `diagonal` is the exponent of the balancing factors (0: none). Both leave the model's
+    function as it is (model_transform.py)."""
 
     name: str
-    summary: str
+    summary: str = ""
     transform: str = "hadamard128"
     rounding: str = "nearest"
     search_clip: bool = False
@@ -23,29 +33,64 @@ class Recipe:
     rotation: bool = False
     diagonal: float = 0.0
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Recipe:
+        """Checked. `where` names the source in the UsageError that a wrong key or value raises."""
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise UsageError(f"{where} has the unknown key {unknown[0]!r}: the keys are {', '.join(list(known)[1:])}")
+        for key, value in values.items():
+            kind = {"str": str, "bool": bool, "float": (int, float)}[str(known[key].type)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UsageError(f"{where} has {key} = {value!r}: give {_KINDS[str(known[key].type)]}")
+        recipe = cls(**{k: float(v) if known[k].type == "float" else v for k, v in values.items()})
+        for key, allowed in (("transform", TRANSFORMS), ("rounding", ROUNDINGS)):
+            if getattr(recipe, key) not in allowed:
+                raise UsageError(f"{where} has {key} = {getattr(recipe, key)!r}: give one of {', '.join(allowed)}")
+        if not 0 < recipe.activation_clip <= 1:
+            raise UsageError(f"{where} has activation_clip = {recipe.activation_clip}: give a number in (0, 1]")
+        if not 0 <= recipe.diagonal <= 1:
+            raise UsageError(f"{where} has diagonal = {recipe.diagonal}: give an exponent in [0, 1]")
+        return recipe
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("rtn", "round to nearest, weight scales from a squared-error search"),
-        Recipe("gptq", "GPTQ on the inputs that come through the quantized layers before", rounding="gptq"),
-        Recipe(
-            "apex4", "GPTQ, and an activation clip ratio searched for every input", rounding="gptq", search_clip=True
-        ),
-        # QuaRot's rotations and fixed clip ratio; its two online transforms, of whole widths, are the group transform.
-        Recipe(
-            "quarot-128g",
-            "merged random Hadamard rotations, GPTQ, activations clipped at 0.9: QuaRot with groups of 128",
-            rounding="gptq",
-            activation_clip=0.9,
-            rotation=True,
-        ),
-    )
-}
-DEFAULT_RECIPE = "apex4"
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def get_recipe(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise UsageError(f"recipe {name!r} is not known: give one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+_KINDS = {"str": "a text", "bool": "true or false", "float": "a number"}
+
+
+def _load(path: Path, what: str) -> dict[str, Any]:
+    import yaml  # not for --help
+
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{what} cannot be read ({' '.join(str(error).split())}): give a YAML file") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{what} is not a mapping of keys to values: see the keys in the documentation of recipes")
+    return values
+
+
+@cache
+def named_recipes() -> dict[str, Recipe]:
+    """Those that come with the package, by name."""
+    entries = _load(Path(__file__).with_name("recipes.yaml"), "recipes.yaml")
+    return {name: Recipe.from_dict({"name": name} | entry, f"recipe {name!r}") for name, entry in entries.items()}
+
+
+def get_recipe(recipe: Recipe | str | Mapping[str, Any]) -> Recipe:
+    """A named recipe, that of a YAML file, or one as `Recipe.as_dict` wrote it. Raises UsageError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        return Recipe.from_dict(recipe, f"recipe {recipe.get('name')!r}")
+    if recipe in named_recipes():
+        return named_recipes()[recipe]
+    path = Path(recipe)
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"recipe {recipe!r} is not known: give one of {', '.join(named_recipes())}, or a .yaml file")
+    if not path.is_file():
+        raise UsageError(f"recipe {recipe!r} does not exist: give a YAML file or one of {', '.join(named_recipes())}")
+    return Recipe.from_dict({"name": path.stem} | _load(path, f"recipe {recipe}"), f"recipe {recipe}")

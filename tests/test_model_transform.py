@@ -25,7 +25,7 @@ from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.model_transform import balance, balancing_factor, merged_by_norm, rotate_stream, rotate_values
 from apex4_quant.orthogonal import Orthogonal, derived_seed, hadamard_order, orthogonal_matrix
 from apex4_quant.pipeline import preview
-from apex4_quant.recipes import RECIPES, Recipe
+from apex4_quant.recipes import Recipe, named_recipes
 from apex4_quant.rewriting import Rewriter, mean_squares
 from apex4_quant.source import ModelSource
 
@@ -395,7 +395,7 @@ def test_tensors_are_rounded_once(float_model: Callable[..., ModelSource]) -> No
 
 @pytest.fixture
 def recipe_both(monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setitem(RECIPES, BOTH.name, BOTH)
+    monkeypatch.setitem(named_recipes(), BOTH.name, BOTH)
     return BOTH
 
 
