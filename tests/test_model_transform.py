@@ -23,11 +23,12 @@ from apex4_quant.expert_tensors import published_name
 from apex4_quant.families import ATTENTION, FAMILIES, GATED_MLP, Family, InputGroup
 from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.model_transform import balance, balancing_factor, merged_by_norm, rotate_stream, rotate_values
-from apex4_quant.orthogonal import Orthogonal, derived_seed, hadamard_order, orthogonal_matrix
+from apex4_quant.orthogonal import Orthogonal, derived_seed
 from apex4_quant.pipeline import preview
 from apex4_quant.recipes import Recipe, named_recipes
 from apex4_quant.rewriting import Rewriter, mean_squares
 from apex4_quant.source import ModelSource
+from apex4_quant.storage import sha256
 
 
 def _zoo() -> ModuleType:
@@ -98,49 +99,6 @@ def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 def groups_of(source: ModelSource, index: int) -> list[InputGroup]:
     return merged_by_norm(source.family.groups(source.config, index))
-
-
-# Matrices.
-
-
-@pytest.mark.parametrize("n", [1, 2, 6, 7, 20, 28, 36, 48, 52, 64, 92, 100, 128, 192, 256, 344, 384, 1536])
-def test_matrices_are_orthogonal_and_hadamard_where_one_is_known(n: int) -> None:
-    matrix = orthogonal_matrix(n, seed=3)
-    assert matrix.dtype == torch.float64 and matrix.shape == (n, n)
-    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
-    if n in (6, 7, 92):  # there is none of order 6 or 7, and Paley gives none of order 92
-        assert hadamard_order(n) is None
-    else:
-        torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, n**-0.5), rtol=1e-12, atol=0)
-    x = torch.randn(3, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(Orthogonal(n, 3).apply(x), x @ matrix)
-
-
-@pytest.mark.parametrize("n", [3584, 5120, 11008])
-def test_wide_matrices_row_by_row(n: int) -> None:
-    """11008 = 43 * 256 has one through the field of 7^3 = 343 elements."""
-    rows = Orthogonal(n, 0).apply(torch.eye(n, dtype=torch.float64)[:: n // 16])
-    torch.testing.assert_close(rows.abs(), torch.full_like(rows, n**-0.5), rtol=1e-12, atol=0)
-    torch.testing.assert_close(rows @ rows.t(), torch.eye(len(rows), dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_matrices_depend_on_the_seed_alone() -> None:
-    for n in (48, 92):
-        first, again, other = (orthogonal_matrix(n, seed) for seed in (1, 1, 2))
-        assert torch.equal(first, again) and not torch.equal(first, other)
-    seeds = {derived_seed(0, "stream"), derived_seed(1, "stream"), derived_seed(0, "values", 0, 1)}
-    assert len(seeds) == 3 and all(0 <= seed < 2**63 for seed in seeds)
-    with pytest.raises(ValueError, match="width 0"):
-        Orthogonal(0, 1)
-
-
-def test_a_block_hadamard_after_a_rotation_does_not_undo_its_mixing() -> None:
-    """One strong channel must reach every channel of every group: what the quantizer sees is x Q (I x H_128)."""
-    from apex4_quant.kernels.hadamard import apply_block_hadamard
-
-    seen = apply_block_hadamard(orthogonal_matrix(512, 0))
-    assert float(seen.abs().max()) < 6 * 512**-0.5
-    assert float((seen.abs() < 1e-9).double().mean()) < 0.2  # a sum of +-1 that happens to be zero
 
 
 # Single layers: each change by itself, for every architecture.
@@ -330,11 +288,8 @@ def test_an_input_that_nothing_can_be_folded_into_is_reported_once(
     for index in range(2):
         before = source.read(source.layer_tensors(index))
         after = rewriter.layer(index, source.read(source.layer_tensors(index)), hidden)
-        changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
-        assert changed == {
-            *("input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "post_attention_layernorm"),
-            *("gate_proj", "up_proj"),
-        }
+        unchanged = {name.split(".")[-2] for name in after if torch.equal(before[name], after[name])}
+        assert unchanged == {"down_proj"}
     assert lines == ["mlp.down_proj: the diagonal can be folded nowhere and is left away"]
     with pytest.raises(Apex4Error, match=r"layers\.0\.self_attn\.o_proj is not finite: try --dtype float32"):
         rewriter.layer(0, source.read(source.layer_tensors(0)), hidden * float("inf"))
@@ -357,10 +312,8 @@ def test_strong_value_channels_are_balanced_before_they_are_rotated(float_model:
         return float(moments[0] / moments.sum())
 
     assert share_of_the_strongest_direction() > 0.9
-    rewriter = Rewriter(source, runner, BOTH, 0, lambda line: None)
-    rotation = orthogonal_matrix(hidden.shape[-1], derived_seed(0, "stream")).float()
-    hidden = hidden @ rotation
-    tensors = rewriter.layer(0, tensors, hidden)
+    hidden = Orthogonal(hidden.shape[-1], derived_seed(0, "stream")).apply(hidden)
+    tensors = Rewriter(source, runner, BOTH, 0, lambda line: None).layer(0, tensors, hidden)
     assert share_of_the_strongest_direction() < 0.4
 
 
@@ -431,10 +384,8 @@ def test_resumed_runs_write_the_same_bytes(layers: int, recipe_both: Recipe, tmp
     with pytest.raises(Stopped):
         quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
     quantize(settings, tmp_path / "out", resume=True)
-    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
-    for file in files:
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
+    whole, out = ({path.name: sha256(path) for path in (tmp_path / run).iterdir()} for run in ("whole", "out"))
+    assert whole == out
     quantize(dataclasses.replace(settings, seed=1), tmp_path / "other seed")
     shard = "model-00001-of-00004.safetensors"
     ours, others = (load_file(tmp_path / run / shard) for run in ("whole", "other seed"))
