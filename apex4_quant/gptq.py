@@ -18,6 +18,7 @@ import torch
 from .errors import Apex4Error
 from .number_format import CODE_MAX
 from .quant_config import LinearFormat
+from .threads import few_threads
 from .transforms import transform_weight
 from .weight_quantizer import require_quantizable, search_scales
 
@@ -79,9 +80,23 @@ def quantize_weight_gptq(
     del transformed
     codes = torch.empty_like(pending, dtype=torch.int8)
     errors = torch.empty_like(pending)
-    cost = factor.diagonal().square().reciprocal()
-    scales = []
+    scales: list[torch.Tensor] = []
     group = format.group_length
+    with few_threads(2.0 * group * pending.numel()):
+        _round_groups(pending, codes, errors, factor, scales, group)
+    return codes.t().contiguous(), torch.stack(scales, dim=1).half()
+
+
+def _round_groups(
+    pending: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    factor: torch.Tensor,
+    scales: list[torch.Tensor],
+    group: int,
+) -> None:
+    """The sweep over all columns, group by group; `scales` gets one [N] per group."""
+    cost = factor.diagonal().square().reciprocal()
     for start in range(0, len(pending), group):
         stop = start + group
         scale = search_scales(pending[start:stop].t().contiguous(), group, cost[start:stop])[:, 0]
@@ -89,7 +104,6 @@ def quantize_weight_gptq(
         if stop < len(pending):
             pending[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
         scales.append(scale)
-    return codes.t().contiguous(), torch.stack(scales, dim=1).half()
 
 
 def _sweep(

@@ -18,6 +18,9 @@ from .expert_tensors import published_name
 from .experts import unfuse_experts
 from .source import ModelSource
 
+# Of short windows so many go through a layer at once; of long ones, one. More would only take more memory.
+BATCH_TOKENS = 2048
+
 
 class _Recorder(nn.Module):
     """Stands where a decoder layer was: keeps the arguments, passes the hidden states on."""
@@ -133,16 +136,23 @@ class LayerRunner:
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, L, H] through the layer as it is now -> the same shape."""
         out = torch.empty_like(hidden)
-        for i in range(len(hidden)):
-            result = self._layers[index](hidden[i : i + 1].to(self.device), **self._calls[index])
-            out[i] = (result[0] if isinstance(result, tuple) else result)[0].cpu()
+        done = 0
+        for batch in self._batches(hidden):
+            result = self._layers[index](batch, **self._calls[index])
+            out[done : done + len(batch)] = (result[0] if isinstance(result, tuple) else result).cpu()
+            done += len(batch)
         return out
+
+    def _batches(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """hidden [S, L, H] by a few windows at a time, on the device."""
+        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
+            yield batch.to(self.device)
 
     @torch.no_grad()
     def calls_of(self, index: int, module: str, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """What `module` of the layer is called with, one window at a time. The rest of the layer is not computed.
+        """What `module` of the layer is called with, a few windows at a time. The rest of the layer is not computed.
 
-        For a linear that is one tensor [1, L, K], for experts their hidden_states [L, H] and routing (experts.py).
+        For a linear that is one tensor [B, L, K], for experts their hidden_states [B L, H] and routing (experts.py).
         """
         seen: list[tuple[torch.Tensor, ...]] = []
 
@@ -152,9 +162,9 @@ class LayerRunner:
 
         handle = self._layers[index].get_submodule(module).register_forward_pre_hook(stop)
         try:
-            for i in range(len(hidden)):
+            for batch in self._batches(hidden):
                 try:
-                    self._layers[index](hidden[i : i + 1].to(self.device), **self._calls[index])
+                    self._layers[index](batch, **self._calls[index])
                 except _InputSeen:
                     yield seen.pop()
                 else:

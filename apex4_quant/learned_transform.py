@@ -25,6 +25,7 @@ import torch
 
 from .kernels.hadamard import apply_block_hadamard
 from .number_format import BLOCK
+from .threads import few_threads
 
 STEPS = 100
 LEARNING_RATE = 0.01  # of T = T_0 (I + D); falls to zero along a cosine
@@ -72,9 +73,10 @@ def learn_transform(inputs: torch.Tensor, weights: Iterable[torch.Tensor], steps
     scaled Hadamard matrix. The same arguments give the same result.
     """
     blocks = _Blocks.of(inputs, weights)
-    start = _balanced_hadamard(blocks)
-    learned = _descend(blocks, start, steps)
-    before, after = _error(blocks, start), _error(blocks, learned)
+    with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
+        start = _balanced_hadamard(blocks)
+        learned = _descend(blocks, start, steps)
+        before, after = _error(blocks, start), _error(blocks, learned)
     better = torch.isfinite(after) & (after < before)  # False for NaN
     return _storable(torch.where(better[:, None, None], learned, start))
 

@@ -10,7 +10,8 @@ from torch import nn
 from .errors import Apex4Error
 from .kernels import torch_backend
 from .layouts import has_forbidden_code
-from .quant_config import DENSE, LinearFormat
+from .number_format import DENSE
+from .quant_config import LinearFormat
 
 
 class Apex4Linear(nn.Module):

@@ -21,6 +21,9 @@ WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weigh
 WEIGHT_SCALE_MAX = 65504.0  # largest float16
 ACTIVATION_SCALE_MIN = 2.0**-100  # floor of s_a: an all-zero group gives zeros, never NaN
 
+DENSE = "dense128"  # a group transform: matrices stored in the checkpoint
+TRANSFORMS = ("hadamard128", DENSE, "none")
+
 GroupSize = int | str
 
 

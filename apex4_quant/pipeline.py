@@ -37,11 +37,11 @@ from .layouts import get_layout
 from .learned_transform import learn_transform
 from .linear import Apex4Linear
 from .loading import REPORT_NAME
-from .number_format import GroupSize, parse_group_size
+from .number_format import DENSE, TRANSFORMS, GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
 from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
-from .quant_config import DENSE, TRANSFORMS, QuantConfig
+from .quant_config import QuantConfig
 from .recipes import DEFAULT_RECIPE, get_recipe, named_recipes
 from .rewriting import Rewriter, require_rotatable
 from .run_state import RunState, other_setting, require_empty, stored_settings
@@ -49,7 +49,7 @@ from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
 from .transforms import pad_input_features, transform_input, transform_weight
-from .weight_quantizer import quantize_weight_rtn
+from .weight_quantizer import quantize_weight_rtn, require_quantizable
 
 # What a quantized model takes over unchanged from the original's folder, besides config.json.
 COMPANION_PATTERNS = (
@@ -384,6 +384,7 @@ class _Run:
         prefix = self.family.layer_prefix(layer)
         for linear in (linear for part in group.parts for linear in part.planned):
             weight = pad_input_features(stored[f"{linear.name}.weight"].to(self.runner.device), linear.format)
+            require_quantizable(linear.name, weight)
             for produced in self.family.groups(self.source.config, layer):
                 if produced.producer is not None and prefix + produced.producer.linear == linear.name:
                     readers = [stored[f"{prefix}{name}.weight"].to(self.runner.device) for name in produced.linears]

@@ -11,8 +11,8 @@ from typing import Any
 from .errors import UsageError
 from .families import expert_of
 from .layouts import get_layout
-from .number_format import GroupSize
-from .quant_config import DENSE, LinearFormat, QuantConfig
+from .number_format import DENSE, GroupSize
+from .quant_config import LinearFormat, QuantConfig
 from .recipes import Recipe, get_recipe
 from .source import ModelSource
 from .storage import format_bytes

@@ -35,11 +35,10 @@ from .errors import UsageError
 from .gpus import Gpu
 from .knapsack import pareto_front
 from .layer_runner import LayerRunner
-from .number_format import GroupSize
+from .number_format import DENSE, GroupSize
 from .pipeline import QuantizeSettings, draw_calibration, plan_of
 from .plan_file import plan_file_json, plan_file_text, require_plan_path
 from .progress import Progress
-from .quant_config import DENSE
 from .sensitivity import LADDER, GroupSensitivity, measure_sensitivity
 from .source import ModelSource
 from .storage import write_bytes

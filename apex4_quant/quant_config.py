@@ -9,12 +9,20 @@ from typing import Any
 
 from .errors import Apex4Error
 from .layouts import Layout, get_layout
-from .number_format import BITS, BLOCK, GroupSize, group_count, group_length, padded_in_features, parse_group_size
+from .number_format import (
+    BITS,
+    BLOCK,
+    DENSE,
+    TRANSFORMS,
+    GroupSize,
+    group_count,
+    group_length,
+    padded_in_features,
+    parse_group_size,
+)
 
 QUANT_METHOD = "apex4"
 FORMAT_VERSION = 1
-DENSE = "dense128"
-TRANSFORMS = ("hadamard128", DENSE, "none")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .quant_config import TRANSFORMS
+from .number_format import TRANSFORMS
 
 ROUNDINGS = ("nearest", "gptq")
 SUFFIXES = (".yaml", ".yml", ".json")

@@ -11,7 +11,8 @@ import torch
 
 from .kernels.block_matrix import apply_block_matrix
 from .kernels.hadamard import apply_block_hadamard
-from .quant_config import DENSE, LinearFormat
+from .number_format import DENSE
+from .quant_config import LinearFormat
 
 
 def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:

@@ -115,13 +115,14 @@ class ReferenceLinear(nn.Module):
         super().__init__()
         self.format, self.bias = packed.format, packed.bias
         self.codes, self.scales = packed.codes(), packed.scales()
+        self.matrix = packed.transform_matrix()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rows = nn.functional.pad(rows, (0, self.format.padded_k - rows.shape[1]))
         hadamard = self.format.transform == "hadamard128"
         codes, scale = reference.quantize_activation(
-            rows, self.format.group_length, self.format.activation_clip, hadamard
+            rows, self.format.group_length, self.format.activation_clip, hadamard, self.matrix
         )
         y = reference.linear(codes, scale, self.codes, self.scales, self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)

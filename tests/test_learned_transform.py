@@ -23,7 +23,8 @@ from apex4_quant.kernels.block_matrix import apply_block_matrix
 from apex4_quant.layouts import get_layout
 from apex4_quant.learned_transform import learn_transform
 from apex4_quant.linear import Apex4Linear
-from apex4_quant.quant_config import DENSE, LinearFormat, QuantConfig
+from apex4_quant.number_format import DENSE
+from apex4_quant.quant_config import LinearFormat, QuantConfig
 from apex4_quant.transforms import pad_input_features, transform_hessian, transform_input, transform_weight
 from apex4_quant.weight_quantizer import quantize_weight_rtn
 

@@ -307,7 +307,7 @@ def test_strong_value_channels_are_balanced_before_they_are_rotated(float_model:
 
     def share_of_the_strongest_direction() -> float:
         runner.load_layer(0, tensors)
-        seen = torch.cat([x[0, :, :width] for (x,) in runner.calls_of(0, "self_attn.o_proj", hidden)])
+        seen = torch.cat([x.flatten(0, 1)[:, :width] for (x,) in runner.calls_of(0, "self_attn.o_proj", hidden)])
         moments = torch.linalg.svdvals(seen).square()
         return float(moments[0] / moments.sum())
 

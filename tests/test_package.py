@@ -83,5 +83,5 @@ def test_kernels_know_nothing_of_models_or_files() -> None:
         imports = [line for line in path.read_text().splitlines() if line.startswith(("from ", "import "))]
         for line in imports:
             assert line.split()[1] in (
-                "__future__", "torch", "functools", "..number_format", ".hadamard", "..layouts",
+                "__future__", "torch", "functools", "..number_format", ".hadamard", ".block_matrix", "..layouts",
             ), f"{path.name}: {line}"  # fmt: skip

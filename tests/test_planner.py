@@ -350,6 +350,7 @@ def test_quantize_with_mixed_sizes_loads_and_computes(
 
     path, out = edited(plan_of("--mode", "g128"), change), tmp_path / "out"
     command = ("quantize", model, "-o", out, "--plan", path, "--calib", calib, *SMALL, "--target", "none", "--json")
+    command += ("--recipe", "gptq")
     dry = json.loads(invoke(*command, "--dry-run").stdout)
     assert {linear["name"]: linear["group_size"] for linear in dry["quantized"]}[DOWN.format(0)] == 512
     result = invoke(*command)
