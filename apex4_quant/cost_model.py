@@ -6,7 +6,8 @@ For M tokens, N outputs, K inputs (padded) in G groups, with p the share of peak
     CUDA cores   C = 2 c M N G / (p * FP32 rate)            an FP32 slot counts as two operations, as in TFLOPS
     memory       B = (N K / 2 + 2 N G + M K / 2 + 4 M G + 2 M N) / bandwidth
     GEMM           = max(T, C, B) if the mainloop overlaps T and C, else max(T + C, B)
-    quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input
+    quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a dense transform adds
+                     256 K bytes of matrices, and its 256 M K operations at the 16-bit rate overlap with the memory
 
 so that C / T = c * rho / g = lambda: a mainloop that overlaps hides its dequantization while lambda <= 1 (DESIGN 5).
 Not modelled: waves that do not fill the GPU, launch latency, instruction issue and shared memory.
@@ -22,7 +23,7 @@ from typing import Any
 
 from .errors import UsageError
 from .gpus import GPUS, Gpu, resolve_target
-from .number_format import CHANNEL, GroupSize, group_count, group_length, padded_in_features
+from .number_format import BLOCK, CHANNEL, GroupSize, group_count, group_length, padded_in_features
 
 FP16_SHARE = 0.85  # of peak, what cuBLAS reaches on large GEMMs (A100: about 265 of 312 TFLOPS)
 MEMORY_SHARE = 0.85  # of the datasheet's bandwidth, what a streaming kernel reaches
@@ -70,6 +71,7 @@ DEFAULT_BUDGET = (
 )
 DEFAULT_TOKENS = 2048
 _EXAMPLE_K = 4096  # for tables of GPUs: the hidden size of an 8B model
+_EXAMPLE_LAYER = (([4096, 1024, 1024], 4096), ([4096], 4096), ([14336, 14336], 4096), ([4096], 14336))
 
 
 def get_mainloop(name: str) -> Mainloop:
@@ -108,10 +110,14 @@ def gemm_seconds(gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainlo
     return max(max(tensor, cuda_cores) if mainloop.overlapped else tensor + cuda_cores, memory)
 
 
-def activation_seconds(gpu: Gpu, m: int, k: int, group_size: GroupSize) -> float:
-    """Predicted seconds of quantizing x [m, k] from 16 bits: bound by memory."""
+def activation_seconds(gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False) -> float:
+    """Predicted seconds of quantizing x [m, k] from 16 bits, behind the Hadamard transform or a dense one."""
     padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
-    return _memory_seconds(gpu, 2 * m * k + m * padded / 2 + 4 * m * groups)
+    moved = 2 * m * k + m * padded / 2 + 4 * m * groups
+    if not dense:
+        return _memory_seconds(gpu, moved)
+    products = 2 * m * padded * BLOCK / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
+    return max(_memory_seconds(gpu, moved + 2 * BLOCK * padded), products)
 
 
 def input_group_seconds(
@@ -125,6 +131,16 @@ def input_group_seconds(
 def fp16_seconds(gpu: Gpu, m: int, n: int, k: int) -> float:
     """Predicted seconds of the same linear in 16 bits through cuBLAS."""
     return max(2 * m * n * k / (gpu.fp16_tflops * 1e12 * FP16_SHARE), _memory_seconds(gpu, 2 * (n * k + m * k + m * n)))
+
+
+def dense_transform_cost(gpu: Gpu, tokens: int) -> float:
+    """Predicted time of the linears of a Llama-3-8B layer at g128 with dense transforms over that with Hadamard's."""
+    plain = sum(input_group_seconds(gpu, tokens, outputs, k, 128) for outputs, k in _EXAMPLE_LAYER)
+    more = sum(
+        activation_seconds(gpu, tokens, k, 128, dense=True) - activation_seconds(gpu, tokens, k, 128)
+        for _, k in _EXAMPLE_LAYER
+    )
+    return 1 + more / plain
 
 
 def default_choice(gpu: Gpu, mainloop: Mainloop = OURS) -> str:
@@ -156,6 +172,9 @@ def gpus_as_dict() -> dict[str, Any]:
                 "lambda": {
                     str(size): round(dequantization_load(gpu, _EXAMPLE_K, size), 4) for size in (128, 256, 512, CHANNEL)
                 },
+                "dense_transform": {
+                    str(tokens): round(dense_transform_cost(gpu, tokens), 4) for tokens in (1, DEFAULT_TOKENS)
+                },
                 "default": default_choice(gpu),
             }
             for gpu in GPUS.values()
@@ -167,18 +186,23 @@ def gpus_as_text() -> str:
     """The table of `apex4 gpus`."""
     values = gpus_as_dict()
     header = f"{'GPU':9} {'sm':>3} {'tensor TOPS':>12} {'FP16':>6} {'FP32':>6} {'GB/s':>5} {'rho':>5}"
-    lines = [header + "".join(f" {'l@' + size:>9}" for size in values["gpus"][0]["lambda"]) + "  planner's default"]
+    lines = [header + "".join(f" {'l@' + size[:3]:>6}" for size in values["gpus"][0]["lambda"])]
+    lines[0] += (
+        "".join(f" {'T@' + tokens:>7}" for tokens in values["gpus"][0]["dense_transform"]) + "  planner's default"
+    )
     for gpu in values["gpus"]:
         tops = f"{gpu['tensor_tops']:g} {'INT4' if gpu['tensor_bits'] == 4 else '8bit'}"
         row = f"{gpu['name']:9} {gpu['sm']:3} {tops:>12} {gpu['fp16_tflops']:6g} {gpu['fp32_tflops']:6g}"
         row += f" {gpu['memory_gbs']:5g}"
-        loads = "".join(f" {load:9.3f}" for load in gpu["lambda"].values())
-        lines.append(f"{row} {gpu['rho']:5.1f}{loads}  {gpu['default']}")
+        loads = "".join(f" {load:6.3f}" for load in gpu["lambda"].values())
+        dense = "".join(f" {cost:6.2f}x" for cost in gpu["dense_transform"].values())
+        lines.append(f"{row} {gpu['rho']:5.1f}{loads}{dense}  {gpu['default']}")
     lines += [
         "FP16, FP32: dense TFLOPS. rho: tensor rate / FP32 rate.",
         f"l@g: lambda = c * rho / g with c = {values['slots_per_group']:g} FP32 slots per accumulator and group "
         f"(mainloop {OURS.name});",
-        f"     channel: g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
+        f"     cha: per channel, g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
+        "T@M: time of the linears of a Llama-3-8B layer, M tokens, with dense128 transforms over that with Hadamard's.",
         "All predicted from datasheet rates, nothing is measured.",
     ]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,17 +131,24 @@ def measure_perplexity(model: PreTrainedModel, ids: torch.Tensor, advance: Any =
 
 
 @torch.no_grad()
-def measure_divergence(model: PreTrainedModel, original: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float]:
-    """Mean negative log-likelihood of `model` on ids int64 [windows, L], as in `measure_perplexity`, and the mean
-    Kullback-Leibler divergence KL(original || model) of its predictions, both in nats per predicted token."""
-    likelihood = divergence = 0.0
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """For every window of ids int64 [windows, L]: float32 [L - 1, vocabulary], of the tokens after the first."""
     for window in ids:
-        inputs = window[None].to(model.device)
-        ours, theirs = (
-            torch.log_softmax(m(input_ids=inputs, use_cache=False).logits[0, :-1].float(), -1)
-            for m in (model, original)
-        )
-        likelihood -= float(ours.gather(1, inputs[0, 1:, None]).double().sum())
+        logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+        yield torch.log_softmax(logits.float(), -1)
+
+
+def measure_divergence(
+    model: PreTrainedModel, ids: torch.Tensor, original: Iterable[torch.Tensor]
+) -> tuple[float, float]:
+    """Mean negative log-likelihood of `model` on ids int64 [windows, L], as in `measure_perplexity`, and the mean
+    Kullback-Leibler divergence KL(original || model) of its predictions, both in nats per predicted token.
+
+    `original` are the `log_probabilities` of the model to compare with.
+    """
+    likelihood = divergence = 0.0
+    for window, ours, theirs in zip(ids, log_probabilities(model, ids), original, strict=True):
+        likelihood -= float(ours.gather(1, window[1:, None].to(ours.device)).double().sum())
         divergence += float((theirs.exp() * (theirs - ours)).double().sum())
     count = ids.shape[0] * (ids.shape[1] - 1)
     return likelihood / count, divergence / count

@@ -15,6 +15,7 @@ from apex4_quant.cost_model import (
     W4A4_SHARE_SM80,
     activation_seconds,
     default_choice,
+    dense_transform_cost,
     dequantization_load,
     fp16_seconds,
     gemm_seconds,
@@ -126,3 +127,17 @@ def test_gpus_command(run_cli: Call, invoke: Call) -> None:
     text = invoke("gpus").stdout
     assert all(name in text for name in GPUS) and "c = 2" in text and "predicted" in text
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_a_dense_transform_reads_its_matrices_and_its_products_hide_where_fp16_is_fast() -> None:
+    a100, rtx3090 = get_gpu("A100"), get_gpu("RTX 3090")
+    extra = activation_seconds(a100, 1, 4096, 128, dense=True) - activation_seconds(a100, 1, 4096, 128)
+    assert extra == pytest.approx(4096 * 128 * 2 / (a100.memory_gbs * 1e9 * 0.85))
+    # 256 operations an input at 71 * 0.85 TFLOPS take longer than its 2.53 bytes at 936 * 0.85 GB/s.
+    products = 2 * 8192 * 4096 * 128 / (71e12 * 0.85)
+    assert activation_seconds(rtx3090, 8192, 4096, 128, dense=True) == pytest.approx(products)
+    assert dense_transform_cost(a100, 2048) < 1.01 < dense_transform_cost(rtx3090, 2048) < 1.05
+    # 6.2 % more bytes: (4096 * 3 + 14336) * 256 of matrices to 218 M codes of half a byte and their scales.
+    weights = sum(sum(outputs) * k for outputs, k in (([6144], 4096), ([4096], 4096), ([28672], 4096), ([4096], 14336)))
+    share = (3 * 4096 + 14336) * 256 / (weights * (0.5 + 2 / 128))
+    assert dense_transform_cost(a100, 1) == pytest.approx(1 + share, rel=0.01)
