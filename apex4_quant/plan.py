@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .calib.probes import PROBE_ROWS
 from .errors import UsageError
 from .families import expert_of
 from .layouts import get_layout
-from .number_format import DENSE, GroupSize
+from .number_format import BLOCK, DENSE, GroupSize
 from .quant_config import LinearFormat, QuantConfig
 from .recipes import Recipe, get_recipe
 from .source import ModelSource
@@ -158,8 +159,8 @@ def estimate_peak_memory(
     source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int, hessians: bool
 ) -> int:
     """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
-    the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, and the
-    calibration hidden states (before and after the layer)."""
+    the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, what a dense
+    transform is learned from, and the calibration hidden states (before and after the layer)."""
     hidden = int(source.config["hidden_size"])
     layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
     widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
@@ -169,6 +170,11 @@ def estimate_peak_memory(
     working = layer + 12 * largest + 16 * seq_len * widest
     if hessians:
         working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
+    if plan.config.transform == DENSE:  # rows of inputs and weights, twice, and a dozen matrices
+        from .learned_transform import WEIGHT_SAMPLE
+
+        rows = 2 * (PROBE_ROWS + 2 * WEIGHT_SAMPLE) + 12 * BLOCK
+        working += 4 * rows * max(linear.format.padded_k for linear in plan.linears)
     rewriting = 0
     if plan.recipe.rotation or plan.recipe.diagonal:  # the layer in float32, before anything is collected, and loaded
         rewriting = 3 * layer + 16 * seq_len * widest
@@ -228,8 +234,12 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
 
     # A linear is run again for every later input group of its layer and once at the end: three times on average.
     multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
+    inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
+    if plan.config.transform == DENSE:
+        from .learned_transform import ROWS, STEPS, WEIGHT_ROWS
+
+        multiplies += STEPS * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(inputs.values())
     if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
-        inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
         multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
     return elements * per_element + multiplies * per_multiply

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+PROBE_ROWS = 4096
+
 
 class InputProbe:
     """Keeps every `stride`-th token of what a linear reads, at most `tokens` rows of `total` in all.
@@ -12,7 +14,7 @@ class InputProbe:
     None, it is not known beforehand (an expert's tokens): the stride doubles whenever twice too many rows are kept.
     """
 
-    def __init__(self, total: int | None, tokens: int = 4096) -> None:
+    def __init__(self, total: int | None, tokens: int = PROBE_ROWS) -> None:
         self._stride = max(1, -(-(total or 1) // tokens))
         self._most = None if total is not None else tokens
         self._seen = self._kept = 0
