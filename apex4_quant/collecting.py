@@ -9,7 +9,7 @@ tokens, so each has its own statistics, unless too few tokens reached it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,11 @@ class CollectedGroup:
             yield self.parts.pop(0)
 
 
+def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
+    """The children of a decoder layer that hold the linears of these stages."""
+    return {linear.partition(".")[0] for stage in stages for group in stage for linear in group.linears}
+
+
 class Collector:
     """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics."""
 
@@ -117,6 +122,7 @@ class Collector:
     ) -> None:
         self._runner, self._family, self._config = runner, family, config
         self._hessians, self._say = hessians, say
+        self._settled: tuple[str, ...] = ()
 
     def groups_of(
         self, layer: int, module: nn.Module, planned: list[PlannedLinear], hidden: torch.Tensor
@@ -130,7 +136,10 @@ class Collector:
         for linear in planned:
             by_group.setdefault(linear.input_group, []).append(linear)
         first = 0
-        for stage in self._family.stages(self._config, layer):
+        stages = self._family.stages(self._config, layer)
+        for number, stage in enumerate(stages):
+            # Parts of the layer (self_attn) whose linears are all behind us: they need not be computed again.
+            self._settled = tuple(sorted(_modules(stages[:number]) - _modules(stages[number:])))
             wanted = [by_group[first + i] for i in range(len(stage)) if first + i in by_group]
             first += len(stage)
             if not wanted:
@@ -154,7 +163,7 @@ class Collector:
     ) -> CollectedGroup:
         reader = self._family.layer_prefix(layer) + group.linears[0]
         statistics = self._statistics(reader, InputProbe(hidden.shape[0] * hidden.shape[1]), planned[0])
-        for (x,) in self._runner.calls_of(layer, group.linears[0], hidden):
+        for (x,) in self._runner.calls_of(layer, group.linears[0], hidden, self._settled):
             statistics.add(x)
         return CollectedGroup(statistics, [Part(reader, planned, statistics)])
 
@@ -165,7 +174,7 @@ class Collector:
         name = self._family.layer_prefix(layer) + experts.module
         everything = self._statistics(name, InputProbe(hidden.shape[0] * hidden.shape[1]), planned[0])
         own = self._own(name, planned)
-        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden):
+        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden, self._settled):
             everything.add(states)
             for expert, tokens, _ in routed(index):
                 if expert in own:
@@ -182,7 +191,7 @@ class Collector:
     ) -> list[CollectedGroup]:
         """One group per expert: its down projection."""
         own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
-        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden):
+        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden, self._settled):
             for expert, tokens, _ in routed(index):
                 if expert in own:
                     own[expert].statistics.add(module[expert].inner(states[tokens]))
@@ -192,7 +201,7 @@ class Collector:
             part.statistics = self._statistics(part.reader, probe, part.planned[0])
             part.shared = True
         if starved:  # a second pass, of these experts on all tokens
-            for states, _, _ in self._runner.calls_of(layer, experts.module, hidden):
+            for states, _, _ in self._runner.calls_of(layer, experts.module, hidden, self._settled):
                 for part in starved:
                     (expert,) = part.tokens
                     part.statistics.add(module[expert].inner(states))

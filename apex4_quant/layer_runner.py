@@ -6,7 +6,8 @@ yields what every layer is called with (rotary embeddings, masks, positions) wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs, self.hidden_states = kwargs, hidden_states
         return hidden_states
+
+
+def _moved(output: Any, device: torch.device) -> Any:
+    """What a module returned, on `device`. Of a tuple only the first is kept: the rest are attention weights."""
+    if isinstance(output, tuple):
+        return (output[0].to(device), *[None] * (len(output) - 1))
+    return output.to(device)
 
 
 class _InputSeen(Exception):
@@ -82,6 +90,7 @@ class LayerRunner:
         self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))
         self._layers: nn.ModuleList = self._get(self._family.layers)
         self._calls: list[dict[str, Any]] = []
+        self._outputs: dict[str, list[Any]] = {}  # of modules of the loaded layer that will not change any more
 
     def _get(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -125,23 +134,59 @@ class LayerRunner:
         """Decoder layer `index` on the device, made of the source's tensors of that layer (checked by `_skeleton`)."""
         prefix = self._family.layer_prefix(index)
         layer = self._layers[index]
+        self._outputs.clear()
         state = {n.removeprefix(prefix): t.to(self.device, self.dtype) for n, t in tensors.items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
 
     def drop_layer(self, index: int) -> None:
         self._layers[index].to("meta")
+        self._outputs.clear()
 
     @torch.no_grad()
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [S, L, H] through the layer as it is now -> the same shape."""
+        """hidden [S, L, H] through the layer as it is now -> the same shape. Known outputs of `calls_of` are used."""
         out = torch.empty_like(hidden)
         done = 0
-        for batch in self._batches(hidden):
-            result = self._layers[index](batch, **self._calls[index])
-            out[done : done + len(batch)] = (result[0] if isinstance(result, tuple) else result).cpu()
-            done += len(batch)
+        with self._replaying(index, tuple(self._outputs)):
+            for batch in self._batches(hidden):
+                result = self._layers[index](batch, **self._calls[index])
+                out[done : done + len(batch)] = (result[0] if isinstance(result, tuple) else result).cpu()
+                done += len(batch)
         return out
+
+    @contextlib.contextmanager
+    def _replaying(self, index: int, settled: tuple[str, ...]) -> Iterator[None]:
+        """During one pass over the hidden states, modules of the layer that are settled are run once and remembered.
+
+        The outputs rest on the CPU, as the hidden states do.
+        """
+        modules = [self._layers[index].get_submodule(name) for name in settled]
+        for name, module in zip(settled, modules, strict=True):
+            module.forward = self._replay(name) if name in self._outputs else self._record(name, module.forward)
+        try:
+            yield
+        except BaseException:
+            for name in settled:  # a pass that broke off has not seen everything
+                self._outputs.pop(name, None)
+            raise
+        finally:
+            for module in modules:
+                del module.forward
+
+    def _record(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        outputs = self._outputs[name] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            outputs.append(_moved(output, torch.device("cpu")))
+            return output
+
+        return record
+
+    def _replay(self, name: str) -> Callable[..., Any]:
+        outputs = iter(self._outputs[name])
+        return lambda *args, **kwargs: _moved(next(outputs), self.device)
 
     def _batches(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """hidden [S, L, H] by a few windows at a time, on the device."""
@@ -149,10 +194,14 @@ class LayerRunner:
             yield batch.to(self.device)
 
     @torch.no_grad()
-    def calls_of(self, index: int, module: str, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    def calls_of(
+        self, index: int, module: str, hidden: torch.Tensor, settled: tuple[str, ...] = ()
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
         """What `module` of the layer is called with, a few windows at a time. The rest of the layer is not computed.
 
         For a linear that is one tensor [B, L, K], for experts their hidden_states [B L, H] and routing (experts.py).
+        `settled` are modules of the layer that run before it and will not change until the next layer is loaded: they
+        are computed in the first pass that names them only. The iterator must be exhausted.
         """
         seen: list[tuple[torch.Tensor, ...]] = []
 
@@ -162,12 +211,13 @@ class LayerRunner:
 
         handle = self._layers[index].get_submodule(module).register_forward_pre_hook(stop)
         try:
-            for batch in self._batches(hidden):
-                try:
-                    self._layers[index](batch, **self._calls[index])
-                except _InputSeen:
-                    yield seen.pop()
-                else:
-                    raise Apex4Error(f"{self._family.layer_prefix(index)}{module} is never run by its layer")
+            with self._replaying(index, settled):
+                for batch in self._batches(hidden):
+                    try:
+                        self._layers[index](batch, **self._calls[index])
+                    except _InputSeen:
+                        yield seen.pop()
+                    else:
+                        raise Apex4Error(f"{self._family.layer_prefix(index)}{module} is never run by its layer")
         finally:
             handle.remove()

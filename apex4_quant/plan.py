@@ -160,13 +160,13 @@ def estimate_peak_memory(
 ) -> int:
     """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
     the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, what a dense
-    transform is learned from, and the calibration hidden states (before and after the layer)."""
+    transform is learned from, and the calibration hidden states (before and after the layer, and its attention's outputs)."""
     hidden = int(source.config["hidden_size"])
     layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
     widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
     largest = max(linear.elements for linear in plan.linears)
     outer = max(source.infos[name].bytes for name in source.outer_tensors)
-    states = 2 * tokens * hidden * compute_bytes
+    states = 3 * tokens * hidden * compute_bytes
     working = layer + 12 * largest + 16 * seq_len * widest
     if hessians:
         working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
