@@ -118,9 +118,10 @@ def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.T
 
 def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values [G, R, 128] -> per block the mean over rows of the largest square, and its gradient by the values."""
-    index = values.abs().argmax(-1, keepdim=True)
-    largest = values.gather(-1, index)
-    gradient = torch.zeros_like(values).scatter_(-1, index, largest * (2 / values.shape[1]))
+    sizes = values.abs()
+    largest = sizes.amax(-1, keepdim=True)
+    # A comparison is several times faster than an argmax and a scatter; ties are as good as never.
+    gradient = torch.where(sizes == largest, values * (2 / values.shape[1]), 0.0)
     return largest.square().mean((1, 2)), gradient
 
 
