@@ -181,7 +181,7 @@ def gpus(as_json: bool) -> None:
 @click.option("--max-loss", type=float, help="Loss allowed, in multiples of g128's; then time is minimised.")
 @click.option("--tokens", default=2048, show_default=True, help="Tokens a step, for predicted times.")
 @click.option("--mainloop", default="two-ffma", show_default=True, help="two-ffma, or naive to compare.")
-@click.option("--transform", help="Group transform: hadamard128 or none.  [default: the default recipe's]")
+@click.option("--transform", help="Errors are measured under: hadamard128 (also for dense128) or none.")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")

@@ -69,7 +69,7 @@ def _load(path: Path, what: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{what} cannot be read ({' '.join(str(error).split())}): give a YAML file") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{what} is not a mapping of keys to values: see the keys in the documentation of recipes")
+        raise UsageError(f"{what} is not a mapping of keys to values: give keys such as 'rounding: gptq'")
     return values
 
 
