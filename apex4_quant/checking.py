@@ -11,7 +11,7 @@ import torch
 from .devices import DTYPES, resolve_dtype
 from .errors import Apex4Error
 from .inspection import Checkpoint
-from .layouts import has_forbidden_code
+from .layouts import get_layout
 from .loading import load_model, verify_checksums
 from .number_format import BLOCK
 from .quant_config import LinearFormat
@@ -119,7 +119,7 @@ def _values(checkpoint: Checkpoint) -> str:
     for name, info in checkpoint.infos.items():
         tensor = read_tensors(checkpoint.infos, [name])[name]
         if name.endswith(".weight_packed"):
-            if has_forbidden_code(tensor):
+            if get_layout(checkpoint.quant.layout).has_forbidden_code(tensor):
                 raise Apex4Error(f"{name} in {info.file} holds the code -8, which is never written")
             elements += prod(info.shape) * 2
         elif name.endswith(".weight_scale"):

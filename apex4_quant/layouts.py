@@ -24,6 +24,13 @@ consecutive bytes and is loaded with one 128-bit shared-memory read per lane, wi
 
 Its scales are stored in the order the accumulators need them: lane l owns columns 8*j + 2*(l%4) + e of every
 fragment j, so position 16*(l%4) + 2*j + e holds the scale of n = 8*j + 2*(l%4) + e.
+
+`sm90` is the A operand of `wgmma.m64nNk32` with 8-bit elements in registers (the weights are A, so that y^T = W x^T).
+Lane l = 4*r + q of warp w holds, per k32 step, four registers: rows r and r + 8 of the warp's sixteen, k = 4q..4q+3 and
+16 + 4q..16 + 4q+3. One 32-bit word holds the codes of the two rows, eight codes, and two logic operations each make
+the two registers of it; two 128-bit reads per lane fetch a tile's k128. Its nibbles are not two's complement but
+sign and magnitude with the odd nibbles' signs one byte further, so that masking a word, and masking its rotation by
+four bits, leaves bytes `s0000mmm`: in e4m3 the number (-1)^s * m * 2^-9. See `_sign_magnitude`.
 """
 
 from __future__ import annotations
@@ -50,6 +57,7 @@ class Layout:
     order: tuple[str, ...]
     scale_rows: Digits
     scale_order: tuple[str, ...]
+    sign_magnitude: bool = False  # nibbles as `_sign_magnitude` has them, else two's complement
 
     def __post_init__(self) -> None:
         assert sorted(self.order) == sorted(name for name, _ in self.rows + self.cols)
@@ -90,15 +98,26 @@ class Layout:
             raise ValueError(f"codes must lie in [-{CODE_MAX}, {CODE_MAX}]")
         tiles = _to_tiles(codes.to(torch.int8), self.rows, self.cols, self.order)
         pairs = tiles.reshape(*tiles.shape[:2], -1, 2).bitwise_and(0xF).to(torch.uint8)
-        return pairs[..., 0] | pairs[..., 1] << 4
+        packed = pairs[..., 0] | pairs[..., 1] << 4
+        return _sign_magnitude(packed) if self.sign_magnitude else packed
 
     def unpack(self, packed: torch.Tensor, out_features: int) -> torch.Tensor:
         """Inverse of `pack`: int8 codes [out_features, K]. A stored -8 comes out as -8; see `require_legal`."""
         tiles_n, tiles_k, _ = packed.shape
+        if self.sign_magnitude:
+            packed = _twos_complement(packed)
         # Shifting an int8 left and arithmetically right again sign-extends the nibble.
         signed = packed.view(torch.int8)
         nibbles = torch.stack((signed << 4 >> 4, signed >> 4), dim=-1)
         return _from_tiles(nibbles.reshape(tiles_n, tiles_k, -1), self.rows, self.cols, self.order)[:out_features]
+
+    def has_forbidden_code(self, packed: torch.Tensor) -> bool:
+        """True if any code of `packed` is -8, or the negative zero that stands in its place in sign and magnitude."""
+        assert FORBIDDEN_CODE == -8
+        if self.sign_magnitude:
+            packed = _twos_complement(packed)
+        low, high = packed & 0x0F, packed & 0xF0
+        return bool(((low == 0x08) | (high == 0x80)).any())
 
     def pack_scales(self, scales: torch.Tensor) -> torch.Tensor:
         """Order float16 scales [N, G] as `scale_shape(N, G)`; the scales of rows past N are the smallest positive."""
@@ -152,6 +171,30 @@ def _from_tiles(tiles: torch.Tensor, rows: Digits, cols: Digits, order: tuple[st
     return matrix.reshape(tiles_n * prod(s for _, s in rows), tiles_k * prod(s for _, s in cols))
 
 
+def _sign_magnitude(packed: torch.Tensor) -> torch.Tensor:
+    """Two's complement nibbles to sign and magnitude, as `sm90` stores them; uint8 [..., 4 w] -> the same shape.
+
+    Of the even code of byte i, bits 0..2 are the magnitude and bit 7 the sign; of the odd code, bits 4..6 of byte i the
+    magnitude and bit 3 of byte (i + 1) mod 4 of the same 32-bit word the sign. -8 becomes the negative zero.
+    """
+    even, odd = packed & 0x0F, packed >> 4
+    magnitude = torch.where(even > 7, 16 - even, even) & 7 | (torch.where(odd > 7, 16 - odd, odd) & 7) << 4
+    return (magnitude | (even & 8) << 4 | _roll_in_words(odd & 8, 1)).to(torch.uint8)
+
+
+def _twos_complement(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_sign_magnitude`; the negative zero comes out as -8."""
+    even, odd = packed & 7, packed >> 4 & 7
+    # 16 - m is the nibble of -m; of the negative zero, which has m = 0, the nibble is 8.
+    even = torch.where(packed & 0x80 != 0, torch.where(even == 0, 8, 16 - even), even)
+    odd = torch.where(_roll_in_words(packed & 8, -1) != 0, torch.where(odd == 0, 8, 16 - odd), odd)
+    return (even | odd << 4).to(torch.uint8)
+
+
+def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
+    return bytes_.unflatten(-1, (-1, 4)).roll(by, -1).flatten(-2)
+
+
 ROWMAJOR = Layout(
     name="rowmajor", rows=(("n", 1),), cols=(("k", BLOCK),), order=("n", "k"), scale_rows=(("n", 1),),
     scale_order=("n",),
@@ -164,17 +207,19 @@ SM80 = Layout(
     scale_rows=(("j", 8), ("q", 4), ("e", 2)),
     scale_order=("q", "j", "e"),
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROWMAJOR, SM80)}
+SM90 = Layout(
+    name="sm90",
+    rows=(("w", 4), ("u", 2), ("r", 8)),
+    cols=(("c", 2), ("s", 2), ("h", 2), ("q", 4), ("i", 4)),
+    order=("c", "w", "r", "q", "s", "h", "i", "u"),
+    scale_rows=(("w", 4), ("u", 2), ("r", 8)),
+    scale_order=("w", "r", "u"),
+    sign_magnitude=True,
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROWMAJOR, SM80, SM90)}
 
 
 def get_layout(name: str) -> Layout:
     if name not in LAYOUTS:
         raise UsageError(f"layout {name!r} is not known: give one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
-
-
-def has_forbidden_code(packed: torch.Tensor) -> bool:
-    """True if any nibble of `packed` is -8 (0x8)."""
-    assert FORBIDDEN_CODE == -8
-    low, high = packed & 0x0F, packed & 0xF0
-    return bool(((low == 0x08) | (high == 0x80)).any())

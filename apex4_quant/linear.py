@@ -9,7 +9,6 @@ from torch import nn
 
 from .errors import Apex4Error
 from .kernels import torch_backend
-from .layouts import has_forbidden_code
 from .number_format import DENSE
 from .quant_config import LinearFormat
 
@@ -91,7 +90,7 @@ class Apex4Linear(nn.Module):
 
     def require_legal(self, name: str) -> None:
         """Raise Apex4Error naming the tensor if a code is -8 or a scale is not positive and finite."""
-        if has_forbidden_code(self.weight_packed):
+        if self.format.layout.has_forbidden_code(self.weight_packed):
             raise Apex4Error(f"{name}.weight_packed holds the code -8, which is never written: the file is damaged")
         scale = self.weight_scale.float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
