@@ -53,6 +53,9 @@ class CompileError(Apex4Error):
         if log:
             self.add_note(log)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # it comes back from the processes of kernel_build.py
+        return type(self), (str(self), self.log)
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -69,6 +72,7 @@ class Resources:
 class Compiled:
     cubin: bytes
     log: str
+    from_cache: bool = False
 
     @property
     def warnings(self) -> str:
@@ -236,6 +240,10 @@ def _entry(key: str) -> Path:
     return cache_folder() / "kernels" / f"{key}.kernel"
 
 
+def cache_entries() -> list[Path]:
+    return sorted((cache_folder() / "kernels").glob("*.kernel"))
+
+
 def _read(key: str) -> Compiled | None:
     """The entry, or None if there is none, it cannot be read or it is not what was written."""
     try:
@@ -248,7 +256,7 @@ def _read(key: str) -> Compiled | None:
     payload = data[_HEADER.size :]
     if magic != _MAGIC or len(payload) != log_bytes + cubin_bytes or hashlib.sha256(payload).digest() != checksum:
         return None
-    return Compiled(payload[log_bytes:], payload[:log_bytes].decode())
+    return Compiled(payload[log_bytes:], payload[:log_bytes].decode(), from_cache=True)
 
 
 def _write(key: str, compiled: Compiled) -> None:
@@ -256,21 +264,40 @@ def _write(key: str, compiled: Compiled) -> None:
     payload = log + compiled.cubin
     header = _HEADER.pack(_MAGIC, hashlib.sha256(payload).digest(), len(log), len(compiled.cubin))
     entry = _entry(key)
-    temporary = entry.with_name(f"{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(header + payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, entry)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(entry, header + payload)
         _remove_abandoned(entry.parent)
     except OSError as error:
         _say_not_kept(f"{cache_folder()}: {error.strerror or error}")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """`path` holds `data`, or what it held before, also after a kill. With the permissions the umask says: a cache may be
+    shared, which is why this is no tempfile."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """None if files can be made in `folder` (made itself if need be), else the reason."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"probe.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        write_whole(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _remove_abandoned(folder: Path) -> None:
