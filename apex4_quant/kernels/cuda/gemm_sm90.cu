@@ -20,7 +20,7 @@
 //             and written if splits > 1, and the counters are left zero
 // Any M, N >= 1. Groups wider than 128 are dequantized block by block with their group's scales.
 //
-// One producer warp fills a ring of STAGES blocks with bulk copies; CONSUMERS warpgroups of 64 outputs each multiply.
+// Producer threads fill a ring of STAGES blocks with bulk copies; CONSUMERS warpgroups of 64 outputs each multiply.
 // While one warpgroup turns its integers into floats, the tensor cores work for the other one.
 //
 // Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
@@ -37,9 +37,14 @@ constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: what one warpgroup comp
 constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int A_BYTES = TILE_M * BLOCK;
 constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
+#ifndef EXP
+#define EXP 0
+#endif
+constexpr int CHUNK_M = TILE_M >= 128 ? 64 : TILE_M >= 64 ? TILE_M / 2 : TILE_M;  // tokens of one wgmma
+constexpr int CHUNKS = TILE_M / CHUNK_M, CHUNK_SUMS = CHUNK_M / 2;
 constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-static_assert(TILE_M % 8 == 0 && TILE_M <= 192, "a wgmma's n, and its sums twice in registers");
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(TILE_M % 8 == 0 && (CHUNKS == 1 || CHUNKS % 2 == 0) && TILE_M <= 256, "chunks take turns in two sets of sums");
 
 struct Shared {
   alignas(1024) uint8 a_codes[STAGES][A_BYTES];
@@ -89,59 +94,63 @@ struct Ring {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: one thread ------------------------------------------------------------------------------------------------
+// ---- producer: a warpgroup, of which four threads copy -----------------------------------------------------------------------
+//
+// Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
+// issued by one thread each of several warps: of every weight tile (with its scales), of the tokens' codes, and of their scales.
 
-__device__ __forceinline__ void copy_weights(const Problem& p, Shared& s, int slot, const Item& item, int kb) {
-  const uint32 full = ptx::shared_address(&s.full[slot]);
-  const int group = kb / p.blocks_per_group;
-  const int first = item.tile.n * CONSUMERS;
-  const int tiles = min(CONSUMERS, p.weight_tiles - first);
-  const int rows = min(TILE_M, p.m_stride - item.tile.m * TILE_M);
-  ptx::barrier_expect_bytes(full, rows * (BLOCK + 4) + tiles * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
-  for (int t = 0; t < tiles; ++t) {
-    const long long tile = first + t;
-    ptx::bulk_copy(ptx::shared_address(s.w_packed[slot][t]), p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES,
-                   WEIGHT_TILE_BYTES, full);
-    ptx::bulk_copy(ptx::shared_address(s.w_scale[slot][t]), p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N,
-                   2 * WEIGHT_TILE_N, full);
-  }
-}
+constexpr int PRODUCERS = CONSUMERS + 2;
+static_assert(PRODUCERS <= 4, "warps of the producer warpgroup");
 
-__device__ __forceinline__ void copy_activations(const Problem& p, Shared& s, int slot, const Item& item, int kb) {
-  const uint32 full = ptx::shared_address(&s.full[slot]);
-  const int group = kb / p.blocks_per_group;
-  const int m0 = item.tile.m * TILE_M;
-  const int rows = min(TILE_M, p.m_stride - m0);
-  ptx::bulk_copy(ptx::shared_address(s.a_codes[slot]), p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK,
-                 rows * BLOCK, full);
-  ptx::bulk_copy(ptx::shared_address(s.a_scale[slot]), p.a_scale + static_cast<long long>(group) * p.m_stride + m0, rows * 4,
-                 full);
-}
-
-__device__ __forceinline__ void produce(const Problem& p, Shared& s, int items) {
+struct Producer {
+  const int role;
   Ring ring;
-  // The weights of the first stages do not wait for the kernel that writes the activations.
-  int ahead = 0;
-  if (blockIdx.x < items) {
-    const Item item = item_at(p, blockIdx.x);
-    ahead = min(STAGES, item.last_block - item.first_block);
-    for (int i = 0; i < ahead; ++i) copy_weights(p, s, i, item, item.first_block + i);
-  }
-  ptx::wait_for_predecessor();
-  for (int index = blockIdx.x; index < items; index += gridDim.x) {
-    const Item item = item_at(p, index);
-    for (int kb = item.first_block; kb < item.last_block; ++kb) {
-      if (ahead > 0) {
-        --ahead;
-      } else {
-        ptx::barrier_wait(ptx::shared_address(&s.empty[ring.slot]), ring.parity ^ 1);
-        copy_weights(p, s, ring.slot, item, kb);
+
+  // Announces and starts this thread's copies of block kb.
+  __device__ __forceinline__ void copy(const Problem& p, Shared& s, const Item& item, int kb, int group) {
+    const int slot = ring.slot;
+    const uint32 full = ptx::shared_address(&s.full[slot]);
+    ring.next();
+    if (role < CONSUMERS) {
+      const long long tile = item.tile.n * CONSUMERS + role;
+      if (tile >= p.weight_tiles) {
+        ptx::barrier_arrive(full);
+        return;
       }
-      copy_activations(p, s, ring.slot, item, kb);
-      ring.next();
+      ptx::barrier_expect_bytes(full, WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N);
+      ptx::bulk_copy(ptx::shared_address(s.w_packed[slot][role]), p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES,
+                     WEIGHT_TILE_BYTES, full);
+      ptx::bulk_copy(ptx::shared_address(s.w_scale[slot][role]), p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N,
+                     2 * WEIGHT_TILE_N, full);
+      return;
+    }
+    const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
+    if (role == CONSUMERS) {
+      ptx::barrier_expect_bytes(full, rows * BLOCK);
+      ptx::bulk_copy(ptx::shared_address(s.a_codes[slot]), p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK,
+                     rows * BLOCK, full);
+    } else {
+      ptx::barrier_expect_bytes(full, rows * 4);
+      ptx::bulk_copy(ptx::shared_address(s.a_scale[slot]), p.a_scale + static_cast<long long>(group) * p.m_stride + m0,
+                     rows * 4, full);
     }
   }
-}
+
+  __device__ __forceinline__ void run(const Problem& p, Shared& s, int items) {
+    // Weights do not wait for the kernel that writes the activations.
+    if (role >= CONSUMERS) ptx::wait_for_predecessor();
+    for (int index = blockIdx.x; index < items; index += gridDim.x) {
+      const Item item = item_at(p, index);
+      int group = item.first_block / p.blocks_per_group;
+      int left = (group + 1) * p.blocks_per_group - item.first_block;  // blocks of the group
+      for (int kb = item.first_block; kb < item.last_block; ++kb) {
+        ptx::barrier_wait(ptx::shared_address(&s.empty[ring.slot]), ring.parity ^ 1);
+        copy(p, s, item, kb, group);
+        if (--left == 0) ++group, left = p.blocks_per_group;
+      }
+    }
+  }
+};
 
 // ---- consumers: a warpgroup each -------------------------------------------------------------------------------------------
 
@@ -167,39 +176,149 @@ struct Consumer {
   const int group, warp, lane;  // warpgroup, warp of it, lane of that
   Ring ring;
 
-  // One block: multiply with `now`, widen the next block's weights into `next` meanwhile, dequantize.
-  __device__ __forceinline__ void block(Shared& s, float (&acc)[SUMS], float (&sum)[SUMS], uint32 (&now)[16],
-                                        uint32 (&next)[16], bool has_next) {
-    const int slot = ring.slot;
-    const uint64 tokens = ptx::wgmma_descriptor(ptx::shared_address(s.a_codes[slot]));
+  // Starts the products of one chunk of tokens with this block's weights.
+  __device__ __forceinline__ void multiply(float (&sum)[CHUNK_SUMS], const uint32 (&a)[16], Shared& s, int slot, int chunk) {
+    const uint64 tokens = ptx::wgmma_descriptor(ptx::shared_address(s.a_codes[slot]) + chunk * CHUNK_M * BLOCK);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      ptx::Wgmma<TILE_M>::e4m3(sum, now + 4 * step, tokens + step * (32 >> 4), step > 0);
+      ptx::Wgmma<CHUNK_M>::e4m3(sum, a + 4 * step, tokens + step * (32 >> 4), step > 0);
     }
     ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void dequantize(float* acc, float (&sum)[CHUNK_SUMS], const float2* s_a, float2 s_w) {
+#pragma unroll
+    for (int i = 0; i < CHUNK_SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
+#if EXP & 1
+    if (s_w.x != 12345.f) {
+#pragma unroll
+      for (int i = 0; i < CHUNK_SUMS; i += 4) acc[i] += sum[i];
+      return;
+    }
+#endif
+#pragma unroll
+    for (int j = 0; j < CHUNK_M / 8; ++j) {
+#if EXP & 2
+      const float2 tokens = s_a[0];
+#else
+      const float2 tokens = s_a[4 * j];
+#endif
+      acc[4 * j + 0] = __fmaf_rn(sum[4 * j + 0] * s_w.x, tokens.x, acc[4 * j + 0]);
+      acc[4 * j + 1] = __fmaf_rn(sum[4 * j + 1] * s_w.x, tokens.y, acc[4 * j + 1]);
+      acc[4 * j + 2] = __fmaf_rn(sum[4 * j + 2] * s_w.y, tokens.x, acc[4 * j + 2]);
+      acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * s_w.y, tokens.y, acc[4 * j + 3]);
+    }
+  }
+
+  // Of a block: what takes its integers to floats, read before its slot is left.
+  struct Scales {
+    const float2* tokens;  // pairs, in shared memory
+    float2 outputs;        // of rows r and r + 8
+  };
+  __device__ __forceinline__ Scales scales_of(Shared& s, int slot) {
     const uint32 pair = ptx::shared_read_32(ptx::shared_address(s.w_scale[slot][group]) + 2 * sm90_scale_position(warp, lane));
-    const float2 s_w = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    const float s_w0 = PRODUCT_UNIT * s_w.x, s_w1 = PRODUCT_UNIT * s_w.y;
-    ring.next();
-    if (has_next) {
-      ptx::barrier_wait(ptx::shared_address(&s.full[ring.slot]), ring.parity);
-      read_weights(next, ptx::shared_address(s.w_packed[ring.slot][group]) + sm90_weight_byte(0, warp, lane));
-    }
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
-    const float2* s_a = reinterpret_cast<const float2*>(s.a_scale[slot]) + accumulator_column(lane, 0) / 2;
-#pragma unroll
-    for (int j = 0; j < TILE_M / 8; ++j) {
-      const float2 pair_a = s_a[4 * j];
-      acc[4 * j + 0] = __fmaf_rn(sum[4 * j + 0] * s_w0, pair_a.x, acc[4 * j + 0]);
-      acc[4 * j + 1] = __fmaf_rn(sum[4 * j + 1] * s_w0, pair_a.y, acc[4 * j + 1]);
-      acc[4 * j + 2] = __fmaf_rn(sum[4 * j + 2] * s_w1, pair_a.x, acc[4 * j + 2]);
-      acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * s_w1, pair_a.y, acc[4 * j + 3]);
-    }
+    const float2 outputs = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    return {reinterpret_cast<const float2*>(s.a_scale[slot]) + accumulator_column(lane, 0) / 2,
+            make_float2(PRODUCT_UNIT * outputs.x, PRODUCT_UNIT * outputs.y)};
+  }
+  __device__ __forceinline__ void leave(Shared& s, int slot) {
     __syncwarp();
     if (lane == 0) ptx::barrier_arrive(ptx::shared_address(&s.empty[slot]));
+  }
+
+#if TILE_M >= 64
+  // Large tiles: the tokens of a block in chunks. One block, whose first chunk is already being multiplied by `now`; there
+  // is always a chunk in the tensor cores while another is dequantized. The next block's weights are widened into `next`
+  // in between, and its first chunk started, unless this is the last block.
+  template <bool last>
+  __device__ __forceinline__ void block(Shared& s, float (&acc)[SUMS], float (&sum)[2][CHUNK_SUMS], uint32 (&now)[16],
+                                        uint32 (&next)[16]) {
+    const int slot = ring.slot;
+    const Scales scales = scales_of(s, slot);
+    ring.next();
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      if (c + 1 < CHUNKS) {
+        multiply(sum[(c + 1) % 2], now, s, slot, c + 1);
+        if (c == 0 && !last) prepare(s, next);
+      } else if (!last) {
+        multiply(sum[(c + 1) % 2], next, s, ring.slot, 0);
+      }
+      if (c + 1 == CHUNKS && last) {
+        ptx::wgmma_wait<0>();
+      } else {
+        ptx::wgmma_wait<1>();
+      }
+      dequantize(acc + c * CHUNK_SUMS, sum[c % 2], scales.tokens + c * CHUNK_M / 2, scales.outputs);
+    }
+    leave(s, slot);
+  }
+
+  __device__ __forceinline__ void multiply_item(Shared& s, float (&acc)[SUMS], int blocks) {
+    float sum[2][CHUNK_SUMS];
+    uint32 a[16], b[16];  // take turns
+    prepare(s, a);
+    multiply(sum[0], a, s, ring.slot, 0);
+    // Main loop: one block of 128 input features, one pipeline stage, per call of `block`.
+#pragma unroll 1
+    for (; blocks > 2; blocks -= 2) {
+      block<false>(s, acc, sum, a, b);
+      block<false>(s, acc, sum, b, a);
+    }
+    if (blocks == 2) {
+      block<false>(s, acc, sum, a, b);
+      block<true>(s, acc, sum, b, a);
+    } else {
+      block<true>(s, acc, sum, a, b);
+    }
+  }
+#else
+  // Small tiles: two blocks in the tensor cores at a time, `a` and `b`, while the next two are widened into `c` and `d`
+  // (as far as there are `blocks`, these two included). Where there is no second block, its products are not read:
+  // products that start in one branch only would have to end in it.
+  __device__ __forceinline__ void two_blocks(Shared& s, float (&acc)[SUMS], uint32 (&a)[16], uint32 (&b)[16],
+                                             uint32 (&c)[16], uint32 (&d)[16], int blocks) {
+    float sum[2][CHUNK_SUMS];
+    const int first = ring_behind.slot;
+    ring_behind.next();
+    const int second = ring_behind.slot;
+    multiply(sum[0], a, s, first, 0);
+    multiply(sum[1], b, s, second, 0);
+    const Scales of_first = scales_of(s, first), of_second = scales_of(s, second);
+    if (blocks > 2) prepare(s, c), ring.next();
+    if (blocks > 3) prepare(s, d), ring.next();
+    ptx::wgmma_wait<1>();
+    dequantize(acc, sum[0], of_first.tokens, of_first.outputs);
+    leave(s, first);
+    ptx::wgmma_wait<0>();
+    if (blocks > 1) {
+      dequantize(acc, sum[1], of_second.tokens, of_second.outputs);
+      leave(s, second);
+      ring_behind.next();
+    }
+  }
+
+  __device__ __forceinline__ void multiply_item(Shared& s, float (&acc)[SUMS], int blocks) {
+    uint32 a[16] = {}, b[16] = {}, c[16] = {}, d[16] = {};
+    prepare(s, a), ring.next();
+    if (blocks > 1) prepare(s, b), ring.next();
+    // Main loop: four blocks of 128 input features per turn.
+#pragma unroll 1
+    for (; blocks > 0; blocks -= 4) {
+      two_blocks(s, acc, a, b, c, d, blocks);
+      if (blocks > 2) two_blocks(s, acc, c, d, a, b, blocks - 2);
+    }
+  }
+  Ring ring_behind;  // of the block that is multiplied; `ring` is ahead, where weights are read
+#endif
+
+  __device__ __forceinline__ void prepare(Shared& s, uint32 (&a)[16]) {
+    ptx::barrier_wait(ptx::shared_address(&s.full[ring.slot]), ring.parity);
+#if EXP & 4
+    if (lane == 77)
+#endif
+    read_weights(a, ptx::shared_address(s.w_packed[ring.slot][group]) + sm90_weight_byte(0, warp, lane));
   }
 
   // Adds the partial sums of all splits in their order, in whichever warpgroup comes last. False for the others.
@@ -276,24 +395,18 @@ struct Consumer {
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, int items) {
     for (int index = blockIdx.x; index < items; index += gridDim.x) {
+      float acc[SUMS] = {};
       const Item item = item_at(p, index);
-      const int blocks = item.last_block - item.first_block;
-      float acc[SUMS], sum[SUMS];
-      uint32 a[2][16];
-#pragma unroll
-      for (int i = 0; i < SUMS; ++i) acc[i] = 0.0f, sum[i] = 0.0f;
-      ptx::barrier_wait(ptx::shared_address(&s.full[ring.slot]), ring.parity);
-      read_weights(a[0], ptx::shared_address(s.w_packed[ring.slot][group]) + sm90_weight_byte(0, warp, lane));
-      // Main loop: one block of 128 input features, one pipeline stage, per call of `block`.
-#pragma unroll 1
-      for (int kb = 0; kb < blocks; kb += 2) {
-        block(s, acc, sum, a[0], a[1], kb + 1 < blocks);
-        if (kb + 1 < blocks) block(s, acc, sum, a[1], a[0], kb + 2 < blocks);
-      }
-      if (item.tile.n * CONSUMERS + group >= p.weight_tiles) continue;  // past N: nothing was loaded for it
-      if (p.splits > 1 && !reduce_splits(p, s, item, acc)) continue;
-      store(p, s, item, acc);
+      multiply_item(s, acc, item.last_block - item.first_block);
+      asm volatile("" : "+r"(index));  // worked out again rather than kept in registers through the main loop
+      finish(p, s, item_at(p, index), acc);
     }
+  }
+
+  __device__ __forceinline__ void finish(const Problem& p, Shared& s, const Item& item, float (&acc)[SUMS]) {
+    if (item.tile.n * CONSUMERS + group >= p.weight_tiles) return;  // past N: nothing was loaded for it
+    if (p.splits > 1 && !reduce_splits(p, s, item, acc)) return;
+    store(p, s, item, acc);
   }
 };
 
@@ -316,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < STAGES; ++slot) {
-      ptx::barrier_init(ptx::shared_address(&s.full[slot]), 1);
+      ptx::barrier_init(ptx::shared_address(&s.full[slot]), PRODUCERS);
       ptx::barrier_init(ptx::shared_address(&s.empty[slot]), 4 * CONSUMERS);  // a warp each
     }
     ptx::fence_barrier_init();
@@ -325,10 +438,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (group == CONSUMERS) {
     ptx::fewer_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == CONSUMERS * WARPGROUP) produce(p, s, items);
+    const int warp = threadIdx.x / 32 % 4;
+    if (threadIdx.x % 32 == 0 && warp < PRODUCERS) Producer{warp}.run(p, s, items);
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
-    Consumer consumer = {group, static_cast<int>(threadIdx.x) / 32 % 4, static_cast<int>(threadIdx.x) % 32, {}};
+    Consumer consumer = {group, static_cast<int>(threadIdx.x) / 32 % 4, static_cast<int>(threadIdx.x) % 32};
     consumer.run(p, s, items);
     ptx::let_successor_start();
   }
