@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +121,22 @@ def test_spills_and_warnings_are_seen(sources: Path) -> None:
     assert compiled.resources.spill_store_bytes > 0 and compiled.resources.stack_bytes > 0
     assert "unused" in compiled.warnings and "Used" not in compiled.warnings
     assert halve(defines={}).warnings == compiled.warnings, "the log comes from the cache too"
+
+
+def test_resources_are_those_cuobjdump_reads(tmp_path: Path) -> None:
+    packages = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in packages.submodule_search_locations or ()] if packages else []
+    tools = [*(tool for root in roots for tool in root.glob("*/bin/cuobjdump")), shutil.which("cuobjdump")]
+    tool = next((tool for tool in tools if tool), None)
+    if tool is None:
+        pytest.skip("cuobjdump (nvidia-cuda-cuobjdump) is not installed")
+    compiled = halve()
+    path = tmp_path / "halve.cubin"
+    path.write_bytes(compiled.cubin)
+    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    read = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    used = compiled.resources
+    assert read == {"REG": used.registers, "STACK": used.stack_bytes, "SHARED": used.static_shared_bytes, "LOCAL": 0}
 
 
 def test_info_that_is_no_resource_report_is_a_warning() -> None:
