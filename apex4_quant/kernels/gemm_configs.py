@@ -81,6 +81,7 @@ class GemmConfig:
         """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
         if self.family == "sm90":
             stage = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N) + 16
+            stage += (16 * self.tile_m + 8) * (self.tile_m >= 64)  # parts of the tokens' scales
             return round_up(self.stages * round_up(stage, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
 

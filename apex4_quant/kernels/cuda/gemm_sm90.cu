@@ -24,7 +24,11 @@
 // Any M, N >= 1. Groups wider than 128 are dequantized block by block with their group's scales.
 //
 // Producer threads fill a ring of STAGES blocks with bulk copies; CONSUMERS warpgroups of 64 outputs each multiply.
-// While one warpgroup turns its integers into floats, the tensor cores work for the other one.
+//
+// Large tiles are bound by what the CUDA cores do beside the tensor cores, so that of the two multiplications by scales
+// one is left to the latter: per block, one more wgmma makes the products s_w[n] s_a[m] of all outputs and tokens, a matrix of
+// rank one, in float32. Its operands are tf32, 11 bits: s_w has no more, and s_a is cut into three such parts, t1 + t2 + t3 =
+// s_a exactly, as three steps of k. What remains is one instruction for each sum: acc = fma(sum, s_w s_a, acc).
 //
 // Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
 
@@ -32,6 +36,8 @@
 #include "index.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
+
+#define LARGE_TILE (TILE_M >= 64)
 
 constexpr int BLOCK = 128;  // k of one pipeline stage
 constexpr int WARPGROUP = 128;
@@ -48,9 +54,15 @@ static_assert(CONSUMERS == 2, "warpgroups take turns");
 struct Stage {
   alignas(1024) uint8 a_codes[TILE_M * BLOCK];
   uint8 w_packed[CONSUMERS][WEIGHT_TILE_BYTES];
+#if LARGE_TILE
+  float4 a_parts[TILE_M];  // tf32 parts of a_scale: (t1, t2, t3, 0)
+#endif
   float a_scale[TILE_M];
   __half w_scale[CONSUMERS][WEIGHT_TILE_N];
   uint64 full, empty;
+#if LARGE_TILE
+  uint64 parted;  // a_parts are written
+#endif
 };
 struct Shared {
   Stage stages[STAGES];
@@ -112,13 +124,16 @@ struct Ring {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: a warpgroup, of which four threads copy -----------------------------------------------------------------------
+// ---- producer: a warpgroup, of which three threads copy ----------------------------------------------------------------------
 //
 // Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
-// issued by one thread each of several warps: of every weight tile (with its scales), of the tokens' codes, and of their scales.
+// issued by one thread each of several warps: of every weight tile with its scales, and of the tokens' codes and scales.
 
-constexpr int PRODUCERS = CONSUMERS + 2;
-static_assert(PRODUCERS <= 4, "warps of the producer warpgroup");
+constexpr int PRODUCERS = CONSUMERS + 1;
+static_assert(PRODUCERS <= 3, "warps of the producer warpgroup; the last one cuts scales into parts");
+
+// The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
+__device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
 
 struct Producer {
   const int role;
@@ -141,15 +156,11 @@ struct Producer {
       return;
     }
     const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-    if (role == CONSUMERS) {
-      ptx::barrier_expect_bytes(full, rows * BLOCK);
-      ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes),
-                     p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK, rows * BLOCK, full);
-    } else {
-      ptx::barrier_expect_bytes(full, rows * 4);
-      ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale), p.a_scale + static_cast<long long>(group) * p.m_stride + m0,
-                     rows * 4, full);
-    }
+    ptx::barrier_expect_bytes(full, rows * (BLOCK + 4));
+    ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes), p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK,
+                   rows * BLOCK, full);
+    ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale), p.a_scale + static_cast<long long>(group) * p.m_stride + m0,
+                   rows * 4, full);
   }
 
   __device__ __forceinline__ void run(const Problem& p) {
@@ -169,6 +180,28 @@ struct Producer {
   }
 };
 
+#if LARGE_TILE
+// One warp cuts the tokens' scales of each stage into tf32 parts, where wgmma reads them.
+__device__ __forceinline__ void part_scales(const Problem& p, Ring ring, int lane) {
+  for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
+    const Item item = schedule.item(p);
+    for (int left = item.last_block - item.first_block; left > 0; --left) {
+      ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
+#pragma unroll
+      for (int token = lane; token < TILE_M; token += 32) {
+        const float scale = __uint_as_float(ptx::shared_read_32(ring.stage + offsetof(Stage, a_scale) + 4 * token));
+        const float t1 = tf32_part(scale), t2 = tf32_part(scale - t1), t3 = scale - t1 - t2;
+        ptx::shared_write_float4(ring.stage + offsetof(Stage, a_parts) + 16 * token, make_float4(t1, t2, t3, 0.0f));
+      }
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(ring.stage + offsetof(Stage, parted));
+      ring.next();
+    }
+  }
+}
+#endif
+
 // ---- consumers: a warpgroup each -------------------------------------------------------------------------------------------
 
 // Eight codes of a word -> four of row r and four of row r + 8, as e4m3. layouts.py, `_sign_magnitude`.
@@ -177,15 +210,14 @@ __device__ __forceinline__ void widen(uint32 word, uint32& even, uint32& odd) {
   odd = __funnelshift_r(word, word, 4) & 0x87878787u;
 }
 
-// The A fragments of one block: 4 k32 steps of 4 registers.
-__device__ __forceinline__ void read_weights(uint32 (&a)[16], uint32 w_smem_rd) {
+// The A fragments of one block, 4 k32 steps of 4 registers, from the two 16-byte words a lane owns.
+__device__ __forceinline__ void widen(uint32 (&a)[16], const uint4 (&words)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint4 v = ptx::shared_read_128(w_smem_rd + sm90_weight_byte(half, 0, 0));
-    widen(v.x, a[8 * half + 0], a[8 * half + 1]);
-    widen(v.y, a[8 * half + 2], a[8 * half + 3]);
-    widen(v.z, a[8 * half + 4], a[8 * half + 5]);
-    widen(v.w, a[8 * half + 6], a[8 * half + 7]);
+    widen(words[half].x, a[8 * half + 0], a[8 * half + 1]);
+    widen(words[half].y, a[8 * half + 2], a[8 * half + 3]);
+    widen(words[half].z, a[8 * half + 4], a[8 * half + 5]);
+    widen(words[half].w, a[8 * half + 6], a[8 * half + 7]);
   }
 }
 
@@ -204,11 +236,14 @@ struct Consumer {
     ring.stage = ring.begin;
   }
 
-  // The next block's weights, widened.
-  __device__ __forceinline__ void prepare(uint32 (&a)[16]) {
+  // The weights of the block at `ring`, once it is there.
+  __device__ __forceinline__ void read_weights(uint4 (&words)[2]) {
     ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
-    read_weights(a, ring.stage + w_lane);
-    ring.next();
+    read_words(words);
+  }
+  __device__ __forceinline__ void read_words(uint4 (&words)[2]) {
+    words[0] = ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(0, 0, 0));
+    words[1] = ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(1, 0, 0));
   }
 
   // Starts the products of steps [first, last) of a block.
@@ -221,30 +256,11 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // What takes integers to floats: the scales of rows r and r + 8, and of pairs of tokens.
-  __device__ __forceinline__ float2 read_output_scales(uint32 stage) {
+  // The scales of outputs r and r + 8, times what makes integers of the sums.
+  __device__ __forceinline__ float2 read_output_scales(uint32 stage, float unit) {
     const uint32 pair = ptx::shared_read_32(stage + w_scale_lane);
     const float2 scales = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    return make_float2(PRODUCT_UNIT * scales.x, PRODUCT_UNIT * scales.y);
-  }
-  static constexpr int TOKENS_AT_ONCE = TILE_M < 64 ? TILE_M : 64;
-  __device__ __forceinline__ void read_token_scales(float2 (&tokens)[TOKENS_AT_ONCE / 8], uint32 stage, int first) {
-#pragma unroll
-    for (int j = 0; j < TOKENS_AT_ONCE / 8; ++j) {
-      tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (first + 8 * j));
-    }
-  }
-  __device__ __forceinline__ void dequantize(float* acc, float* sum, const float2 (&tokens)[TOKENS_AT_ONCE / 8],
-                                             float2 outputs) {
-#pragma unroll
-    for (int i = 0; i < TOKENS_AT_ONCE / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
-#pragma unroll
-    for (int j = 0; j < TOKENS_AT_ONCE / 8; ++j) {
-      acc[4 * j + 0] = __fmaf_rn(sum[4 * j + 0] * outputs.x, tokens[j].x, acc[4 * j + 0]);
-      acc[4 * j + 1] = __fmaf_rn(sum[4 * j + 1] * outputs.x, tokens[j].y, acc[4 * j + 1]);
-      acc[4 * j + 2] = __fmaf_rn(sum[4 * j + 2] * outputs.y, tokens[j].x, acc[4 * j + 2]);
-      acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * outputs.y, tokens[j].y, acc[4 * j + 3]);
-    }
+    return make_float2(unit * scales.x, unit * scales.y);
   }
 
   __device__ __forceinline__ void leave(uint32 stage) {
@@ -252,57 +268,59 @@ struct Consumer {
     if (lane == 0) ptx::barrier_arrive(stage + offsetof(Stage, empty));
   }
 
-#if TILE_M >= 64
-  // Large tiles: the two warpgroups take turns in the tensor cores. Without an order, the tensor cores would serve both at
-  // half speed, both would dequantize at the same time, and the tensor cores would wait for them. A turn is handed on
-  // when a quarter of its products is left.
+#if LARGE_TILE
+  // Large tiles: the two warpgroups take turns in the tensor cores. A warp cannot issue anything while it waits to issue a
+  // wgmma, so that without an order both would wait, then both dequantize, and the tensor cores with them. A turn is
+  // handed on as soon as its products are issued; the other warpgroup's wait behind them.
   __device__ __forceinline__ void await_turn() { ptx::named_barrier(TURN + group, 2 * WARPGROUP); }
   __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + 1 - group, 2 * WARPGROUP); }
 
-  // One block: start its products with `now`, widen the next block's weights into `next` meanwhile, dequantize.
+  // Starts the rank-one product of scales: tf32, k of 8, of which steps 0..2 hold the parts of s_a and the others zeros in
+  // the weights' operand. The tokens' operand is not swizzled: core matrices of 8 tokens by 16 bytes, the second half of k
+  // being the first one again.
+  __device__ __forceinline__ void multiply_scales(float (&scale)[SUMS], float2 outputs, uint32 stage) {
+    const uint32 a[4] = {__float_as_uint(outputs.x), __float_as_uint(outputs.y), 0, 0};
+    ptx::Wgmma<TILE_M>::tf32(scale, a, ptx::wgmma_descriptor_plain(stage + offsetof(Stage, a_parts), 0, 128), 0);
+  }
+
+  // One block, whose weights are in `a`; those of the next one follow, unless this is the last.
   template <bool last>
-  __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[SUMS], uint32 (&now)[16], uint32 (&next)[16],
-                                        uint32& stage) {
-    float2 tokens[TOKENS_AT_ONCE / 8];
-    const uint32 this_stage = stage;
+  __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[SUMS], float (&scale)[SUMS], uint32 (&a)[16],
+                                        float2& outputs, float unit) {
+    const uint32 stage = ring.stage;
+    ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
+    ring.next();
     await_turn();
     ptx::wgmma_fence();
-    multiply<0, 3>(sum, now, this_stage);
-    multiply<3, 4>(sum, now, this_stage);
-    const float2 outputs = read_output_scales(this_stage);
-    read_token_scales(tokens, this_stage, 0);
-    if (!last) {
-      stage = ring.stage;
-      prepare(next);
-    }
-    ptx::wgmma_wait<1>();
+    multiply_scales(scale, outputs, stage);
+    multiply<0, 4>(sum, a, stage);
     pass_turn();
+    uint4 words[2];
+    if (!last) {
+      read_weights(words);
+      outputs = read_output_scales(ring.stage, unit);
+    }
     ptx::wgmma_wait<0>();
 #pragma unroll
-    for (int first = 0; first < TILE_M; first += TOKENS_AT_ONCE) {
-      if (first > 0) read_token_scales(tokens, this_stage, first);
-      dequantize(acc + first / 2, sum + first / 2, tokens, outputs);
-    }
-    leave(this_stage);
+    for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i]), "+f"(scale[i])::"memory");  // not before the wait
+    leave(stage);
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) acc[i] = __fmaf_rn(sum[i], scale[i], acc[i]);
+    if (!last) widen(a, words);
   }
 
   __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
-    float sum[SUMS];
-    uint32 a[16], b[16];  // take turns
-    uint32 stage = ring.stage;
-    prepare(a);
-    // Main loop: one block of 128 input features, one pipeline stage, per call of `block`.
+    float sum[SUMS], scale[SUMS];
+    uint32 a[16];
+    uint4 words[2];
+    const float unit = (lane & 3) < 3 ? PRODUCT_UNIT : 0.0f;  // this lane's step of k, of four
+    read_weights(words);
+    widen(a, words);
+    float2 outputs = read_output_scales(ring.stage, unit);
+    // Main loop: one block of 128 input features, one pipeline stage, per turn.
 #pragma unroll 1
-    for (; blocks > 2; blocks -= 2) {
-      block<false>(acc, sum, a, b, stage);
-      block<false>(acc, sum, b, a, stage);
-    }
-    if (blocks == 2) {
-      block<false>(acc, sum, a, b, stage);
-      block<true>(acc, sum, b, a, stage);
-    } else {
-      block<true>(acc, sum, a, b, stage);
-    }
+    for (; blocks > 1; --blocks) block<false>(acc, sum, scale, a, outputs, unit);
+    block<true>(acc, sum, scale, a, outputs, unit);
   }
   __device__ __forceinline__ void begin() {
     if (group == 1) pass_turn();
@@ -311,30 +329,55 @@ struct Consumer {
     if (group == 0) await_turn();  // what the other one has passed on
   }
 #else
-  // Small tiles: two blocks in the tensor cores at a time, `a` and `b`, while the next two are widened into `c` and `d`
-  // (as far as there are `blocks`, these two included). Where there is no second block, its products are not read:
-  // products that start in one branch only would have to end in it.
+  // Small tiles are bound by memory. Two blocks in the tensor cores at a time, `a` and `b`, while the next two are widened
+  // into `c` and `d` (as far as there are `blocks`, these two included). Where there is no second block, its products are
+  // not read: products that start in one branch only would have to end in it.
+  struct Scales {
+    float2 tokens[TILE_M / 8], outputs;
+  };
+  __device__ __forceinline__ void read_scales(Scales& scales, uint32 stage) {
+    scales.outputs = read_output_scales(stage, PRODUCT_UNIT);
+#pragma unroll
+    for (int j = 0; j < TILE_M / 8; ++j) scales.tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (8 * j));
+  }
+  __device__ __forceinline__ void dequantize(float (&acc)[SUMS], float (&sum)[SUMS], const Scales& scales) {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
+#pragma unroll
+    for (int j = 0; j < TILE_M / 8; ++j) {
+      acc[4 * j + 0] = __fmaf_rn(sum[4 * j + 0] * scales.outputs.x, scales.tokens[j].x, acc[4 * j + 0]);
+      acc[4 * j + 1] = __fmaf_rn(sum[4 * j + 1] * scales.outputs.x, scales.tokens[j].y, acc[4 * j + 1]);
+      acc[4 * j + 2] = __fmaf_rn(sum[4 * j + 2] * scales.outputs.y, scales.tokens[j].x, acc[4 * j + 2]);
+      acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * scales.outputs.y, scales.tokens[j].y, acc[4 * j + 3]);
+    }
+  }
+  __device__ __forceinline__ void prepare(uint32 (&a)[16]) {
+    uint4 words[2];
+    read_weights(words);
+    widen(a, words);
+    ring.next();
+  }
+
   __device__ __forceinline__ void two_blocks(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&b)[16], uint32 (&c)[16],
                                              uint32 (&d)[16], uint32 (&stage)[2], int blocks) {
     float sum[2][SUMS];
-    float2 tokens[2][TOKENS_AT_ONCE / 8];
+    Scales scales[2];
     const uint32 first = stage[0], second = stage[1];
     ptx::wgmma_fence();
     multiply<0, 4>(sum[0], a, first);
     multiply<0, 4>(sum[1], b, second);
-    const float2 outputs[2] = {read_output_scales(first), read_output_scales(second)};
-    read_token_scales(tokens[0], first, 0);
-    read_token_scales(tokens[1], second, 0);
+    read_scales(scales[0], first);
+    read_scales(scales[1], second);
     stage[0] = ring.stage;
     if (blocks > 2) prepare(c);
     stage[1] = ring.stage;
     if (blocks > 3) prepare(d);
     ptx::wgmma_wait<1>();
-    dequantize(acc, sum[0], tokens[0], outputs[0]);
+    dequantize(acc, sum[0], scales[0]);
     leave(first);
     ptx::wgmma_wait<0>();
     if (blocks > 1) {
-      dequantize(acc, sum[1], tokens[1], outputs[1]);
+      dequantize(acc, sum[1], scales[1]);
       leave(second);
     }
   }
@@ -353,6 +396,7 @@ struct Consumer {
       if (blocks > 2) two_blocks(acc, c, d, a, b, stage, blocks - 2);
     }
   }
+  static constexpr int UNUSED_TURN = TURN;
   __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void end() {}
 #endif
@@ -465,6 +509,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int stage = 0; stage < STAGES; ++stage) {
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), PRODUCERS);
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * CONSUMERS);  // a warp each
+#if LARGE_TILE
+      ptx::barrier_init(ptx::shared_address(&s.stages[stage].parted), 1);
+#endif
     }
     ptx::fence_barrier_init();
   }
@@ -474,6 +521,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     ptx::fewer_registers<PRODUCER_REGISTERS>();
     const int warp = threadIdx.x / 32 % 4;
     if (threadIdx.x % 32 == 0 && warp < PRODUCERS) Producer{warp, Ring(s)}.run(p);
+#if LARGE_TILE
+    if (warp == 3) part_scales(p, Ring(s), threadIdx.x % 32);
+#endif
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
     Consumer(s, threadIdx.x).run(p, s);

@@ -56,6 +56,10 @@ __device__ __forceinline__ float2 shared_read_float2(uint32 shared_rd) {
   return d;
 }
 
+__device__ __forceinline__ void shared_write_float4(uint32 shared_wr, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_wr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
 // ---- D = A B + C with 4-bit signed integers, one warp, m16 n8 k64 ------------------------------------------------------
 __device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
   asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
@@ -91,6 +95,8 @@ __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd,
                "l"(gmem_rd), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// Orders this thread's ordinary writes of shared memory before what the copy engine and wgmma read.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Some threads of the block meet: `threads` of them, at barrier 1..15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -123,6 +129,12 @@ __device__ __forceinline__ uint64 wgmma_descriptor(uint32 shared_rd) {
   constexpr uint32 SWIZZLE_128 = 1u << 30, STRIDE = 1024 >> 4, UNUSED = 1u << 16;
   uint64 descriptor;
   asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((shared_rd >> 4) + UNUSED), "n"(SWIZZLE_128 | STRIDE));
+  return descriptor;
+}
+// Of a K-major operand without swizzle: core matrices of 8 rows by 16 bytes, 128 bytes each; strides in bytes.
+__device__ __forceinline__ uint64 wgmma_descriptor_plain(uint32 shared_rd, uint32 k_stride, uint32 row_stride) {
+  uint64 descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((shared_rd >> 4) + (k_stride >> 4 << 16)), "r"(row_stride >> 4));
   return descriptor;
 }
 #endif
