@@ -64,6 +64,7 @@ struct Stage {
   uint64 parted;  // a_parts are written
 #endif
 };
+constexpr uint32 STAGE_BYTES = sizeof(Stage);
 struct Shared {
   Stage stages[STAGES];
   unsigned short y[CONSUMERS][TILE_M][WEIGHT_TILE_N];
@@ -113,12 +114,14 @@ struct Schedule {
 
 // Where the ring of stages stands: the stage's address in shared memory, and the phase parity of its barriers.
 struct Ring {
-  uint32 stage, parity, begin;
-  __device__ __forceinline__ explicit Ring(const Shared& s)
-      : stage(ptx::shared_address(s.stages)), parity(0), begin(stage) {}
+  uint32 stage, parity, end;
+  __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
+    asm volatile("" : "+r"(stage));  // kept in a register, rather than worked out again in the main loop
+    end = stage + STAGES * STAGE_BYTES;
+  }
   __device__ __forceinline__ void next() {
-    stage += sizeof(Stage);
-    if (stage == begin + STAGES * sizeof(Stage)) stage = begin, parity ^= 1;
+    stage += STAGE_BYTES;
+    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
   }
 };
 
@@ -221,29 +224,27 @@ __device__ __forceinline__ void widen(uint32 (&a)[16], const uint4 (&words)[2]) 
   }
 }
 
+template <int group>  // which warpgroup
 struct Consumer {
-  const int group, warp, lane;  // warpgroup, warp of it, lane of that
-  Ring ring;                    // of the block whose weights are read next
+  const int warp, lane;  // warp of the warpgroup, lane of that
+  Ring ring;             // of the block whose weights are read next
   uint32 w_lane, w_scale_lane, a_scale_lane;  // what this lane reads, relative to a stage
 
-  __device__ __forceinline__ Consumer(const Shared& s, int thread)
-      : group(thread / WARPGROUP), warp(thread / 32 % 4), lane(thread % 32), ring(s) {
+  __device__ __forceinline__ Consumer(const Shared& s, int thread) : warp(thread / 32 % 4), lane(thread % 32), ring(s) {
     w_lane = offsetof(Stage, w_packed) + group * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
     w_scale_lane = offsetof(Stage, w_scale) + 2 * (group * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
     a_scale_lane = offsetof(Stage, a_scale) + 4 * accumulator_column(lane, 0);
-    // Kept in registers, rather than worked out again in the main loop.
-    asm volatile("" : "+r"(w_lane), "+r"(w_scale_lane), "+r"(a_scale_lane), "+r"(ring.begin));
-    ring.stage = ring.begin;
+    asm volatile("" : "+r"(w_lane), "+r"(w_scale_lane), "+r"(a_scale_lane));  // as in Ring
   }
 
   // The weights of the block at `ring`, once it is there.
   __device__ __forceinline__ void read_weights(uint4 (&words)[2]) {
     ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
-    read_words(words);
+    read_words(words, ring.stage);
   }
-  __device__ __forceinline__ void read_words(uint4 (&words)[2]) {
-    words[0] = ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(0, 0, 0));
-    words[1] = ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(1, 0, 0));
+  __device__ __forceinline__ void read_words(uint4 (&words)[2], uint32 stage) {
+    words[0] = ptx::shared_read_128(stage + w_lane + sm90_weight_byte(0, 0, 0));
+    words[1] = ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0));
   }
 
   // Starts the products of steps [first, last) of a block.
@@ -264,8 +265,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void leave(uint32 stage) {
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(stage + offsetof(Stage, empty));
+    if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
   }
 
 #if LARGE_TILE
@@ -283,44 +283,53 @@ struct Consumer {
     ptx::Wgmma<TILE_M>::tf32(scale, a, ptx::wgmma_descriptor_plain(stage + offsetof(Stage, a_parts), 0, 128), 0);
   }
 
-  // One block, whose weights are in `a`; those of the next one follow, unless this is the last.
+  // One block, at `stage`, whose weights are in `a`; those of the next one follow, unless this is the last. As little as
+  // possible stands between the end of its products and the start of the next ones.
   template <bool last>
   __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[SUMS], float (&scale)[SUMS], uint32 (&a)[16],
-                                        float2& outputs, float unit) {
-    const uint32 stage = ring.stage;
-    ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
-    ring.next();
+                                        float2& outputs, uint32& stage, float unit) {
     await_turn();
     ptx::wgmma_fence();
     multiply_scales(scale, outputs, stage);
     multiply<0, 4>(sum, a, stage);
     pass_turn();
-    uint4 words[2];
+    const uint32 done = stage;
     if (!last) {
-      read_weights(words);
-      outputs = read_output_scales(ring.stage, unit);
+      stage = ring.stage;
+      ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
+      ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
+      ring.next();
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i]), "+f"(scale[i])::"memory");  // not before the wait
-    leave(stage);
+    if (!last) {  // not earlier: the registers are all in use
+      uint4 words[2];
+      read_words(words, stage);
+      outputs = read_output_scales(stage, unit);
+      widen(a, words);
+    }
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) acc[i] = __fmaf_rn(sum[i], scale[i], acc[i]);
-    if (!last) widen(a, words);
+    leave(done);
   }
 
   __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
     float sum[SUMS], scale[SUMS];
     uint32 a[16];
     uint4 words[2];
-    const float unit = (lane & 3) < 3 ? PRODUCT_UNIT : 0.0f;  // this lane's step of k, of four
+    float unit = (lane & 3) < 3 ? PRODUCT_UNIT : 0.0f;  // this lane's step of k, of four
+    asm volatile("" : "+f"(unit));
+    uint32 stage = ring.stage;
     read_weights(words);
     widen(a, words);
-    float2 outputs = read_output_scales(ring.stage, unit);
+    float2 outputs = read_output_scales(stage, unit);
+    ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
+    ring.next();
     // Main loop: one block of 128 input features, one pipeline stage, per turn.
 #pragma unroll 1
-    for (; blocks > 1; --blocks) block<false>(acc, sum, scale, a, outputs, unit);
-    block<true>(acc, sum, scale, a, outputs, unit);
+    for (; blocks > 1; --blocks) block<false>(acc, sum, scale, a, outputs, stage, unit);
+    block<true>(acc, sum, scale, a, outputs, stage, unit);
   }
   __device__ __forceinline__ void begin() {
     if (group == 1) pass_turn();
@@ -526,7 +535,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
-    Consumer(s, threadIdx.x).run(p, s);
+    if (threadIdx.x < WARPGROUP) {
+      Consumer<0>(s, threadIdx.x).run(p, s);
+    } else {
+      Consumer<1>(s, threadIdx.x).run(p, s);
+    }
     ptx::let_successor_start();
   }
 #endif

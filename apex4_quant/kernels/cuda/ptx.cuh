@@ -95,6 +95,12 @@ __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd,
                "l"(gmem_rd), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// True in one lane of a converged warp.
+__device__ __forceinline__ bool elect_one() {
+  uint32 elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n" : "=r"(elected)::"memory");
+  return elected != 0;
+}
 // Orders this thread's ordinary writes of shared memory before what the copy engine and wgmma read.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Some threads of the block meet: `threads` of them, at barrier 1..15.
