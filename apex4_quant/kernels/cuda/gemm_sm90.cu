@@ -47,9 +47,9 @@ constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
 constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
 constexpr int WARPGROUP_MEETS = 1, TURN = 1 + CONSUMERS;  // named barriers, one for each warpgroup
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 static_assert(TILE_M % 8 == 0 && TILE_M <= 128, "the tokens of one wgmma, and two sets of its sums in registers");
-static_assert(CONSUMERS == 2, "warpgroups take turns");
+static_assert(CONSUMERS == 2 || CONSUMERS == 3, "warpgroups take turns");
 
 struct Stage {
   alignas(1024) uint8 a_codes[TILE_M * BLOCK];
@@ -130,10 +130,9 @@ struct Ring {
 // ---- producer: a warpgroup, of which three threads copy ----------------------------------------------------------------------
 //
 // Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
-// issued by one thread each of several warps: of every weight tile with its scales, and of the tokens' codes and scales.
+// issued by one thread each of several warps: of weight tiles with their scales, and of the tokens' codes and scales.
 
-constexpr int PRODUCERS = CONSUMERS + 1;
-static_assert(PRODUCERS <= 3, "warps of the producer warpgroup; the last one cuts scales into parts");
+constexpr int WEIGHT_PRODUCERS = 2, PRODUCERS = WEIGHT_PRODUCERS + 1;  // the last warp cuts scales into parts
 
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
@@ -145,17 +144,17 @@ struct Producer {
   // Announces and starts this thread's copies of block kb.
   __device__ __forceinline__ void copy(const Problem& p, const Item& item, int kb, int group) {
     const uint32 full = ring.stage + offsetof(Stage, full);
-    if (role < CONSUMERS) {
-      const long long tile = item.tile.n * CONSUMERS + role;
-      if (tile >= p.weight_tiles) {
-        ptx::barrier_arrive(full);
-        return;
+    if (role < WEIGHT_PRODUCERS) {
+      const int first = item.tile.n * CONSUMERS, tiles = min(CONSUMERS, p.weight_tiles - first);
+      const int mine = (tiles - role + WEIGHT_PRODUCERS - 1) / WEIGHT_PRODUCERS;  // tiles role, role + 2, ...
+      ptx::barrier_expect_bytes(full, mine * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
+      for (int t = role; t < tiles; t += WEIGHT_PRODUCERS) {
+        const long long tile = first + t;
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + t * WEIGHT_TILE_BYTES,
+                       p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES, WEIGHT_TILE_BYTES, full);
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + t * 2 * WEIGHT_TILE_N,
+                       p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N, 2 * WEIGHT_TILE_N, full);
       }
-      ptx::barrier_expect_bytes(full, WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N);
-      ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + role * WEIGHT_TILE_BYTES,
-                     p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES, WEIGHT_TILE_BYTES, full);
-      ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + role * 2 * WEIGHT_TILE_N,
-                     p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N, 2 * WEIGHT_TILE_N, full);
       return;
     }
     const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
@@ -168,7 +167,7 @@ struct Producer {
 
   __device__ __forceinline__ void run(const Problem& p) {
     // Weights do not wait for the kernel that writes the activations.
-    if (role >= CONSUMERS) ptx::wait_for_predecessor();
+    if (role >= WEIGHT_PRODUCERS) ptx::wait_for_predecessor();
     for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
       const Item item = schedule.item(p);
       int group = item.first_block / p.blocks_per_group;
@@ -269,11 +268,11 @@ struct Consumer {
   }
 
 #if LARGE_TILE
-  // Large tiles: the two warpgroups take turns in the tensor cores. A warp cannot issue anything while it waits to issue a
-  // wgmma, so that without an order both would wait, then both dequantize, and the tensor cores with them. A turn is
-  // handed on as soon as its products are issued; the other warpgroup's wait behind them.
+  // Large tiles: the warpgroups take turns in the tensor cores. A warp cannot issue anything while it waits to issue a
+  // wgmma, so that without an order all would wait, then all dequantize, and the tensor cores with them. A turn is
+  // handed on as soon as its products are issued; the next warpgroup's wait behind them.
   __device__ __forceinline__ void await_turn() { ptx::named_barrier(TURN + group, 2 * WARPGROUP); }
-  __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + 1 - group, 2 * WARPGROUP); }
+  __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + (group + 1) % CONSUMERS, 2 * WARPGROUP); }
 
   // Starts the rank-one product of scales: tf32, k of 8, of which steps 0..2 hold the parts of s_a and the others zeros in
   // the weights' operand. The tokens' operand is not swizzled: core matrices of 8 tokens by 16 bytes, the second half of k
@@ -332,10 +331,10 @@ struct Consumer {
     block<true>(acc, sum, scale, a, outputs, stage, unit);
   }
   __device__ __forceinline__ void begin() {
-    if (group == 1) pass_turn();
+    if (group == CONSUMERS - 1) pass_turn();
   }
   __device__ __forceinline__ void end() {
-    if (group == 0) await_turn();  // what the other one has passed on
+    if (group == 0) await_turn();  // what the last one has passed on
   }
 #else
   // Small tiles are bound by memory. Two blocks in the tensor cores at a time, `a` and `b`, while the next two are widened
@@ -537,8 +536,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     ptx::more_registers<CONSUMER_REGISTERS>();
     if (threadIdx.x < WARPGROUP) {
       Consumer<0>(s, threadIdx.x).run(p, s);
-    } else {
+    } else if (CONSUMERS == 2 || threadIdx.x < 2 * WARPGROUP) {
       Consumer<1>(s, threadIdx.x).run(p, s);
+    } else {
+      Consumer<CONSUMERS - 1>(s, threadIdx.x).run(p, s);
     }
     ptx::let_successor_start();
   }
