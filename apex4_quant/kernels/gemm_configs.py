@@ -80,8 +80,10 @@ class GemmConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
         if self.family == "sm90":
-            stage = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N) + 16
-            stage += (16 * self.tile_m + 8) * (self.tile_m >= 64)  # parts of the tokens' scales
+            large = self.tile_m >= 64
+            block = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N)
+            # Large tiles: parts of the tokens' scales and a third barrier. Small ones: two blocks a stage.
+            stage = block + 16 * self.tile_m + 24 if large else 2 * block + 16
             return round_up(self.stages * round_up(stage, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
 
@@ -120,7 +122,7 @@ _TILES: dict[int, tuple[GemmConfig, ...]] = {
         _sm80(64, 128, 2, 4, 3, wide=True),
         _sm80(16, 128, 1, 4, 5, wide=True),
     ),
-    90: (_sm90(128, 128, 6), _sm90(64, 192, 8), _sm90(64, 128, 8), _sm90(32, 128, 12), _sm90(16, 128, 16)),
+    90: (_sm90(128, 128, 6), _sm90(64, 128, 8), _sm90(32, 128, 7), _sm90(16, 128, 8)),
 }
 _TILES[89] = _TILES[86]
 
@@ -202,7 +204,9 @@ _LATENCY = 700.0  # clocks until the first block's copies have landed
 _STAGE_OVERHEAD = 60.0  # clocks of a block's barrier and addresses, where nothing else runs on the multiprocessor
 _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
 _REDUCTION_PER_PART = 60.0
-_BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else
+_BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else (measured, H200)
+_SPANS = 11000.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
+_MOST_SHARED_WAVES = 4  # sm90: tiles are shared where whole ones fill the GPU at most so many times
 
 
 def _clocks(sm: int, plan: GemmPlan) -> float:
@@ -216,8 +220,7 @@ def _clocks(sm: int, plan: GemmPlan) -> float:
     if config.family == "sm90":
         a_block = max(tensor, memory, _BLOCK_LATENCY)
         if plan.span:
-            shared = 1 + (plan.span < k_blocks)  # tiles that a thread block hands over or takes
-            return _LATENCY + plan.span * a_block + _REDUCTION * (1 + shared) + plan.parts * _REDUCTION_PER_PART
+            return _LATENCY + plan.span * a_block + _SPANS
         return _LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _REDUCTION)
     items = tiles * plan.splits
     blocks = -(-k_blocks // plan.splits)
@@ -249,8 +252,11 @@ def candidates(
             continue
         plan = GemmPlan(config, m, n, k_blocks, sm_count)
         if config.family == "sm90":
-            even = -(-config.tiles(m, n) * k_blocks // sm_count)  # blocks of each multiprocessor
-            spans = {0, *(max(even, low) for low in (4, 8))} if config.tile_m <= 128 else {0}
+            tiles = config.tiles(m, n)
+            spans = {0}
+            if tiles <= _MOST_SHARED_WAVES * sm_count:
+                even = -(-tiles * k_blocks // sm_count)  # blocks of each multiprocessor
+                spans |= {max(even, least) for least in (4, 8)}
             found += [replace(plan, span=span) for span in sorted(spans)]
         else:
             splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)

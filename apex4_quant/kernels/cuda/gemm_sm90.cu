@@ -39,7 +39,8 @@
 
 #define LARGE_TILE (TILE_M >= 64)
 
-constexpr int BLOCK = 128;  // k of one pipeline stage
+constexpr int BLOCK = 128;  // k of one scale
+constexpr int BLOCKS = LARGE_TILE ? 1 : 2;  // of a pipeline stage: a small tile's are too short for one copy each
 constexpr int WARPGROUP = 128;
 constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: what one warpgroup computes
@@ -52,13 +53,13 @@ static_assert(TILE_M % 8 == 0 && TILE_M <= 128, "the tokens of one wgmma, and tw
 static_assert(CONSUMERS == 2 || CONSUMERS == 3, "warpgroups take turns");
 
 struct Stage {
-  alignas(1024) uint8 a_codes[TILE_M * BLOCK];
-  uint8 w_packed[CONSUMERS][WEIGHT_TILE_BYTES];
+  alignas(1024) uint8 a_codes[BLOCKS][TILE_M * BLOCK];
+  uint8 w_packed[CONSUMERS][BLOCKS][WEIGHT_TILE_BYTES];
 #if LARGE_TILE
   float4 a_parts[TILE_M];  // tf32 parts of a_scale: (t1, t2, t3, 0)
 #endif
-  float a_scale[TILE_M];
-  __half w_scale[CONSUMERS][WEIGHT_TILE_N];
+  float a_scale[BLOCKS][TILE_M];
+  __half w_scale[CONSUMERS][BLOCKS][WEIGHT_TILE_N];
   uint64 full, empty;
 #if LARGE_TILE
   uint64 parted;  // a_parts are written
@@ -132,7 +133,9 @@ struct Ring {
 // Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
 // issued by one thread each of several warps: of weight tiles with their scales, and of the tokens' codes and scales.
 
-constexpr int WEIGHT_PRODUCERS = 2, PRODUCERS = WEIGHT_PRODUCERS + 1;  // the last warp cuts scales into parts
+// Warps: tiles of weights, the tokens' codes, the tokens' scales (of large tiles, the third one copies both, and the
+// fourth cuts the scales into parts).
+constexpr int WEIGHT_PRODUCERS = 2, PRODUCERS = WEIGHT_PRODUCERS + (LARGE_TILE ? 1 : 2);
 
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
@@ -141,28 +144,44 @@ struct Producer {
   const int role;
   Ring ring;
 
-  // Announces and starts this thread's copies of block kb.
-  __device__ __forceinline__ void copy(const Problem& p, const Item& item, int kb, int group) {
+  // Announces and starts this thread's copies of blocks kb .. kb + count - 1.
+  __device__ __forceinline__ void copy(const Problem& p, const Item& item, int kb, int count) {
     const uint32 full = ring.stage + offsetof(Stage, full);
     if (role < WEIGHT_PRODUCERS) {
       const int first = item.tile.n * CONSUMERS, tiles = min(CONSUMERS, p.weight_tiles - first);
       const int mine = (tiles - role + WEIGHT_PRODUCERS - 1) / WEIGHT_PRODUCERS;  // tiles role, role + 2, ...
-      ptx::barrier_expect_bytes(full, mine * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
+      ptx::barrier_expect_bytes(full, mine * count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
       for (int t = role; t < tiles; t += WEIGHT_PRODUCERS) {
         const long long tile = first + t;
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + t * WEIGHT_TILE_BYTES,
-                       p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES, WEIGHT_TILE_BYTES, full);
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + t * 2 * WEIGHT_TILE_N,
-                       p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N, 2 * WEIGHT_TILE_N, full);
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + t * BLOCKS * WEIGHT_TILE_BYTES,
+                       p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES, count * WEIGHT_TILE_BYTES, full);
+        const uint32 w_scale_smem_wr = ring.stage + offsetof(Stage, w_scale) + t * BLOCKS * 2 * WEIGHT_TILE_N;
+        if (p.blocks_per_group == 1) {  // consecutive in memory
+          ptx::bulk_copy(w_scale_smem_wr, p.w_scale + (tile * p.groups + kb) * WEIGHT_TILE_N, count * 2 * WEIGHT_TILE_N, full);
+        } else {
+          for (int i = 0; i < count; ++i) {
+            const int group = (kb + i) / p.blocks_per_group;
+            ptx::bulk_copy(w_scale_smem_wr + i * 2 * WEIGHT_TILE_N, p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N,
+                           2 * WEIGHT_TILE_N, full);
+          }
+        }
       }
       return;
     }
     const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-    ptx::barrier_expect_bytes(full, rows * (BLOCK + 4));
-    ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes), p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK,
-                   rows * BLOCK, full);
-    ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale), p.a_scale + static_cast<long long>(group) * p.m_stride + m0,
-                   rows * 4, full);
+    const bool codes = role == WEIGHT_PRODUCERS, scales = !codes || LARGE_TILE;
+    ptx::barrier_expect_bytes(full, count * rows * (codes * BLOCK + scales * 4));
+    for (int i = 0; i < count; ++i) {
+      if (codes) {
+        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK,
+                       p.a_codes + (static_cast<long long>(kb + i) * p.m_stride + m0) * BLOCK, rows * BLOCK, full);
+      }
+      if (scales) {
+        const int group = p.blocks_per_group == 1 ? kb + i : (kb + i) / p.blocks_per_group;
+        ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale) + i * TILE_M * 4,
+                       p.a_scale + static_cast<long long>(group) * p.m_stride + m0, rows * 4, full);
+      }
+    }
   }
 
   __device__ __forceinline__ void run(const Problem& p) {
@@ -170,13 +189,10 @@ struct Producer {
     if (role >= WEIGHT_PRODUCERS) ptx::wait_for_predecessor();
     for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
       const Item item = schedule.item(p);
-      int group = item.first_block / p.blocks_per_group;
-      int left = (group + 1) * p.blocks_per_group - item.first_block;  // blocks of the group
-      for (int kb = item.first_block; kb < item.last_block; ++kb) {
+      for (int kb = item.first_block; kb < item.last_block; kb += BLOCKS) {
         ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-        copy(p, item, kb, group);
+        copy(p, item, kb, min(BLOCKS, item.last_block - kb));
         ring.next();
-        if (--left == 0) ++group, left = p.blocks_per_group;
       }
     }
   }
@@ -230,8 +246,8 @@ struct Consumer {
   uint32 w_lane, w_scale_lane, a_scale_lane;  // what this lane reads, relative to a stage
 
   __device__ __forceinline__ Consumer(const Shared& s, int thread) : warp(thread / 32 % 4), lane(thread % 32), ring(s) {
-    w_lane = offsetof(Stage, w_packed) + group * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
-    w_scale_lane = offsetof(Stage, w_scale) + 2 * (group * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
+    w_lane = offsetof(Stage, w_packed) + group * BLOCKS * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
+    w_scale_lane = offsetof(Stage, w_scale) + 2 * (group * BLOCKS * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
     a_scale_lane = offsetof(Stage, a_scale) + 4 * accumulator_column(lane, 0);
     asm volatile("" : "+r"(w_lane), "+r"(w_scale_lane), "+r"(a_scale_lane));  // as in Ring
   }
@@ -246,12 +262,12 @@ struct Consumer {
     words[1] = ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0));
   }
 
-  // Starts the products of steps [first, last) of a block.
+  // Starts the products of steps [first, last) of a block, whose tokens stand at `tokens`.
   template <int first, int last>
-  __device__ __forceinline__ void multiply(float (&sum)[SUMS], const uint32 (&a)[16], uint32 stage) {
+  __device__ __forceinline__ void multiply(float (&sum)[SUMS], const uint32 (&a)[16], uint32 tokens) {
 #pragma unroll
     for (int step = first; step < last; ++step) {
-      ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(stage + offsetof(Stage, a_codes) + 32 * step), step > 0);
+      ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + 32 * step), step > 0);
     }
     ptx::wgmma_commit();
   }
@@ -290,7 +306,7 @@ struct Consumer {
     await_turn();
     ptx::wgmma_fence();
     multiply_scales(scale, outputs, stage);
-    multiply<0, 4>(sum, a, stage);
+    multiply<0, 4>(sum, a, stage + offsetof(Stage, a_codes));
     pass_turn();
     const uint32 done = stage;
     if (!last) {
@@ -337,16 +353,18 @@ struct Consumer {
     if (group == 0) await_turn();  // what the last one has passed on
   }
 #else
-  // Small tiles are bound by memory. Two blocks in the tensor cores at a time, `a` and `b`, while the next two are widened
-  // into `c` and `d` (as far as there are `blocks`, these two included). Where there is no second block, its products are
-  // not read: products that start in one branch only would have to end in it.
+  // Small tiles are bound by memory. The two blocks of a stage are in the tensor cores at a time, with weights `a` and
+  // `b`, while those of the next stage, as far as there are `blocks` (these included), are widened into `c` and `d`. Where
+  // there is no second block, its products are not read: products that start in one branch only would have to end in it.
   struct Scales {
     float2 tokens[TILE_M / 8], outputs;
   };
-  __device__ __forceinline__ void read_scales(Scales& scales, uint32 stage) {
-    scales.outputs = read_output_scales(stage, PRODUCT_UNIT);
+  __device__ __forceinline__ void read_scales(Scales& scales, uint32 stage, int block) {
+    scales.outputs = read_output_scales(stage + block * 2 * WEIGHT_TILE_N, PRODUCT_UNIT);
 #pragma unroll
-    for (int j = 0; j < TILE_M / 8; ++j) scales.tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (8 * j));
+    for (int j = 0; j < TILE_M / 8; ++j) {
+      scales.tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (block * TILE_M + 8 * j));
+    }
   }
   __device__ __forceinline__ void dequantize(float (&acc)[SUMS], float (&sum)[SUMS], const Scales& scales) {
 #pragma unroll
@@ -359,49 +377,44 @@ struct Consumer {
       acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * scales.outputs.y, scales.tokens[j].y, acc[4 * j + 3]);
     }
   }
-  __device__ __forceinline__ void prepare(uint32 (&a)[16]) {
+  // The weights of the stage at `ring`, once it is there; of a second block that does not exist, whatever stands there.
+  __device__ __forceinline__ void prepare(uint32 (&a)[16], uint32 (&b)[16]) {
     uint4 words[2];
     read_weights(words);
     widen(a, words);
+    read_words(words, ring.stage + WEIGHT_TILE_BYTES);
+    widen(b, words);
     ring.next();
   }
 
-  __device__ __forceinline__ void two_blocks(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&b)[16], uint32 (&c)[16],
-                                             uint32 (&d)[16], uint32 (&stage)[2], int blocks) {
+  __device__ __forceinline__ void one_stage(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&b)[16], uint32 (&c)[16],
+                                            uint32 (&d)[16], uint32& stage, int blocks) {
     float sum[2][SUMS];
     Scales scales[2];
-    const uint32 first = stage[0], second = stage[1];
+    const uint32 done = stage;
     ptx::wgmma_fence();
-    multiply<0, 4>(sum[0], a, first);
-    multiply<0, 4>(sum[1], b, second);
-    read_scales(scales[0], first);
-    read_scales(scales[1], second);
-    stage[0] = ring.stage;
-    if (blocks > 2) prepare(c);
-    stage[1] = ring.stage;
-    if (blocks > 3) prepare(d);
+    multiply<0, 4>(sum[0], a, done + offsetof(Stage, a_codes));
+    multiply<0, 4>(sum[1], b, done + offsetof(Stage, a_codes) + TILE_M * BLOCK);
+    read_scales(scales[0], done, 0);
+    read_scales(scales[1], done, 1);
+    stage = ring.stage;
+    if (blocks > 2) prepare(c, d);
     ptx::wgmma_wait<1>();
     dequantize(acc, sum[0], scales[0]);
-    leave(first);
     ptx::wgmma_wait<0>();
-    if (blocks > 1) {
-      dequantize(acc, sum[1], scales[1]);
-      leave(second);
-    }
+    if (blocks > 1) dequantize(acc, sum[1], scales[1]);
+    leave(done);
   }
 
   __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
-    uint32 a[16] = {}, b[16] = {}, c[16] = {}, d[16] = {};
-    uint32 stage[2];
-    stage[0] = ring.stage;
-    prepare(a);
-    stage[1] = ring.stage;
-    if (blocks > 1) prepare(b);
-    // Main loop: four blocks of 128 input features per turn.
+    uint32 a[16], b[16], c[16] = {}, d[16] = {};
+    uint32 stage = ring.stage;
+    prepare(a, b);
+    // Main loop: two stages, four blocks of 128 input features, per turn.
 #pragma unroll 1
     for (; blocks > 0; blocks -= 4) {
-      two_blocks(acc, a, b, c, d, stage, blocks);
-      if (blocks > 2) two_blocks(acc, c, d, a, b, stage, blocks - 2);
+      one_stage(acc, a, b, c, d, stage, blocks);
+      if (blocks > 2) one_stage(acc, c, d, a, b, stage, blocks - 2);
     }
   }
   static constexpr int UNUSED_TURN = TURN;
