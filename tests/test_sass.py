@@ -1,0 +1,106 @@
+"""Machine code: the parser on small committed listings, and the committed counts against a fresh compilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from apex4_quant.errors import Apex4Error
+from apex4_quant.kernels import sass
+
+LISTINGS = Path(__file__).parent / "sass"  # tiny.cu, compiled and disassembled
+
+
+def tiny(name: str) -> sass.Function:
+    return sass.parse((LISTINGS / f"{name}.sass").read_text())["tiny"]
+
+
+@pytest.mark.parametrize(("name", "i2f"), [("sm80", "I2F"), ("sm86", "I2FP.F32.S32")])
+def test_the_inner_loop_with_mma_is_the_main_loop(name: str, i2f: str) -> None:
+    function = tiny(name)
+    assert len(sass.loops(function)) == 3  # one without mma, and the outer one around the inner
+    count = sass.count(sass.main_loop(function))
+    assert count.opcodes == {i2f: 4, "IMMA.16864.S4.S4": 2, "LDS": 1, "LDS.128": 1, "LDSM.16.M88.4": 1}
+    # Two mma of k64 make four accumulators of this thread and one group of 128.
+    assert count.products == 4
+    assert (count.per_product("ffma"), count.per_product("i2f"), count.per_product("fmul")) == (1, 1, 0)
+    assert count.shared_bytes == 32 * (4 + 16 + 16)
+    assert count.instructions == sum(count.classes.values()) == len(sass.main_loop(function))
+
+
+def test_wgmma() -> None:
+    count = sass.count(sass.main_loop(tiny("sm90a")))
+    assert count.opcodes["QGMMA.64x8x32.F32.E4M3.E4M3"] == 1
+    assert count.products == 64 * 8 / 128 * 32 / 128 == 1
+    assert count.per_product("ffma") == 4 and count.classes["sync"] == 2
+
+
+def test_local_memory_is_found_outside_the_loop() -> None:
+    assert tiny("local").spills() > 0 == tiny("sm80").spills()
+    assert "spill" not in sass.count(sass.main_loop(tiny("local"))).classes
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        ("IMMA.16864.S4.S4", 2),  # 16 x 8 / 32 = 4 accumulators, half a group
+        ("IMMA.16832.S8.S8", 1),
+        ("HMMA.16816.F32.BF16", 0.5),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", 16),
+        ("IGMMA.64x256x32.S8.S8", 32),
+        ("FFMA", 0),
+    ],
+)
+def test_products(opcode: str, expected: float) -> None:
+    assert sass.products(opcode) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "klass", "predicate"),
+    [
+        ("/*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;", "copy", ""),
+        ("/*0020*/              @!P1 LDS.U16 R1, [R2] ;", "shared_read", "@!P1"),
+        ("/*0030*/               @P0 UIADD3 UR4, UR4, 0x1, URZ ;", "uniform", "@P0"),
+        ("/*0040*/             @!UP1 STL.64 [R1], R2 ;", "spill", "@!UP1"),
+        ("/*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;", "sync", ""),
+        ("/*0060*/                   UTMALDG.3D [UR8], [UR4] ;", "tma", ""),
+        ("/*0070*/                   I2FP.F32.S32 R1, R2 ;", "i2f", ""),
+        ("/*0080*/                   HADD2.F32 R1, -RZ, R2.H0_H0 ;", "half", ""),
+        ("/*0090*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;", "imad", ""),
+        ("/*00a0*/                   NOP;", "other", ""),
+    ],
+)
+def test_classes(line: str, klass: str, predicate: str) -> None:
+    (instruction,) = sass.parse(f".text.f:\n        {line}\n")["f"].instructions
+    assert (instruction.klass, instruction.predicate) == (klass, predicate)
+
+
+def test_every_instruction_of_the_listings_is_read_and_known() -> None:
+    for path in LISTINGS.glob("*.sass"):
+        text = path.read_text()
+        instructions = sass.parse(text)["tiny"].instructions
+        assert len(instructions) == text.count("/*") and instructions[0].address == 0
+        assert {i.name for i in instructions if i.klass == "other"} <= {"NOP", "S2R"}
+
+
+def test_no_loop_with_mma() -> None:
+    text = ".text.f:\n.L_x_0:\n/*0000*/ FFMA R1, R1, R1, R1 ;\n/*0010*/ BRA `(.L_x_0) ;\n"
+    with pytest.raises(Apex4Error, match="f has no loop with tensor-core instructions"):
+        sass.main_loop(sass.parse(text)["f"])
+
+
+def test_no_nvdisasm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sass.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(Apex4Error, match="nvdisasm is not installed: run pip install nvidia-cuda-nvdisasm"):
+        sass.disassemble(b"")
+
+
+def test_not_a_cubin() -> None:
+    try:
+        sass.find_nvdisasm()
+    except Apex4Error as error:
+        pytest.skip(str(error))
+    with pytest.raises(Apex4Error, match="nvdisasm failed"):
+        sass.disassemble(b"no cubin")
