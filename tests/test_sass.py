@@ -34,6 +34,7 @@ def test_wgmma() -> None:
     assert count.opcodes["QGMMA.64x8x32.F32.E4M3.E4M3"] == 1
     assert count.products == 64 * 8 / 128 * 32 / 128 == 1
     assert count.per_product("ffma") == 4 and count.classes["sync"] == 2
+    assert count.shared_bytes == 32 * 4 + (64 + 8) * 32 // 4  # LDS, and both operands of the wgmma
 
 
 def test_local_memory_is_found_outside_the_loop() -> None:

@@ -100,7 +100,8 @@ class LoopCount:
     classes: dict[str, int]
     opcodes: dict[str, int]
     products: float  # accumulator x group of 128, per thread
-    shared_bytes: int  # read from shared memory by the warp, without broadcasts being counted out
+    # Read from shared memory by the warp, and by wgmma on its behalf; broadcasts are not counted out.
+    shared_bytes: int
     copied_bytes: int  # copied from global to shared memory by the warp
 
     @property
@@ -228,6 +229,16 @@ def _bytes_per_lane(opcode: str) -> int:
     return 4
 
 
+def _wgmma_bytes(instruction: Instruction) -> int:
+    """Shared memory that one wgmma reads, a warp's quarter: B always, A unless it comes from registers."""
+    found = _GMMA.match(instruction.opcode)
+    if not found:
+        return 0
+    m, n, k = map(int, found.groups())
+    from_registers = re.match(r"\w+, R\d+", instruction.operands.replace(".reuse", "")) is not None
+    return (n + (0 if from_registers else m)) * k * (2 if instruction.name == "HGMMA" else 1) // 4
+
+
 def count(instructions: Sequence[Instruction]) -> LoopCount:
     """Sort the instructions of a loop. A predicated instruction counts as one: it takes its issue slot either way."""
     classes = Counter(i.klass for i in instructions)
@@ -236,6 +247,8 @@ def count(instructions: Sequence[Instruction]) -> LoopCount:
         classes={klass: classes[klass] for klass in CLASSES if classes[klass]},
         opcodes=dict(sorted(named.items())),
         products=sum(products(opcode) * number for opcode, number in named.items()),
-        shared_bytes=sum(32 * _bytes_per_lane(i.opcode) for i in instructions if i.klass == "shared_read"),
+        shared_bytes=sum(
+            32 * _bytes_per_lane(i.opcode) if i.klass == "shared_read" else _wgmma_bytes(i) for i in instructions
+        ),
         copied_bytes=sum(32 * _bytes_per_lane(i.opcode) for i in instructions if i.klass == "copy"),
     )
