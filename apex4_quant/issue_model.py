@@ -14,12 +14,13 @@ cores, 4 clocks of a scheduler's share on an A100 or H100 and 8 on GA102 and AD1
 A main loop that is *overlapped* takes as long as its busiest pipe. One that is not takes turns between mma, conversion
 and arithmetic, which wait for each other: tensor + i2f + fma. Then
 
-    time = waves x (K/128 blocks x tile's products x clocks + TILE_CLOCKS) / clock rate / EFFICIENCY,  or the memory floor
+    time = waves of tiles x K/128 blocks x products of a tile x clocks / clock rate / EFFICIENCY,  or the memory floor
 
-Fitted: EFFICIENCY, one number, to four (the published range of a naive kernel on an A100 and on an RTX 3090). Assumed:
-TILE_CLOCKS. Read from data sheets or code: everything else. What is not modelled (bank conflicts, latency that the warps
-of an SM cannot hide, clocks below boost under load, L2) is in EFFICIENCY, which is therefore not a constant of nature:
-a kernel with a better pipeline than the fitted one has a higher one. docs/issue_slots.md says what that means for ours.
+Fitted: EFFICIENCY, one number, to four (the published range of a naive kernel on an A100 and on an RTX 3090). Read from
+data sheets or code: everything else, so that the naive kernel's two ratios are one fit and one check. What is not
+modelled (bank conflicts, latency that the warps of an SM cannot hide, first loads and stores of a tile, clocks below boost
+under load, L2) is in EFFICIENCY, which is therefore no constant of nature: a kernel with a better pipeline than the
+fitted one has a higher one. docs/issue_slots.md says what that means for ours.
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ CONTROL = "naive_i2f"
 FP16_SHARE = 0.85  # of peak, what cuBLAS reaches on large GEMMs (A100: about 265 of 312 TFLOPS)
 MEMORY_SHARE = 0.85  # of the datasheet's bandwidth, what a streaming kernel reaches
 # Of the time the account gives, what the naive kernel of arXiv 2606.08761 reaches: the one fitted number (see above).
-EFFICIENCY = 0.42
+EFFICIENCY = 0.415
 # What is reached where every latency is hidden; cuBLAS's share. The upper end of every prediction.
 EFFICIENCY_LIMIT = 0.85
-# sm_90 was not part of the fit. The share of the tensor rate that DESIGN's goal of 1.6x BF16 asks for.
-EFFICIENCY_SM90 = 0.68
-TILE_CLOCKS = 1500  # assumed: first loads of a tile from DRAM (about 800 clocks), and its epilogue
+# sm_90 was not part of the fit: what DESIGN's goal of 1.6x BF16 asks for, 0.68 of the tensor rate.
+EFFICIENCY_SM90 = 0.78
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Loop:
     name: str
     arch: str
     tile: tuple[int, int]
+    wide_groups: bool
     instructions: float
     classes: dict[str, float]
     shared_bytes: float  # read, and written by copies
@@ -85,8 +86,9 @@ class Loop:
     def clocks(self, gpu: Gpu, blocks_per_group: float = 1) -> dict[str, float]:
         """Clocks of a scheduler per product, by pipe, on this GPU."""
         rates = RATES[gpu.sm]
-        share = {name: 1 / blocks_per_group if name in _DEQUANTIZATION else 1.0 for name in self.classes}
-        spent = {name: number * share[name] for name, number in self.classes.items()}
+        # The kernel for sm_90 dequantizes every block, whatever the group.
+        share = 1.0 if self.arch == "sm_90a" else 1 / blocks_per_group
+        spent = {name: number * (share if name in _DEQUANTIZATION else 1) for name, number in self.classes.items()}
         fma, imad = sum(spent.get(name, 0) for name in _FMA), spent.get("imad", 0)
         return {
             "tensor": PRODUCT_OPS * SCHEDULERS / gpu.tensor_ops_per_clock,
@@ -114,33 +116,39 @@ def arch_of(gpu: Gpu) -> str:
     return "sm_90a" if gpu.sm == 90 else f"sm_{gpu.sm}"
 
 
-def loops(arch: str) -> list[Loop]:
-    """Every main loop counted for an architecture, groups of 128."""
-    return [
+@cache
+def loops(arch: str) -> tuple[Loop, ...]:
+    """Every main loop counted for an architecture, the control's too."""
+    return tuple(
         Loop(
             name=row["name"],
             arch=row["arch"],
             tile=tuple(row["tile"]),
+            wide_groups=row["groups"] == "wide",
             instructions=row["instructions"] / row["products"],
             classes={name: number / row["products"] for name, number in row["classes"].items()},
             shared_bytes=(row["shared_bytes"] + row["copied_bytes"]) / row["products"],
             overlapped=row["name"] != CONTROL,
         )
         for row in table()["kernels"]
-        if row["arch"] == arch and row["groups"] == "128"
-    ]
+        if row["arch"] == arch
+    )
+
+
+def best_loop(gpu: Gpu, blocks_per_group: float = 1) -> Loop:
+    """Of ours, the loop with the fewest clocks per product on this GPU: what large GEMMs should run."""
+    return _best_loop(gpu, blocks_per_group > 1 and gpu.sm != 90)
 
 
 @cache
-def best_loop(gpu: Gpu) -> Loop:
-    """Of ours, the loop with the fewest clocks per product on this GPU: what large GEMMs should run."""
-    ours = [loop for loop in loops(arch_of(gpu)) if loop.name != CONTROL]
+def _best_loop(gpu: Gpu, wide_groups: bool) -> Loop:
+    ours = [loop for loop in loops(arch_of(gpu)) if loop.name != CONTROL and loop.wide_groups == wide_groups]
     return min(ours, key=lambda loop: (loop.product_clocks(gpu), sum(loop.clocks(gpu).values())))
 
 
 @cache
 def control(gpu: Gpu) -> Loop:
-    """The naive kernel, scripts/kernels/naive_i2f.cu. From sm_90 on there is none: sm_89's counts stand for it."""
+    """The naive kernel, scripts/kernels/naive_i2f.cu. On sm_90, which has no INT4 mma, sm_89's counts stand for it."""
     arch = arch_of(gpu) if gpu.sm < 90 else "sm_89"
     return next(loop for loop in loops(arch) if loop.name == CONTROL)
 
@@ -160,7 +168,7 @@ def gemm_seconds(gpu: Gpu, loop: Loop, m: int, n: int, k: int, share: float | No
     """Seconds of the GEMM at groups of 128, whole tiles in whole waves. `share` in the place of the fitted EFFICIENCY."""
     blocks = ceil(k / BLOCK)
     tiles = ceil(m / loop.tile[0]) * ceil(n / loop.tile[1])
-    tile_clocks = loop.tile[0] * loop.tile[1] / 32 / SCHEDULERS * blocks * loop.product_clocks(gpu) + TILE_CLOCKS
+    tile_clocks = loop.tile[0] * loop.tile[1] / 32 / SCHEDULERS * blocks * loop.product_clocks(gpu)
     compute = ceil(tiles / gpu.sms) * tile_clocks / (gpu.clock_mhz * 1e6) / (share or efficiency(gpu))
     moved = n * blocks * (BLOCK / 2 + 2) + m * blocks * (BLOCK / 2 + 4) + 2 * m * n
     return max(compute, moved / (gpu.memory_gbs * 1e9 * MEMORY_SHARE))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from apex4_quant.errors import Apex4Error
-from apex4_quant.kernels import sass
+from apex4_quant.kernels import compiler, mainloops, sass
 
+UPDATE = "the kernels have changed: run scripts/count_sass --update"
 LISTINGS = Path(__file__).parent / "sass"  # tiny.cu, compiled and disassembled
 
 
@@ -105,3 +107,76 @@ def test_not_a_cubin() -> None:
         pytest.skip(str(error))
     with pytest.raises(Apex4Error, match="nvdisasm failed"):
         sass.disassemble(b"no cubin")
+
+
+# ---- the committed counts ------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_counts_keep_the_promises() -> None:
+    table = mainloops.committed()
+    ours = [row for row in table["kernels"] if row["name"] != "naive_i2f"]
+    assert {row["arch"] for row in ours} == {"sm_80", "sm_86", "sm_89", "sm_90a"}
+    assert {f"{row['arch']} {row['name']}": found for row in ours if (found := mainloops.violations(row))} == {}
+    control = [row for row in table["kernels"] if row["name"] == "naive_i2f"]
+    for row in control:
+        assert [row["classes"][name] / row["products"] for name in ("i2f", "fmul", "ffma")] == [1, 1, 1]
+        assert "it converts with I2F" in mainloops.violations(row)
+    assert mainloops.as_text(table).count("\n") == len(table["kernels"]) + 1
+    assert json.loads(mainloops.as_json(table)) == table
+
+
+def test_the_table_has_every_configuration() -> None:
+    wanted = {(kernel.arch, kernel.name): kernel.defines for kernel in mainloops.kernels()}
+    assert {(row["arch"], row["name"]): row["defines"] for row in mainloops.committed()["kernels"]} == wanted, UPDATE
+
+
+def test_products_are_what_the_tiles_say() -> None:
+    """From the names of the mma instructions, and from tile and threads: a turn is one block of 128, on sm_90 two."""
+    for kernel in mainloops.kernels():
+        (row,) = (r for r in mainloops.committed()["kernels"] if (r["arch"], r["name"]) == (kernel.arch, kernel.name))
+        assert row["products"] == kernel.accumulators * (2 if kernel.arch == "sm_90a" else 1)
+
+
+@pytest.mark.parametrize("sm", mainloops.SMS)
+def test_the_counts_are_those_of_the_kernels(sm: int) -> None:
+    """A kernel change must update the table. Another NVRTC makes other code, so that only the promises are checked."""
+    try:
+        installed = compiler.nvrtc_version()
+        sass.find_nvdisasm()
+    except Apex4Error as error:
+        pytest.skip(str(error))
+    kernels = [kernel for kernel in mainloops.kernels() if kernel.arch == compiler.arch_of(sm)]
+    table = {"nvrtc": installed, "kernels": [mainloops.count(kernel) for kernel in kernels]}
+    for row in table["kernels"]:
+        if row["name"] != "naive_i2f":
+            assert mainloops.violations(row) == [], f"{row['arch']} {row['name']}"
+    committed = mainloops.committed()
+    if committed["nvrtc"] != installed:
+        pytest.skip(
+            f"the table was made with NVRTC {committed['nvrtc']} and {installed} is installed: 0 I2F, 0 spills, two FFMA "
+            "and the mma instruction were checked, the other counts were not"
+        )
+    rows = [row for row in committed["kernels"] if row["arch"] == compiler.arch_of(sm)]
+    assert mainloops.differences(committed | {"kernels": rows}, table) == [], UPDATE
+
+
+def test_differences_are_named() -> None:
+    table = mainloops.committed()
+    first, *others = table["kernels"]
+    changed = table | {"kernels": [first | {"registers": 1}, *others[1:]]}
+    found = mainloops.differences(table, changed)
+    assert len(found) == 2 and any("not compiled any more" in line for line in found)
+    assert any(line.endswith(f"registers {first['registers']} -> 1") for line in found)
+    assert any("not in the table" in line for line in mainloops.differences(changed, table))
+
+
+def test_a_broken_promise_is_named() -> None:
+    row = next(row for row in mainloops.committed()["kernels"] if row["arch"] == "sm_80")
+    classes = row["classes"] | {"i2f": 1, "ffma": row["classes"]["ffma"] + row["products"]}
+    broken = mainloops.violations(row | {"classes": classes, "spills": 3, "opcodes": {}})
+    assert broken == [
+        "it converts with I2F",
+        "3 local-memory instructions",
+        "3 FFMA (sm_90a: FMUL and FFMA) per accumulator and group instead of 2",
+        "no IMMA.16864.S4.S4",
+    ]
