@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from apex4_quant.issue_model import (
     loops,
     mainloop_seconds,
 )
+from apex4_quant.kernels import sass
 
 ROOT = Path(__file__).parent.parent
 LOOP = Loop(
@@ -102,6 +105,26 @@ def test_every_architecture_has_loops() -> None:
         assert {loop.wide_groups for loop in loops(arch) if loop.overlapped} == {False, True}
     assert not any(loop.wide_groups for loop in loops("sm_90a"))
     assert best_loop(GPUS["A100"], 2).wide_groups and not best_loop(GPUS["H200"], 2).wide_groups
+
+
+def test_the_simulation_by_hand() -> None:
+    """FFMA of 2 clocks on the A100, four of them beside a mma of two products and 8 clocks: alone and mixed."""
+    script = ROOT / "scripts" / "simulate_issue"
+    loader = importlib.machinery.SourceFileLoader("simulate_issue", str(script))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("simulate_issue", loader))  # type: ignore[arg-type]
+    sys.modules["simulate_issue"] = module  # dataclasses look it up
+    loader.exec_module(module)
+    gpu = GPUS["A100"]
+
+    def clocks(ffma: int, stall_of_mma: int, warps: int) -> float:
+        mma = module.Step(sass.Instruction(0, "IMMA.16864.S4.S4", ""), stall_of_mma, 7, 7, 0)
+        fma = module.Step(sass.Instruction(16, "FFMA", ""), 2, 7, 7, 0)
+        return module.simulate([mma] + [fma] * ffma, gpu, warps, 1, "oldest first")
+
+    assert clocks(0, 8, 1) == pytest.approx(max(8, module.BRANCH) / 2, rel=0.1)
+    assert clocks(32, 1, 2) == pytest.approx(32, rel=0.05)  # bound by 32 FFMA of 2 clocks for two products
+    # A warp that waits for its mma leaves the pipe to the other one.
+    assert clocks(8, 15, 1) > 1.4 * clocks(8, 15, 2)
 
 
 def test_the_page_quotes_what_the_account_says() -> None:
