@@ -87,6 +87,31 @@ def test_every_instruction_of_the_listings_is_read_and_known() -> None:
         assert {i.name for i in instructions if i.klass == "other"} <= {"NOP", "S2R"}
 
 
+def test_a_slow_path_that_jumps_back_is_no_loop() -> None:
+    """As wgmma kernels have it: a barrier is tried, and the waiting stands behind the kernel's end."""
+    text = """
+.text.f:
+        /*0000*/                   MOV R0, R1 ;
+.L_x_0:
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   QGMMA.64x8x32.F32.E4M3.E4M3 R24, R4, gdesc[UR8], RZ, !UPT ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0070*/              @!P0 BRA `(.L_x_2) ;
+        /*0080*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
+    function = sass.parse(text)["f"]
+    assert [[i.address for i in loop] for loop in sass.loops(function)] == [[0x10, 0x20, 0x30, 0x40], [0x60, 0x70]]
+    count = sass.count(sass.main_loop(function))
+    assert (count.instructions, count.products, count.shared_bytes) == (4, 1, 8 * 32 // 4)  # A is in registers
+
+
 def test_no_loop_with_mma() -> None:
     text = ".text.f:\n.L_x_0:\n/*0000*/ FFMA R1, R1, R1, R1 ;\n/*0010*/ BRA `(.L_x_0) ;\n"
     with pytest.raises(Apex4Error, match="f has no loop with tensor-core instructions"):

@@ -170,37 +170,111 @@ def parse(text: str) -> dict[str, Function]:
     return functions
 
 
-def loops(function: Function) -> list[tuple[int, int]]:
-    """[first address, address of the branch back] of every loop."""
+def loops(function: Function) -> list[list[Instruction]]:
+    """Every natural loop: from its head to its last branch back, without what stands elsewhere.
+
+    A branch back to an address is a loop only if every way to the branch leads through that address. Others come from the
+    slow paths of barriers, which the compiler puts behind the kernel's end and lets jump back into the middle of a loop;
+    these paths are entered rarely and are not counted.
+    """
+    code = function.instructions
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    targets = [index.get(function.labels.get(label, -1)) for label in map(_label_of, code)]
+    starts = sorted({0, *(t for t in targets if t is not None), *(i + 1 for i, x in enumerate(code) if _leaves(x))})
+    starts = [start for start in starts if start < len(code)]
+    block_of = {start: number for number, start in enumerate(starts)}
+    successors: list[list[int]] = []
+    for number, start in enumerate(starts):
+        last = (starts[number + 1] if number + 1 < len(starts) else len(code)) - 1
+        following = [] if _always_leaves(code[last]) or last + 1 == len(code) else [block_of[last + 1]]
+        # A label in BSSY or WARPSYNC is where threads meet again, no jump.
+        target = targets[last] if _leaves(code[last]) else None
+        successors.append(following + ([] if target is None else [block_of[target]]))
+    reachable, waiting = {0}, [0]
+    while waiting:
+        new = set(successors[waiting.pop()]) - reachable
+        reachable |= new
+        waiting += new
+    dominators = _dominators(successors)
+    # Two branches back to one head (a `continue`) are one loop.
+    heads: dict[int, set[int]] = {}
+    for block in sorted(reachable):  # behind the last EXIT stands a branch to itself
+        for head in successors[block]:
+            if head in dominators[block]:
+                heads.setdefault(head, set()).add(block)
+    predecessors: list[list[int]] = [[] for _ in starts]
+    for block, following in enumerate(successors):
+        for each in following:
+            predecessors[each].append(block)
     found = []
-    for instruction in function.instructions:
-        if instruction.name not in ("BRA", "BRX", "JMP"):
-            continue
-        target = _TARGET.search(instruction.operands)
-        if target and function.labels.get(target[1], instruction.address + 1) < instruction.address:
-            found.append((function.labels[target[1]], instruction.address))
+    for head, tails in heads.items():
+        body, waiting = {head}, list(tails)
+        while waiting:
+            block = waiting.pop()
+            if block not in body:
+                body.add(block)
+                waiting += predecessors[block]
+        last_block = max(tails)
+        found.append(
+            [
+                code[i]
+                for block in sorted(body)
+                if block <= last_block
+                for i in range(starts[block], starts[block + 1] if block + 1 < len(starts) else len(code))
+            ]
+        )
+    return found
+
+
+def _label_of(instruction: Instruction) -> str:
+    found = _TARGET.search(instruction.operands)
+    return found[1] if found else ""
+
+
+def _leaves(instruction: Instruction) -> bool:
+    return instruction.name in ("BRA", "BRX", "BRXU", "JMP", "CALL", "RET", "EXIT")
+
+
+def _always_leaves(instruction: Instruction) -> bool:
+    """No way on to the next instruction. `BRA P0, label` has its condition among the operands."""
+    conditional = instruction.predicate or re.match(r"!?U?P\d", instruction.operands) or instruction.name == "CALL"
+    return _leaves(instruction) and not conditional
+
+
+def _dominators(successors: list[list[int]]) -> list[set[int]]:
+    """Of every block the blocks that each way from the first one leads through."""
+    everything = set(range(len(successors)))
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for block, following in enumerate(successors):
+        for each in following:
+            predecessors[each].append(block)
+    found = [{0}] + [set(everything) for _ in successors[1:]]
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(successors)):
+            reached = [found[each] for each in predecessors[block]]
+            new = (set.intersection(*reached) if reached else set(everything)) | {block}
+            if new != found[block]:
+                found[block], changed = new, True
     return found
 
 
 def main_loop(function: Function) -> list[Instruction]:
     """The innermost loop with the most mma instructions. Raises Apex4Error if no loop has any."""
-
-    def tensor(span: tuple[int, int]) -> int:
-        return sum(i.klass == "tensor" for i in function.instructions if span[0] <= i.address <= span[1])
-
-    # Two branches back to one head (a `continue`) are one loop, as long as its furthest branch.
-    ends: dict[int, int] = {}
-    for start, end in loops(function):
-        if tensor((start, end)):
-            ends[start] = max(end, ends.get(start, 0))
-    with_mma = list(ends.items())
+    with_mma = [loop for loop in loops(function) if any(i.klass == "tensor" for i in loop)]
+    inside = [{i.address for i in loop if i.klass == "tensor"} for loop in with_mma]
+    # One inside another shares some of its mma and begins later.
     innermost = [
-        span for span in with_mma if not any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in with_mma)
+        loop
+        for loop, mma in zip(with_mma, inside, strict=True)
+        if not any(
+            other[0].address > loop[0].address and mma & theirs for other, theirs in zip(with_mma, inside, strict=True)
+        )
     ]
     if not innermost:
         raise Apex4Error(f"{function.name} has no loop with tensor-core instructions")
-    start, end = max(innermost, key=lambda span: (tensor(span), span[0] - span[1]))
-    return [i for i in function.instructions if start <= i.address <= end]
+    return max(innermost, key=lambda loop: (sum(i.klass == "tensor" for i in loop), -len(loop)))
 
 
 def products(opcode: str) -> float:
