@@ -92,6 +92,18 @@ def test_a_contender_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row.as_dict()["gaps"] == row.gaps and json.dumps(row.as_dict())
 
 
+@pytest.mark.parametrize(("capability", "k"), [((8, 6), 256), ((8, 6), 320), ((9, 0), 320)])
+def test_the_caller_of_our_operators(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], k: int) -> None:
+    """What a GPU would be given, computed by the operators' CPU implementation: weights, formats, padding of K."""
+    pytest.importorskip("apex4_quant.kernels.ops")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    settings = BenchSettings(tokens=(5,), contenders=("apex4", "apex4+q", "bf16"))
+    with torch.inference_mode():
+        (row,) = bench._bench_layer("layer", 192, k, settings, torch.device("cpu"), Clock(), None)  # type: ignore[arg-type]
+    assert row.gaps == {} and row.errors["apex4"] == row.errors["apex4+q"]
+    assert 0.1 < row.errors["apex4"] < bench.MAX_ERROR["apex4"]
+
+
 def test_report() -> None:
     rows = [
         Row("a", m, 64, 128, {"bf16": 4e-6, "apex4": 2e-6, "apex4+q": s}, memory_floor=1e-6, tensor_floor=5e-7)

@@ -182,10 +182,11 @@ def loops(function: Function) -> list[list[Instruction]]:
     targets = [index.get(function.labels.get(label, -1)) for label in map(_label_of, code)]
     starts = sorted({0, *(t for t in targets if t is not None), *(i + 1 for i, x in enumerate(code) if _leaves(x))})
     starts = [start for start in starts if start < len(code)]
+    ends = [*starts[1:], len(code)]
     block_of = {start: number for number, start in enumerate(starts)}
     successors: list[list[int]] = []
-    for number, start in enumerate(starts):
-        last = (starts[number + 1] if number + 1 < len(starts) else len(code)) - 1
+    for end in ends:
+        last = end - 1
         following = [] if _always_leaves(code[last]) or last + 1 == len(code) else [block_of[last + 1]]
         # A label in BSSY or WARPSYNC is where threads meet again, no jump.
         target = targets[last] if _leaves(code[last]) else None
@@ -216,12 +217,7 @@ def loops(function: Function) -> list[list[Instruction]]:
                 waiting += predecessors[block]
         last_block = max(tails)
         found.append(
-            [
-                code[i]
-                for block in sorted(body)
-                if block <= last_block
-                for i in range(starts[block], starts[block + 1] if block + 1 < len(starts) else len(code))
-            ]
+            [code[i] for block in sorted(body) if block <= last_block for i in range(starts[block], ends[block])]
         )
     return found
 
