@@ -175,29 +175,32 @@ class Timer:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self.repeats = repeats
+        # Warmed up on the stream of the capture: workspaces belong to streams, and a capture cannot make one.
+        self.stream = torch.cuda.Stream(device)
 
     def seconds(self, call: Callable[[], Any], capture: bool = True) -> float:
         """Median time of `call` with cold L2. Calls that cannot be captured into a graph are timed as they are."""
-        for _ in range(WARM_UP):
-            call()
         torch.cuda.synchronize()
-        replay = self._captured(call) if capture else call
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats + 1)]
-        for begin, end in events:
-            self.flush.zero_()  # also keeps the GPU busy while the host prepares the launch
-            begin.record()
-            replay()
-            end.record()
-        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                call()
+            self.stream.synchronize()
+            replay = self._captured(call) if capture else call
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats + 1)]
+            for begin, end in events:
+                self.flush.zero_()  # also keeps the GPU busy while the host prepares the launch
+                begin.record()
+                replay()
+                end.record()
+            self.stream.synchronize()
         return statistics.median(begin.elapsed_time(end) for begin, end in events[1:]) / 1e3
 
-    @staticmethod
-    def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 call()
-        except RuntimeError:
+        except (RuntimeError, Apex4Error):
             torch.cuda.synchronize()
             return call
         return graph.replay
