@@ -112,6 +112,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)  # contender: why there is no figure
     errors: dict[str, float] = field(default_factory=dict)
+    eager: list[str] = field(default_factory=list)  # timed without a CUDA graph
     memory_floor: float | None = None
     tensor_floor: float | None = None
 
@@ -136,6 +137,7 @@ class Row:
             "tensor_floor_us": None if self.tensor_floor is None else round(self.tensor_floor * 1e6, 2),
             "relative_error": {name: round(error, 4) for name, error in self.errors.items()},
             "gaps": self.gaps,
+            "without_graph": self.eager,
         }  # fmt: skip
 
 
@@ -177,6 +179,7 @@ class Timer:
         self.repeats = repeats
         # Warmed up on the stream of the capture: workspaces belong to streams, and a capture cannot make one.
         self.stream = torch.cuda.Stream(device)
+        self.eager = False  # the last call could not be captured
 
     def seconds(self, call: Callable[[], Any], capture: bool = True) -> float:
         """Median time of `call` with cold L2. Calls that cannot be captured into a graph are timed as they are."""
@@ -186,6 +189,7 @@ class Timer:
                 call()
             self.stream.synchronize()
             replay = self._captured(call) if capture else call
+            self.eager = capture and replay is call
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats + 1)]
             for begin, end in events:
                 self.flush.zero_()  # also keeps the GPU busy while the host prepares the launch
@@ -237,6 +241,8 @@ def _bench_layer(
                 if not error <= limit:
                     raise Unavailable(f"wrong result (relative error {error:.2g})")
                 row.seconds[contender] = timer.seconds(call)
+                if timer.eager:
+                    row.eager.append(contender)
             except torch.cuda.OutOfMemoryError:
                 row.gaps[contender] = "out of memory"
                 torch.cuda.empty_cache()
@@ -402,6 +408,7 @@ def row_as_text(row: Row, contenders: tuple[str, ...]) -> str:
     floor = max(row.memory_floor or 0, row.tensor_floor or 0)
     share = f"{floor / row.seconds['apex4']:9.0%}" if floor and "apex4" in row.seconds else f"{'-':>9}"
     text = f"{row.layer:20} {row.n:6} {row.k:6} {row.m:5}" + "".join(f" {cell:>22}" for cell in cells) + f" {share}"
+    text += "".join(f"\n    {name}: timed without a CUDA graph" for name in row.eager)
     return text + "".join(f"\n    {name}: {reason}" for name, reason in row.gaps.items())
 
 
