@@ -39,15 +39,11 @@ constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: what one warpgroup computes
 constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
-#ifdef CHUNK
-constexpr int CHUNK_M = CHUNK;
-#else
-constexpr int CHUNK_M = TILE_M;
-#endif
-constexpr int CHUNKS = TILE_M / CHUNK_M, CHUNK_SUMS = CHUNK_M / 2;
 constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
+constexpr int WARPGROUP_MEETS = 1, TURN = 1 + CONSUMERS;  // named barriers, one for each warpgroup
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(TILE_M % 8 == 0 && (CHUNKS == 1 || CHUNKS % 2 == 0) && TILE_M <= 256, "chunks take turns in two sets of sums");
+static_assert(TILE_M % 8 == 0 && TILE_M <= 128, "the tokens of one wgmma, and two sets of its sums in registers");
+static_assert(CONSUMERS == 2, "warpgroups take turns");
 
 struct Stage {
   alignas(1024) uint8 a_codes[TILE_M * BLOCK];
@@ -215,13 +211,12 @@ struct Consumer {
     ring.next();
   }
 
-  // Starts the products of one chunk of tokens with a block's weights.
-  __device__ __forceinline__ void multiply(float (&sum)[CHUNK_SUMS], const uint32 (&a)[16], uint32 stage, int chunk) {
-    const uint32 tokens = stage + offsetof(Stage, a_codes) + chunk * CHUNK_M * BLOCK;
-    ptx::wgmma_fence();
+  // Starts the products of steps [first, last) of a block.
+  template <int first, int last>
+  __device__ __forceinline__ void multiply(float (&sum)[SUMS], const uint32 (&a)[16], uint32 stage) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ptx::Wgmma<CHUNK_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + 32 * step), step > 0);
+    for (int step = first; step < last; ++step) {
+      ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(stage + offsetof(Stage, a_codes) + 32 * step), step > 0);
     }
     ptx::wgmma_commit();
   }
@@ -232,7 +227,7 @@ struct Consumer {
     const float2 scales = __half22float2(*reinterpret_cast<const __half2*>(&pair));
     return make_float2(PRODUCT_UNIT * scales.x, PRODUCT_UNIT * scales.y);
   }
-  static constexpr int TOKENS_AT_ONCE = CHUNK_M < 64 ? CHUNK_M : 64;
+  static constexpr int TOKENS_AT_ONCE = TILE_M < 64 ? TILE_M : 64;
   __device__ __forceinline__ void read_token_scales(float2 (&tokens)[TOKENS_AT_ONCE / 8], uint32 stage, int first) {
 #pragma unroll
     for (int j = 0; j < TOKENS_AT_ONCE / 8; ++j) {
@@ -258,58 +253,44 @@ struct Consumer {
   }
 
 #if TILE_M >= 64
-  // Large tiles. One block: start its products with `now`, widen the next block's weights into `next` meanwhile, dequantize.
-  // The tensor cores work for the other warpgroup then.
+  // Large tiles: the two warpgroups take turns in the tensor cores. Without an order, the tensor cores would serve both at
+  // half speed, both would dequantize at the same time, and the tensor cores would wait for them. A turn is handed on
+  // when a quarter of its products is left.
+  __device__ __forceinline__ void await_turn() { ptx::named_barrier(TURN + group, 2 * WARPGROUP); }
+  __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + 1 - group, 2 * WARPGROUP); }
+
+  // One block: start its products with `now`, widen the next block's weights into `next` meanwhile, dequantize.
   template <bool last>
-  __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[2][CHUNK_SUMS], uint32 (&now)[16],
-                                        uint32 (&next)[16], uint32& stage) {
+  __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[SUMS], uint32 (&now)[16], uint32 (&next)[16],
+                                        uint32& stage) {
     float2 tokens[TOKENS_AT_ONCE / 8];
     const uint32 this_stage = stage;
-    if (CHUNKS == 1) {
-      multiply(sum[0], now, this_stage, 0);
-      const float2 outputs = read_output_scales(this_stage);
-      read_token_scales(tokens, this_stage, 0);
-      if (!last) {
-        stage = ring.stage;
-        prepare(next);
-      }
-      ptx::wgmma_wait<0>();
+    await_turn();
+    ptx::wgmma_fence();
+    multiply<0, 3>(sum, now, this_stage);
+    multiply<3, 4>(sum, now, this_stage);
+    const float2 outputs = read_output_scales(this_stage);
+    read_token_scales(tokens, this_stage, 0);
+    if (!last) {
+      stage = ring.stage;
+      prepare(next);
+    }
+    ptx::wgmma_wait<1>();
+    pass_turn();
+    ptx::wgmma_wait<0>();
 #pragma unroll
-      for (int first = 0; first < TILE_M; first += TOKENS_AT_ONCE) {
-        if (first > 0) read_token_scales(tokens, this_stage, first);
-        dequantize(acc + first / 2, sum[0] + first / 2, tokens, outputs);
-      }
-    } else {
-      const float2 outputs = read_output_scales(this_stage);
-#pragma unroll
-      for (int c = 0; c < CHUNKS; ++c) {
-        if (c + 1 < CHUNKS) {
-          multiply(sum[(c + 1) % 2], now, this_stage, c + 1);
-          if (c == 0 && !last) {
-            stage = ring.stage;
-            prepare(next);
-          }
-        } else if (!last) {
-          multiply(sum[(c + 1) % 2], next, stage, 0);
-        }
-        read_token_scales(tokens, this_stage, c * CHUNK_M);
-        if (c + 1 == CHUNKS && last) {
-          ptx::wgmma_wait<0>();
-        } else {
-          ptx::wgmma_wait<1>();
-        }
-        dequantize(acc + c * CHUNK_SUMS, sum[c % 2], tokens, outputs);
-      }
+    for (int first = 0; first < TILE_M; first += TOKENS_AT_ONCE) {
+      if (first > 0) read_token_scales(tokens, this_stage, first);
+      dequantize(acc + first / 2, sum + first / 2, tokens, outputs);
     }
     leave(this_stage);
   }
 
   __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
-    float sum[2][CHUNK_SUMS];
+    float sum[SUMS];
     uint32 a[16], b[16];  // take turns
     uint32 stage = ring.stage;
     prepare(a);
-    if (CHUNKS > 1) multiply(sum[0], a, stage, 0);
     // Main loop: one block of 128 input features, one pipeline stage, per call of `block`.
 #pragma unroll 1
     for (; blocks > 2; blocks -= 2) {
@@ -323,17 +304,24 @@ struct Consumer {
       block<true>(acc, sum, a, b, stage);
     }
   }
+  __device__ __forceinline__ void begin() {
+    if (group == 1) pass_turn();
+  }
+  __device__ __forceinline__ void end() {
+    if (group == 0) await_turn();  // what the other one has passed on
+  }
 #else
   // Small tiles: two blocks in the tensor cores at a time, `a` and `b`, while the next two are widened into `c` and `d`
   // (as far as there are `blocks`, these two included). Where there is no second block, its products are not read:
   // products that start in one branch only would have to end in it.
   __device__ __forceinline__ void two_blocks(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&b)[16], uint32 (&c)[16],
                                              uint32 (&d)[16], uint32 (&stage)[2], int blocks) {
-    float sum[2][CHUNK_SUMS];
+    float sum[2][SUMS];
     float2 tokens[2][TOKENS_AT_ONCE / 8];
     const uint32 first = stage[0], second = stage[1];
-    multiply(sum[0], a, first, 0);
-    multiply(sum[1], b, second, 0);
+    ptx::wgmma_fence();
+    multiply<0, 4>(sum[0], a, first);
+    multiply<0, 4>(sum[1], b, second);
     const float2 outputs[2] = {read_output_scales(first), read_output_scales(second)};
     read_token_scales(tokens[0], first, 0);
     read_token_scales(tokens[1], second, 0);
@@ -365,6 +353,8 @@ struct Consumer {
       if (blocks > 2) two_blocks(acc, c, d, a, b, stage, blocks - 2);
     }
   }
+  __device__ __forceinline__ void begin() {}
+  __device__ __forceinline__ void end() {}
 #endif
 
   // Adds the partial sums of all parts of a tile in their order, in whichever warpgroup comes last. False for the others.
@@ -379,13 +369,13 @@ struct Consumer {
       slice[(item.part * VECTORS + j) * WARPGROUP] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
     }
     __threadfence();
-    ptx::named_barrier(1 + group, WARPGROUP);
+    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
     if (thread == 0) {
       const bool last = atomicAdd(&p.counter[tile], 1) == item.parts - 1;
       if (last) p.counter[tile] = 0;  // ready for the next launch
       s.last[group] = last;
     }
-    ptx::named_barrier(1 + group, WARPGROUP);
+    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
     if (!s.last[group]) return false;
     __threadfence();
 #pragma unroll
@@ -418,7 +408,7 @@ struct Consumer {
       ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(8 * j + token, 2 * warp + half),
                              pack_pair(acc[4 * j], acc[4 * j + 1]), pack_pair(acc[4 * j + 2], acc[4 * j + 3]));
     }
-    ptx::named_barrier(1 + group, WARPGROUP);
+    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
     const int thread = 32 * warp + lane, chunk = thread & 7, column = n0 + 8 * chunk;
     const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
 #pragma unroll 4
@@ -437,10 +427,11 @@ struct Consumer {
         }
       }
     }
-    ptx::named_barrier(1 + group, WARPGROUP);  // before the next tile writes here
+    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);  // before the next tile writes here
   }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s) {
+    begin();
     for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
       float acc[SUMS] = {};
       const Item ahead = schedule.item(p);
@@ -451,6 +442,7 @@ struct Consumer {
       if (item.parts > 1 && !add_parts(p, s, item, acc)) continue;
       store(p, s, item, acc);
     }
+    end();
   }
 };
 

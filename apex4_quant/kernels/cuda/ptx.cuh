@@ -7,8 +7,8 @@
 typedef unsigned char uint8;
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
-#ifndef offsetof  // NVRTC has no <cstddef>
-#define offsetof(type, member) __builtin_offsetof(type, member)
+#ifndef offsetof  // NVRTC has no <cstddef>, and before 13.5 no builtin for it
+#define offsetof(type, member) static_cast<uint32>(reinterpret_cast<uint64>(&reinterpret_cast<type*>(0)->member))
 #endif
 
 namespace ptx {
@@ -94,6 +94,10 @@ __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd,
 // Some threads of the block meet: `threads` of them, at barrier 1..15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts this thread, and goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void stmatrix_x2_trans(uint32 shared_wr, uint32 a, uint32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_wr), "r"(a), "r"(b) : "memory");
