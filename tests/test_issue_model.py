@@ -133,4 +133,4 @@ def test_the_page_quotes_what_the_account_says() -> None:
     )
     page = (ROOT / "docs" / "issue_slots.md").read_text("utf-8")
     missing = [line for line in done.stdout.splitlines() if line not in page]
-    assert missing == [], "docs/issue_slots.md is out of date: paste what scripts/issue_account prints"
+    assert missing == [], "docs/issue_slots.md is out of date: run scripts/issue_account --update"
