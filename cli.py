@@ -261,6 +261,32 @@ def doctor(as_json: bool) -> None:
         sys.exit(1)
 
 
+@cli.command()
+@click.option(
+    "--shapes", default="", metavar="LIST", help="Llama-3-8B, Llama-2-70B:down, 4096x4096 (NxK), ...  [default: all]"
+)
+@click.option(
+    "--m", "tokens", default="", metavar="LIST", help="Numbers of tokens, comma separated.  [default: 1 to 8192]"
+)
+@click.option(
+    "--contenders", default="apex4,apex4+q,bf16,fp8", show_default=True, metavar="LIST",
+    help="Also humming-w4a4, humming-w4a4+q, humming-w4a8, humming-w4a8+q; +q: with quantization.",
+)  # fmt: skip
+@click.option("--quick", is_flag=True, help="Three shapes, four numbers of tokens.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the speed-ups to write, .svg.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@_reports_errors
+def bench(shapes: str, tokens: str, contenders: str, quick: bool, plot: Path | None, as_json: bool) -> None:
+    """Time W4A4 linears of real models on this GPU, beside BF16 and FP8."""
+    from apex4_quant.bench import BenchSettings, as_svg, as_text, parse_list, parse_tokens, run
+
+    settings = BenchSettings(parse_list(shapes), parse_tokens(tokens), parse_list(contenders), quick)
+    result = run(settings, _progress(as_json))
+    if plot is not None:
+        plot.write_text(as_svg(result), encoding="utf-8")
+    click.echo(json.dumps(result) if as_json else as_text(result))
+
+
 @cli.group()
 def kernels() -> None:
     """The GPU kernels: list them, or compile them all beforehand. Needs no GPU."""

@@ -1,18 +1,17 @@
-"""How long a linear takes on a GPU of the table: a prediction from datasheet rates, not a measurement. Torch-free.
+"""How long a linear takes on a GPU of the table: a prediction, not a measurement. Torch-free.
 
-For M tokens, N outputs, K inputs (padded) in G groups, with p the share of peak that is reached:
+For M tokens, N outputs, K inputs (padded) in G groups:
 
-    tensor time  T = 2 M N K / (p * tensor rate)
-    CUDA cores   C = 2 c M N G / (p * FP32 rate)            an FP32 slot counts as two operations, as in TFLOPS
+    arithmetic   M N K / 128 products, each the clocks that the account of issue slots gives the compiled main loop on
+                 this GPU (issue_model.py: tensor cores, CUDA cores, shared memory, issue; one fitted efficiency)
     memory       B = (N K / 2 + 2 N G + M K / 2 + 4 M G + 2 M N) / bandwidth
-    GEMM           = max(T, C, B) if the mainloop overlaps T and C, else max(T + C, B)
+    GEMM           = max(arithmetic, B)
     quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a dense transform adds
                      256 K bytes of matrices, and its 256 M K operations at the 16-bit rate overlap with the memory
 
-so that C / T = c * rho / g = lambda: a mainloop that overlaps hides its dequantization while lambda <= 1 (DESIGN 5).
-Not modelled: waves that do not fill the GPU, launch latency, instruction issue and shared memory.
-Everything that is assumed and not read from a datasheet is in the constants and the two `Mainloop`s below; an account
-of issue slots made from compiled code can replace them.
+`dequantization_load` is DESIGN's lambda = c rho / g, c the FP32 slots per accumulator and group: a mainloop that overlaps
+hides its dequantization while lambda, and what else its CUDA cores do, is <= 1.
+Not modelled: waves that do not fill the GPU, launch latency, small tiles at few tokens.
 """
 
 from __future__ import annotations
@@ -21,47 +20,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import issue_model
 from .errors import UsageError
 from .gpus import GPUS, Gpu, resolve_target
+from .issue_model import FP16_SHARE, MEMORY_SHARE
 from .number_format import BLOCK, CHANNEL, GroupSize, group_count, group_length, padded_in_features
-
-FP16_SHARE = 0.85  # of peak, what cuBLAS reaches on large GEMMs (A100: about 265 of 312 TFLOPS)
-MEMORY_SHARE = 0.85  # of the datasheet's bandwidth, what a streaming kernel reaches
-# Of peak, what a W4A4 kernel reaches in either unit. sm_8x: the one number fitted here, to the published ratios of the
-# naive kernel (tests/test_cost_model.py), and taken for ours too until it is measured. sm_90: the goal of DESIGN 6,
-# 1.6 of the 2.0 that the rates allow.
-W4A4_SHARE_SM80 = 0.43
-W4A4_SHARE_SM90 = 0.68
-# FP32 slots of one I2F: 16 results a clock and SM against 64 FP32 lanes on sm_80; 64 against 128 lanes from sm_86 on.
-I2F_SLOTS_SM80 = 4.0
-I2F_SLOTS_LATER = 2.0
 
 
 @dataclass(frozen=True)
 class Mainloop:
-    """How a kernel turns integer sums into floats. `fp32_slots` are FP32-rate slots per accumulator and group.
-
-    `i2f`: it also converts with I2F. `overlapped`: CUDA cores work while the tensor cores do, else they take turns.
-    """
+    """How a kernel turns integer sums into floats; what it costs is counted in kernels/mainloop_counts.json."""
 
     name: str
     summary: str
-    fp32_slots: float
-    i2f: bool
-    overlapped: bool
+    ours: bool
+
+    def loop(self, gpu: Gpu, blocks_per_group: float = 1) -> issue_model.Loop:
+        return issue_model.best_loop(gpu, blocks_per_group) if self.ours else issue_model.control(gpu)
 
     def slots(self, gpu: Gpu) -> float:
-        """c: slots per accumulator and group on this GPU."""
-        return self.fp32_slots + (I2F_SLOTS_SM80 if gpu.sm <= 80 else I2F_SLOTS_LATER) * self.i2f
+        """c: FP32-rate slots per accumulator and group on this GPU.
+
+        What a row or column of accumulators shares (scales made ready) is not in it: counts are rounded.
+        """
+        counts, rates = self.loop(gpu).classes, issue_model.RATES[gpu.sm]
+        per_accumulator = {name: round(counts.get(name, 0)) for name in ("ffma", "fmul", "i2f")}
+        return per_accumulator["ffma"] + per_accumulator["fmul"] + per_accumulator["i2f"] * rates.i2f / rates.fma
 
 
 MAINLOOPS: dict[str, Mainloop] = {
     loop.name: loop
     for loop in (
-        Mainloop("two-ffma", "this project's: two FFMA, overlapped", 2.0, i2f=False, overlapped=True),
-        # FMUL of the two scales, FFMA, MOV that zeroes the accumulator; the conversion waits for the mma and the next
-        # mma for the conversion. A model with overlap cannot give the published ratios of A100 and RTX 3090 at once.
-        Mainloop("naive", "I2F, FMUL, FFMA and MOV, in turns with the mma", 3.0, i2f=True, overlapped=False),
+        Mainloop("two-ffma", "this project's: two FFMA, overlapped", ours=True),
+        # The conversion waits for the mma and the next mma for the conversion. A model with overlap cannot give the
+        # published ratios of A100 and RTX 3090 at once.
+        Mainloop("naive", "I2F, FMUL and FFMA, in turns with the mma", ours=False),
     )
 }
 OURS, NAIVE = MAINLOOPS["two-ffma"], MAINLOOPS["naive"]
@@ -93,21 +86,18 @@ def dequantization_load(gpu: Gpu, in_features: int, group_size: GroupSize, mainl
     return mainloop.slots(gpu) * gpu.rho / group_length(in_features, group_size)
 
 
-def _w4a4_share(gpu: Gpu) -> float:
-    return W4A4_SHARE_SM90 if gpu.sm >= 90 else W4A4_SHARE_SM80
-
-
 def _memory_seconds(gpu: Gpu, size: float) -> float:
     return size / (gpu.memory_gbs * 1e9 * MEMORY_SHARE)
 
 
 def gemm_seconds(gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainloop: Mainloop = OURS) -> float:
     """Predicted seconds of the W4A4 GEMM alone: x [m, k] quantized, weight [n, k], y [m, n] in 16 bits."""
-    padded, groups, share = padded_in_features(k, group_size), group_count(k, group_size), _w4a4_share(gpu)
-    tensor = 2 * m * n * padded / (gpu.tensor_tops * 1e12 * share)
-    cuda_cores = 2 * mainloop.slots(gpu) * m * n * groups / (gpu.fp32_tflops * 1e12 * share)
+    padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
+    blocks_per_group = padded / BLOCK / groups
+    loop = mainloop.loop(gpu, blocks_per_group)
+    arithmetic = issue_model.mainloop_seconds(gpu, loop, m, n, padded, blocks_per_group)
     memory = _memory_seconds(gpu, n * padded / 2 + 2 * n * groups + m * padded / 2 + 4 * m * groups + 2 * m * n)
-    return max(max(tensor, cuda_cores) if mainloop.overlapped else tensor + cuda_cores, memory)
+    return max(arithmetic, memory)
 
 
 def activation_seconds(gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False) -> float:
@@ -168,6 +158,7 @@ def gpus_as_dict() -> dict[str, Any]:
                 "fp16_tflops": gpu.fp16_tflops,
                 "fp32_tflops": gpu.fp32_tflops,
                 "memory_gbs": gpu.memory_gbs,
+                "note": gpu.note,
                 "rho": round(gpu.rho, 2),
                 "lambda": {
                     str(size): round(dequantization_load(gpu, _EXAMPLE_K, size), 4) for size in (128, 256, 512, CHANNEL)
@@ -203,6 +194,7 @@ def gpus_as_text() -> str:
         f"(mainloop {OURS.name});",
         f"     cha: per channel, g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
         "T@M: time of the linears of a Llama-3-8B layer, M tokens, with dense128 transforms over that with Hadamard's.",
-        "All predicted from datasheet rates, nothing is measured.",
+        "All predicted from datasheet rates and counted instructions, nothing is measured.",
+        *(f"{gpu['name']}: {gpu['note']}." for gpu in values["gpus"] if gpu["note"]),
     ]
     return "\n".join(lines)

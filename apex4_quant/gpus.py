@@ -19,6 +19,14 @@ class Gpu:
     fp16_tflops: float  # FP32 accumulation
     fp32_tflops: float
     memory_gbs: float  # GB/s, 10^9 bytes
+    sms: int
+    clock_mhz: int  # the boost clock the tensor rates are quoted at
+    note: str = ""  # where a rate is not simply the datasheet's
+
+    @property
+    def tensor_ops_per_clock(self) -> float:
+        """Of one SM, a multiply-add being two operations."""
+        return self.tensor_tops * 1e6 / (self.sms * self.clock_mhz)
 
     @property
     def tensor_tops(self) -> float:
@@ -31,20 +39,25 @@ class Gpu:
         return self.tensor_tops / self.fp32_tflops
 
 
-# Memory bandwidth from NVIDIA's datasheets: A100 80GB SXM, RTX 3090 (GA102 whitepaper), A40, A10, RTX 4090 (Ada
-# whitepaper), L40S, L40, H100 SXM, H200 SXM.
+# Rates, SMs and clocks from NVIDIA's datasheets and architecture whitepapers: A100 80GB SXM, RTX 3090 (GA102), A40, A10,
+# RTX 4090 (Ada), L40S, L40, H100 SXM, H200 SXM. `tensor_ops_per_clock` is a check on them: 8192 on the A100 and in 8 bits
+# on the H100, 4096 on GA102 and AD102 (568, 598.7, 500 and 1321 TOPS are that).
+# L40S: its datasheet prints 733 dense for INT8 and INT4 alike, which would be half of AD102's INT4 rate while INT8 has
+# all of its own; the Ada whitepaper has INT4 twice as fast as INT8 (RTX 4090: 1321 and 660.6), and so has a measurement on
+# AD103 (RTX 4070 Ti SUPER, 66 SMs: 754.8 TOPS, register-resident mma of u4, github.com/JustAResearcher/gpu-unlock-ada,
+# release 1.1.1). 4096 x 142 SMs x 2.52 GHz is 1466. Not measured on an L40S. The paper's rho = 8 is the datasheet's 733.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80, 1248, 624, 312, 19.5, 2039),
-        Gpu("RTX 3090", 86, 568, 284, 71, 35.6, 936),
-        Gpu("A40", 86, 598.7, 299.3, 149.7, 37.4, 696),
-        Gpu("A10", 86, 500, 250, 125, 31.2, 600),
-        Gpu("RTX 4090", 89, 1321, 660.6, 165, 82.6, 1008),
-        Gpu("L40S", 89, 733, 733, 362, 91.6, 864),
-        Gpu("L40", 89, 724, 362, 181, 90.5, 864),
-        Gpu("H100", 90, None, 1979, 989, 66.9, 3350),
-        Gpu("H200", 90, None, 1979, 989, 66.9, 4800),
+        Gpu("A100", 80, 1248, 624, 312, 19.5, 2039, 108, 1410),
+        Gpu("RTX 3090", 86, 568, 284, 71, 35.6, 936, 82, 1695),
+        Gpu("A40", 86, 598.7, 299.3, 149.7, 37.4, 696, 84, 1740),
+        Gpu("A10", 86, 500, 250, 125, 31.2, 600, 72, 1695),
+        Gpu("RTX 4090", 89, 1321, 660.6, 165, 82.6, 1008, 128, 2520),
+        Gpu("L40S", 89, 1466, 733, 362, 91.6, 864, 142, 2520, "INT4 from AD102's rate per SM; the datasheet says 733"),
+        Gpu("L40", 89, 724, 362, 181, 90.5, 864, 142, 2490, "the datasheet's INT4 is half of AD102's rate per SM"),
+        Gpu("H100", 90, None, 1979, 989, 66.9, 3350, 132, 1830),
+        Gpu("H200", 90, None, 1979, 989, 66.9, 4800, 132, 1830),
     )
 }
 
