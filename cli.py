@@ -81,7 +81,7 @@ def cli() -> None:
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
 @click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
-@click.option("--layout", help="Order of the packed codes: rowmajor or sm80.  [default: what the target reads]")
+@click.option("--layout", help="Order of the packed codes: rowmajor, sm80 or sm90.  [default: what the target reads]")
 @click.option("--transform", help="Group transform: hadamard128, dense128 or none.  [default: the recipe's]")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
 @click.option("--samples", default=64, show_default=True, help="Calibration windows.")
