@@ -248,6 +248,25 @@ def check(path: str, as_json: bool) -> None:
     click.echo(json.dumps({"path": path, "ok": True, "checks": done}) if as_json else f"{path} is whole")
 
 
+@cli.command()
+@click.argument("path")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder: absent or empty.")
+@click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def repack(path: str, out: Path, target: str, as_json: bool) -> None:
+    """Rewrite the quantized checkpoint PATH in the order another GPU reads: the same codes, no quantization."""
+    from apex4_quant.repacking import repack
+
+    result = repack(path, out, target, (lambda line: None) if as_json else functools.partial(click.echo, err=True))
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{out}: {result['linears']} linears, {result['layout_before']} -> {result['layout']}, {result['target']}"
+    )
+
+
 def main() -> None:
     cli(prog_name="apex4")
 

@@ -21,7 +21,7 @@ from apex4_quant.layouts import get_layout
 
 FAILED = 1
 Call = Callable[..., Any]  # the fixtures of conftest.py
-COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus")
+COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "repack")
 REPORT = "apex4_report.json"
 INDEX = "model.safetensors.index.json"
 
