@@ -267,6 +267,49 @@ def repack(path: str, out: Path, target: str, as_json: bool) -> None:
     )
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def doctor(as_json: bool) -> None:
+    """What computes here: torch, driver, NVRTC, each GPU's kernels, the cache; exit code 1 if a GPU lacks something."""
+    from apex4_quant.doctor import as_text, examine
+
+    found = examine()
+    click.echo(json.dumps(found) if as_json else as_text(found))
+    if found["problems"]:
+        sys.exit(1)
+
+
+@cli.group()
+def kernels() -> None:
+    """The GPU kernels: list them, or compile them all beforehand. Needs no GPU."""
+
+
+@kernels.command("build")
+@click.option("--arch", "archs", multiple=True, required=True, metavar="ARCH", help="For example sm_86. Repeatable.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for .cubin files, beside the cache.")
+@click.option("--jobs", type=int, help="Processes.  [default: one a core]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@_reports_errors
+def build_kernels(archs: tuple[str, ...], out: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Compile every kernel of ARCH, so that nobody waits at first use: into the cache, and into OUT if given."""
+    from apex4_quant.kernel_build import build
+
+    result = build(archs, out, jobs, _progress(as_json))
+    click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
+
+
+@kernels.command("list")
+@click.option("--arch", "archs", multiple=True, metavar="ARCH", help="Only these. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def list_kernels(archs: tuple[str, ...], as_json: bool) -> None:
+    """Every kernel: architecture, name, source, macros."""
+    from apex4_quant.kernel_build import kernels_as_dict, kernels_as_text
+
+    click.echo(json.dumps(kernels_as_dict(archs)) if as_json else kernels_as_text(archs))
+
+
 def main() -> None:
     cli(prog_name="apex4")
 
