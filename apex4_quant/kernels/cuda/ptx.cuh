@@ -1,0 +1,128 @@
+// The PTX instructions that C++ has no word for, one inline function each. Nothing here knows of tiles or layouts.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned char uint8;
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+
+namespace ptx {
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+  return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- asynchronous copies of 16 bytes (sm_80) ---------------------------------------------------------------------------
+// Copies 16 bytes past L1.
+__device__ __forceinline__ void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` of this thread's groups are in flight.
+template <int pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- shared-memory reads -----------------------------------------------------------------------------------------------
+__device__ __forceinline__ void ldmatrix_x4(uint32 (&d)[4], uint32 shared_rd) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_rd)
+               : "memory");
+}
+__device__ __forceinline__ uint4 shared_read_128(uint32 shared_rd) {
+  uint4 d;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+               : "r"(shared_rd)
+               : "memory");
+  return d;
+}
+__device__ __forceinline__ uint32 shared_read_32(uint32 shared_rd) {
+  uint32 d;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(d) : "r"(shared_rd) : "memory");
+  return d;
+}
+
+// ---- D = A B + C with 4-bit signed integers, one warp, m16 n8 k64 ------------------------------------------------------
+__device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// ---- sm_90a: mbarriers, bulk copies, warpgroup matrix products ------------------------------------------------------------
+__device__ __forceinline__ void barrier_init(uint32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_expect_bytes(uint32 barrier, int bytes) {  // and arrives
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32 barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Makes initialised barriers visible to the copy engine and to the cluster.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Copies `bytes` (a multiple of 16, both addresses aligned to 16) and counts them on `barrier`.
+__device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd, int bytes, uint32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_wr),
+               "l"(gmem_rd), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// Some threads of the block meet: `threads` of them, at barrier 1..15.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void stmatrix_x2_trans(uint32 shared_wr, uint32 a, uint32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_wr), "r"(a), "r"(b) : "memory");
+}
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <int registers>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Of a K-major operand in the 128-byte swizzle: rows of 128 bytes, eight of them every 1024 bytes.
+__device__ __forceinline__ uint64 wgmma_descriptor(uint32 shared_rd) {
+  constexpr uint64 SWIZZLE_128 = 1ull << 62, STRIDE = (1024ull >> 4) << 32, UNUSED = 1ull << 16;
+  return SWIZZLE_128 | STRIDE | UNUSED | ((shared_rd & 0x3FFFF) >> 4);
+}
+#endif
+#endif
+
+// ---- programmatic dependent launch (sm_90): no effect elsewhere ---------------------------------------------------------
+// Until here the kernel may overlap its predecessor in the stream: nothing the predecessor wrote is read before.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace ptx
