@@ -16,7 +16,8 @@
 //     t   = fma(float(12582912 + n), s_w, -12582912 s_w)     = n s_w, exactly for g = 128
 //     acc = fma(t, s_a, acc)
 //
-// Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, WIDE_GROUPS (0: groups of 128; 1: any multiple), OUT_BF16.
+// Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SHARED_BYTES (of all stages), WIDE_GROUPS (0: groups of
+// 128; 1: any multiple), OUT_BF16.
 
 #include "epilogue.cuh"
 #include "index.cuh"
@@ -42,6 +43,7 @@ struct Stage {
   __half w_scale[TILE_N];
 };
 static_assert(sizeof(Stage) % 16 == 0, "stages stay aligned");
+static_assert(sizeof(Stage) * STAGES == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 
 struct Problem {

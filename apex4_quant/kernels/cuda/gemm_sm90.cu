@@ -23,7 +23,7 @@
 // One producer warp fills a ring of STAGES blocks with bulk copies; CONSUMERS warpgroups of 64 outputs each multiply.
 // While one warpgroup turns its integers into floats, the tensor cores work for the other one.
 //
-// Macros: TILE_M, CONSUMERS, STAGES, OUT_BF16.
+// Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
 
 #include "epilogue.cuh"
 #include "index.cuh"
@@ -50,6 +50,8 @@ struct Shared {
   uint64 full[STAGES], empty[STAGES];
   bool last[CONSUMERS];  // of a tile's splits
 };
+
+static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 
 struct Problem {
   Out* y;

@@ -7,6 +7,9 @@
 typedef unsigned char uint8;
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
+#ifndef offsetof  // NVRTC has no <cstddef>
+#define offsetof(type, member) __builtin_offsetof(type, member)
+#endif
 
 namespace ptx {
 

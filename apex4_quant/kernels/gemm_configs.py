@@ -1,0 +1,258 @@
+"""Tile configurations of the W4A4 GEMMs, and which one a shape gets. Torch-free.
+
+A configuration is one cubin. `choose_gemm` ranks them by a small model of the time of a tile, whose few constants stand
+below; `explain` prints the ranking, `APEX4_GEMM` overrides it (a configuration's name, with `/SPLITS` if wanted), and
+`kernels/autotune.py` replaces it by measured winners.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ..errors import UsageError
+from ..number_format import BLOCK
+
+WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
+ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
+_LAYOUT_BYTES = WEIGHT_TILE_N * BLOCK // 2  # of a tile of weights
+
+# sm -> (shared memory a thread block may have, shared memory of a multiprocessor, registers of a multiprocessor), bytes
+# and 32-bit registers: CUDA C++ programming guide, compute capabilities.
+SHARED_LIMITS = {80: (166912, 167936), 86: (101376, 102400), 89: (101376, 102400), 90: (232448, 233472)}
+_RESERVED_SHARED = 1024  # of every thread block, for the system
+_MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One kernel. Tiles in tokens (m) and outputs (n); `wide_groups`: for groups of more than 128; `out`: dtype of y."""
+
+    family: str  # "sm80": also for sm_86 and sm_89; "sm90"
+    tile_m: int
+    tile_n: int
+    warps_m: int  # sm80 only: warps along the tile's tokens, and along its outputs
+    warps_n: int
+    stages: int
+    wide_groups: bool = False
+    out: str = "bf16"  # or "fp16"
+
+    entry = "apex4_gemm"
+
+    @cached_property
+    def name(self) -> str:
+        return f"{self.tile_name}{'_wide' if self.wide_groups else ''}_{self.out}"
+
+    @property
+    def tile_name(self) -> str:
+        """Without group size and dtype: what `APEX4_GEMM` takes."""
+        return f"{self.family}_m{self.tile_m}n{self.tile_n}s{self.stages}"
+
+    @property
+    def source(self) -> str:
+        return f"gemm_{self.family}.cu"
+
+    @cached_property
+    def defines(self) -> dict[str, int]:
+        common = {"TILE_M": self.tile_m, "STAGES": self.stages, "OUT_BF16": int(self.out == "bf16")}
+        # The kernel asserts that its own struct has this size.
+        common["SHARED_BYTES"] = self.shared_bytes
+        if self.family == "sm90":
+            return common | {"CONSUMERS": self.consumers}
+        return common | {
+            "TILE_N": self.tile_n,
+            "WARPS_M": self.warps_m,
+            "WARPS_N": self.warps_n,
+            "WIDE_GROUPS": int(self.wide_groups),
+        }
+
+    @property
+    def consumers(self) -> int:
+        """sm90: warpgroups that multiply."""
+        return self.tile_n // WEIGHT_TILE_N
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1) if self.family == "sm90" else 32 * self.warps_m * self.warps_n
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
+        if self.family == "sm90":
+            stage = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N) + 16
+            size = self.stages * stage + self.tile_n * self.tile_m * 2 + self.consumers
+            return -(-size // 1024) * 1024
+        return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
+
+    def tiles(self, m: int, n: int) -> int:
+        return -(-m // self.tile_m) * -(-n // self.tile_n)
+
+
+def _sm80(tile_m: int, tile_n: int, warps_m: int, warps_n: int, stages: int, wide: bool = False) -> GemmConfig:
+    return GemmConfig("sm80", tile_m, tile_n, warps_m, warps_n, stages, wide)
+
+
+def _sm90(tile_m: int, tile_n: int, stages: int) -> GemmConfig:
+    return GemmConfig("sm90", tile_m, tile_n, 0, 0, stages)
+
+
+# Large tiles: a warp computes 64 x 64, which reads shared memory least; 164 KB hold two such blocks on sm_80, 100 KB one.
+# Groups wider than 128 keep their integers between blocks beside the floats, so that a warp computes half as much.
+_TILES: dict[int, tuple[GemmConfig, ...]] = {
+    80: (
+        _sm80(128, 256, 2, 4, 4),
+        _sm80(128, 128, 2, 2, 4),
+        _sm80(64, 128, 2, 2, 5),
+        _sm80(32, 128, 1, 4, 6),
+        _sm80(16, 128, 1, 4, 8),
+        _sm80(128, 128, 2, 4, 4, wide=True),
+        _sm80(64, 128, 2, 4, 5, wide=True),
+        _sm80(16, 128, 1, 4, 8, wide=True),
+    ),
+    86: (
+        _sm80(128, 256, 2, 4, 3),
+        _sm80(128, 128, 2, 4, 4),
+        _sm80(64, 128, 2, 2, 3),
+        _sm80(32, 128, 1, 4, 4),
+        _sm80(16, 128, 1, 4, 5),
+        _sm80(128, 128, 2, 4, 4, wide=True),
+        _sm80(64, 128, 2, 4, 3, wide=True),
+        _sm80(16, 128, 1, 4, 5, wide=True),
+    ),
+    90: (_sm90(128, 128, 6), _sm90(64, 128, 8), _sm90(32, 128, 12), _sm90(16, 128, 16)),
+}
+_TILES[89] = _TILES[86]
+
+
+def all_configs(sm: int) -> list[GemmConfig]:
+    """Every kernel of an architecture, for both output dtypes."""
+    from dataclasses import replace
+
+    return [replace(config, out=out) for config in _TILES.get(sm, ()) for out in ("bf16", "fp16")]
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """How one shape is computed: the kernel, and what its launch needs."""
+
+    config: GemmConfig
+    splits: int
+    m: int
+    n: int
+    sm_count: int
+
+    @property
+    def block(self) -> int:
+        return self.config.threads
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        tiles = self.config.tiles(self.m, self.n)
+        if self.config.family == "sm90":  # persistent
+            return min(tiles * self.splits, self.sm_count), 1, 1
+        return tiles, self.splits, 1
+
+    @property
+    def counters(self) -> int:
+        """uint32 zeros needed if splits > 1."""
+        if self.config.family == "sm90":
+            return -(-self.m // self.config.tile_m) * -(-self.n // WEIGHT_TILE_N)
+        return self.config.tiles(self.m, self.n)
+
+    @property
+    def workspace_floats(self) -> int:
+        """float32 of partial sums needed if splits > 1."""
+        if self.splits == 1:
+            return 0
+        tile_n = WEIGHT_TILE_N if self.config.family == "sm90" else self.config.tile_n
+        return self.counters * self.splits * self.config.tile_m * tile_n
+
+
+# ---- the heuristic -----------------------------------------------------------------------------------------------------
+
+# Multiply-adds a multiprocessor's tensor cores do in a clock (4 bits; 8 bits on sm_90).
+_MACS = {80: 4096, 86: 2048, 89: 2048, 90: 4096}
+_SHARE_OF_PEAK = 0.6
+_BYTES_PER_CLOCK = {80: 13.0, 86: 7.0, 89: 5.0, 90: 19.0}  # of memory, a multiprocessor's part
+_LATENCY = 700.0  # clocks until the first block's copies have landed
+_STAGE_OVERHEAD = 60.0  # clocks of a block's barrier and addresses, where nothing else runs on the multiprocessor
+_REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
+_REDUCTION_PER_SPLIT = 60.0
+
+
+def _clocks(sm: int, sm_count: int, config: GemmConfig, splits: int, m: int, n: int, k_blocks: int) -> float:
+    """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
+    resident = 1 if config.family == "sm90" else max(1, _resident(sm, config))
+    items = config.tiles(m, n) * splits
+    blocks = -(-k_blocks // splits)
+    busy = min(resident, -(-items // sm_count))  # thread blocks that share a multiprocessor
+    rows = min(config.tile_m, m)
+    tensor = config.tile_m * config.tile_n * BLOCK / (_MACS[sm] * _SHARE_OF_PEAK)
+    # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
+    memory = (config.tile_n * BLOCK / 2 + rows * BLOCK / 6) / _BYTES_PER_CLOCK[sm]
+    a_block = max(tensor * busy, memory * busy, tensor + _STAGE_OVERHEAD)
+    waves = -(-items // (sm_count * busy))
+    total = waves * (blocks * a_block + _REDUCTION) + _LATENCY
+    return total + (_REDUCTION + splits * _REDUCTION_PER_SPLIT if splits > 1 else 0.0)
+
+
+def _resident(sm: int, config: GemmConfig) -> int:
+    """Thread blocks of a multiprocessor: by shared memory and by registers (255 a thread at warp tiles of 64 x 64)."""
+    registers = 256 if config.tile_m * config.tile_n // (config.warps_m * config.warps_n) >= 4096 else 128
+    if config.wide_groups:
+        registers = 256
+    by_shared = SHARED_LIMITS[sm][1] // (config.shared_bytes + _RESERVED_SHARED)
+    return min(by_shared, 65536 // (registers * config.threads))
+
+
+def candidates(sm: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str) -> list[tuple[GemmConfig, int]]:
+    """Every (configuration, splits) that may compute the shape."""
+    wide = blocks_per_group > 1 and sm != 90
+    found = []
+    for config in all_configs(sm):
+        if config.out != out or config.wide_groups != wide:
+            continue
+        if config.tile_m > 16 and config.tile_m >= 2 * m:  # mostly padding
+            continue
+        found += [(config, splits) for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS) if splits * 2 <= k_blocks or splits == 1]
+    return found
+
+
+@lru_cache(maxsize=4096)
+def choose_gemm(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str = "bf16"
+) -> GemmPlan:
+    """The kernel of an [m, k_blocks * 128] by [n, k_blocks * 128]^T product on a GPU of `sm_count` multiprocessors.
+
+    Raises UsageError if there is no kernel for `sm`, or APEX4_GEMM names none of its configurations.
+    """
+    options = candidates(sm, m, n, k_blocks, blocks_per_group, out)
+    if not options:
+        raise UsageError(f"there is no W4A4 kernel for sm_{sm}")
+    wanted = os.environ.get("APEX4_GEMM")
+    if wanted:
+        return _named(wanted, sm, sm_count, m, n, blocks_per_group, out)
+    config, splits = min(options, key=lambda option: _clocks(sm, sm_count, *option, m, n, k_blocks))
+    return GemmPlan(config, splits, m, n, sm_count)
+
+
+def _named(wanted: str, sm: int, sm_count: int, m: int, n: int, blocks_per_group: int, out: str) -> GemmPlan:
+    name, _, splits = wanted.partition("/")
+    wide = blocks_per_group > 1 and sm != 90
+    for config in all_configs(sm):
+        if config.tile_name == name and config.out == out and config.wide_groups == wide:
+            if splits and not (splits.isdecimal() and 1 <= int(splits) <= _MAX_SPLITS):
+                break
+            return GemmPlan(config, int(splits or 1), m, n, sm_count)
+    names = sorted({config.tile_name for config in all_configs(sm) if config.wide_groups == wide})
+    raise UsageError(f"APEX4_GEMM={wanted!r} names no kernel here: give one of {', '.join(names)}, with /SPLITS from 1 to {_MAX_SPLITS}")
+
+
+def explain(sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, count: int = 8) -> str:
+    """The best candidates of the heuristic and their modelled clocks, one a line."""
+    ranked = sorted(
+        (_clocks(sm, sm_count, config, splits, m, n, k_blocks), config.tile_name, splits)
+        for config, splits in candidates(sm, m, n, k_blocks, blocks_per_group, "bf16")
+    )
+    return "\n".join(f"{clocks:12.0f} clocks  {name}/{splits}" for clocks, name, splits in ranked[:count])
