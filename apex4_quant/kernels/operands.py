@@ -46,7 +46,7 @@ def pack_activations(codes: torch.Tensor, scales: torch.Tensor, format: str) -> 
         stored = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     else:
         stored = torch.where(blocks < 0, 0x80, 0).to(torch.uint8) | blocks.abs().to(torch.uint8)
-    chunks = stored.reshape(k // BLOCK, -1, CHUNK)
+    chunks = stored.reshape(k // BLOCK, m_stride * ROW_BYTES[format] // CHUNK, CHUNK)
     placed = torch.empty_like(chunks)
     placed[:, _places(m_stride, format).to(codes.device)] = chunks
     padded = torch.nn.functional.pad(scales, (0, 0, 0, m_stride - rows))
@@ -57,12 +57,13 @@ def unpack_activations(codes: torch.Tensor, scales: torch.Tensor, rows: int) -> 
     """Inverse of `pack_activations`: int8 [rows, K] and float32 [rows, G]."""
     format = format_of_codes(codes)
     blocks, m_stride, _ = codes.shape
-    chunks = codes.reshape(blocks, -1, CHUNK)[:, _places(m_stride, format).to(codes.device)]
-    stored = chunks.reshape(blocks, m_stride, -1)[:, :rows]
+    chunks = codes.reshape(blocks, m_stride * ROW_BYTES[format] // CHUNK, CHUNK)
+    chunks = chunks[:, _places(m_stride, format).to(codes.device)]
+    stored = chunks.reshape(blocks, m_stride, ROW_BYTES[format])[:, :rows]
     if format == "sm80":
         signed = stored.view(torch.int8)
         values = torch.stack((signed << 4 >> 4, signed >> 4), -1).flatten(-2)
     else:
         magnitude = (stored & 0x7F).to(torch.int8)
         values = torch.where(stored >= 0x80, -magnitude, magnitude)
-    return values.transpose(0, 1).reshape(rows, -1), scales[:, :rows].t()
+    return values.transpose(0, 1).reshape(rows, blocks * BLOCK), scales[:, :rows].t()
