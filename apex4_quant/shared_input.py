@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .families import Family
 from .kernels import dispatch, ops, workspace
@@ -46,6 +47,7 @@ class SharedInput:
         self.members = members
         self.stale = True  # the members' tensors are not, or not any more, views of the fused ones
         self._fused: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._hooks: tuple[RemovableHandle, ...] = ()
         self._open = False
         self._x: torch.Tensor | None = None
         self._version = 0
@@ -54,10 +56,19 @@ class SharedInput:
         self._left: tuple[int, ...] = ()  # members whose result nobody has fetched
 
     def attach(self, parent: nn.Module) -> None:
-        parent.register_forward_pre_hook(self._enter)
-        parent.register_forward_hook(self._leave, always_call=True)
+        self._hooks = (
+            parent.register_forward_pre_hook(self._enter),
+            parent.register_forward_hook(self._leave, always_call=True),
+        )
         for member in self.members:
             member.shared = self
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
+        for member in self.members:
+            member.shared = None
 
     def _enter(self, *_: Any) -> None:
         if self.stale and not torch.compiler.is_compiling():
@@ -179,6 +190,8 @@ def prepare_model(model: PreTrainedModel, family: Family | None, kernel: str | N
     """
     workspaces: set[torch.device] = set()
     for module in model.modules():
+        if isinstance(module, Apex4Linear) and module.shared is not None:
+            module.shared.detach()
         if isinstance(module, Apex4Linear) and module.weight_packed.device.type != "meta":
             device = module.weight_packed.device
             module.prepare(kernel or dispatch.kernel_format(device))
