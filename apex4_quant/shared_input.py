@@ -136,7 +136,9 @@ class SharedInput:
         bias = None
         if any(member.float_bias is not None for member in self.members):
             parts = [
-                torch.zeros(member.out_features, device=packed.device) if member.float_bias is None else member.float_bias
+                torch.zeros(member.out_features, device=packed.device)
+                if member.float_bias is None
+                else member.float_bias
                 for member in self.members
             ]
             bias = torch.cat(parts)
@@ -226,7 +228,15 @@ def _readers_of_one_tensor(
                 if isinstance(module, Apex4Linear):
                     how = module.format
                     owner = module.transform_owner if how.transform == "dense128" else None
-                    key = (name.rpartition(".")[0], position, how.padded_k, how.group_length, how.activation_clip, how.transform, id(owner))
+                    key = (
+                        name.rpartition(".")[0],
+                        position,
+                        how.padded_k,
+                        how.group_length,
+                        how.activation_clip,
+                        how.transform,
+                        id(owner),
+                    )
                     alike.setdefault(key, []).append(module)
         for key, members in alike.items():
             if len(members) > 1:

@@ -216,7 +216,14 @@ def checks(sm: int, sm_count: int, seed: int) -> Iterator[tuple[str, Callable[[]
 def _shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
     """(M, N, blocks, blocks per group): one tile, ragged in every direction, several tiles, groups."""
     tall = config.tile_m
-    shapes = [(1, 64, 1, 1), (1, 8, 3, 1), (3, 200, 2, 1), (16, 128, 17, 1), (tall + 1, 136, 5, 1), (2 * tall - 5, 321, 4, 1)]
+    shapes = [
+        (1, 64, 1, 1),
+        (1, 8, 3, 1),
+        (3, 200, 2, 1),
+        (16, 128, 17, 1),
+        (tall + 1, 136, 5, 1),
+        (2 * tall - 5, 321, 4, 1),
+    ]
     shapes += [(2 * tall, 512, 8, 1), (17 * 16, 1000, 3, 1), (7, 4096, 32, 1)]
     if config.wide_groups or config.family == "sm90":
         shapes = shapes[:4] * (not config.wide_groups) + [
@@ -235,7 +242,9 @@ def check_shapes(config: GemmConfig, sm_count: int, generator: torch.Generator) 
         for splits in _splits(blocks):
             launch = Launch(GemmPlan(config, splits, m, n, sm_count), operands, pad_columns=8 * (splits % 2))
             error = worst_error(launch.run(), operands)
-            assert error <= 1, f"M {m} N {n} blocks {blocks}/{per_group} splits {splits}: error {error:.3g} of what is allowed"
+            assert error <= 1, (
+                f"M {m} N {n} blocks {blocks}/{per_group} splits {splits}: error {error:.3g} of what is allowed"
+            )
             assert launch.ldy == n or launch.y[:, n:].isnan().all(), f"M {m} N {n}: wrote past the columns"
             assert not launch.counter.any(), f"M {m} N {n} splits {splits}: counters are not zero again"
 
@@ -254,11 +263,16 @@ def check_integers(config: GemmConfig, sm_count: int, generator: torch.Generator
         "all -7": (sevens, -weights),
         "alternating": (sevens, torch.where(position % 2 == 0, weights, -weights)),
         # every order of the four k32 steps: two up and two down, so that the running sum peaks and falls
-        **{f"steps {bits:04b}": (sevens, torch.where((bits >> (position // 32 % 4)) & 1 == 1, weights, -weights)) for bits in range(16)},
+        **{
+            f"steps {bits:04b}": (sevens, torch.where((bits >> (position // 32 % 4)) & 1 == 1, weights, -weights))
+            for bits in range(16)
+        },
         # large sums with an odd remainder: the last bit must survive
         "odd": (torch.where(position % 128 == 127, sevens - 6, sevens), weights),
         "odd first": (torch.where(position % 128 == 0, sevens - 6, sevens), weights),
-        "random": tuple(random_operands(m, n, k, 1, generator, bias=False).__dict__[name] for name in ("codes_a", "codes_w")),
+        "random": tuple(
+            random_operands(m, n, k, 1, generator, bias=False).__dict__[name] for name in ("codes_a", "codes_w")
+        ),
     }
     for name, (codes_a, codes_w) in patterns.items():
         ones = torch.ones(m, k // BLOCK // per_group, device=device)
@@ -268,7 +282,9 @@ def check_integers(config: GemmConfig, sm_count: int, generator: torch.Generator
         got = partial_sums(launch).permute(1, 2, 0)
         want = reference.group_sums(codes_a.cpu(), codes_w.cpu(), BLOCK).to(device)
         wrong = (got.double() != want.double()).sum().item()
-        assert wrong == 0, f"{name}: {wrong} of {want.numel()} integer sums differ, e.g. {got[got.double() != want][:3].tolist()}"
+        assert wrong == 0, (
+            f"{name}: {wrong} of {want.numel()} integer sums differ, e.g. {got[got.double() != want][:3].tolist()}"
+        )
 
 
 def check_extremes(config: GemmConfig, sm_count: int, generator: torch.Generator) -> None:

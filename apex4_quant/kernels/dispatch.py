@@ -33,7 +33,9 @@ def kernel_format(device: torch.device) -> str | None:
 def reference_is_forced() -> bool:
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", REFERENCE):
-        raise UsageError(f"{VARIABLE}={asked} is not known: give '{REFERENCE}', or unset it to compute with the kernels")
+        raise UsageError(
+            f"{VARIABLE}={asked} is not known: give '{REFERENCE}', or unset it to compute with the kernels"
+        )
     return asked == REFERENCE
 
 

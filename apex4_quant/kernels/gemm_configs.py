@@ -215,7 +215,11 @@ def candidates(sm: int, m: int, n: int, k_blocks: int, blocks_per_group: int, ou
             continue
         if config.tile_m > 16 and config.tile_m >= 2 * m:  # mostly padding
             continue
-        found += [(config, splits) for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS) if splits * 2 <= k_blocks or splits == 1]
+        found += [
+            (config, splits)
+            for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)
+            if splits * 2 <= k_blocks or splits == 1
+        ]
     return found
 
 
@@ -246,7 +250,9 @@ def _named(wanted: str, sm: int, sm_count: int, m: int, n: int, blocks_per_group
                 break
             return GemmPlan(config, int(splits or 1), m, n, sm_count)
     names = sorted({config.tile_name for config in all_configs(sm) if config.wide_groups == wide})
-    raise UsageError(f"APEX4_GEMM={wanted!r} names no kernel here: give one of {', '.join(names)}, with /SPLITS from 1 to {_MAX_SPLITS}")
+    raise UsageError(
+        f"APEX4_GEMM={wanted!r} names no kernel here: give one of {', '.join(names)}, with /SPLITS from 1 to {_MAX_SPLITS}"
+    )
 
 
 def explain(sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, count: int = 8) -> str:

@@ -89,9 +89,7 @@ def _quantize_cpu(
         return pack_activations(codes.flatten(1), scales, format)
 
 
-def _rms_norm_quantize_cpu(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, *how: object
-) -> Pair:
+def _rms_norm_quantize_cpu(x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, *how: object) -> Pair:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return _quantize_cpu(normed * (gain.float() + gain_offset), *how)  # type: ignore[arg-type]
@@ -148,7 +146,9 @@ def _gemm_plan(index: int, m: int, n: int, k_blocks: int, blocks_per_group: int,
     from . import launcher
     from .gemm_configs import choose_gemm
 
-    plan = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, {torch.bfloat16: "bf16", torch.float16: "fp16"}[out])
+    plan = choose_gemm(
+        *_gpu(index), m, n, k_blocks, blocks_per_group, {torch.bfloat16: "bf16", torch.float16: "fp16"}[out]
+    )
     return plan, launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)
 
 
