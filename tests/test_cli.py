@@ -21,7 +21,8 @@ from apex4_quant.layouts import get_layout
 
 FAILED = 1
 Call = Callable[..., Any]  # the fixtures of conftest.py
-COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "repack")
+COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "doctor", "repack")
+GROUPS = {"kernels": ("build", "list")}
 REPORT = "apex4_report.json"
 INDEX = "model.safetensors.index.json"
 
@@ -39,7 +40,11 @@ def one_object(result: Any) -> dict[str, Any]:
 # Help
 
 
-@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=lambda c: " ".join(c) or "apex4")
+@pytest.mark.parametrize(
+    "command",
+    [(), *((name,) for name in COMMANDS), *((group, name) for group in GROUPS for name in GROUPS[group])],
+    ids=lambda c: " ".join(c) or "apex4",
+)
 def test_help_is_quick_and_imports_no_library(command: tuple[str, ...], run_cli: Call) -> None:
     run_cli("--version")  # compiles what has to be compiled
     started = time.perf_counter()
@@ -47,7 +52,7 @@ def test_help_is_quick_and_imports_no_library(command: tuple[str, ...], run_cli:
     seconds = time.perf_counter() - started
     assert result.returncode == 0
     assert result.stdout.startswith("Usage: apex4 " + " ".join(command))
-    assert all(name in result.stdout for name in (COMMANDS if not command else ("--json", "--help")))
+    assert all(name in result.stdout for name in ((*COMMANDS, *GROUPS) if not command else ("--json", "--help")))
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert {"click", "apex4_quant"} <= imported
     assert not {"torch", "numpy", "transformers", "safetensors", "tqdm", "yaml"} & imported

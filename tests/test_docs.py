@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from click import Context
+from click import Context, Group
 
 from apex4_quant.cli import cli
 
@@ -51,6 +51,9 @@ def test_named_commands_and_options_exist(page: Path) -> None:
             assert not any(word.startswith("--") for word in words), f"{page.name}: apex4 {line}"
             continue
         command = cli.commands[words[0]]
+        if isinstance(command, Group):
+            assert len(words) < 2 or words[1] in command.commands, f"{page.name}: apex4 {line}"
+            command = command.commands[words[1]] if len(words) > 1 else command
         known = {name for parameter in command.get_params(Context(command)) for name in parameter.opts}
         for word in words[1:]:
             if word.startswith("--"):
@@ -67,7 +70,8 @@ def test_named_symbols_exist(page: Path) -> None:
 
 
 def test_every_command_and_option_is_in_the_readme_or_its_own_help() -> None:
-    for name, command in cli.commands.items():
+    groups = [command for command in cli.commands.values() if isinstance(command, Group)]
+    for name, command in [item for group in (cli, *groups) for item in group.commands.items()]:
         assert command.help, name
         for parameter in command.get_params(Context(command)):
             if parameter.param_type_name == "option":

@@ -40,8 +40,8 @@ _REPORT = re.compile(
     r"|ptxas info\s*: Function properties for .*"
     r"|(ptxas\s*\.)?\s*\d+ bytes stack frame, .*"
     r"|ptxas info\s*: Used \d+ registers.*"
-    r"|ptxas info\s*: Compile time = .*"
 )
+_VARIES = re.compile(r"^ptxas info\s*: Compile time = .*\n?", re.MULTILINE)
 
 
 class CompileError(Apex4Error):
@@ -174,23 +174,24 @@ def _header_candidates(major: int) -> Iterator[Path]:
     yield Path("/usr/local/cuda/include")
 
 
-def _macros(defines: Mapping[str, int | str]) -> list[str]:
+def macros(defines: Mapping[str, int | str]) -> list[str]:
+    """The -D options, in one order whatever the mapping's is."""
     return [f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(defines.items())]
 
 
 def _compile(source: str, defines: Mapping[str, int | str], arch: str) -> Compiled:
     nvrtc, (major, minor) = _nvrtc()
-    options = [f"--gpu-architecture={arch}", *FLAGS, *_macros(defines), f"-I{SOURCES}", f"-I{header_folder()}"]
+    options = [f"--gpu-architecture={arch}", *FLAGS, *macros(defines), f"-I{SOURCES}", f"-I{header_folder()}"]
     status, program = nvrtc.nvrtcCreateProgram((SOURCES / source).read_bytes(), source.encode(), 0, [], [])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"NVRTC {major}.{minor} does not take {source}: {status.name}", "")
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-        text = log.rstrip(b"\0").decode(errors="replace").strip()
+        text = _VARIES.sub("", log.rstrip(b"\0").decode(errors="replace")).strip()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             complaint = next((line for line in text.splitlines() if "error" in line), status.name)
-            given = " ".join(_macros(defines))
+            given = " ".join(macros(defines))
             raise CompileError(
                 f"{source} does not compile for {arch} with NVRTC {major}.{minor} ({given or 'no macros'}): {complaint}",
                 text,
@@ -231,7 +232,7 @@ def cache_key(source: str, defines: Mapping[str, int | str], arch: str) -> str:
         except FileNotFoundError as error:
             raise Apex4Error(f"there is no kernel source {source!r} in {SOURCES}") from error
         digest.update(f"{path.name} {len(text)}\n".encode() + text)
-    for part in (_headers()[1], *_macros(defines), "", *FLAGS, "", version, arch):
+    for part in (_headers()[1], *macros(defines), "", *FLAGS, "", version, arch):
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()
 

@@ -29,8 +29,8 @@ def kernel_family(sm: int) -> str | None:
 
 def sm_of(arch: str) -> int:
     """ "sm_86" -> 86; "sm_90" and "sm_90a" -> 90. Raises UsageError for an architecture without kernels."""
-    match = re.fullmatch(r"sm_?(\d+)a?", arch.strip().lower())
-    if not match or int(match[1]) not in FAMILIES or (arch.endswith("a") and match[1] != "90"):
+    match = re.fullmatch(r"sm_?(\d+)(a?)", arch.strip().lower())
+    if not match or int(match[1]) not in FAMILIES or (match[2] and match[1] != "90"):
         known = ", ".join(arch_of(sm) for sm in FAMILIES)
         raise UsageError(f"there are no kernels for architecture {arch!r}: give one of {known}")
     return int(match[1])
