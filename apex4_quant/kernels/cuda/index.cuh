@@ -32,3 +32,28 @@ APEX4_INDEX(accumulator_column, (int lane, int element), 2 * (lane & 3) + elemen
 APEX4_INDEX(sm90_weight_byte, (int half, int warp, int lane), 2048 * half + 512 * warp + 16 * lane)
 // The pair of float16 scales, of rows r and r + 8 of the warp's sixteen, in a row of 64.
 APEX4_INDEX(sm90_scale_position, (int warp, int lane), 16 * warp + 2 * (lane >> 2))
+
+// ---- activation quantizers --------------------------------------------------------------------------------------------
+// quantize_rows: eight lanes hold a slice, one block of one row; a CTA's slices are numbered rows first.
+APEX4_INDEX(rows_column, (int lane), 16 * (lane & 7))
+APEX4_INDEX(rows_slice_row, (int slice, int rows_log2), slice & ((1 << rows_log2) - 1))
+APEX4_INDEX(rows_slice_block, (int slice, int rows_log2), slice >> rows_log2)
+// Where a lane's octet (eight codes of consecutive k) stands: the 16-byte chunk and the byte in it, from k in the block.
+APEX4_INDEX(sm80_octet_chunk, (int k), k >> 5)
+APEX4_INDEX(sm80_octet_offset, (int k), k >> 1 & 15)
+APEX4_INDEX(sm90_octet_chunk, (int k), k >> 4)
+APEX4_INDEX(sm90_octet_offset, (int k), k & 15)
+// The nibble in which code `element` of an octet is collected. For sm90 a code and the one four further share a byte, so
+// that the low nibbles are the bytes of the first four codes and the high nibbles those of the last four.
+APEX4_INDEX(sm80_octet_nibble, (int element), element)
+APEX4_INDEX(sm90_octet_nibble, (int element), 2 * (element & 3) + (element >> 2))
+
+// quantize_dense: mma.m16n8k16 with its k and n renamed. k is renamed so that lane q of a quad reads eight consecutive
+// columns at once: word 2 * (step & 1) + half of its piece step >> 1 is the A register of k = 2 q + 8 * half and the next.
+APEX4_INDEX(dense_piece_column, (int piece, int lane), 32 * piece + 8 * (lane & 3))
+APEX4_INDEX(dense_piece_word, (int step, int half), 2 * (step & 1) + half)
+APEX4_INDEX(dense_input, (int step, int k), 32 * (step >> 1) + 8 * (k >> 1 & 3) + 4 * (step & 1) + 2 * (k >> 3) + (k & 1))
+// n is renamed so that lane q ends with the 32 consecutive columns from 32 q, two from each of the sixteen tiles.
+APEX4_INDEX(dense_output, (int tile, int n), 32 * (n >> 1) + 2 * tile + (n & 1))
+// The prepacked matrix: 16 bytes of a lane are b0, b1 of step 2 * pair, then b0, b1 of step 2 * pair + 1.
+APEX4_INDEX(dense_fragment_byte, (int pair, int tile, int lane), 512 * (16 * pair + tile) + 16 * lane)

@@ -1,0 +1,189 @@
+// What the activation quantizers share: 16-bit arithmetic, the input stages, the scale, codes and their packing.
+//
+// Macros: APEX4_BF16 (1: bfloat16, 0: float16), APEX4_INPUT (PLAIN, RMS_NORM, SILU_MUL below), APEX4_FORMAT (80 or 90: the
+// activation format, see index.cuh). Values of the input's type travel as pairs, the lower column in the lower half.
+#pragma once
+
+#include "index.cuh"
+
+#define APEX4_PLAIN 0
+#define APEX4_RMS_NORM 1
+#define APEX4_SILU_MUL 2
+
+constexpr int BLOCK = 128;
+constexpr unsigned FULL_WARP = 0xffffffffu;
+constexpr float SCALE_FLOOR = 0x1p-100f;
+// Adding 1.5 * 2^23 rounds a small number to an integer, ties to even, and leaves it in the low mantissa bits. The 8 on
+// top makes codes -7..7 the nibbles 1..15, which add up to words without borrowing from each other.
+constexpr float ROUND_BIASED = 12582912.0f + 8.0f;
+
+// ---- 16-bit types -----------------------------------------------------------------------------------------------------
+#if APEX4_BF16
+__device__ __forceinline__ float low_of(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ unsigned pair_of(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ unsigned pair_product(unsigned a, unsigned b) {
+  unsigned product;  // a b + (-0): one rounding; mul.bf16x2 needs sm_90
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+}
+#else
+__device__ __forceinline__ float low_of(unsigned pair) {
+  float value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(value) : "r"(pair));
+  return value;
+}
+__device__ __forceinline__ float high_of(unsigned pair) {
+  float value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(value) : "r"(pair));
+  return value;
+}
+__device__ __forceinline__ unsigned pair_of(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ unsigned pair_product(unsigned a, unsigned b) {
+  unsigned product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+#endif
+
+// ---- loads ------------------------------------------------------------------------------------------------------------
+// Eight consecutive elements of a row from `column` on as four pairs; zeros from column k on and where not `active`.
+// `aligned` says that the row starts on 16 bytes and that k is a multiple of 8. Not __ldg: under programmatic dependent
+// launch the kernel before this one may still be writing x when this one starts.
+__device__ __forceinline__ void load_octet(
+    unsigned* pairs, const unsigned short* row, int column, int k, bool active, bool aligned) {
+  if (aligned) {
+    uint4 loaded = make_uint4(0, 0, 0, 0);
+    if (active && column < k) loaded = *reinterpret_cast<const uint4*>(row + column);
+    pairs[0] = loaded.x, pairs[1] = loaded.y, pairs[2] = loaded.z, pairs[3] = loaded.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int even = column + 2 * i;
+    const unsigned low = active && even < k ? row[even] : 0;
+    const unsigned high = active && even + 1 < k ? row[even + 1] : 0;
+    pairs[i] = high << 16 | low;
+  }
+}
+
+// ---- input stages, rounded as the unfused PyTorch modules round --------------------------------------------------------
+// LlamaRMSNorm: x * inverse_rms is rounded, then the product with the gain is. With gain_offset (GemmaRMSNorm):
+// x * inverse_rms * (1 + gain) in float32, rounded once.
+__device__ __forceinline__ unsigned normalised(unsigned x, unsigned gain, float inverse_rms, bool gain_offset) {
+  const float low = low_of(x) * inverse_rms, high = high_of(x) * inverse_rms;
+  if (gain_offset) return pair_of(low * (1.0f + low_of(gain)), high * (1.0f + high_of(gain)));
+  return pair_product(pair_of(low, high), gain);
+}
+
+// x / (1 + e^-x) to about two units of float32's last place; -0 where e^-x overflows, NaN at minus infinity.
+__device__ __forceinline__ float silu(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + expf(-x)));
+  return x * reciprocal;
+}
+
+__device__ __forceinline__ unsigned gated(unsigned gate, unsigned up) {
+  return pair_product(pair_of(silu(low_of(gate)), silu(high_of(gate))), up);
+}
+
+// ---- scale and codes --------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float larger;  // NaN if either is: damage upstream must show in the scale
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+__device__ __forceinline__ float scale_of(float absmax, float clip_over_7) {
+  return max_nan(clip_over_7 * absmax, SCALE_FLOOR);
+}
+
+// Codes come as the bits of float(code) + ROUND_BIASED. Two ways to them:
+//
+// Untransformed values: the quotient t / s is correctly rounded, so that codes equal torch_backend's bit for bit, ties
+// included. q0 = t * (1 / s) is off by at most 1.5 units in the last place; one step of q1 = q0 + (t - q0 s) / s repairs
+// that. The test runs through every mantissa of s and every t next to a tie: rint(q1) = rint(t / s) without exception.
+struct ExactQuotient {
+  float scale, reciprocal;
+  __device__ __forceinline__ explicit ExactQuotient(float scale) : scale(scale), reciprocal(__frcp_rn(scale)) {}
+  __device__ __forceinline__ unsigned operator()(float t) const {
+    const float q0 = t * reciprocal;
+    const float q1 = fmaf(fmaf(-q0, scale, t), reciprocal, q0);
+    return __float_as_uint(fminf(fmaxf(q1, -7.0f), 7.0f) + ROUND_BIASED);
+  }
+};
+
+// Transformed values y, still without the transform's constant factor, t = y * factor: their own rounding is larger than
+// that of a reciprocal. Shifted to [0, 1], the clamp to +-7 is the saturation of a fused multiply-add and costs nothing.
+struct ShiftedProduct {
+  float reciprocal;
+  __device__ __forceinline__ ShiftedProduct(float scale, float factor) : reciprocal(__fdiv_rn(factor / 14.0f, scale)) {}
+  __device__ __forceinline__ unsigned operator()(float y) const {
+    const float shifted = __saturatef(fmaf(y, reciprocal, 0.5f));  // (t / s + 7) / 14
+    return __float_as_uint(fmaf(shifted, 14.0f, ROUND_BIASED - 7.0f));
+  }
+};
+
+// ---- packing ----------------------------------------------------------------------------------------------------------
+// Eight codes, as their bits above, of consecutive k -> one word (sm80) or two (sm90) in the activation format.
+#if APEX4_FORMAT == 80
+constexpr int OCTET_WORDS = 1;
+#else
+constexpr int OCTET_WORDS = 2;
+#endif
+
+__device__ __forceinline__ constexpr int octet_nibble(int element) {
+#if APEX4_FORMAT == 80
+  return sm80_octet_nibble(element);
+#else
+  return sm90_octet_nibble(element);
+#endif
+}
+
+__device__ __forceinline__ void pack_octet(unsigned* words, const unsigned* codes) {
+  // What the exponents of the eight floats add up to; only bits from 22 on.
+  constexpr unsigned EXPONENTS = 0x4b400000u * 0x11111111u;
+  unsigned nibbles = 0u - EXPONENTS;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) nibbles += codes[i] << 4 * octet_nibble(i);
+#if APEX4_FORMAT == 80
+  words[0] = nibbles ^ 0x88888888u;  // from code + 8 to two's complement
+#else
+  // From code + 8 to sign and magnitude: the low three bits of a negative code are inverted and one is added.
+  const unsigned negative = ~nibbles & 0x88888888u, one = negative >> 3;
+  const unsigned sign_magnitude = ((nibbles ^ one * 7u) & 0x77777777u) + one + negative;
+  words[0] = (sign_magnitude & 0x07070707u) | (sign_magnitude << 4 & 0x80808080u);
+  words[1] = (sign_magnitude >> 4 & 0x07070707u) | (sign_magnitude & 0x80808080u);
+#endif
+}
+
+// The byte of the slab of a block at which the octet of row `row` and columns k .. k + 7 stands.
+__device__ __forceinline__ constexpr int octet_byte(int row, int k) {
+#if APEX4_FORMAT == 80
+  return sm80_activation_byte(row, sm80_octet_chunk(k)) + sm80_octet_offset(k);
+#else
+  return sm90_activation_byte(row, sm90_octet_chunk(k)) + sm90_octet_offset(k);
+#endif
+}
+
+constexpr int ROW_BYTES = APEX4_FORMAT == 80 ? 64 : 128;
+
+// ---- programmatic dependent launch: both are without effect in an ordinary launch -------------------------------------
+__device__ __forceinline__ void let_dependents_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

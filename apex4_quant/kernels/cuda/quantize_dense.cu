@@ -1,0 +1,272 @@
+// Activation quantizer with a dense transform: [x | RMSNorm(x) gain | SiLU(gate) up] -> x_b T_b per block of 128, on the
+// tensor cores with float32 sums -> codes and scales, one scale per block (group size 128).
+//
+// x goes from global memory straight into A fragments: the mma's k is renamed so that a lane needs eight consecutive
+// columns at a time, and its n so that a lane ends with 32 consecutive columns of a row (index.cuh, dense_*). The largest
+// value of a row is then two shuffles away, and codes are stored in whole 16-byte chunks.
+//
+// Two kernels, by the macro APEX4_FEW_ROWS:
+//   0: a CTA keeps the matrix of its block in shared memory and passes over rows_per_cta rows, 32 to a warp, so that a
+//      fragment of the matrix read from shared memory serves two products. The next rows of x are loaded while
+//      the current ones are quantized; the second operand later, when the accumulators' registers are free for it.
+//   1: a CTA has 16 rows; its four warps have a quarter of the columns each and read their quarter of the matrix straight
+//      into registers, all of it in flight at once. Also the one kernel for unaligned rows.
+//
+// Operands (type T: bfloat16 or float16, also of the matrix):
+//   codes    uint8 [KB, m_stride, 64 (sm80) | 128 (sm90)], 16-byte aligned; layout: index.cuh
+//   scales   float32 [KB, m_stride]
+//   x        T [m, k], row stride ldx elements; SILU_MUL: the gate
+//   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
+//   inverse_rms   RMS_NORM: float32 [m], written by row_rms.cu. Otherwise not read
+//   matrix   T [KB or 1][16384] in fragment order (quantize_configs.prepack_matrix), 16-byte aligned
+//   m, k, m_stride >= m, ldx, ld_second
+//   rows_per_cta   a multiple of 128; FEW_ROWS: 16
+//   matrix_stride  2048, or 0 if all blocks share one matrix (16-byte units)
+//   matrix_factor  a constant the products are multiplied by; 1 but for a shared matrix of +-1
+//   clip_over_7    float32(clip / 7)
+//   gain_offset (0 or 1)   RMS_NORM only, see `normalised`
+//   aligned  must be 1 unless FEW_ROWS; see quantize_rows.cu
+// Grid: (KB, runs of rows), 128 threads. Rows from m on are not written.
+//
+// Macros: those of quantize.cuh, APEX4_FEW_ROWS.
+#include "quantize.cuh"
+
+constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int STEPS = BLOCK / 16, PAIRS = STEPS / 2;  // k16 steps of an mma
+constexpr int TILES = BLOCK / 8;                      // n8 tiles
+constexpr int PIECES = 4, PIECE_WORDS = 4;            // of a row: eight columns a lane each
+constexpr int WORDS = PIECES * PIECE_WORDS;           // registers of a row
+constexpr int HALVES = 2;                             // rows r and r + 8 of an m16 tile
+
+// d += a b, sixteen rows; `lower`, `upper`: the words of rows r and r + 8.
+__device__ __forceinline__ void multiply(
+    float (&d)[4], const unsigned (&lower)[WORDS], const unsigned (&upper)[WORDS], int step, unsigned b0, unsigned b1) {
+  const int word0 = PIECE_WORDS * (step >> 1) + dense_piece_word(step, 0);
+  const int word1 = PIECE_WORDS * (step >> 1) + dense_piece_word(step, 1);
+#if APEX4_BF16
+#define APEX4_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+#define APEX4_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+  asm(APEX4_MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(lower[word0]), "r"(upper[word0]), "r"(lower[word1]), "r"(upper[word1]), "r"(b0), "r"(b1));
+}
+
+struct Input {
+  const unsigned short* x;
+  const unsigned short* second;
+  const float* inverse_rms;
+  int m, k, ldx, ld_second, first_column;
+  bool gain_offset, aligned;
+
+  __device__ __forceinline__ void load_row(
+      unsigned (&words)[WORDS], const unsigned short* row, bool active, int lane) const {
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece)
+      load_octet(words + PIECE_WORDS * piece, row, first_column + dense_piece_column(piece, lane), k, active, aligned);
+  }
+
+  // ROWS rows of the accumulator pattern from `first` on: row(i) = first + (lane >> 2) + 8 i.
+  template <int ROWS>
+  __device__ __forceinline__ void load(unsigned (&words)[ROWS][WORDS], int first, int lane) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int row = first + accumulator_row(lane, i);
+      load_row(words[i], x + static_cast<long long>(row) * ldx, row < m, lane);
+    }
+  }
+
+  // What is left to do on loaded rows before they are multiplied.
+  template <int ROWS>
+  __device__ __forceinline__ void finish(unsigned (&words)[ROWS][WORDS], int first, int lane) const {
+#if APEX4_INPUT == APEX4_RMS_NORM
+    unsigned gain[WORDS];
+    load_row(gain, second, true, lane);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int row = first + accumulator_row(lane, i);
+      const float inverse = row < m ? inverse_rms[row] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < WORDS; ++j) words[i][j] = normalised(words[i][j], gain[j], inverse, gain_offset);
+    }
+#elif APEX4_INPUT == APEX4_SILU_MUL
+#pragma unroll
+    for (int at = 0; at < ROWS; at += HALVES) {
+      // A branch, so that this work is not mixed with the products: there are no registers for both.
+      if (first + 8 * at >= m) return;
+      unsigned up[HALVES][WORDS];
+#pragma unroll
+      for (int i = 0; i < HALVES; ++i) {
+        const int row = first + accumulator_row(lane, at + i);
+        load_row(up[i], second + static_cast<long long>(row) * ld_second, row < m, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < HALVES; ++i)
+#pragma unroll
+        for (int j = 0; j < WORDS; ++j) words[at + i][j] = gated(words[at + i][j], up[i][j]);
+    }
+#endif
+  }
+};
+
+// The larger of the four lanes that share a row.
+__device__ __forceinline__ float max_of_quad(float value) {
+  value = max_nan(value, __shfl_xor_sync(FULL_WARP, value, 1));
+  return max_nan(value, __shfl_xor_sync(FULL_WARP, value, 2));
+}
+
+#if APEX4_FEW_ROWS
+
+constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
+
+extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
+    const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
+    float matrix_factor, float clip_over_7, int gain_offset, int aligned) {
+  __shared__ float warp_absmax[WARPS][ROWS];
+  let_dependents_start();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x, first = blockIdx.y * rows_per_cta;
+  const uint4* const fragments = matrix + static_cast<long long>(block) * matrix_stride;
+  uint4 b[PAIRS][WARP_TILES];  // the matrix is no output of the kernel before: no need to wait for that one
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t)
+      b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
+  wait_for_inputs();
+  const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
+  unsigned words[HALVES][WORDS];
+  input.load(words, first, lane);
+  input.finish(words, first, lane);
+  float y[WARP_TILES][4] = {};
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t) {
+      multiply(y[t], words[0], words[1], 2 * pair, b[pair][t].x, b[pair][t].y);
+      multiply(y[t], words[0], words[1], 2 * pair + 1, b[pair][t].z, b[pair][t].w);
+    }
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    float absmax = 0.0f;
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t)
+      absmax = max_nan(absmax, max_nan(fabsf(y[t][2 * half]), fabsf(y[t][2 * half + 1])));
+    absmax = max_of_quad(absmax);
+    if ((lane & 3) == 0) warp_absmax[warp][accumulator_row(lane, half)] = absmax;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    const int in_tile = accumulator_row(lane, half), row = first + in_tile;
+    if (row >= m) continue;
+    float absmax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][in_tile]);
+    const float scale = scale_of(absmax * matrix_factor, clip_over_7);
+    const ShiftedProduct quantized(scale, matrix_factor);
+    unsigned octet[8], packed[OCTET_WORDS];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) octet[i] = quantized(y[i >> 1][2 * half + (i & 1)]);
+    pack_octet(packed, octet);
+    const int column = dense_output(WARP_TILES * warp, 2 * (lane & 3));  // the first of this lane's eight
+    unsigned char* where = codes + static_cast<long long>(block) * m_stride * ROW_BYTES + octet_byte(row, column);
+#if APEX4_FORMAT == 80
+    *reinterpret_cast<unsigned*>(where) = packed[0];
+#else
+    *reinterpret_cast<uint2*>(where) = make_uint2(packed[0], packed[1]);
+#endif
+    if (warp == 0 && (lane & 3) == 0) scales[static_cast<long long>(block) * m_stride + row] = scale;
+  }
+}
+
+#else
+
+constexpr int M_TILES = 2, WARP_ROWS = 16 * M_TILES, CTA_ROWS = WARP_ROWS * WARPS;
+constexpr int MATRIX_CHUNKS = BLOCK * BLOCK / 8;  // 16 bytes each
+
+__device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
+#pragma unroll
+  for (int i = 0; i < MATRIX_CHUNKS / THREADS; ++i) {
+    const int at = threadIdx.x + i * THREADS;
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared + at));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + at) : "memory");
+  }
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// One row, of which this lane has the 32 columns from 32 q: scale, codes, stores.
+__device__ __forceinline__ void quantize_row(
+    unsigned char* slab, float* block_scales, const float (&y)[M_TILES][TILES][4], int m_tile, int half, int row, int m,
+    float matrix_factor, float clip_over_7, int lane) {
+  float absmax = 0.0f;
+#pragma unroll
+  for (int t = 0; t < TILES; ++t)
+    absmax = max_nan(absmax, max_nan(fabsf(y[m_tile][t][2 * half]), fabsf(y[m_tile][t][2 * half + 1])));
+  const float scale = scale_of(max_of_quad(absmax) * matrix_factor, clip_over_7);
+  const ShiftedProduct quantized(scale, matrix_factor);
+  const int column = dense_output(0, 2 * (lane & 3));
+  constexpr int CHUNK_OCTETS = 4 / OCTET_WORDS;
+#pragma unroll
+  for (int chunk = 0; chunk < 4 / CHUNK_OCTETS; ++chunk) {
+    unsigned packed[4];
+#pragma unroll
+    for (int i = 0; i < CHUNK_OCTETS; ++i) {
+      unsigned octet[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        octet[e] = quantized(y[m_tile][4 * (CHUNK_OCTETS * chunk + i) + (e >> 1)][2 * half + (e & 1)]);
+      pack_octet(packed + OCTET_WORDS * i, octet);
+    }
+    if (row < m)
+      *reinterpret_cast<uint4*>(slab + octet_byte(row, column + 8 * CHUNK_OCTETS * chunk)) =
+          make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+  if (row < m && (lane & 3) == 0) block_scales[row] = scale;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
+    const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
+    float matrix_factor, float clip_over_7, int gain_offset, int) {
+  __shared__ uint4 fragments[MATRIX_CHUNKS];
+  let_dependents_start();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
+  // The matrix is no output of the kernel before: no need to wait for that one.
+  copy_matrix(fragments, matrix + static_cast<long long>(block) * matrix_stride);
+  wait_for_inputs();
+  const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, true};
+  unsigned words[M_TILES * HALVES][WORDS];
+  int first = blockIdx.y * rows_per_cta + warp * WARP_ROWS;
+  const int end = min(m, (static_cast<int>(blockIdx.y) + 1) * rows_per_cta);
+  input.load(words, first, lane);
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+  unsigned char* const slab = codes + static_cast<long long>(block) * m_stride * ROW_BYTES;
+  float* const block_scales = scales + static_cast<long long>(block) * m_stride;
+
+  for (; first < end; first += CTA_ROWS) {
+    asm volatile("" : "+r"(first));  // to the compiler another number: it shall keep no pointers from pass to pass
+    input.finish(words, first, lane);
+    float y[M_TILES][TILES][4] = {};
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+        const uint4 b = fragments[dense_fragment_byte(pair, t, lane) / 16];
+        multiply(y[0][t], words[0], words[1], 2 * pair, b.x, b.y);
+        multiply(y[1][t], words[2], words[3], 2 * pair, b.x, b.y);
+        multiply(y[0][t], words[0], words[1], 2 * pair + 1, b.z, b.w);
+        multiply(y[1][t], words[2], words[3], 2 * pair + 1, b.z, b.w);
+      }
+    const int next = first + CTA_ROWS;
+    if (next < end) input.load(words, next, lane);
+#pragma unroll
+    for (int i = 0; i < M_TILES * HALVES; ++i)
+      quantize_row(slab, block_scales, y, i / HALVES, i % HALVES, first + accumulator_row(lane, i), m, matrix_factor,
+                   clip_over_7, lane);
+  }
+}
+
+#endif
