@@ -7,11 +7,13 @@ is saved is always what config.json says.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .deferred import Deferred
 from .errors import Apex4Error
 from .kernels import dispatch, ops, torch_backend
 from .layouts import get_layout
@@ -75,17 +77,17 @@ class Apex4Linear(nn.Module):
         """float16 [N, G]."""
         return self.layout.unpack_scales(self.weight_scale, self.out_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Deferred) -> torch.Tensor:
         if self._prepared_on != x.device:
             self._prepare_late(x.device)
         if not self.computes_with_kernels(x):
-            return self.reference(x)
+            return self.reference(x.tensor() if isinstance(x, Deferred) else x)
         shared = None if self.shared is None else self.shared.output_of(self, x)
         if shared is not None:
             return shared
         return self.multiply(self.quantize(x), x)
 
-    def computes_with_kernels(self, x: torch.Tensor) -> bool:
+    def computes_with_kernels(self, x: torch.Tensor | Deferred) -> bool:
         if self.kernel is None:
             return False
         if x.dtype in HALVES:
@@ -105,8 +107,10 @@ class Apex4Linear(nn.Module):
             matrix=self.transform_matrix(),
         )
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, x: torch.Tensor | Deferred) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., K] -> codes and scales in the format of the kernels."""
+        if isinstance(x, Deferred):
+            return x.quantize(*self.quantization())
         return ops.quantize(x.reshape(-1, x.shape[-1]), *self.quantization())
 
     def quantization(self) -> tuple[torch.Tensor | None, int, int, float, bool, str | None]:
@@ -116,9 +120,9 @@ class Apex4Linear(nn.Module):
         clip = format.activation_clip
         return self.transform_matrix(), format.padded_k, format.group_length, clip, hadamard, self.kernel
 
-    def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:
         """y [..., N] of the operands that `quantize` made of x."""
-        rows = x.numel() // x.shape[-1]
+        rows = prod(x.shape[:-1])
         packed, scale = self._operands()
         y = ops.gemm(*operands, packed, scale, self.float_bias, rows, self.out_features, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)

@@ -23,16 +23,19 @@ linear's parameter is a view: no memory is used twice. Where they cannot, the co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .families import Family
+from .deferred import Deferred, Deferring, defer_gating, defer_norm
+from .families import Family, InputGroup
 from .kernels import dispatch, ops, workspace
 from .linear import Apex4Linear
+from .number_format import DENSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +52,7 @@ class SharedInput:
         self._fused: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         self._hooks: tuple[RemovableHandle, ...] = ()
         self._open = False
-        self._x: torch.Tensor | None = None
+        self._x: torch.Tensor | Deferred | None = None
         self._version = 0
         self._operands: tuple[torch.Tensor, torch.Tensor] | None = None
         self._y: torch.Tensor | None = None  # [M, sum of N]
@@ -83,7 +86,7 @@ class SharedInput:
         self._x = self._operands = self._y = None
         self._left = ()
 
-    def output_of(self, member: Apex4Linear, x: torch.Tensor) -> torch.Tensor | None:
+    def output_of(self, member: Apex4Linear, x: torch.Tensor | Deferred) -> torch.Tensor | None:
         """What `member` returns for x, or None if it has to compute that alone."""
         if not self._open:
             return None
@@ -107,7 +110,7 @@ class SharedInput:
                 return place
         raise AssertionError("not a member")
 
-    def _compute(self, member: Apex4Linear, x: torch.Tensor) -> None:
+    def _compute(self, member: Apex4Linear, x: torch.Tensor | Deferred) -> None:
         self._forget()
         operands = member.quantize(x)
         if self._fused is None or self.stale:
@@ -115,7 +118,7 @@ class SharedInput:
         else:
             packed, scale, bias = self._fused
             features = sum(other.out_features for other in self.members)
-            self._y = ops.gemm(*operands, packed, scale, bias, x.numel() // x.shape[-1], features, x.dtype)
+            self._y = ops.gemm(*operands, packed, scale, bias, prod(x.shape[:-1]), features, x.dtype)
         self._x, self._version = x, _version(x)
         self._left = tuple(range(len(self.members)))
 
@@ -166,7 +169,9 @@ class SharedInput:
         return self.__dict__ | idle
 
 
-def _version(x: torch.Tensor) -> int:
+def _version(x: torch.Tensor | Deferred) -> int:
+    if isinstance(x, Deferred):
+        return 0  # made for this call by what is read from here
     if torch.compiler.is_compiling() or x.is_inference():
         return 0
     return x._version
@@ -194,6 +199,8 @@ def prepare_model(model: PreTrainedModel, family: Family | None, kernel: str | N
     for module in model.modules():
         if isinstance(module, Apex4Linear) and module.shared is not None:
             module.shared.detach()
+        if isinstance(getattr(module, "deferring", None), Deferring):
+            module.deferring.detach()
         if isinstance(module, Apex4Linear) and module.weight_packed.device.type != "meta":
             device = module.weight_packed.device
             module.prepare(kernel or dispatch.kernel_format(device))
@@ -203,41 +210,43 @@ def prepare_model(model: PreTrainedModel, family: Family | None, kernel: str | N
         workspace.prepare(device)
     if family is None:
         return
-    for parent, members in _readers_of_one_tensor(model, family):
-        shared = SharedInput(members)
-        shared.attach(parent)
-        shared.fuse()
+    config = model.config.to_dict()
+    prefix = family.layers
+    if model.base_model is model:  # a bare base model's names lack the first part
+        prefix = prefix.removeprefix(f"{model.base_model_prefix}.")
+    for index, layer in enumerate(model.get_submodule(prefix)):
+        groups = family.groups(config, index)
+        for parent, members in _readers_of_one_tensor(layer, groups):
+            shared = SharedInput(members)
+            shared.attach(parent)
+            shared.fuse()
+        for group in groups:
+            readers = [layer.get_submodule(name) for name in group.linears]
+            if group.also_read_by or not all(isinstance(reader, Apex4Linear) for reader in readers):
+                continue
+            if group.norm is not None:
+                defer_norm(layer, group.norm, family.norm_offset, readers)
+            elif group.producer is not None and group.producer.linear.endswith("up_proj"):
+                defer_gating(layer.get_submodule(group.linears[0].rpartition(".")[0]))
 
 
 def _readers_of_one_tensor(
-    model: PreTrainedModel, family: Family
+    layer: nn.Module, groups: Iterable[InputGroup]
 ) -> Iterator[tuple[nn.Module, tuple[Apex4Linear, ...]]]:
     """The parent and those of its linears that read the same tensor and quantize it alike, where there are several.
 
     Experts read different rows: the gate and up projections of each are on their own.
     """
-    prefix = family.layers
-    if model.base_model is model:  # a bare base model's names lack the first part
-        prefix = prefix.removeprefix(f"{model.base_model_prefix}.")
-    config = model.config.to_dict()
-    for index, layer in enumerate(model.get_submodule(prefix)):
-        alike: dict[tuple[Any, ...], list[Apex4Linear]] = {}
-        for position, group in enumerate(family.groups(config, index)):
-            for name in group.linears:
-                module = layer.get_submodule(name)
-                if isinstance(module, Apex4Linear):
-                    how = module.format
-                    owner = module.transform_owner if how.transform == "dense128" else None
-                    key = (
-                        name.rpartition(".")[0],
-                        position,
-                        how.padded_k,
-                        how.group_length,
-                        how.activation_clip,
-                        how.transform,
-                        id(owner),
-                    )
-                    alike.setdefault(key, []).append(module)
-        for key, members in alike.items():
-            if len(members) > 1:
-                yield layer.get_submodule(key[0]), tuple(members)
+    alike: dict[tuple[Any, ...], list[Apex4Linear]] = {}
+    for position, group in enumerate(groups):
+        for name in group.linears:
+            module = layer.get_submodule(name)
+            if isinstance(module, Apex4Linear):
+                how = module.format
+                owner = id(module.transform_owner) if how.transform == DENSE else None
+                transform = (how.transform, owner, how.activation_clip)
+                key = (name.rpartition(".")[0], position, how.padded_k, how.group_length, transform)
+                alike.setdefault(key, []).append(module)
+    for key, members in alike.items():
+        if len(members) > 1:
+            yield layer.get_submodule(key[0]), tuple(members)

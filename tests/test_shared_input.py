@@ -72,7 +72,9 @@ def test_the_fused_model_gives_the_same_bits(
     with Calls() as calls:
         assert torch.equal(logits_of(fused), reference_logits)
     layers = fused.config.num_hidden_layers
-    assert calls.count == {"quantize": 4 * layers, "gemm": 4 * layers}  # qkv, o, gate and up, down
+    assert calls.count == {  # qkv, o, gate and up, down
+        "rms_norm_quantize": 2 * layers, "quantize": layers, "silu_mul_quantize": layers, "gemm": 4 * layers,
+    }  # fmt: skip
     with Calls() as calls:
         assert torch.equal(logits_of(alone), reference_logits)
     assert calls.count == {"quantize": 7 * layers, "gemm": 7 * layers}
@@ -186,7 +188,7 @@ def test_a_decoder_layer_compiles_to_one_graph(backend: str, demo_checkpoint: Pa
         expected = layer(x, position_embeddings=positions)
         compiled = torch.compile(layer, backend=seen, fullgraph=True)
         assert torch.equal(compiled(x, position_embeddings=positions), expected)
-    assert [sorted(count.values()) for count in counted] == [[4, 4]]
+    assert [sorted(count.values()) for count in counted] == [[2, 2, 4]]
     assert torch.equal(layer(x, position_embeddings=positions), expected)  # nothing was left behind
 
 
@@ -209,7 +211,7 @@ def test_offloaded_linears_are_put_in_order_for_every_call(
     for _ in range(2):
         with Calls() as calls:
             assert torch.equal(logits_of(model), reference_logits)
-        assert calls.count == {"quantize": 6 * 4, "gemm": 3 * 4 + 3 * 7}
+        assert calls.count["gemm"] == 3 * 4 + 3 * 7
 
 
 # ---- one parent, any calls -------------------------------------------------------------------------------------------
@@ -379,3 +381,45 @@ def test_preparing_for_another_kernel_fuses_anew(inputs: dict[str, torch.Tensor]
     for member in parent.members():
         member.prepare(None)
     assert same(parent(**inputs), wanted)
+
+
+# ---- inputs that are computed where they are quantized ---------------------------------------------------------------
+
+
+def test_norms_and_activations_are_tensors_outside_their_layer(demo_checkpoint: Path) -> None:
+    model = load(demo_checkpoint, "sm90")
+    plain = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
+    x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer, other = model.model.layers[2], plain.model.layers[2]
+    assert torch.equal(layer.input_layernorm(x), other.input_layernorm(x))
+    assert torch.equal(layer.mlp.act_fn(x), other.mlp.act_fn(x))
+    assert torch.equal(layer.mlp(x), other.mlp(x))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_whoever_else_reads_a_deferred_input_is_stopped(demo_checkpoint: Path) -> None:
+    model = load(demo_checkpoint, "sm90")
+    layer = model.model.layers[2]
+    layer.self_attn.k_proj = nn.Linear(256, layer.self_attn.k_proj.out_features, bias=False, dtype=torch.bfloat16)
+    with pytest.raises((TypeError, AttributeError)):
+        logits_of(model)
+
+
+def test_a_layer_with_one_linear_kept_defers_nothing_to_it(
+    tiny_model: Call, calib: Path, tmp_path: Path, invoke: Call
+) -> None:
+    out = tmp_path / "out"
+    options = ("--calib", calib, "--samples", 2, "--seq-len", 32, "--target", "none", "--recipe", "rtn", "--json")
+    ignored = (
+        "--ignore",
+        "layers.0.self_attn.v_proj",
+        "--ignore",
+        "layers.1.mlp.up_proj",
+        "--ignore",
+        "layers.0.mlp.down_proj",
+    )
+    assert invoke("quantize", tiny_model(), "-o", out, *options, *ignored).exit_code == 0
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(out))
+    with Calls() as calls:
+        assert torch.equal(logits_of(load(out, "sm80")), expected)
+    assert calls.count == {"rms_norm_quantize": 2, "quantize": 4, "silu_mul_quantize": 1, "gemm": 7}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from ctypes import c_int, c_void_p
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -89,14 +90,17 @@ def _quantize_cpu(
         return pack_activations(codes.flatten(1), scales, format)
 
 
-def _rms_norm_quantize_cpu(x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, *how: object) -> Pair:
+def _rms_norm_quantize_cpu(x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, *how: Any) -> Pair:
+    # Rounded where the modules of transformers round: Llama's before the gain, Gemma's (1 + gain) behind it.
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _quantize_cpu(normed * (gain.float() + gain_offset), *how)  # type: ignore[arg-type]
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if gain_offset:
+        return _quantize_cpu((normed * (gain_offset + gain.float())).to(x.dtype), *how)
+    return _quantize_cpu(gain * normed.to(x.dtype), *how)
 
 
-def _silu_mul_quantize_cpu(gate: torch.Tensor, up: torch.Tensor, *how: object) -> Pair:
-    return _quantize_cpu(torch.nn.functional.silu(gate.float()) * up.float(), *how)  # type: ignore[arg-type]
+def _silu_mul_quantize_cpu(gate: torch.Tensor, up: torch.Tensor, *how: Any) -> Pair:
+    return _quantize_cpu(torch.nn.functional.silu(gate) * up, *how)
 
 
 def _gemm_cpu(
