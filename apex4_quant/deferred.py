@@ -126,7 +126,7 @@ def defer_norm(layer: nn.Module, name: str, offset: float, readers: Sequence[nn.
 
 
 def _norm_forward(eps: float, offset: float, self: Any, x: torch.Tensor) -> torch.Tensor | Normed:
-    if self.deferring.applies(x):
+    if self.deferring.applies(x) and self.weight.dtype == x.dtype:
         return Normed(self, x, eps, offset)
     return type(self).forward(self, x)
 

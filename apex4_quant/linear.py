@@ -16,8 +16,9 @@ from torch import nn
 from .deferred import Deferred
 from .errors import Apex4Error
 from .kernels import dispatch, ops, torch_backend
+from .kernels.quantize_configs import prepack_matrix
 from .layouts import get_layout
-from .number_format import DENSE
+from .number_format import BLOCK, DENSE
 from .quant_config import LinearFormat
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Apex4Linear(nn.Module):
         self.kernel: str | None = None  # the activation format of the kernels that compute, None: PyTorch operations
         self._prepared_on: torch.device | None = None
         self.float_bias: torch.Tensor | None = None  # what the kernels add
+        self.prepacked: dict[torch.dtype, torch.Tensor] = {}  # the dense transform stored here, as kernels read it
         self.shared: SharedInput | None = None  # with the linears that read the same input
 
     @classmethod
@@ -109,16 +111,24 @@ class Apex4Linear(nn.Module):
 
     def quantize(self, x: torch.Tensor | Deferred) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., K] -> codes and scales in the format of the kernels."""
-        if isinstance(x, Deferred):
-            return x.quantize(*self.quantization())
-        return ops.quantize(x.reshape(-1, x.shape[-1]), *self.quantization())
-
-    def quantization(self) -> tuple[torch.Tensor | None, int, int, float, bool, str | None]:
-        """The arguments behind x of `ops.quantize`."""
         format = self.format
         hadamard = format.transform == "hadamard128"
-        clip = format.activation_clip
-        return self.transform_matrix(), format.padded_k, format.group_length, clip, hadamard, self.kernel
+        how = (format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel)
+        if isinstance(x, Deferred):
+            return x.quantize(self._kernel_matrix(x), *how)
+        return ops.quantize(x.reshape(-1, x.shape[-1]), self._kernel_matrix(x), *how)
+
+    def _kernel_matrix(self, x: torch.Tensor | Deferred) -> torch.Tensor | None:
+        """The dense transform as the operators read it."""
+        matrix = self.transform_matrix()
+        if matrix is None or x.device.type != "cuda" or self.format.group_length != BLOCK:
+            return matrix
+        owner = self.transform_owner
+        if _is_offloaded(owner):
+            return prepack_matrix(matrix, x.dtype)
+        if x.dtype not in owner.prepacked:
+            owner.prepacked[x.dtype] = prepack_matrix(matrix, x.dtype)
+        return owner.prepacked[x.dtype]
 
     def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:
         """y [..., N] of the operands that `quantize` made of x."""
@@ -160,6 +170,7 @@ class Apex4Linear(nn.Module):
         """After the tensors changed: what is derived from them."""
         bias = self.bias if self.kernel is not None else None
         self.float_bias = None if bias is None or bias.device.type == "meta" else bias.detach().float()
+        self.prepacked = {}
         if self.shared is not None:
             self.shared.stale = True
 

@@ -6,7 +6,8 @@
     gemm(codes, scales, weight_packed, ...)     -> y [M, N]
 
 Operands are those of operands.py and of the layout of the same name. K is padded with zeros to `k_padded` before the
-transform, which is `matrix` (float16 [k_padded / 128, 128, 128], prepared by `prepare_matrix`) or the Hadamard matrix.
+transform, which is `matrix` or the Hadamard matrix or none. On a GPU `matrix` is what quantize_configs.prepack_matrix
+makes, of x's dtype, where groups are of 128; otherwise, and on a CPU, float16 [k_padded / 128, 128, 128] as stored.
 On a GPU they launch the kernels on the current stream and wait for nothing. On a CPU they compute the same operands
 with PyTorch, slowly: for tests, and to trace.
 """
@@ -84,7 +85,7 @@ def _quantize_cpu(
     hadamard: bool,
     format: str,
 ) -> Pair:
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         padded = torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
         codes, scales = torch_backend.quantize_activation(padded, group, clip, hadamard, matrix)
         return pack_activations(codes.flatten(1), scales, format)
@@ -138,11 +139,76 @@ for _name, _function in (
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 @lru_cache(maxsize=64)
 def _gpu(index: int) -> tuple[int, int]:
     """sm and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _launch_quantizer(
+    x: torch.Tensor,
+    matrix: torch.Tensor | None,
+    k_padded: int,
+    group: int,
+    clip: float,
+    hadamard: bool,
+    format: str,
+    **operands: Any,
+) -> Pair:
+    from .quantize_launch import run_quantize
+
+    codes, scales = _empty_operands(x, k_padded, group, format)
+    index = x.device.index
+    run_quantize(
+        index, codes=codes.data_ptr(), scales=scales.data_ptr(), x=x.data_ptr(), m=x.shape[0], k=x.shape[1],
+        k_blocks=k_padded // BLOCK, m_stride=codes.shape[1], ldx=x.stride(0), dtype=_NAMES[x.dtype], format=format,
+        stream=torch.cuda.current_stream(index).cuda_stream, sm_count=_gpu(index)[1], blocks_per_group=group // BLOCK,
+        transform="dense" if matrix is not None else "hadamard" if hadamard else "none", clip=clip,
+        matrix=0 if matrix is None else matrix.data_ptr(), **operands,
+    )  # fmt: skip
+    return codes, scales
+
+
+def _reads_prepacked(matrix: torch.Tensor | None) -> bool:
+    # The dense kernel has groups of 128 only: for others the layer gives the matrix as it is stored (Apex4Linear).
+    return matrix is None or matrix.dim() == 2
+
+
+def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _quantize_cuda(x: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Pair:
+    if not _reads_prepacked(matrix):
+        return _quantize_cpu(x, matrix, *how)
+    return _launch_quantizer(_with_dense_rows(x), matrix, *how)
+
+
+def _rms_norm_quantize_cuda(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, matrix: torch.Tensor | None, *how: Any
+) -> Pair:
+    if not _reads_prepacked(matrix):
+        return _rms_norm_quantize_cpu(x, gain, eps, gain_offset, matrix, *how)
+    # Between the two kernels of the dense transform.
+    scratch = None if matrix is None else torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return _launch_quantizer(
+        _with_dense_rows(x), matrix, *how, input="rms_norm", second=gain.data_ptr(), eps=eps,
+        gain_offset=bool(gain_offset), inverse_rms=0 if scratch is None else scratch.data_ptr(),
+    )  # fmt: skip
+
+
+def _silu_mul_quantize_cuda(gate: torch.Tensor, up: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Pair:
+    if not _reads_prepacked(matrix):
+        return _silu_mul_quantize_cpu(gate, up, matrix, *how)
+    up = _with_dense_rows(up)
+    return _launch_quantizer(
+        _with_dense_rows(gate), matrix, *how, input="silu_mul", second=up.data_ptr(), ld_second=up.stride(0)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -191,4 +257,10 @@ def _gemm_cuda(
     return y
 
 
-_library.impl("gemm", _gemm_cuda, "CUDA")
+for _name, _function in (
+    ("quantize", _quantize_cuda),
+    ("rms_norm_quantize", _rms_norm_quantize_cuda),
+    ("silu_mul_quantize", _silu_mul_quantize_cuda),
+    ("gemm", _gemm_cuda),
+):
+    _library.impl(_name, _function, "CUDA")
