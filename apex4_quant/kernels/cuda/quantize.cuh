@@ -1,10 +1,11 @@
-// What the activation quantizers share: 16-bit arithmetic, the input stages, the scale, codes and their packing.
+// What the activation quantizers share: loads, the input stages, the scale, codes and their packing.
 //
 // Macros: APEX4_BF16 (1: bfloat16, 0: float16), APEX4_INPUT (PLAIN, RMS_NORM, SILU_MUL below), APEX4_FORMAT (80 or 90: the
-// activation format, see index.cuh). Values of the input's type travel as pairs, the lower column in the lower half.
+// activation format, see index.cuh).
 #pragma once
 
 #include "index.cuh"
+#include "quantize_ptx.cuh"
 
 #define APEX4_PLAIN 0
 #define APEX4_RMS_NORM 1
@@ -16,43 +17,6 @@ constexpr float SCALE_FLOOR = 0x1p-100f;
 // Adding 1.5 * 2^23 rounds a small number to an integer, ties to even, and leaves it in the low mantissa bits. The 8 on
 // top makes codes -7..7 the nibbles 1..15, which add up to words without borrowing from each other.
 constexpr float ROUND_BIASED = 12582912.0f + 8.0f;
-
-// ---- 16-bit types -----------------------------------------------------------------------------------------------------
-#if APEX4_BF16
-__device__ __forceinline__ float low_of(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ unsigned pair_of(float low, float high) {
-  unsigned pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-__device__ __forceinline__ unsigned pair_product(unsigned a, unsigned b) {
-  unsigned product;  // a b + (-0): one rounding; mul.bf16x2 needs sm_90
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
-  return product;
-}
-#else
-__device__ __forceinline__ float low_of(unsigned pair) {
-  float value;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(value) : "r"(pair));
-  return value;
-}
-__device__ __forceinline__ float high_of(unsigned pair) {
-  float value;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(value) : "r"(pair));
-  return value;
-}
-__device__ __forceinline__ unsigned pair_of(float low, float high) {
-  unsigned pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-__device__ __forceinline__ unsigned pair_product(unsigned a, unsigned b) {
-  unsigned product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-#endif
 
 // ---- loads ------------------------------------------------------------------------------------------------------------
 // Eight consecutive elements of a row from `column` on as four pairs; zeros from column k on and where not `active`.
@@ -86,9 +50,7 @@ __device__ __forceinline__ unsigned normalised(unsigned x, unsigned gain, float 
 
 // x / (1 + e^-x) to about two units of float32's last place; -0 where e^-x overflows, NaN at minus infinity.
 __device__ __forceinline__ float silu(float x) {
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + expf(-x)));
-  return x * reciprocal;
+  return x * approximate_reciprocal(1.0f + expf(-x));
 }
 
 __device__ __forceinline__ unsigned gated(unsigned gate, unsigned up) {
@@ -96,12 +58,7 @@ __device__ __forceinline__ unsigned gated(unsigned gate, unsigned up) {
 }
 
 // ---- scale and codes --------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float larger;  // NaN if either is: damage upstream must show in the scale
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-}
-
+// NaN if absmax is: damage upstream must show.
 __device__ __forceinline__ float scale_of(float absmax, float clip_over_7) {
   return max_nan(clip_over_7 * absmax, SCALE_FLOOR);
 }
@@ -175,15 +132,3 @@ __device__ __forceinline__ constexpr int octet_byte(int row, int k) {
 }
 
 constexpr int ROW_BYTES = APEX4_FORMAT == 80 ? 64 : 128;
-
-// ---- programmatic dependent launch: both are without effect in an ordinary launch -------------------------------------
-__device__ __forceinline__ void let_dependents_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}

@@ -43,14 +43,7 @@ __device__ __forceinline__ void multiply(
     float (&d)[4], const unsigned (&lower)[WORDS], const unsigned (&upper)[WORDS], int step, unsigned b0, unsigned b1) {
   const int word0 = PIECE_WORDS * (step >> 1) + dense_piece_word(step, 0);
   const int word1 = PIECE_WORDS * (step >> 1) + dense_piece_word(step, 1);
-#if APEX4_BF16
-#define APEX4_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#else
-#define APEX4_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#endif
-  asm(APEX4_MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(lower[word0]), "r"(upper[word0]), "r"(lower[word1]), "r"(upper[word1]), "r"(b0), "r"(b1));
+  multiply_16x8x16(d, lower[word0], upper[word0], lower[word1], upper[word1], b0, b1);
 }
 
 struct Input {
@@ -190,10 +183,8 @@ __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
 #pragma unroll
   for (int i = 0; i < MATRIX_CHUNKS / THREADS; ++i) {
     const int at = threadIdx.x + i * THREADS;
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared + at));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from + at) : "memory");
+    copy_async(shared + at, from + at);
   }
-  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // One row, of which this lane has the 32 columns from 32 q: scale, codes, stores.
@@ -241,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
   int first = blockIdx.y * rows_per_cta + warp * WARP_ROWS;
   const int end = min(m, (static_cast<int>(blockIdx.y) + 1) * rows_per_cta);
   input.load(words, first, lane);
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_for_copies();
   __syncthreads();
   unsigned char* const slab = codes + static_cast<long long>(block) * m_stride * ROW_BYTES;
   float* const block_scales = scales + static_cast<long long>(block) * m_stride;

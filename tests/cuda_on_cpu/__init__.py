@@ -1,0 +1,58 @@
+"""Kernels of the quantizers on a CPU: their own source, compiled by a C++ compiler with cuda_on_cpu.h in CUDA's place."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apex4_quant.kernels.compiler import SOURCES
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("c++")
+FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-w")
+
+
+class CpuKernel:
+    """`launch` as `launcher.Kernel.launch` has it; addresses among the arguments are those of the CPU's memory."""
+
+    def __init__(self, library: Path) -> None:
+        self._launch = ctypes.CDLL(str(library)).launch_on_cpu
+
+    def launch(self, grid: tuple[int, int, int], block: int, args: Sequence[Any], **_: Any) -> None:
+        addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
+        self._launch(addresses, (ctypes.c_int * 3)(*grid), block)
+
+
+class CpuLauncher:
+    """Stands in for `launcher.kernel`. `folder` receives the libraries; `edits` are made to the sources before."""
+
+    def __init__(self, folder: Path, edits: Sequence[tuple[str, str, str]] = ()) -> None:
+        self._folder = folder
+        self._kernels: dict[Any, CpuKernel] = {}
+        for path in (*SOURCES.glob("*.cuh"), *SOURCES.glob("*.cu")):
+            text = path.read_text()
+            for name, old, new in edits:
+                if name == path.name:
+                    assert text.count(old) == 1, (name, old)
+                    text = text.replace(old, new)
+            (folder / path.name).write_text(text)
+        (folder / "quantize_ptx.cuh").write_text("#pragma once\n")  # cuda_on_cpu.h has it
+
+    def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:
+        key = (source, *sorted(defines.items()))
+        if key not in self._kernels:
+            name = "_".join(str(part) for part in (Path(source).stem, *(value for _, value in sorted(defines.items()))))
+            program, library = self._folder / f"{name}.cpp", self._folder / f"{name}.so"
+            program.write_text(
+                f'#include "cuda_on_cpu.h"\n#include "{source}"\nextern "C" void launch_on_cpu(void** arguments, '
+                f"const int* grid, int threads) {{ cpu::launch({entry}, arguments, grid, threads); }}\n"
+            )
+            macros = [f"-D{macro}={value}" for macro, value in defines.items()]
+            command = [COMPILER, *FLAGS, *macros, f"-I{HERE}", f"-I{self._folder}", str(program), "-o", str(library)]
+            subprocess.run(command, check=True)
+            self._kernels[key] = CpuKernel(library)
+        return self._kernels[key]

@@ -1,0 +1,185 @@
+// Enough of CUDA to run a quantizer kernel on a CPU, one CTA after the other, every thread a fiber of its own. The kernel's
+// source is included as it is; only quantize_ptx.cuh is replaced, by the second half of this file. A fiber runs until it
+// meets a barrier of its warp (shuffles, mma) or of its CTA; memory that two threads share is static.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __CUDA_ARCH__ 900
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+struct Dim3 { unsigned x = 0, y = 0, z = 0; };
+using std::min;
+
+namespace cpu {
+constexpr int LANES_OF_WARP = 32;
+constexpr size_t STACK = 256 * 1024;
+struct Barrier { int arrived = 0, generation = 0; };
+struct Fiber { ucontext_t context; Dim3 thread; bool done; };
+inline std::vector<Fiber> fibers;
+inline std::vector<char> stacks;
+inline std::vector<Barrier> warps;
+inline Barrier cta;
+inline ucontext_t scheduler;
+inline int current;
+inline uint32_t exchange[64][LANES_OF_WARP][8];
+
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void meet(Barrier& barrier, int participants) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == participants) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+inline void meet_warp() { meet(warps[current / LANES_OF_WARP], LANES_OF_WARP); }
+inline uint32_t (&mine())[8] { return exchange[current / LANES_OF_WARP][current % LANES_OF_WARP]; }
+inline uint32_t (&of_lane(int lane))[8] { return exchange[current / LANES_OF_WARP][lane]; }
+}  // namespace cpu
+
+#define threadIdx (cpu::fibers[cpu::current].thread)
+inline Dim3 blockIdx, blockDim, gridDim;
+
+inline float __uint_as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+inline unsigned __float_as_uint(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __saturatef(float a) { return a > 0.0f ? (a < 1.0f ? a : 1.0f) : 0.0f; }  // NaN: 0
+inline float rsqrtf(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
+inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  cpu::mine()[0] = __float_as_uint(value);
+  cpu::meet_warp();
+  const float other = __uint_as_float(cpu::of_lane((cpu::current % cpu::LANES_OF_WARP) ^ mask)[0]);
+  cpu::meet_warp();
+  return other;
+}
+
+// ---- quantize_ptx.cuh -------------------------------------------------------------------------------------------------
+#if APEX4_BF16
+inline float half_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
+inline unsigned float_to_half(float value) {
+  const unsigned bits = __float_as_uint(value);
+  if (value != value) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#else
+inline float half_to_float(unsigned bits) {
+  const uint16_t narrow = static_cast<uint16_t>(bits);
+  _Float16 half;
+  std::memcpy(&half, &narrow, 2);
+  return static_cast<float>(half);
+}
+inline unsigned float_to_half(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+#endif
+inline float low_of(unsigned pair) { return half_to_float(pair & 0xffff); }
+inline float high_of(unsigned pair) { return half_to_float(pair >> 16); }
+inline unsigned pair_of(float low, float high) { return float_to_half(high) << 16 | float_to_half(low); }
+inline unsigned pair_product(unsigned a, unsigned b) {
+  return pair_of(low_of(a) * low_of(b), high_of(a) * high_of(b));  // products of such numbers are exact in float32
+}
+inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
+inline void copy_async(uint4* shared, const uint4* from) { *shared = *from; }
+inline void wait_for_copies() {}
+inline void let_dependents_start() {}
+inline void wait_for_inputs() {}
+
+// Registers of mma.m16n8k16 (16 bit), PTX ISA: lane l = 4 g + q. A register i holds row g + 8 (i & 1), columns 2 q + 8 (i >> 1)
+// and the next; B register i rows 2 q + 8 i and the next, column g; D element i row g + 8 (i >> 1), column 2 q + (i & 1).
+inline void multiply_16x8x16(
+    float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  uint32_t (&own)[8] = cpu::mine();
+  own[0] = a0, own[1] = a1, own[2] = a2, own[3] = a3, own[4] = b0, own[5] = b1;
+  cpu::meet_warp();
+  const int lane = cpu::current % cpu::LANES_OF_WARP, g = lane / 4, q = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = 2 * q + i % 2;
+    float sum = d[i];
+    for (int k = 0; k < 16; ++k) {
+      const unsigned a = cpu::of_lane(4 * (row % 8) + k % 8 / 2)[row / 8 + 2 * (k / 8)];
+      const unsigned b = cpu::of_lane(4 * column + k % 8 / 2)[4 + k / 8];
+      sum += (k % 2 ? high_of(a) : low_of(a)) * (k % 2 ? high_of(b) : low_of(b));
+    }
+    d[i] = sum;
+  }
+  cpu::meet_warp();
+}
+
+// ---- the launch -------------------------------------------------------------------------------------------------------
+namespace cpu {
+inline void (*body)(void*);
+inline void* body_arguments;
+inline void fiber_main() {
+  body(body_arguments);
+  fibers[current].done = true;
+  yield();
+}
+
+inline void run_cta(int threads) {
+  fibers.assign(threads, {});
+  warps.assign((threads + LANES_OF_WARP - 1) / LANES_OF_WARP, {});
+  cta = {};
+  stacks.resize(STACK * threads);
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.thread.x = t;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks.data() + STACK * t;
+    fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (current = 0; current < threads; ++current)
+      if (!fibers[current].done) {
+        swapcontext(&scheduler, &fibers[current].context);
+        running = true;
+      }
+  }
+}
+
+template <class... P, size_t... I>
+void launch(void (*kernel)(P...), void** arguments, const int* grid, int threads, std::index_sequence<I...>) {
+  struct Call { void (*kernel)(P...); void** arguments; } call{kernel, arguments};
+  body = [](void* opaque) {
+    Call& c = *static_cast<Call*>(opaque);
+    c.kernel(*static_cast<P*>(c.arguments[I])...);
+  };
+  body_arguments = &call;
+  blockDim = {unsigned(threads), 1, 1};
+  gridDim = {unsigned(grid[0]), unsigned(grid[1]), unsigned(grid[2])};
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_cta(threads);
+}
+
+template <class... P>
+void launch(void (*kernel)(P...), void** arguments, const int* grid, int threads) {
+  launch(kernel, arguments, grid, threads, std::index_sequence_for<P...>{});
+}
+}  // namespace cpu
