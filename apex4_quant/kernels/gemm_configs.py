@@ -1,18 +1,18 @@
 """Tile configurations of the W4A4 GEMMs, and which one a shape gets. Torch-free.
 
 A configuration is one cubin. `choose_gemm` ranks them by a small model of the time of a tile, whose few constants stand
-below; `explain` prints the ranking, `APEX4_GEMM` overrides it (a configuration's name, with `/SPLITS` if wanted), and
+below; `explain` prints the ranking, `APEX4_GEMM` overrides it (a configuration's name, with `/CUT` if wanted, `GemmPlan.cut`), and
 `kernels/autotune.py` replaces it by measured winners.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ..errors import UsageError
-from ..number_format import BLOCK
+from ..number_format import BLOCK, round_up
 
 WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
@@ -81,8 +81,7 @@ class GemmConfig:
         """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
         if self.family == "sm90":
             stage = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N) + 16
-            size = self.stages * stage + self.tile_n * self.tile_m * 2 + self.consumers
-            return -(-size // 1024) * 1024
+            return round_up(self.stages * round_up(stage, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
 
     def tiles(self, m: int, n: int) -> int:
@@ -127,20 +126,34 @@ _TILES[89] = _TILES[86]
 
 def all_configs(sm: int) -> list[GemmConfig]:
     """Every kernel of an architecture, for both output dtypes."""
-    from dataclasses import replace
-
     return [replace(config, out=out) for config in _TILES.get(sm, ()) for out in ("bf16", "fp16")]
 
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """How one shape is computed: the kernel, and what its launch needs."""
+    """How one shape is computed: the kernel, and what its launch needs.
+
+    A tile's blocks of 128 input features are shared by several thread blocks where tiles alone do not fill the GPU:
+    sm80, in `splits` equal ranges; sm90, in spans of `span` blocks of all tiles in a row, or not at all (0).
+    """
 
     config: GemmConfig
-    splits: int
     m: int
     n: int
+    k_blocks: int
     sm_count: int
+    splits: int = 1
+    span: int = 0
+
+    @property
+    def cut(self) -> int:
+        """The last argument of the kernel."""
+        return self.span if self.config.family == "sm90" else self.splits
+
+    @property
+    def label(self) -> str:
+        """As `APEX4_GEMM` takes it."""
+        return f"{self.config.tile_name}/{self.cut}"
 
     @property
     def block(self) -> int:
@@ -149,24 +162,33 @@ class GemmPlan:
     @property
     def grid(self) -> tuple[int, int, int]:
         tiles = self.config.tiles(self.m, self.n)
-        if self.config.family == "sm90":  # persistent
-            return min(tiles * self.splits, self.sm_count), 1, 1
-        return tiles, self.splits, 1
+        if self.config.family != "sm90":
+            return tiles, self.splits, 1
+        if self.span:
+            return -(-tiles * self.k_blocks // self.span), 1, 1
+        return min(tiles, self.sm_count), 1, 1  # each takes several
+
+    @property
+    def parts(self) -> int:
+        """Thread blocks that may share a tile; 1: there is nothing to add up."""
+        if self.config.family != "sm90":
+            return self.splits
+        return -(-self.k_blocks // self.span) + 1 if self.span else 1
 
     @property
     def counters(self) -> int:
-        """uint32 zeros needed if splits > 1."""
+        """uint32 zeros needed if `parts` > 1."""
         if self.config.family == "sm90":
             return -(-self.m // self.config.tile_m) * -(-self.n // WEIGHT_TILE_N)
         return self.config.tiles(self.m, self.n)
 
     @property
     def workspace_floats(self) -> int:
-        """float32 of partial sums needed if splits > 1."""
-        if self.splits == 1:
+        """float32 of partial sums needed if `parts` > 1."""
+        if self.parts == 1:
             return 0
         tile_n = WEIGHT_TILE_N if self.config.family == "sm90" else self.config.tile_n
-        return self.counters * self.splits * self.config.tile_m * tile_n
+        return self.counters * self.parts * self.config.tile_m * tile_n
 
 
 # ---- the heuristic -----------------------------------------------------------------------------------------------------
@@ -178,23 +200,30 @@ _BYTES_PER_CLOCK = {80: 13.0, 86: 7.0, 89: 5.0, 90: 19.0}  # of memory, a multip
 _LATENCY = 700.0  # clocks until the first block's copies have landed
 _STAGE_OVERHEAD = 60.0  # clocks of a block's barrier and addresses, where nothing else runs on the multiprocessor
 _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
-_REDUCTION_PER_SPLIT = 60.0
+_REDUCTION_PER_PART = 60.0
+_BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else
 
 
-def _clocks(sm: int, sm_count: int, config: GemmConfig, splits: int, m: int, n: int, k_blocks: int) -> float:
+def _clocks(sm: int, plan: GemmPlan) -> float:
     """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
-    resident = 1 if config.family == "sm90" else max(1, _resident(sm, config))
-    items = config.tiles(m, n) * splits
-    blocks = -(-k_blocks // splits)
-    busy = min(resident, -(-items // sm_count))  # thread blocks that share a multiprocessor
-    rows = min(config.tile_m, m)
+    config, k_blocks, sm_count = plan.config, plan.k_blocks, plan.sm_count
+    tiles = config.tiles(plan.m, plan.n)
+    rows = min(config.tile_m, plan.m)
     tensor = config.tile_m * config.tile_n * BLOCK / (_MACS[sm] * _SHARE_OF_PEAK)
     # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
     memory = (config.tile_n * BLOCK / 2 + rows * BLOCK / 6) / _BYTES_PER_CLOCK[sm]
+    if config.family == "sm90":
+        a_block = max(tensor, memory, _BLOCK_LATENCY)
+        if plan.span:
+            shared = 1 + (plan.span < k_blocks)  # tiles that a thread block hands over or takes
+            return _LATENCY + plan.span * a_block + _REDUCTION * (1 + shared) + plan.parts * _REDUCTION_PER_PART
+        return _LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _REDUCTION)
+    items = tiles * plan.splits
+    blocks = -(-k_blocks // plan.splits)
+    busy = min(max(1, _resident(sm, config)), -(-items // sm_count))  # thread blocks that share a multiprocessor
     a_block = max(tensor * busy, memory * busy, tensor + _STAGE_OVERHEAD)
-    waves = -(-items // (sm_count * busy))
-    total = waves * (blocks * a_block + _REDUCTION) + _LATENCY
-    return total + (_REDUCTION + splits * _REDUCTION_PER_SPLIT if splits > 1 else 0.0)
+    total = -(-items // (sm_count * busy)) * (blocks * a_block + _REDUCTION) + _LATENCY
+    return total + (_REDUCTION + plan.splits * _REDUCTION_PER_PART if plan.splits > 1 else 0.0)
 
 
 def _resident(sm: int, config: GemmConfig) -> int:
@@ -206,8 +235,10 @@ def _resident(sm: int, config: GemmConfig) -> int:
     return min(by_shared, 65536 // (registers * config.threads))
 
 
-def candidates(sm: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str) -> list[tuple[GemmConfig, int]]:
-    """Every (configuration, splits) that may compute the shape."""
+def candidates(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str
+) -> list[GemmPlan]:
+    """Every plan that may compute the shape."""
     wide = blocks_per_group > 1 and sm != 90
     found = []
     for config in all_configs(sm):
@@ -215,11 +246,14 @@ def candidates(sm: int, m: int, n: int, k_blocks: int, blocks_per_group: int, ou
             continue
         if config.tile_m > 16 and config.tile_m >= 2 * m:  # mostly padding
             continue
-        found += [
-            (config, splits)
-            for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)
-            if splits * 2 <= k_blocks or splits == 1
-        ]
+        plan = GemmPlan(config, m, n, k_blocks, sm_count)
+        if config.family == "sm90":
+            even = -(-config.tiles(m, n) * k_blocks // sm_count)  # blocks of each multiprocessor
+            spans = {0, *(max(even, low) for low in (4, 8))} if config.tile_m <= 128 else {0}
+            found += [replace(plan, span=span) for span in sorted(spans)]
+        else:
+            splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)
+            found += [replace(plan, splits=each) for each in splits if each * 2 <= k_blocks or each == 1]
     return found
 
 
@@ -231,34 +265,37 @@ def choose_gemm(
 
     Raises UsageError if there is no kernel for `sm`, or APEX4_GEMM names none of its configurations.
     """
-    options = candidates(sm, m, n, k_blocks, blocks_per_group, out)
+    options = candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, out)
     if not options:
         raise UsageError(f"there is no W4A4 kernel for sm_{sm}")
     wanted = os.environ.get("APEX4_GEMM")
     if wanted:
-        return _named(wanted, sm, sm_count, m, n, blocks_per_group, out)
-    config, splits = min(options, key=lambda option: _clocks(sm, sm_count, *option, m, n, k_blocks))
-    return GemmPlan(config, splits, m, n, sm_count)
+        return _named(wanted, sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
+    return min(options, key=lambda plan: _clocks(sm, plan))
 
 
-def _named(wanted: str, sm: int, sm_count: int, m: int, n: int, blocks_per_group: int, out: str) -> GemmPlan:
-    name, _, splits = wanted.partition("/")
-    wide = blocks_per_group > 1 and sm != 90
-    for config in all_configs(sm):
-        if config.tile_name == name and config.out == out and config.wide_groups == wide:
-            if splits and not (splits.isdecimal() and 1 <= int(splits) <= _MAX_SPLITS):
-                break
-            return GemmPlan(config, int(splits or 1), m, n, sm_count)
-    names = sorted({config.tile_name for config in all_configs(sm) if config.wide_groups == wide})
+def _named(wanted: str, sm: int, shape: GemmPlan) -> GemmPlan:
+    """The plan that `NAME` or `NAME/CUT` names, for the shape, group kind and dtype of `shape`."""
+    name, _, cut = wanted.partition("/")
+    alike = [
+        each for each in all_configs(sm) if (each.out, each.wide_groups) == (shape.config.out, shape.config.wide_groups)
+    ]
+    for config in alike:
+        if config.tile_name == name and (not cut or cut.isdecimal()):
+            plan = replace(shape, config=config)
+            if config.family == "sm90":
+                return replace(plan, span=int(cut or 0))
+            if 1 <= int(cut or 1) <= min(_MAX_SPLITS, shape.k_blocks):
+                return replace(plan, splits=int(cut or 1))
+    names = sorted({config.tile_name for config in alike})
     raise UsageError(
-        f"APEX4_GEMM={wanted!r} names no kernel here: give one of {', '.join(names)}, with /SPLITS from 1 to {_MAX_SPLITS}"
+        f"APEX4_GEMM={wanted!r} names no kernel here: give NAME or NAME/CUT with one of {', '.join(names)}"
     )
 
 
 def explain(sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, count: int = 8) -> str:
     """The best candidates of the heuristic and their modelled clocks, one a line."""
     ranked = sorted(
-        (_clocks(sm, sm_count, config, splits, m, n, k_blocks), config.tile_name, splits)
-        for config, splits in candidates(sm, m, n, k_blocks, blocks_per_group, "bf16")
+        (_clocks(sm, plan), plan.label) for plan in candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, "bf16")
     )
-    return "\n".join(f"{clocks:12.0f} clocks  {name}/{splits}" for clocks, name, splits in ranked[:count])
+    return "\n".join(f"{clocks:12.0f} clocks  {label}" for clocks, label in ranked[:count])

@@ -50,6 +50,12 @@ __device__ __forceinline__ uint32 shared_read_32(uint32 shared_rd) {
   return d;
 }
 
+__device__ __forceinline__ float2 shared_read_float2(uint32 shared_rd) {
+  float2 d;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(d.x), "=f"(d.y) : "r"(shared_rd) : "memory");
+  return d;
+}
+
 // ---- D = A B + C with 4-bit signed integers, one warp, m16 n8 k64 ------------------------------------------------------
 __device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
   asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
@@ -107,10 +113,13 @@ template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Of a K-major operand in the 128-byte swizzle: rows of 128 bytes, eight of them every 1024 bytes.
+// Of a K-major operand in the 128-byte swizzle: rows of 128 bytes, eight of them every 1024 bytes. Only the low half holds
+// the address, so that the high one is a constant.
 __device__ __forceinline__ uint64 wgmma_descriptor(uint32 shared_rd) {
-  constexpr uint64 SWIZZLE_128 = 1ull << 62, STRIDE = (1024ull >> 4) << 32, UNUSED = 1ull << 16;
-  return SWIZZLE_128 | STRIDE | UNUSED | ((shared_rd & 0x3FFFF) >> 4);
+  constexpr uint32 SWIZZLE_128 = 1u << 30, STRIDE = 1024 >> 4, UNUSED = 1u << 16;
+  uint64 descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((shared_rd >> 4) + UNUSED), "n"(SWIZZLE_128 | STRIDE));
+  return descriptor;
 }
 #endif
 #endif
