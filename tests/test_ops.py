@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels import dispatch, ops, torch_backend
+from apex4_quant.kernels import dispatch, ops, torch_backend, workspace
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.operands import FORMATS, pack_activations, row_stride, unpack_activations
 from apex4_quant.layouts import get_layout
@@ -220,3 +220,31 @@ def test_the_variable(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for device in (GPU, torch.device("cpu")):
         with pytest.raises(UsageError, match=r"APEX4_KERNEL=marlin.*'reference'"):
             dispatch.kernel_format(device)
+
+
+# ---- counters of shared tiles ----------------------------------------------------------------------------------------
+
+
+def test_counters_per_stream_and_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    monkeypatch.setattr(workspace, "_of_stream", {})
+    monkeypatch.setattr(workspace, "_spare", {})
+    monkeypatch.setattr(workspace, "_zeros", lambda index, size: torch.zeros(max(size, 64), dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    workspace.prepare(torch.device("cuda"))
+    first = workspace.counters(0, 11, 16)
+    assert workspace.counters(0, 11, 64) is first
+    assert workspace.counters(0, 22, 16) is not first
+    larger = workspace.counters(0, 11, 100)
+    assert larger.numel() >= 100 and workspace.counters(0, 11, 16) is larger
+    capturing = True
+    assert workspace.counters(0, 11, 100) is larger
+    captured = workspace.counters(0, 33, 100)  # the spare one has grown with what was needed
+    assert captured is not larger and workspace.counters(0, 33, 4) is captured
+    with pytest.raises(Apex4Error, match="capture"):
+        workspace.counters(0, 44, 16)
+    capturing = False
+    workspace.counters(0, 44, 16)
+    capturing = True
+    assert workspace.counters(0, 55, 16) is not None

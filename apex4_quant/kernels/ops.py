@@ -22,7 +22,7 @@ import torch
 
 from ..layouts import get_layout
 from ..number_format import BLOCK
-from . import torch_backend
+from . import torch_backend, workspace
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
 
 _HOW = "Tensor? matrix, int k_padded, int group, float clip, bool hadamard, str format"
@@ -239,17 +239,16 @@ def _gemm_cuda(
     blocks_per_group = k_blocks // scales.shape[0]
     plan, kernel = _gemm_plan(index, m, n, k_blocks, blocks_per_group, out)
     stream = torch.cuda.current_stream(index).cuda_stream
-    partial = counter = None
-    if plan.splits > 1:
-        from .workspace import workspace
-
-        space = workspace(codes.device, stream, 4 * plan.workspace_floats, 4 * plan.counters)
-        partial, counter = space.partial.data_ptr(), space.counter.data_ptr()
+    partial, counter = None, None
+    if plan.parts > 1:
+        # Not kept: what it holds is read by this kernel alone, and the allocator orders its reuse by the stream.
+        sums = torch.empty(plan.workspace_floats, dtype=torch.float32, device=codes.device)
+        partial, counter = sums.data_ptr(), workspace.counters(index, stream, 4 * plan.counters).data_ptr()
     pointers = (
         y.data_ptr(), codes.data_ptr(), scales.data_ptr(), weight_packed.data_ptr(), weight_scale.data_ptr(),
         None if bias is None else bias.data_ptr(), partial, counter,
     )  # fmt: skip
-    numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, plan.splits)
+    numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, plan.cut)
     kernel.launch(
         plan.grid, plan.block, [*map(c_void_p, pointers), *map(c_int, numbers)],
         shared_bytes=plan.config.shared_bytes, stream=stream,
