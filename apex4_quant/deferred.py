@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .kernels import ops
 
@@ -83,21 +84,23 @@ class Gate:
 
 
 class Deferring:
-    """Makes a module return what is deferred while its parent is being called."""
+    """Makes `module` return what is deferred while one of the parents given to `attach` is being called."""
 
-    def __init__(self, module: nn.Module, readers: Sequence[Apex4Linear]) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module = module
-        self.readers = tuple(readers)
+        self.readers: tuple[Apex4Linear, ...] = ()
         self.open = False
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        module.deferring = self
+        module.forward = partial(forward, module)
 
-    def attach(self, parent: nn.Module, forward: Callable[..., Any]) -> None:
-        """From now on the module's forward is `forward`, with the module before its arguments."""
-        self._hooks = (
+    def attach(self, parent: nn.Module, readers: Sequence[Apex4Linear]) -> None:
+        """Only `readers` read, during a call of `parent`, what is made of the module's output."""
+        self.readers += tuple(readers)
+        self._hooks += (
             parent.register_forward_pre_hook(self._enter),
             parent.register_forward_hook(self._leave, always_call=True),
         )
-        self.module.deferring = self
-        self.module.forward = partial(forward, self.module)
 
     def detach(self) -> None:
         for hook in self._hooks:
@@ -122,7 +125,7 @@ def defer_norm(layer: nn.Module, name: str, offset: float, readers: Sequence[nn.
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float) or not _is_usual(norm, eps, offset):
         return
-    Deferring(norm, readers).attach(layer, partial(_norm_forward, eps, offset))
+    Deferring(norm, partial(_norm_forward, eps, offset)).attach(layer, readers)
 
 
 def _norm_forward(eps: float, offset: float, self: Any, x: torch.Tensor) -> torch.Tensor | Normed:
@@ -149,7 +152,8 @@ def defer_gating(mlp: nn.Module) -> None:
         return
     if not isinstance(act_fn, nn.SiLU) and type(act_fn).__name__ != "SiLUActivation":
         return
-    Deferring(act_fn, (mlp.down_proj,)).attach(mlp, _silu_forward)
+    deferring = getattr(act_fn, "deferring", None) or Deferring(act_fn, _silu_forward)  # experts have one in common
+    deferring.attach(mlp, (mlp.down_proj,))
 
 
 def _silu_forward(self: Any, x: torch.Tensor) -> torch.Tensor | Gate:

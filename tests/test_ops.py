@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels import dispatch, ops, torch_backend, workspace
+from apex4_quant.kernels import dispatch, launcher, ops, torch_backend, workspace
+from apex4_quant.kernels.gemm_configs import choose_gemm
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.operands import FORMATS, pack_activations, row_stride, unpack_activations
+from apex4_quant.kernels.quantize_configs import prepack_matrix
 from apex4_quant.layouts import get_layout
 
 NO_TRANSFORM = {"hadamard": False, "matrix": None}
@@ -248,3 +251,104 @@ def test_counters_per_stream_and_during_a_capture(monkeypatch: pytest.MonkeyPatc
     workspace.counters(0, 44, 16)
     capturing = True
     assert workspace.counters(0, 55, 16) is not None
+
+
+# ---- launches, without a GPU -----------------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands for `launcher.kernel`: keeps what was launched, with pointers and numbers as plain values."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[str, str, dict[str, Any]]] = []
+        self.launched: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        monkeypatch.setattr(launcher, "kernel", self.kernel)
+        monkeypatch.setattr(ops, "_gpu", lambda index: (90, 132))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=77))
+        monkeypatch.setattr(workspace, "counters", lambda index, stream, size: torch.zeros(size, dtype=torch.uint8))
+        ops._gemm_plan.cache_clear()
+
+    def kernel(self, source: str, entry: str, defines: dict[str, Any], device: int) -> Launches:
+        self.made.append((source, entry, defines))
+        return self
+
+    def launch(self, grid: Any, block: Any, args: Any, **rest: Any) -> None:
+        self.launched.append((tuple(each.value for each in args), rest))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    yield Launches(monkeypatch)
+    ops._gemm_plan.cache_clear()
+
+
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
+    n, blocks, groups, stride = 130, 64, 32, -(-m // 16) * 16
+    codes, scales = torch.zeros(blocks, stride, 128, dtype=torch.uint8), torch.zeros(groups, stride)
+    packed, scale = torch.zeros(3, blocks, 4096, dtype=torch.uint8), torch.zeros(3, groups, 64).half()
+    bias = torch.zeros(n)
+    y = ops._gemm_cuda(codes, scales, packed, scale, bias, m, n, torch.float16)
+    assert y.shape == (m, n) and y.dtype == torch.float16
+    ((source, entry, defines),), ((args, rest),) = launches.made, launches.launched
+    assert (source, entry, defines["OUT_BF16"]) == ("gemm_sm90.cu", "apex4_gemm", 0)
+    pointers = tuple(tensor.data_ptr() for tensor in (y, codes, scales, packed, scale, bias))
+    plan = choose_gemm(90, 132, m, n, blocks, 2, "fp16")
+    assert args[:6] == pointers and [pointer is not None for pointer in args[6:8]] == [plan.parts > 1] * 2
+    assert args[8:] == (m, n, blocks, 2, stride, n, plan.cut)
+    assert rest["stream"] == 77 and rest["shared_bytes"] > 0
+    assert ops._gemm_cuda(codes, scales, packed, scale, None, 0, n, torch.float16).shape == (0, n)
+    assert len(launches.launched) == 1
+
+
+def test_what_the_quantizers_launch(launches: Launches) -> None:
+    wide = torch.zeros(6, 1024, dtype=torch.bfloat16)
+    x, up, gain = wide[:, :512], wide[:, 512:], torch.zeros(512, dtype=torch.bfloat16)
+    matrix = torch.zeros(4, 128 * 128, dtype=torch.bfloat16)
+    how = (512, 128, 0.7, True, "sm90")
+    ops._quantize_cuda(x, None, 512, 256, 0.7, True, "sm80")
+    ops._silu_mul_quantize_cuda(x, up, None, *how)
+    ops._rms_norm_quantize_cuda(x, gain, 1e-5, 1.0, None, *how)
+    codes, scales = ops._rms_norm_quantize_cuda(x, gain, 1e-5, 0.0, matrix, *how)
+    assert codes.shape == (4, 16, 128) and scales.shape == (4, 16)
+    assert [source for source, _, _ in launches.made] == [*["quantize_rows.cu"] * 3, "row_rms.cu", "quantize_dense.cu"]
+    plain, gated, normed, _, dense = (args for args, _ in launches.launched)
+    assert plain[2:4] == (x.data_ptr(), None) and plain[4:10] == (6, 512, 4, 2, 16, 1024)
+    assert gated[2:4] == (x.data_ptr(), up.data_ptr()) and gated[4:11] == (6, 512, 4, 1, 16, 1024, 1024)
+    assert normed[3] == gain.data_ptr() and dense[2:4] == (x.data_ptr(), gain.data_ptr())
+    assert dense[5] == matrix.data_ptr() and codes.data_ptr() == dense[0]
+    assert all(rest["stream"] == 77 for _, rest in launches.launched)
+
+
+def test_a_dense_transform_of_wide_groups_is_computed_by_torch(launches: Launches) -> None:
+    x, matrix = torch.randn(5, 300).bfloat16(), torch.randn(4, 128, 128).half()
+    arguments = (matrix, 512, 256, 0.9, False, "sm90")
+    assert all(map(torch.equal, ops._quantize_cuda(x, *arguments), ops.quantize(x, *arguments)))
+    assert not launches.launched
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("m", [1, 17, 300])
+@pytest.mark.parametrize("transform", ["hadamard", "matrix", "none"])
+def test_on_a_gpu_the_operators_are_those_of_the_cpu(m: int, transform: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    format = dispatch.kernel_format(device)
+    if format is None:
+        pytest.skip("this GPU has no kernels")
+    k, n = 1024, 200
+    x, layout = torch.randn(m, k, generator=generator(1)).bfloat16(), get_layout(format)
+    stored = torch.randn(k // 128, 128, 128, generator=generator(2)).mul(0.1).bfloat16().half()
+    matrix = stored if transform == "matrix" else None
+    prepared = None if matrix is None else prepack_matrix(matrix.to(device), x.dtype)
+    how = (k, 128, 0.9, transform == "hadamard", format)
+    expected = unpack_activations(*ops.quantize(x, matrix, *how), m)
+    operands = ops.quantize(x.to(device), prepared, *how)
+    found = unpack_activations(operands[0].cpu(), operands[1].cpu(), m)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=0)
+    difference = (found[0] - expected[0]).abs()
+    assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 2e-3  # ties within rounding
+    codes_w, bias = random_codes(n, k), torch.randn(n, generator=generator(3))
+    weights = layout.pack(codes_w), layout.pack_scales((torch.rand(n, k // 128, generator=generator(4)) * 0.01).half())
+    y = ops.gemm(*operands, *(w.to(device) for w in weights), bias.to(device), m, n, torch.bfloat16)
+    wanted = ops.gemm(*(each.cpu() for each in operands), *weights, bias, m, n, torch.bfloat16)
+    torch.testing.assert_close(y.cpu(), wanted, rtol=2.0**-7, atol=1e-3)
