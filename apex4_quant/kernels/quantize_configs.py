@@ -186,7 +186,9 @@ def choose_dense(
     if not aligned or m <= FEW_ROWS or runs * k_blocks < sm_count:
         rows = FEW_ROWS
         if -(-m // rows) > GRID_Y:
-            raise UsageError(f"{m} rows that do not start on 16 bytes are more than the quantizer takes: use fewer tokens")
+            raise UsageError(
+                f"{m} rows that do not start on 16 bytes are more than the quantizer takes: use fewer tokens"
+            )
     else:
         slots = DENSE_CTAS_PER_SM * sm_count
 
