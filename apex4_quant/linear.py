@@ -15,7 +15,7 @@ from torch import nn
 
 from .deferred import Deferred
 from .errors import Apex4Error
-from .kernels import dispatch, ops, torch_backend
+from .kernels import dispatch, ops, torch_backend, workspace
 from .kernels.quantize_configs import prepack_matrix
 from .layouts import get_layout
 from .number_format import BLOCK, DENSE
@@ -149,6 +149,8 @@ class Apex4Linear(nn.Module):
         The tensors are put into the layout of the same name, one linear's at a time, in the place of the old ones.
         """
         self.kernel, self._prepared_on = kernel, self.weight_packed.device
+        if kernel is not None and self._prepared_on.type == "cuda":
+            workspace.prepare(self._prepared_on)
         if kernel is not None and self.layout.name != kernel:
             layout = get_layout(kernel)
             packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())

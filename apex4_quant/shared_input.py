@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .deferred import Deferred, Deferring, defer_gating, defer_norm
 from .families import Family, InputGroup
-from .kernels import dispatch, ops, workspace
+from .kernels import dispatch, ops
 from .linear import Apex4Linear
 from .number_format import DENSE
 
@@ -195,19 +195,13 @@ def prepare_model(model: PreTrainedModel, family: Family | None, kernel: str | N
 
     `kernel` is the activation format of the operators on a CPU, for tests; otherwise the device decides.
     """
-    workspaces: set[torch.device] = set()
     for module in model.modules():
         if isinstance(module, Apex4Linear) and module.shared is not None:
             module.shared.detach()
         if isinstance(getattr(module, "deferring", None), Deferring):
             module.deferring.detach()
         if isinstance(module, Apex4Linear) and module.weight_packed.device.type != "meta":
-            device = module.weight_packed.device
-            module.prepare(kernel or dispatch.kernel_format(device))
-            if module.kernel is not None and device.type == "cuda":
-                workspaces.add(device)
-    for device in workspaces:
-        workspace.prepare(device)
+            module.prepare(kernel or dispatch.kernel_format(module.weight_packed.device))
     if family is None:
         return
     config = model.config.to_dict()
