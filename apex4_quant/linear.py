@@ -127,7 +127,8 @@ class Apex4Linear(nn.Module):
         if _is_offloaded(owner):
             return prepack_matrix(matrix, x.dtype)
         if x.dtype not in owner.prepacked:
-            owner.prepacked[x.dtype] = prepack_matrix(matrix, x.dtype)
+            with torch.inference_mode(False):
+                owner.prepacked[x.dtype] = prepack_matrix(matrix, x.dtype)
         return owner.prepacked[x.dtype]
 
     def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:
@@ -143,6 +144,7 @@ class Apex4Linear(nn.Module):
         layout = get_layout(self.kernel or "")  # offloaded: the tensors come anew for every call, in the stored order
         return layout.pack(self.codes()), layout.pack_scales(self.scales())
 
+    @torch.inference_mode(False)  # what it makes outlives the call that may be under it
     def prepare(self, kernel: str | None) -> None:
         """Compute with the kernels of this activation format, or None: with PyTorch operations, from now on.
 
@@ -168,6 +170,7 @@ class Apex4Linear(nn.Module):
         elif self.weight_packed.device == device:
             self.prepare(kernel)
 
+    @torch.inference_mode(False)
     def _renew(self) -> None:
         """After the tensors changed: what is derived from them."""
         bias = self.bias if self.kernel is not None else None

@@ -122,6 +122,7 @@ class SharedInput:
         self._x, self._version = x, _version(x)
         self._left = tuple(range(len(self.members)))
 
+    @torch.inference_mode(False)  # the first call of a model is often under it, and parameters live on
     def fuse(self) -> None:
         """Put the members' tensors one behind the other, as far as that can be done. Idempotent."""
         self.stale, self._fused = False, None

@@ -423,3 +423,16 @@ def test_a_layer_with_one_linear_kept_defers_nothing_to_it(
     with Calls() as calls:
         assert torch.equal(logits_of(load(out, "sm80")), expected)
     assert calls.count == {"rms_norm_quantize": 2, "quantize": 4, "silu_mul_quantize": 1, "gemm": 7}
+
+
+def test_preparing_under_inference_mode_leaves_ordinary_tensors(inputs: dict[str, torch.Tensor]) -> None:
+    parent = Parent((128, 64, 192), bias=True)
+    with torch.inference_mode():
+        for member in parent.members():
+            member.prepare("sm90")
+        SharedInput(parent.members()).attach(parent)
+        parent(**inputs)
+    assert not any(parameter.is_inference() for parameter in parent.parameters())
+    assert same(parent(**inputs), expected(parent, inputs))
+    parent.load_state_dict(Parent((128, 64, 192), bias=True).state_dict())
+    assert same(parent(**inputs), expected(parent, inputs))
