@@ -85,19 +85,19 @@ class Case:
 
 
 def _draw(case: Case, generator: torch.Generator) -> torch.Tensor:
-    shape = (case.m, case.k)
+    shape, on = (case.m, case.k), {"generator": generator, "device": generator.device}
     if case.data == "zero":
-        return torch.zeros(shape)
+        return torch.zeros(shape, device=generator.device)
     if case.data == "extreme":
-        return torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+        return torch.randint(0, 2, shape, **on).float() * 2 - 1
     if case.data == "ties":  # half-integers times a step that is no power of two
-        x = torch.randint(-14, 15, shape, generator=generator) / 2
+        x = torch.randint(-14, 15, shape, **on) / 2
         x[:, ::BLOCK] = CODE_MAX
         bits = 4 if case.dtype == "bfloat16" else 7  # the products are exact
-        return x * (torch.randint(3, 1 << bits, (case.m, 1), generator=generator) / 32)
-    x = torch.randn(shape, generator=generator)
+        return x * (torch.randint(3, 1 << bits, (case.m, 1), **on) / 32)
+    x = torch.randn(shape, **on)
     x[:, ::37] *= 20  # outlier channels
-    x *= torch.logspace(-2, 1, case.m)[torch.randperm(case.m, generator=generator)][:, None]
+    x *= 10.0 ** (torch.rand(case.m, 1, **on) * 3 - 2)
     if case.data in ("nan", "infinity"):
         x[case.m // 2, case.k // 2] = float("nan") if case.data == "nan" else float("inf")
     return x
@@ -122,21 +122,23 @@ class Operands:
 
 
 def make_operands(case: Case, device: torch.device) -> Operands:
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator(device).manual_seed(case.seed)
     x, second, matrix, factor = _draw(case, generator), None, None, 1.0
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     if case.input == "silu_mul":
-        second = _strided(torch.randn(case.m, case.k, generator=generator), case, device)
+        second = _strided(normal(case.m, case.k), case, device)
     elif case.input == "rms_norm":
-        gain = torch.randn(1, case.k, generator=generator) * 0.3 + (0 if case.gain_offset else 1)
+        gain = normal(1, case.k) * 0.3 + (0 if case.gain_offset else 1)
         second = _strided(gain, replace(case, padding=0), device)[0]
     if case.transform == "dense":
         if case.shared_matrix:
-            matrix = torch.where(hadamard_128(torch.float32, torch.device("cpu")) > 0, 1.0, -1.0)[None]
+            matrix = torch.where(hadamard_128(torch.float32, device) > 0, 1.0, -1.0)[None]
             factor = BLOCK**-0.5
         else:
-            blocks = padded_in_features(case.k, case.group) // BLOCK
-            matrix = _storable(torch.randn(blocks, BLOCK, BLOCK, generator=generator))
-        matrix = matrix.to(device)
+            matrix = _storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
     return Operands(_strided(x, case, device), second, matrix, factor)
 
 
@@ -196,7 +198,7 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
 
 def decode(codes: torch.Tensor, m: int, format: str) -> torch.Tensor:
     """Stored codes [KB, m_stride, bytes] -> int64 [m, KB * 128], by the words of the activation formats alone."""
-    k_blocks, m_stride, row_bytes = codes.shape
+    k_blocks, _, row_bytes = codes.shape
     byte = index_function(f"{format}_activation_byte")
     row, chunk, within = torch.arange(m)[:, None, None], torch.arange(row_bytes // 16)[:, None], torch.arange(16)
     where = (byte(row, chunk) + within).flatten(1).to(codes.device)  # [m, bytes], in the order of k
