@@ -81,7 +81,7 @@ def cli() -> None:
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
 @click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
-@click.option("--layout", help="Order of the packed codes: rowmajor or sm80.  [default: what the target reads]")
+@click.option("--layout", help="Order of the packed codes: rowmajor, sm80 or sm90.  [default: what the target reads]")
 @click.option("--transform", help="Group transform: hadamard128, dense128 or none.  [default: the recipe's]")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
 @click.option("--samples", default=64, show_default=True, help="Calibration windows.")
@@ -209,14 +209,34 @@ def plan(out: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--include-path", help="Folder with more lm-eval task YAMLs.")
 @click.option("--batch-size", default=8, show_default=True, help="For --tasks.")
 @click.option("--limit", type=int, help="At most so many windows of text and rows of each task.")
+@click.option("--throughput", is_flag=True, help="Measure tokens a second and memory instead.")
+@click.option("--batch", default=1, show_default=True, help="Requests at once, for --throughput.")
+@click.option("--prompt-len", default=512, show_default=True, help="Tokens of a prompt, for --throughput.")
+@click.option("--gen-len", default=128, show_default=True, help="Tokens of an answer, for --throughput.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
 @click.option(
     "--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or auto: the checkpoint's."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@click.pass_context
 @_reports_errors
-def evaluate(path: str, tasks: str, as_json: bool, **options: Any) -> None:
-    """Perplexity and lm-eval tasks of PATH (a quantized or original model, or 'demo')."""
+def evaluate(context: click.Context, path: str, tasks: str, throughput: bool, as_json: bool, **options: Any) -> None:
+    """Perplexity and lm-eval tasks, or the speed, of PATH (a quantized or original model, or 'demo')."""
+    speed = {name: options.pop(name) for name in ("batch", "prompt_len", "gen_len")}
+    given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    others = ("tasks", "text", "seq_len", "include_path", "batch_size", "limit") if throughput else tuple(speed)
+    for name in others:
+        if name in given:
+            advice = "is not for --throughput: leave it away" if throughput else "is for --throughput: add that"
+            raise UsageError(f"--{name.replace('_', '-')} {advice}")
+    if throughput:
+        from apex4_quant.throughput import ThroughputSettings, throughput_as_text
+        from apex4_quant.throughput import throughput as measure
+
+        common = {name: options[name] for name in ("baseline", "device", "dtype")}
+        measured = measure(ThroughputSettings(model=path, **common, **speed), _progress(as_json))
+        click.echo(json.dumps(measured) if as_json else throughput_as_text(measured))
+        return
     from apex4_quant.evaluate import EvalSettings, evaluate, evaluation_as_text
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
@@ -246,6 +266,25 @@ def check(path: str, as_json: bool) -> None:
 
     done = check(path, (lambda line: None) if as_json else click.echo)
     click.echo(json.dumps({"path": path, "ok": True, "checks": done}) if as_json else f"{path} is whole")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder: absent or empty.")
+@click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def repack(path: str, out: Path, target: str, as_json: bool) -> None:
+    """Rewrite the quantized checkpoint PATH in the order another GPU reads: the same codes, no quantization."""
+    from apex4_quant.repacking import repack
+
+    result = repack(path, out, target, (lambda line: None) if as_json else functools.partial(click.echo, err=True))
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{out}: {result['linears']} linears, {result['layout_before']} -> {result['layout']}, {result['target']}"
+    )
 
 
 @cli.command()

@@ -75,7 +75,7 @@ def _checksums(checkpoint: Checkpoint) -> str:
     return "all files as recorded" if verify_checksums(checkpoint.folder) else "none recorded (no apex4_report.json)"
 
 
-def _formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
+def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
     """Every quantized linear with the format its true shape implies; true shapes come from the model's class."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -95,7 +95,7 @@ def _formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
 
 def _shapes(checkpoint: Checkpoint) -> str:
     count = 0
-    for name, format in _formats(checkpoint):
+    for name, format in stored_formats(checkpoint):
         parts: list[tuple[str, tuple[int, ...], str]] = [
             ("weight_packed", format.packed_shape, "U8"),
             ("weight_scale", format.scale_shape, "F16"),

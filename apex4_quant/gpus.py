@@ -76,7 +76,10 @@ def _fold(name: str) -> str:
 
 
 def _layout_of(sm: int) -> str:
-    # The m16n8k64 s4 mma exists from sm_80 to sm_89. Elsewhere the plain order is what every reader can repack from.
+    # The m16n8k64 s4 mma exists from sm_80 to sm_89, wgmma on sm_90 only. Elsewhere the plain order is what every reader
+    # can repack from.
+    if sm == 90:
+        return "sm90"
     return "sm80" if 80 <= sm <= 89 else "rowmajor"
 
 

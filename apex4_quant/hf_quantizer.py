@@ -13,8 +13,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import Apex4Error
 from .experts import UnfusedExperts, unfuse_experts
+from .families import FAMILIES
 from .linear import Apex4Linear
 from .quant_config import QUANT_METHOD, QuantConfig
+from .shared_input import prepare_model
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -31,7 +33,7 @@ class Apex4Config(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class Apex4HfQuantizer(HfQuantizer):
-    """Swaps the linears for Apex4Linear before the weights are loaded, and checks the tensors afterwards."""
+    """Swaps the linears for Apex4Linear before the weights are loaded; checks and prepares the tensors afterwards."""
 
     quantization_config: Apex4Config
 
@@ -52,6 +54,8 @@ class Apex4HfQuantizer(HfQuantizer):
                 module.requires_grad_(False)
                 if module.weight_packed.device.type != "meta":  # offloaded to disk: read when it is used
                     module.require_legal(name)
+        names = getattr(model.config, "architectures", None) or ()
+        prepare_model(model, next((FAMILIES[name] for name in names if name in FAMILIES), None))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Renamings stay. Nothing is fused or split: the checkpoint's tensors are those of the model with its experts

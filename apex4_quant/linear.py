@@ -1,16 +1,30 @@
-"""The quantized linear layer: tensors in the checkpoint's layout, arithmetic from `kernels`."""
+"""The quantized linear layer: tensors in the checkpoint's layout, arithmetic from `kernels`.
+
+On a GPU that has kernels the tensors are put, once, into the order these read (`prepare`). That order is this process's
+affair: `state_dict`, and so `save_pretrained`, gives and takes the tensors in the checkpoint's own layout, so that what
+is saved is always what config.json says.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .deferred import Deferred
 from .errors import Apex4Error
-from .kernels import torch_backend
-from .number_format import DENSE
+from .kernels import dispatch, ops, torch_backend, workspace
+from .kernels.quantize_configs import prepack_matrix
+from .layouts import get_layout
+from .number_format import BLOCK, DENSE
 from .quant_config import LinearFormat
+
+if TYPE_CHECKING:
+    from .shared_input import SharedInput
+
+HALVES = (torch.bfloat16, torch.float16)  # what the kernels read and write
 
 
 class Apex4Linear(nn.Module):
@@ -31,6 +45,12 @@ class Apex4Linear(nn.Module):
         shape = format.transform_shape
         self.input_transform = parameter(shape, torch.float16) if shape else None
         self._transform_owner: tuple[Apex4Linear, ...] = ()  # a tuple hides it from nn.Module: it is no child
+        self.layout = format.layout  # of the tensors as they are now
+        self.kernel: str | None = None  # the activation format of the kernels that compute, None: PyTorch operations
+        self._prepared_on: torch.device | None = None
+        self.float_bias: torch.Tensor | None = None  # what the kernels add
+        self.prepacked: dict[torch.dtype, torch.Tensor] = {}  # the dense transform stored here, as kernels read it
+        self.shared: SharedInput | None = None  # with the linears that read the same input
 
     @classmethod
     def from_codes(
@@ -53,13 +73,32 @@ class Apex4Linear(nn.Module):
 
     def codes(self) -> torch.Tensor:
         """int8 [N, padded K]."""
-        return self.format.layout.unpack(self.weight_packed, self.out_features)
+        return self.layout.unpack(self.weight_packed, self.out_features)
 
     def scales(self) -> torch.Tensor:
         """float16 [N, G]."""
-        return self.format.layout.unpack_scales(self.weight_scale, self.out_features)
+        return self.layout.unpack_scales(self.weight_scale, self.out_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Deferred) -> torch.Tensor:
+        if self._prepared_on != x.device:
+            self._prepare_late(x.device)
+        if not self.computes_with_kernels(x):
+            return self.reference(x.tensor() if isinstance(x, Deferred) else x)
+        shared = None if self.shared is None else self.shared.output_of(self, x)
+        if shared is not None:
+            return shared
+        return self.multiply(self.quantize(x), x)
+
+    def computes_with_kernels(self, x: torch.Tensor | Deferred) -> bool:
+        if self.kernel is None:
+            return False
+        if x.dtype in HALVES:
+            return True
+        dispatch.warn_of_dtype(x.dtype)
+        return False
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer by PyTorch operations, on any device and in any float dtype."""
         return torch_backend.linear(
             x,
             self.codes(),
@@ -70,15 +109,90 @@ class Apex4Linear(nn.Module):
             matrix=self.transform_matrix(),
         )
 
+    def quantize(self, x: torch.Tensor | Deferred) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., K] -> codes and scales in the format of the kernels."""
+        format = self.format
+        hadamard = format.transform == "hadamard128"
+        how = (format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel)
+        if isinstance(x, Deferred):
+            return x.quantize(self._kernel_matrix(x), *how)
+        return ops.quantize(x.reshape(-1, x.shape[-1]), self._kernel_matrix(x), *how)
+
+    def _kernel_matrix(self, x: torch.Tensor | Deferred) -> torch.Tensor | None:
+        """The dense transform as the operators read it."""
+        matrix = self.transform_matrix()
+        if matrix is None or x.device.type != "cuda" or self.format.group_length != BLOCK:
+            return matrix
+        owner = self.transform_owner
+        if _is_offloaded(owner):
+            return prepack_matrix(matrix, x.dtype)
+        if x.dtype not in owner.prepacked:
+            with torch.inference_mode(False):
+                owner.prepacked[x.dtype] = prepack_matrix(matrix, x.dtype)
+        return owner.prepacked[x.dtype]
+
+    def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:
+        """y [..., N] of the operands that `quantize` made of x."""
+        rows = prod(x.shape[:-1])
+        packed, scale = self._operands()
+        y = ops.gemm(*operands, packed, scale, self.float_bias, rows, self.out_features, x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layout.name == self.kernel:
+            return self.weight_packed, self.weight_scale
+        layout = get_layout(self.kernel or "")  # offloaded: the tensors come anew for every call, in the stored order
+        return layout.pack(self.codes()), layout.pack_scales(self.scales())
+
+    @torch.inference_mode(False)  # what it makes outlives the call that may be under it
+    def prepare(self, kernel: str | None) -> None:
+        """Compute with the kernels of this activation format, or None: with PyTorch operations, from now on.
+
+        The tensors are put into the layout of the same name, one linear's at a time, in the place of the old ones.
+        """
+        self.kernel, self._prepared_on = kernel, self.weight_packed.device
+        if kernel is not None and self._prepared_on.type == "cuda":
+            workspace.prepare(self._prepared_on)
+        if kernel is not None and self.layout.name != kernel:
+            layout = get_layout(kernel)
+            packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
+            self.weight_packed = nn.Parameter(packed, requires_grad=False)
+            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+            self.layout = layout
+        self._renew()
+
+    def _prepare_late(self, device: torch.device) -> None:
+        """For a layer that was made on its device, or comes there for the call only (offloaded by accelerate)."""
+        kernel = dispatch.kernel_format(device)
+        if _is_offloaded(self):
+            self.kernel, self._prepared_on = kernel, device
+            self._renew()
+        elif self.weight_packed.device == device:
+            self.prepare(kernel)
+
+    @torch.inference_mode(False)
+    def _renew(self) -> None:
+        """After the tensors changed: what is derived from them."""
+        bias = self.bias if self.kernel is not None else None
+        self.float_bias = None if bias is None or bias.device.type == "meta" else bias.detach().float()
+        self.prepacked = {}
+        if self.shared is not None:
+            self.shared.stale = True
+
     def take_transform_from(self, owner: Apex4Linear) -> None:
         """Use the dense transform that `owner`, which reads the same input, stores."""
         self._transform_owner = (owner,)
+
+    @property
+    def transform_owner(self) -> Apex4Linear:
+        """The linear that stores the dense transform of this one's input."""
+        return self._transform_owner[0] if self._transform_owner else self
 
     def transform_matrix(self) -> torch.Tensor | None:
         """The dense transform of the input, float16 [padded K / 128, 128, 128], or None."""
         if self.format.transform != DENSE:
             return None
-        owner = self._transform_owner[0] if self._transform_owner else self
+        owner = self.transform_owner
         matrix = owner.input_transform
         if matrix is not None and matrix.device.type == "meta":
             # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
@@ -90,7 +204,7 @@ class Apex4Linear(nn.Module):
 
     def require_legal(self, name: str) -> None:
         """Raise Apex4Error naming the tensor if a code is -8 or a scale is not positive and finite."""
-        if self.format.layout.has_forbidden_code(self.weight_packed):
+        if self.layout.has_forbidden_code(self.weight_packed):
             raise Apex4Error(f"{name}.weight_packed holds the code -8, which is never written: the file is damaged")
         scale = self.weight_scale.float()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
@@ -109,8 +223,36 @@ class Apex4Linear(nn.Module):
             now = getattr(self, name)
             if now.dtype != torch.float16:
                 setattr(self, name, nn.Parameter(data.to(now.device), requires_grad=False))
+        device = self.weight_packed.device
+        if device.type != "meta" and self._prepared_on is not None and device != self._prepared_on:
+            self.prepare(dispatch.kernel_format(device))
+        else:
+            self._renew()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout.name != self.format.layout.name:
+            layout = self.format.layout
+            destination[f"{prefix}weight_packed"] = layout.pack(self.codes())
+            destination[f"{prefix}weight_scale"] = layout.pack_scales(self.scales())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored, now = self.format.layout, self.layout
+        packed, scale = state_dict.get(f"{prefix}weight_packed"), state_dict.get(f"{prefix}weight_scale")
+        if now.name != stored.name and packed is not None and scale is not None:
+            state_dict = dict(state_dict)
+            state_dict[f"{prefix}weight_packed"] = now.pack(stored.unpack(packed, self.out_features))
+            state_dict[f"{prefix}weight_scale"] = now.pack_scales(stored.unpack_scales(scale, self.out_features))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._renew()
 
     def extra_repr(self) -> str:
         group = self.format.group_size
-        return f"in={self.in_features}, out={self.out_features}, group={group}, layout={self.format.layout.name}"
+        return f"in={self.in_features}, out={self.out_features}, group={group}, layout={self.layout.name}"
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps this module's tensors elsewhere and brings them for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))

@@ -47,6 +47,8 @@ def _write_failure(path: Path, error: Exception) -> str:
     full = full or any(phrase in str(error) for phrase in ("No space left", "File too large", "quota exceeded"))
     if full:
         out = path.parent.parent if path.parent.name == RUN_FOLDER else path.parent
+        if not (out / RUN_FOLDER).is_dir():  # not a run that can be resumed
+            return f"no space left to write {path}: free some space, remove {out} and run again"
         return (
             f"no space left to write {path}: what is finished is kept; free some space and "
             f"run 'apex4 quantize --resume -o {out}'"

@@ -21,7 +21,7 @@ from apex4_quant.layouts import get_layout
 
 FAILED = 1
 Call = Callable[..., Any]  # the fixtures of conftest.py
-COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "doctor")
+COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "doctor", "repack")
 GROUPS = {"kernels": ("build", "list")}
 REPORT = "apex4_report.json"
 INDEX = "model.safetensors.index.json"

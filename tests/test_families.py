@@ -32,11 +32,13 @@ from transformers import (
 )
 
 from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.deferred import Deferring
 from apex4_quant.families import FAMILIES, family_of
 from apex4_quant.kernels import reference
 from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.linear import Apex4Linear
 from apex4_quant.number_format import padded_in_features
+from apex4_quant.shared_input import prepare_model
 from apex4_quant.source import DEMO_PATH, ModelSource
 
 SIZES: dict[str, Any] = {
@@ -158,6 +160,26 @@ def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) 
     plain = original.float()(ids, use_cache=False).logits
     quantization = (expected - plain).norm() / plain.norm()
     assert 0.05 < quantization < 0.9  # random weights forgive nothing; no change at all would mean no quantization
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernels_operators_give_the_same_model(name: str, tmp_path: Path) -> None:
+    """With shared inputs, norms and gates in the quantizers, on the operators' CPU implementations: the same bits."""
+    write_model(tmp_path / "model", name)
+    settings = QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", samples=2, seq_len=64)
+    quantize(settings, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = model(ids, use_cache=False).logits
+    for kernel in ("sm80", "sm90"):
+        prepare_model(model, FAMILIES[type(model).__name__], kernel)
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+    deferring = [module for module in model.modules() if isinstance(getattr(module, "deferring", None), Deferring)]
+    norms = [module for module in deferring if hasattr(module, "weight")]
+    assert len(norms) == (2 if "mixtral" in name else 3 if "moe" in name else 4)  # what a router reads is a tensor
+    gated = name.startswith(("gemma", "phi3"))
+    assert len(deferring) - len(norms) == (0 if gated else 2)
 
 
 @torch.no_grad()

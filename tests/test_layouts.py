@@ -1,4 +1,4 @@
-"""Layouts: golden bytes, the closed form, ragged shapes, and a simulation of the sm_80 mma's own lane mapping."""
+"""Layouts: golden bytes, the closed form, ragged shapes, and simulations of the lane mappings of mma (sm_80) and wgmma."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 from apex4_quant.errors import UsageError
 from apex4_quant.kernels import reference
-from apex4_quant.layouts import LAYOUTS, Layout, get_layout, has_forbidden_code
+from apex4_quant.kernels.index import index_function
+from apex4_quant.layouts import LAYOUTS, Layout, get_layout
 
-NAMES = ("rowmajor", "sm80")
+NAMES = ("rowmajor", "sm80", "sm90")
 N_SIZES = (1, 7, 63, 64, 65, 200)
 K_SIZES = (128, 384, 1152)
 
@@ -73,11 +74,11 @@ def tile_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)
 
 
-def test_the_layouts_are_the_two_documented() -> None:
+def test_the_layouts_are_the_three_documented() -> None:
     assert tuple(LAYOUTS) == NAMES
-    assert [get_layout(name).tile_n for name in NAMES] == [1, 64]
-    with pytest.raises(UsageError, match=r"'sm90'.*rowmajor, sm80"):
-        get_layout("sm90")
+    assert [get_layout(name).tile_n for name in NAMES] == [1, 64, 64]
+    with pytest.raises(UsageError, match=r"'sm100'.*rowmajor, sm80, sm90"):
+        get_layout("sm100")
 
 
 def test_golden_bytes_rowmajor() -> None:
@@ -118,12 +119,44 @@ def test_golden_single_code_sm80(n: int, k: int, byte: int, value: int) -> None:
     assert {i: int(packed[i]) for i in packed.nonzero().flatten().tolist()} == {byte: value}
 
 
+def test_golden_word_sm90() -> None:
+    """k = 0..3 of the rows 0 and 8 in one 32-bit word, worked out by hand from the bit diagram of docs/format.md."""
+    codes = torch.zeros(64, 128, dtype=torch.int8)
+    codes[0, :4] = torch.tensor([1, -2, 3, -4])
+    codes[8, :4] = torch.tensor([-5, 6, -7, 0])
+    packed = get_layout("sm90").pack(codes).flatten()
+    assert bytes(packed[:4].tolist()).hex() == "51ea738c"
+    assert not packed[4:].any()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "stored"),
+    [
+        (0, 0, {0: 0x87}), (0, 3, {3: 0x87}), (8, 0, {0: 0x70, 1: 0x08}), (8, 3, {3: 0x70, 0: 0x08}),
+        (1, 0, {64: 0x87}), (0, 4, {16: 0x87}), (0, 16, {4: 0x87}), (0, 32, {8: 0x87}), (0, 64, {2048: 0x87}),
+        (16, 0, {512: 0x87}), (55, 127, {4095: 0x87}), (63, 127, {4095: 0x70, 4092: 0x08}),
+        (29, 86, {2048 + 512 + 16 * 21 + 4 + 2: 0x70, 2048 + 512 + 16 * 21 + 4 + 3: 0x08}),
+    ],
+)  # fmt: skip
+def test_golden_single_code_sm90(n: int, k: int, stored: dict[int, int]) -> None:
+    codes = torch.zeros(70, 256, dtype=torch.int8)
+    codes[n, 128 + k] = -7
+    packed = get_layout("sm90").pack(codes)
+    assert packed.dtype == torch.uint8 and packed.shape == (2, 2, 4096)
+    tile = packed[0, 1]
+    assert {i: int(tile[i]) for i in tile.nonzero().flatten().tolist()} == stored
+    assert int(packed.count_nonzero()) == len(stored)
+
+
 def test_golden_scale_order() -> None:
     scales = (torch.arange(64)[:, None] + torch.tensor([[0.0, 128.0]])).half()  # n + 128 g
     stored = get_layout("sm80").pack_scales(scales)
     assert stored.dtype == torch.float16 and stored.shape == (1, 2, 64)
     assert stored[0, 0].tolist() == SM80_SCALE_ROWS
     assert stored[0, 1].tolist() == [n + 128 for n in SM80_SCALE_ROWS]
+    stored = get_layout("sm90").pack_scales(scales)
+    assert stored[0, 0, :16].tolist() == [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
+    assert stored[0, 1, 48:].tolist() == [128 + 48 + n for n in stored[0, 0, :16].tolist()]
     stored = get_layout("rowmajor").pack_scales(scales)
     assert stored.shape == (64, 2, 1)
     assert stored.squeeze(-1).tolist() == [[n, n + 128] for n in range(64)]
@@ -185,6 +218,19 @@ def test_closed_form_of_sm80_is_the_written_one() -> None:
             for e in range(2):
                 n = 8 * j + 2 * (lane % 4) + e
                 assert sm80.scale_position(n) == 16 * (lane % 4) + 2 * j + e
+
+
+def test_closed_form_of_sm90_is_the_written_one() -> None:
+    sm90 = get_layout("sm90")
+    weight_byte, scale_position = index_function("sm90_weight_byte"), index_function("sm90_scale_position")
+    for c, w, lane, u in np.ndindex(2, 4, 32, 2):
+        n = 16 * w + 8 * u + lane // 4
+        for s, h, i in np.ndindex(2, 2, 4):
+            k = 64 * c + 32 * s + 16 * h + 4 * (lane % 4) + i
+            byte = 2048 * c + 512 * w + 16 * lane + 8 * s + 4 * h + i
+            assert sm90.nibble(n, k) == 2 * byte + u
+            assert byte == weight_byte(c, w, lane) + 8 * s + 4 * h + i
+        assert sm90.scale_position(n) == 16 * w + 2 * (lane // 4) + u == scale_position(w, lane) + u
 
 
 # The fragments of mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32, from the PTX ISA's tables. [lane, element].
@@ -264,6 +310,71 @@ def test_mma_lanes_read_what_pack_wrote(m: int, n: int, k: int, group: int) -> N
     torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
+# The register fragments of wgmma.mma_async.m64nNk32 (8 bit) from the PTX ISA: A is four registers of four elements per
+# lane of each of four warps, D repeats an 8 x 8 pattern. [warp, lane, element].
+WARP_ID, WG_LANE, WG_A_I = np.arange(4)[:, None, None], np.arange(32)[None, :, None], np.arange(16)[None, None]
+WG_A_ROW = 16 * WARP_ID + (WG_LANE >> 2) + 8 * (WG_A_I >> 2 & 1)
+WG_A_COL = 4 * (WG_LANE & 3) + (WG_A_I & 3) + 16 * (WG_A_I >> 3)
+MASK = np.uint32(0x87878787)
+
+
+def e4m3_integer(values: np.ndarray) -> np.ndarray:
+    """Bytes s0000mmm, subnormal e4m3 numbers (-1)^s m 2^-9, times 2^9."""
+    assert not (values & 0x78).any()
+    return np.where(values & 0x80, -1, 1) * (values & 7).astype(np.int32)
+
+
+def test_the_wgmma_fragment_covers_its_operand_once() -> None:
+    assert len(set(zip(*(part.flat for part in np.broadcast_arrays(WG_A_ROW, WG_A_COL)), strict=True))) == 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group"), [(1, 1, 128, 128), (9, 63, 128, 128), (8, 100, 384, 128), (5, 130, 512, 256)]
+)
+def test_wgmma_lanes_read_what_pack_wrote(m: int, n: int, k: int, group: int) -> None:
+    """Two 128-bit reads per lane and block, two masks per word: y^T = W x^T, one warpgroup per tile of 64 features."""
+    sm90, f = get_layout("sm90"), index_function
+    codes_a, codes_w = random_codes(m, k, seed=1), random_codes(n, k, seed=2)
+    scale_a, scale_w = random_scales(m, k // group, seed=3).double() * 1.2345, random_scales(n, k // group, seed=4)
+    packed, stored = sm90.pack(codes_w).numpy(), sm90.pack_scales(scale_w).numpy()
+    columns = -(-m // 8) * 8  # the N of wgmma
+    x = np.zeros((columns, k), np.int32)
+    x[:m] = codes_a.numpy()
+    token_scale = np.zeros((columns, k // group))
+    token_scale[:m] = scale_a.numpy()
+    y = np.full((columns, packed.shape[0] * 64), np.nan)
+    lanes = np.arange(32)
+    for tile in range(packed.shape[0]):
+        out = np.zeros((64, columns))
+        for block in range(k // 128):
+            sums = np.zeros((64, columns), np.int32)
+            for half in range(2):
+                start = f("sm90_weight_byte")(half, np.arange(4)[:, None], lanes)[..., None]
+                words = packed[tile, block][start + np.arange(16)].view("<u4")  # [warp, lane, 2 s + h]
+                for step in range(2):
+                    registers = np.empty((4, 32, 4), np.uint32)
+                    for h in range(2):
+                        word = words[..., 2 * step + h]
+                        registers[..., 2 * h] = word & MASK
+                        registers[..., 2 * h + 1] = (word >> np.uint32(4) | word << np.uint32(28)) & MASK
+                    a = np.zeros((64, 32), np.int32)
+                    a[WG_A_ROW, WG_A_COL] = e4m3_integer(registers.view(np.uint8))
+                    first = 128 * block + 64 * half + 32 * step
+                    sums += a @ x[:, first : first + 32].T
+            for warp in range(4):
+                for u in range(2):
+                    rows = 16 * warp + f("accumulator_row")(lanes, u)
+                    scale = stored[tile, block * 128 // group][f("sm90_scale_position")(warp, lanes) + u]
+                    for e in range(2):
+                        for j in range(0, columns, 8):
+                            cols = j + f("accumulator_column")(lanes, e)
+                            out[rows, cols] += token_scale[cols, block * 128 // group] * scale * sums[rows, cols]
+        y[:, 64 * tile : 64 * (tile + 1)] = out.T
+    expected = reference.linear(codes_a, scale_a, codes_w, scale_w)
+    got = torch.from_numpy(y[:m, :n])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+
+
 def test_tensor_parallel_shards_are_plain_slices(layout: Layout) -> None:
     n, k = 3 * 64, 5 * 128
     codes, scales = random_codes(n, k), random_scales(n, k // 128)
@@ -302,27 +413,46 @@ def test_pack_rejects_ragged_k(layout: Layout, k: int) -> None:
         layout.pack(torch.zeros(4, k, dtype=torch.int8))
 
 
-def test_forbidden_code_in_either_nibble_and_nothing_else(layout: Layout) -> None:
+@pytest.mark.parametrize("name", ["rowmajor", "sm80"])
+def test_forbidden_code_in_either_nibble_and_nothing_else(name: str) -> None:
+    layout = get_layout(name)
     for value in range(256):
         expected = value & 15 == 8 or value >> 4 == 8
-        assert has_forbidden_code(torch.tensor([[[value]]], dtype=torch.uint8)) is expected
+        assert layout.has_forbidden_code(torch.tensor([[[value]]], dtype=torch.uint8)) is expected
     packed = layout.pack(random_codes(70, 256))
-    assert not has_forbidden_code(packed)
+    assert not layout.has_forbidden_code(packed)
     for bad in (0x81, 0x18, 0x88):
         damaged = packed.clone()
         damaged.view(-1)[-17] = bad
-        assert has_forbidden_code(damaged)
+        assert layout.has_forbidden_code(damaged)
 
 
-def test_unpack_shows_a_stored_forbidden_code(layout: Layout) -> None:
+@pytest.mark.parametrize("position", range(4))
+def test_forbidden_code_of_sign_and_magnitude_is_the_negative_zero(position: int) -> None:
+    sm90 = get_layout("sm90")
+    for value in range(256):
+        word = torch.zeros(1, 1, 4, dtype=torch.uint8)
+        word[..., position] = value
+        # Bit 7 is the sign of this byte's even code, bit 3 that of the odd code one byte before, which is zero here.
+        expected = bool(value & 8) or (bool(value & 0x80) and value & 7 == 0)
+        assert sm90.has_forbidden_code(word) is expected
+    packed = sm90.pack(random_codes(70, 256))
+    assert not sm90.has_forbidden_code(packed)
+    packed.view(-1)[-17] = 0x80
+    assert sm90.has_forbidden_code(packed)
+
+
+@pytest.mark.parametrize(("name", "byte", "k"), [("rowmajor", 0x80, 1), ("sm80", 0x80, 1), ("sm90", 0x80, 0)])
+def test_unpack_shows_a_stored_forbidden_code(name: str, byte: int, k: int) -> None:
+    layout = get_layout(name)
     packed = layout.pack(torch.zeros(1, 128, dtype=torch.int8))
-    packed.view(-1)[0] = 0x80
+    packed.view(-1)[0] = byte
     codes = layout.unpack(packed, 1)
-    assert codes[0, 1] == -8 and int(codes.abs().sum()) == 8
+    assert codes[0, k] == -8 and int(codes.abs().sum()) == 8
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (65, 384), (128, 256)])
-@pytest.mark.parametrize(("source", "target"), [("rowmajor", "sm80"), ("sm80", "rowmajor")])
+@pytest.mark.parametrize(("source", "target"), [(a, b) for a in NAMES for b in NAMES if a != b])
 def test_repack_is_lossless(source: str, target: str, n: int, k: int) -> None:
     old, new = get_layout(source), get_layout(target)
     packed, stored = old.pack(random_codes(n, k)), old.pack_scales(random_scales(n, k // 128))

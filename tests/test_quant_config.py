@@ -193,7 +193,7 @@ def test_the_table_is_the_designs() -> None:
 @pytest.mark.parametrize("change", [str, str.lower, str.upper, lambda text: text.replace(" ", "")])
 def test_every_name_resolves_however_it_is_spelled(name: str, spelling: str, change: Any) -> None:
     sm = TABLE[name][0]
-    layout = "rowmajor" if sm == 90 else "sm80"
+    layout = "sm90" if sm == 90 else "sm80"
     assert resolve_target(change(spelling.format(name))) == Target(gpu=name, arch=f"sm_{sm}", layout=layout)
 
 
@@ -209,7 +209,7 @@ def test_spellings_of_one_card(text: str, gpu: str) -> None:
 @pytest.mark.parametrize(
     ("text", "arch", "layout"),
     [("sm_86", "sm_86", "sm80"), ("sm86", "sm_86", "sm80"), ("SM_80", "sm_80", "sm80"), ("sm_89", "sm_89", "sm80"),
-     ("sm_75", "sm_75", "rowmajor"), ("sm_90", "sm_90", "rowmajor"), ("sm_90a", "sm_90", "rowmajor"),
+     ("sm_75", "sm_75", "rowmajor"), ("sm_90", "sm_90", "sm90"), ("sm_90a", "sm_90", "sm90"),
      ("sm_100", "sm_100", "rowmajor"), ("sm_120a", "sm_120", "rowmajor")],
 )  # fmt: skip
 def test_a_bare_architecture(text: str, arch: str, layout: str) -> None:
@@ -248,8 +248,8 @@ def test_too_old_an_architecture_is_refused(text: str) -> None:
         ("NVIDIA A40", (8, 6), "A40", "sm80"),
         ("NVIDIA L40S", (8, 9), "L40S", "sm80"),
         ("NVIDIA L40", (8, 9), "L40", "sm80"),
-        ("NVIDIA H100 80GB HBM3", (9, 0), "H100", "rowmajor"),
-        ("NVIDIA H200", (9, 0), "H200", "rowmajor"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), "H100", "sm90"),
+        ("NVIDIA H200", (9, 0), "H200", "sm90"),
         ("Tesla T4", (7, 5), None, "rowmajor"),
         ("NVIDIA B200", (10, 0), None, "rowmajor"),
         ("NVIDIA RTX A4000", (8, 6), None, "sm80"),  # not an A40

@@ -67,18 +67,30 @@ def _linear(
     out_features, padded_k = codes_w.shape
     groups = scale_w.shape[1]
     rows = x.reshape(-1, x.shape[-1])
-    weight = codes_w.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, N, g]
-    scale_w = scale_w.float().t().contiguous()  # [G, N]
+    weight, scale_w = grouped_weight(codes_w, scale_w)
     y = torch.empty(len(rows), out_features, dtype=x.dtype, device=x.device)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE]
         part = torch.nn.functional.pad(part, (0, padded_k - part.shape[1]))
         codes, scale_a = quantize_activation(part, padded_k // groups, clip, hadamard, matrix)
-        total = torch.zeros(len(part), out_features, dtype=torch.float32, device=x.device)
-        for g in range(groups):
-            partial = codes[:, g] @ weight[g].float().t()  # exact integers
-            total.addcmul_(partial.mul_(scale_w[g]), scale_a[:, g, None])
-        if bias is not None:
-            total += bias.float()
-        y[start : start + ROWS_AT_ONCE] = total.to(x.dtype)
+        y[start : start + ROWS_AT_ONCE] = multiply(codes, scale_a, weight, scale_w, bias).to(x.dtype)
     return y.reshape(*x.shape[:-1], out_features)
+
+
+def grouped_weight(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [N, K] and float16 scales [N, G] as `multiply` wants them: int8 [G, N, g] and float32 [G, N]."""
+    weight = codes_w.unflatten(1, (scale_w.shape[1], -1)).transpose(0, 1)
+    return weight, scale_w.float().t().contiguous()
+
+
+def multiply(
+    codes: torch.Tensor, scale_a: torch.Tensor, weight: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """float32 [M, N] from codes float32 [M, G, g] and scale_a float32 [M, G], and what `grouped_weight` returns."""
+    total = torch.zeros(len(codes), weight.shape[1], dtype=torch.float32, device=codes.device)
+    for g in range(len(weight)):
+        partial = codes[:, g] @ weight[g].float().t()  # exact integers
+        total.addcmul_(partial.mul_(scale_w[g]), scale_a[:, g, None])
+    if bias is not None:
+        total += bias.float()
+    return total
