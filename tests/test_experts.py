@@ -218,8 +218,8 @@ def test_damaged_configs_are_refused(
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "apex4"])
-def test_experts_without_tokens_are_quantized_and_reported(
-    recipe: str, moe: Callable[..., Path], tmp_path: Path
+def test_experts_without_tokens_are_quantized_reported_and_inspected(
+    recipe: str, moe: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     progress = Lines()
     settings = settings_for(moe("qwen3moe"), recipe=recipe, samples=8, seq_len=128)
@@ -245,6 +245,17 @@ def test_experts_without_tokens_are_quantized_and_reported(
     assert "gate_proj, up_proj use shared statistics" in said[0] and "down_proj use" in said[2]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(model.model.layers[1].mlp.experts[5].up_proj, Apex4Linear)
+
+    linears = json.loads(invoke("inspect", tmp_path / "out", "--json").stdout)["linears"]
+    inspected = {linear["name"]: linear for linear in linears}
+    for name, record in records.items():
+        for key in ("calibration_tokens", "fallback"):
+            assert inspected[name].get(key) == record.get(key)
+    *lines, last = invoke("inspect", tmp_path / "out").stdout.splitlines()
+    marked = [line.split()[0] for line in lines if f"{SHARED} (0 tokens of its own)" in line]
+    parts = ("4.gate", "4.up", "5.gate", "5.up", "4.down", "5.down")
+    assert marked == [f"model.layers.1.mlp.experts.{part}_proj" for part in parts]
+    assert last.startswith("  6 linears of experts") and SHARED in last and "--samples" in last
 
 
 @torch.no_grad()
