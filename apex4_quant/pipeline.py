@@ -202,7 +202,7 @@ def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
         again = again.resolve(ModelSource(first.model))
     for name, value in asked.items():
         if getattr(first, name) != getattr(again, name):
-            raise other_setting(out, name, getattr(first, name), value)
+            raise other_setting(out, name, getattr(first, name), getattr(again, name) if name == "recipe" else value)
     return first
 
 

@@ -115,12 +115,25 @@ class RunState:
 
 def other_setting(out: Path, name: str, first: Any, now: Any) -> UsageError:
     """The refusal to resume with another setting."""
-    # A plan has hundreds of entries: which of them differ is for a diff of the two files.
-    first, now = ("a plan of its own" if isinstance(value, dict) else repr(value) for value in (first, now))
+    describe = _recipe_as_text if name == "recipe" else _setting_as_text
     return UsageError(
-        f"{out} was begun with {name} = {first} and now {now} is asked for: "
+        f"{out} was begun with {name} = {describe(first, now)} and now {describe(now, first)} is asked for: "
         "resume with the first run's settings or choose another output folder"
     )
+
+
+def _setting_as_text(value: Any, other: Any) -> str:
+    # A plan has hundreds of entries: which of them differ is for a diff of the two files.
+    return "a plan of its own" if isinstance(value, dict) else repr(value)
+
+
+def _recipe_as_text(recipe: Any, other: Any) -> str:
+    """A recipe's name, and of a file's content what is not the same in the `other`."""
+    if not isinstance(recipe, dict):
+        return repr(recipe)
+    differ = [key for key in recipe if isinstance(other, dict) and key != "name" and recipe[key] != other.get(key)]
+    content = ", ".join(f"{key}: {recipe[key]!r}" for key in differ)
+    return f"{recipe.get('name')!r} of a file" + (f" with {content}" if content else "")
 
 
 def require_empty(out: Path) -> None:

@@ -80,6 +80,75 @@ def test_the_same_command_line_with_resume_goes_on(
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / RUN_FOLDER).exists()
 
 
+@pytest.fixture
+def stopped_with_file(tiny_model: Call, calib: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The folder of a run that stopped after its first layer, and the recipe file it was begun with."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("rounding: nearest\nactivation_clip: 0.9\n")
+    settings = QuantizeSettings(
+        str(tiny_model()), recipe=str(recipe), calib=str(calib), samples=3, seq_len=32, target="none"
+    )
+    answers = iter([False, True])
+    with pytest.raises(Stopped):
+        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+    return tmp_path / "out", recipe
+
+
+@pytest.mark.parametrize(
+    ("now", "nouns"),
+    [
+        ("rounding: gptq\nactivation_clip: 0.9\n", ("rounding: 'nearest'", "rounding: 'gptq'")),
+        ("rounding: nearest\n", ("activation_clip: 0.9", "activation_clip: 1.0")),
+        ("transform: none\nactivation_clip: 0.9\n", ("transform: 'hadamard128'", "transform: 'none'")),
+        ("summary: another text\nactivation_clip: 0.9\n", ("summary: ''", "summary: 'another text'")),
+    ],
+    ids=("rounding", "clip", "transform", "summary"),
+)
+def test_changed_recipe_file(
+    now: str, nouns: tuple[str, str], stopped_with_file: tuple[Path, Path], invoke: Call, one_sentence: Call
+) -> None:
+    out, recipe = stopped_with_file
+    before = files(out)
+    recipe.write_text(now)
+    sentence = one_sentence(
+        invoke("quantize", "--resume", "-o", out, "--recipe", recipe, "--json"),
+        USAGE,
+        f"{out} was begun with recipe = 'mine' of a file with {nouns[0]}",
+        f"and now 'mine' of a file with {nouns[1]} is asked for",
+        "first run's settings",
+    )
+    assert sentence.count("'mine'") == 2 and "{" not in sentence
+    assert files(out) == before
+
+
+def test_recipes_other_than_the_file(
+    stopped_with_file: tuple[Path, Path], tmp_path: Path, invoke: Call, one_sentence: Call
+) -> None:
+    out, recipe = stopped_with_file
+    begun = f"{out} was begun with recipe = "
+    resume = ("quantize", "--resume", "-o", out, "--recipe")
+    one_sentence(invoke(*resume, "rtn"), USAGE, f"{begun}'mine' of a file and now 'rtn' is asked for")
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.read_text())
+    one_sentence(invoke(*resume, copy), USAGE, f"{begun}'mine' of a file and now 'copy' of a file is asked for")
+    copy.unlink()
+    one_sentence(invoke(*resume, copy), USAGE, "copy.yaml' does not exist")
+
+
+def test_a_run_goes_on_with_the_recipe_it_recorded(stopped_with_file: tuple[Path, Path], invoke: Call) -> None:
+    """The file is asked for by name, unchanged; or it is not asked for, and then need not even be there."""
+    out, recipe = stopped_with_file
+    shutil.copytree(out, out.with_name("again"))
+    result = invoke("quantize", "--resume", "-o", out, "--recipe", recipe, "--json")
+    assert result.exit_code == 0, result.stderr
+    recipe.unlink()
+    result = invoke("quantize", "--resume", "-o", out.with_name("again"), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert files(out) == files(out.with_name("again"))
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (section["recipe"], section["activation_clip"]) == ("mine", 0.9)
+
+
 def change_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][5, 5] += 1
