@@ -76,7 +76,7 @@ def cli() -> None:
     "--recipe",
     default="apex4",
     show_default=True,
-    help="apex4, apex4-hadamard, quarot-128g, gptq, rtn, or a YAML file.",
+    help="apex4, apex4-gptaq, apex4-hadamard, quarot-128g, gptq, rtn, or a YAML file.",
 )
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
 @click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")

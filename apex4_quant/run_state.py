@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,21 @@ from .errors import Apex4Error, UsageError
 from .storage import RUN_FOLDER, read_json, remove_temporaries, sha256, write_json, write_tensors
 
 _SETTINGS = "settings.json"
+
+
+class Streams(NamedTuple):
+    """The calibration text's hidden states on their way into a decoder layer, each [S, L, H].
+
+    `hidden` comes through the quantized layers; `original` through those of the model before quantization, where the
+    recipe asks for it.
+    """
+
+    hidden: torch.Tensor
+    original: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0] * self.hidden.shape[1]
 
 
 class RunState:
@@ -94,15 +109,20 @@ class RunState:
     def commit(self, shard: int, record: dict[str, Any]) -> None:
         write_json(self.folder / f"shard-{shard:05}.json", record)
 
-    def save_hidden(self, layer: int, hidden: torch.Tensor) -> None:
-        write_tensors(self._hidden_path(layer), {"hidden_states": hidden})
+    def save_hidden(self, layer: int, streams: Streams) -> None:
+        tensors = {"hidden_states": streams.hidden}
+        if streams.original is not None:
+            tensors["original_hidden_states"] = streams.original
+        write_tensors(self._hidden_path(layer), tensors)
 
-    def load_hidden(self, layer: int) -> torch.Tensor:
+    def load_hidden(self, layer: int, original: bool) -> Streams:
+        """What `save_hidden` wrote; `original`: whether both streams must be there. Raises Apex4Error."""
         path = self._hidden_path(layer)
         if not path.is_file():
             raise Apex4Error(f"{path} is missing: {self.out} cannot be resumed, begin again in a new folder")
         try:
-            return load_file(path)["hidden_states"]
+            tensors = load_file(path)
+            return Streams(tensors["hidden_states"], tensors["original_hidden_states"] if original else None)
         except (SafetensorError, OSError, KeyError) as error:
             raise Apex4Error(f"{path} is damaged ({error}): {self.out} cannot be resumed, begin again") from error
 

@@ -202,6 +202,23 @@ def test_lost_hidden_states(stopped: Path, invoke: Call, one_sentence: Call) -> 
     assert not (stopped / "config.json").exists()
 
 
+def test_lost_hidden_states_of_the_original_model(
+    tiny_model: Call, calib: Path, tmp_path: Path, invoke: Call, one_sentence: Call
+) -> None:
+    settings = QuantizeSettings(
+        str(tiny_model()), recipe="apex4-gptaq", calib=str(calib), samples=3, seq_len=32, target="none"
+    )
+    answers = iter([False, True])
+    with pytest.raises(Stopped):
+        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+    hidden = tmp_path / "out" / RUN_FOLDER / "hidden-00001.safetensors"
+    streams = load_file(hidden)
+    assert streams["hidden_states"].shape == streams["original_hidden_states"].shape
+    assert not streams["hidden_states"].equal(streams.pop("original_hidden_states"))
+    save_file(streams, hidden)
+    one_sentence(invoke("quantize", "--resume", "-o", tmp_path / "out", "--json"), FAILED, hidden.name, "damaged")
+
+
 def test_finished_folder(demo_checkpoint: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
     before = files(demo_checkpoint)
     result = invoke("quantize", "--resume", "-o", demo_checkpoint)
