@@ -37,7 +37,7 @@ from .layouts import get_layout
 from .learned_transform import learn_transform
 from .linear import Apex4Linear
 from .loading import REPORT_NAME
-from .number_format import DENSE, TRANSFORMS, GroupSize, parse_group_size
+from .number_format import LEARNED, SHARED, TRANSFORMS, GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
 from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
@@ -409,13 +409,12 @@ class _Run:
     def _dense_transform(
         self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor]
     ) -> torch.Tensor | None:
-        """The transform learned for all linears of an input together, where the plan wants one."""
+        """The transform learned for all linears of an input together, where the plan wants one, by block."""
         format = group.parts[0].planned[0].format
-        if format.transform != DENSE:
+        if format.transform not in LEARNED:
             return None
-        return learn_transform(
-            pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
-        )
+        inputs, weights = pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
+        return learn_transform(inputs, weights, shared=format.transform == SHARED)
 
     def _clip(
         self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor], matrix: torch.Tensor | None

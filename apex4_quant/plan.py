@@ -12,7 +12,7 @@ from .calib.probes import PROBE_ROWS
 from .errors import UsageError
 from .families import expert_of
 from .layouts import get_layout
-from .number_format import BLOCK, DENSE, GroupSize
+from .number_format import BLOCK, LEARNED, GroupSize
 from .quant_config import LinearFormat, QuantConfig
 from .recipes import Recipe, get_recipe
 from .source import ModelSource
@@ -104,7 +104,7 @@ def build_plan(
                 format = replace(
                     base, out_features=out_features, in_features=in_features, group_size=size, transform_from=owner
                 )
-                if transform == DENSE:
+                if transform in LEARNED:
                     owner = owner or name
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
@@ -172,7 +172,7 @@ def estimate_peak_memory(
     working = streams * (layer + 16 * seq_len * widest) + 12 * largest
     if hessians:
         working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
-    if plan.config.transform == DENSE:  # rows of inputs and weights, twice, and a dozen matrices
+    if plan.config.transform in LEARNED:  # rows of inputs and weights, twice, and a dozen matrices
         from .learned_transform import WEIGHT_SAMPLE
 
         rows = 2 * (PROBE_ROWS + 2 * WEIGHT_SAMPLE) + 12 * BLOCK
@@ -238,7 +238,7 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     # A linear is run again for every later input group of its layer and once at the end: three times on average.
     multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
-    if plan.config.transform == DENSE:
+    if plan.config.transform in LEARNED:
         from .learned_transform import ROWS, STEPS, WEIGHT_ROWS
 
         multiplies += STEPS * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(inputs.values())

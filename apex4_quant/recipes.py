@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "apex4"
 @dataclass(frozen=True)
 class Recipe:
     """`transform` is the group transform used unless --transform says otherwise: "hadamard128", "dense128" (learned for
-    every input) or "none". `rounding` is "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear
+    every block of every input), "shared128" (learned, one matrix for all blocks of an input) or "none". `rounding` is "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear
     input; without it all are `activation_clip`. `rotation` merges random Hadamard rotations of the residual stream and
     of the values into the weights, `diagonal` is the exponent of the balancing factors (0: none). Both leave the model's
     function as it is (model_transform.py). `gptaq` is how far GPTQ's targets are moved from what a linear makes of its

@@ -133,7 +133,11 @@ class ReferenceLinear(nn.Module):
     ("name", "layout", "recipe"),
     [(name, "rowmajor", recipe) for name in MODELS for recipe in ("rtn", "apex4")]
     + [(name, "sm80", recipe) for name in ("llama ragged", "qwen2") for recipe in ("rtn", "apex4")]
-    + [(name, "rowmajor", "apex4-gptaq") for name in ("phi3 partial rotary", "gemma2", "mixtral tied ragged")],
+    + [
+        (name, "rowmajor", recipe)
+        for name in ("phi3 partial rotary", "gemma2", "mixtral tied ragged")
+        for recipe in ("apex4-gptaq", "apex4-shared")
+    ],
 )
 def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", name)

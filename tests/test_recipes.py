@@ -15,14 +15,23 @@ from apex4_quant.recipes import DEFAULT_RECIPE, Recipe, get_recipe, named_recipe
 
 
 def test_the_named_recipes() -> None:
-    assert list(named_recipes()) == ["rtn", "gptq", "quarot-128g", "apex4-hadamard", "apex4", "apex4-gptaq"]
+    assert list(named_recipes()) == [
+        "rtn",
+        "gptq",
+        "quarot-128g",
+        "apex4-hadamard",
+        "apex4-shared",
+        "apex4",
+        "apex4-gptaq",
+    ]
     assert DEFAULT_RECIPE == "apex4"
     rtn = named_recipes()["rtn"]
     assert (rtn.transform, rtn.rounding, rtn.search_clip, rtn.activation_clip) == ("hadamard128", "nearest", False, 1.0)
     quarot = named_recipes()["quarot-128g"]
     assert (quarot.rotation, quarot.activation_clip, quarot.rounding, quarot.diagonal) == (True, 0.9, "gptq", 0.0)
     assert named_recipes()["apex4"].transform == "dense128"
-    assert named_recipes()["apex4-hadamard"].diagonal == 0.25
+    assert named_recipes()["apex4-hadamard"].diagonal == named_recipes()["apex4-shared"].diagonal == 0.25
+    assert named_recipes()["apex4-shared"].transform == "shared128"
     assert [name for name, recipe in named_recipes().items() if recipe.gptaq] == ["apex4-gptaq"]
     assert all(recipe.summary for recipe in named_recipes().values())
 
