@@ -30,6 +30,7 @@ from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.linear import Apex4Linear
 from apex4_quant.plan import build_plan
 from apex4_quant.progress import Progress
+from apex4_quant.run_state import Streams
 from apex4_quant.source import DEMO_PATH, ModelSource
 
 SIZES: dict[str, Any] = {
@@ -271,7 +272,7 @@ def test_statistics_are_those_of_the_tokens_that_the_router_sends(moe: Callable[
     plan = build_plan(source, recipe="gptq", transform="none", group_size=128, layout="rowmajor", target={}, ignore=())
     said: list[str] = []
     collector = Collector(runner, source.family, source.config, True, said.append)
-    groups = list(collector.groups_of(1, layer, plan.of_layer(1), hidden))
+    groups = list(collector.groups_of(1, layer, plan.of_layer(1), Streams(hidden)))
     assert [len(group.parts) for group in groups] == [1, 1, 5] + [1] * 6  # four fed experts and the starved together
 
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
