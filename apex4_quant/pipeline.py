@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -239,6 +240,8 @@ def quantize(
         f"weights of {source.name}": digests,
         f"config.json of {source.name}": sha256(source.folder / "config.json"),
         f"calibration text {settings.calib!r}": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
+        # A named one may be another in another checkout of the same version.
+        f"recipe {plan.recipe.name!r}": hashlib.sha256(json.dumps(plan.recipe.as_dict()).encode()).hexdigest(),
     }
     recorded = _jsonable(settings) | {"apex4_version": __version__, "inputs": inputs}
     state = RunState.resume(out, recorded) if resume else RunState.begin(out, recorded)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from apex4_quant.errors import Stopped
 from apex4_quant.pipeline import QuantizeSettings, quantize
+from apex4_quant.recipes import named_recipes
 from apex4_quant.storage import RUN_FOLDER
 
 FAILED, USAGE = 1, 2
@@ -133,6 +135,13 @@ def test_recipes_other_than_the_file(
     one_sentence(invoke(*resume, copy), USAGE, f"{begun}'mine' of a file and now 'copy' of a file is asked for")
     copy.unlink()
     one_sentence(invoke(*resume, copy), USAGE, "copy.yaml' does not exist")
+
+
+def test_changed_named_recipe(stopped: Path, invoke: Call, one_sentence: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(stopped)
+    monkeypatch.setitem(named_recipes(), "apex4", replace(named_recipes()["apex4"], gptaq=0.5))
+    one_sentence(invoke("quantize", "--resume", "-o", stopped), USAGE, f"the recipe 'apex4' changed since {stopped}")
+    assert files(stopped) == before
 
 
 def test_a_run_goes_on_with_the_recipe_it_recorded(stopped_with_file: tuple[Path, Path], invoke: Call) -> None:
