@@ -14,10 +14,9 @@ of the input x that comes through the quantized layers before it. Expanding the 
     E|| W^ x - W (x + alpha (x~ - x)) ||^2  =  tr (W^ - W') H (W^ - W')^T + what W^ does not change,
     W' = W + alpha W C H^-1,    C = E[(x~ - x) x^T]
 
-so it is GPTQ, of W' in W's place, with the damped H as everywhere. alpha = 1 is the objective as written; the drift of
-inputs is in part noise that later layers do not share, and a part of the way generalizes better (docs/log.md). The paper
-lets only the columns after k make up for column k's drift: triu(C U^T, 1) U in the place of C H^-1, times the weights as
-they are corrected at that moment.
+so it is GPTQ, of W' in W's place, with the damped H as everywhere. alpha = 1 is the objective as written; a
+part of the way measured better (docs/log.md). The paper lets only the columns after k make up for column k's drift:
+triu(C U^T, 1) U in the place of C H^-1, times the weights as they are corrected at that moment.
 """
 
 from __future__ import annotations
