@@ -76,13 +76,13 @@ def cli() -> None:
     "--recipe",
     default="apex4",
     show_default=True,
-    help="apex4, apex4-hadamard, quarot-128g, gptq, rtn, or a YAML file.",
+    help="apex4, apex4-gptaq, apex4-shared, apex4-hadamard, quarot-128g, gptq, rtn, or a YAML file.",
 )
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
 @click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
 @click.option("--layout", help="Order of the packed codes: rowmajor, sm80 or sm90.  [default: what the target reads]")
-@click.option("--transform", help="Group transform: hadamard128, dense128 or none.  [default: the recipe's]")
+@click.option("--transform", help="Group transform: hadamard128, dense128, shared128 or none.  [default: the recipe's]")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
 @click.option("--samples", default=64, show_default=True, help="Calibration windows.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")
@@ -181,7 +181,7 @@ def gpus(as_json: bool) -> None:
 @click.option("--max-loss", type=float, help="Loss allowed, in multiples of g128's; then time is minimised.")
 @click.option("--tokens", default=2048, show_default=True, help="Tokens a step, for predicted times.")
 @click.option("--mainloop", default="two-ffma", show_default=True, help="two-ffma, or naive to compare.")
-@click.option("--transform", help="Errors are measured under: hadamard128 (also for dense128) or none.")
+@click.option("--transform", help="Errors are measured under: hadamard128 (also for learned ones) or none.")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")

@@ -12,7 +12,7 @@ from .devices import DTYPES, resolve_dtype
 from .errors import Apex4Error
 from .inspection import Checkpoint
 from .layouts import get_layout
-from .loading import load_model, verify_checksums
+from .loading import REPORT_NAME, load_model, verify_checksums
 from .number_format import BLOCK
 from .quant_config import LinearFormat
 from .source import INDEX_NAME, read_tensors
@@ -26,6 +26,7 @@ def check(path: str, progress: Callable[[str], None] = lambda line: None) -> lis
         ("index and shards", _index),
         ("coverage", _coverage),
         ("checksums", _checksums),
+        ("config and report", _config_of_report),
         ("shapes", _shapes),
         ("codes, scales and other values", _values),
         ("reload and one forward pass", _forward),
@@ -73,6 +74,27 @@ def _coverage(checkpoint: Checkpoint) -> str:
 
 def _checksums(checkpoint: Checkpoint) -> str:
     return "all files as recorded" if verify_checksums(checkpoint.folder) else "none recorded (no apex4_report.json)"
+
+
+def _config_of_report(checkpoint: Checkpoint) -> str:
+    """What a reader computes with is what the run decided: a clip that config.json lost changes results in silence."""
+    if checkpoint.report is None:
+        return "not compared (no apex4_report.json)"
+    quant, settings = checkpoint.quant, checkpoint.report.get("settings") or {}
+    advice = "one of them was changed, get the checkpoint again"
+    decided = settings.get("transform", quant.transform)
+    if decided != quant.transform:
+        raise Apex4Error(
+            f"the transform is {quant.transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+        )
+    for entry in checkpoint.report["quantized"]:
+        clip = quant.modules.get(entry["name"], {}).get("activation_clip", quant.activation_clip)
+        decided = entry.get("activation_clip", clip)
+        if decided != clip:
+            raise Apex4Error(
+                f"{entry['name']} has activation_clip {clip!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+            )
+    return f"transform {quant.transform} and all activation clips as in the report"
 
 
 def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:

@@ -5,6 +5,9 @@ tokens, so each has its own statistics, unless too few tokens reached it:
 
     gate_proj, up_proj    the rows of the MLP's input that the router sends to the expert; else all rows
     down_proj             what the expert makes of those rows; else what it makes of all rows
+
+For GPTAQ the original layer runs beside the one that is being quantized, on hidden states of its own, and both inputs of
+the same token are seen together. An expert's tokens are then those of the quantized model's router in both.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .families import Experts, Family, InputGroup, expert_of
 from .layer_runner import LayerRunner
 from .plan import PlannedLinear
 from .quant_config import LinearFormat
+from .run_state import Streams
 from .transforms import pad_input_features, transform_hessian
 
 SHARED = "shared statistics"
@@ -38,19 +42,27 @@ EXPERT_ROWS = 1024  # kept of what an expert reads: a layer may have hundreds of
 
 
 class Statistics:
-    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian."""
+    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian.
+
+    If the inputs of the original model are given too, how they differ is kept as E[(x~ - x) x^T].
+    """
 
     def __init__(self, reader: str, probe: InputProbe, dtype: torch.dtype, format: LinearFormat | None) -> None:
         self._reader, self._probe, self._dtype, self._format = reader, probe, dtype, format
         self._hessian = HessianAccumulator() if format is not None else None
+        self._drift: HessianAccumulator | None = None
         self._inputs: torch.Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """x [..., K], as the linears read it."""
+    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
+        """x [..., K], as the linears read it, and the same tokens in the original model."""
         self._probe.add(x)
         if self._hessian is not None and self._format is not None:
-            self._hessian.add(pad_input_features(x, self._format))
+            padded = pad_input_features(x, self._format)
+            self._hessian.add(padded)
+            if original is not None:
+                self._drift = self._drift or HessianAccumulator()
+                self._drift.add(padded, pad_input_features(original, self._format) - padded)
         self.tokens += x.numel() // x.shape[-1]
 
     def inputs(self) -> torch.Tensor:
@@ -67,10 +79,17 @@ class Statistics:
 
         `matrix` is the dense transform, where the format has one. Raises Apex4Error if the Hessian cannot be used.
         """
-        if self._hessian is None or self._format is None:
+        return self._take(self._hessian, matrix)
+
+    def take_drift(self, matrix: torch.Tensor | None) -> torch.Tensor | None:
+        """E[(x~ - x) x^T] of inputs x and the original model's x~, in the same basis, and forget it. Raises Apex4Error."""
+        return self._take(self._drift, matrix)
+
+    def _take(self, moments: HessianAccumulator | None, matrix: torch.Tensor | None) -> torch.Tensor | None:
+        if moments is None or self._format is None:
             return None
         try:
-            return transform_hessian(self._hessian.take_matrix(), self._format, matrix)
+            return transform_hessian(moments.take_matrix(), self._format, matrix)
         except CalibrationError as error:
             raise Apex4Error(f"the Hessian of {self._reader} cannot be used, {error}: try --dtype float32") from error
 
@@ -115,22 +134,31 @@ def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
 
 
 class Collector:
-    """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics."""
+    """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics.
+
+    `original` runs the layers as they were before quantization, if their inputs are to be compared.
+    """
 
     def __init__(
-        self, runner: LayerRunner, family: Family, config: dict[str, Any], hessians: bool, say: Callable[[str], None]
+        self,
+        runner: LayerRunner,
+        family: Family,
+        config: dict[str, Any],
+        hessians: bool,
+        say: Callable[[str], None],
+        original: LayerRunner | None = None,
     ) -> None:
         self._runner, self._family, self._config = runner, family, config
-        self._hessians, self._say = hessians, say
+        self._hessians, self._say, self._original = hessians, say, original
         self._settled: tuple[str, ...] = ()
 
     def groups_of(
-        self, layer: int, module: nn.Module, planned: list[PlannedLinear], hidden: torch.Tensor
+        self, layer: int, module: nn.Module, planned: list[PlannedLinear], streams: Streams
     ) -> Iterator[CollectedGroup]:
         """The input groups of decoder layer `module` that have planned linears, in the order of computation.
 
         A stage is collected when the first of its groups is asked for: by then the linears before it must have been
-        replaced by their quantized form. hidden [S, L, H] are the states entering the layer. Raises Apex4Error.
+        replaced by their quantized form. `streams` are the states entering the layer. Raises Apex4Error.
         """
         by_group: dict[int, list[PlannedLinear]] = {}
         for linear in planned:
@@ -149,36 +177,44 @@ class Collector:
                 unfused = module.get_submodule(experts.module)
                 assert isinstance(unfused, UnfusedExperts)
                 collect = self._entering if stage[0].producer is None else self._inside
-                groups = collect(layer, experts, unfused, [linear for group in wanted for linear in group], hidden)
+                groups = collect(layer, experts, unfused, [linear for group in wanted for linear in group], streams)
             else:
-                groups = [self._dense(layer, stage[0], wanted[0], hidden)]
+                groups = [self._dense(layer, stage[0], wanted[0], streams)]
             while groups:
                 yield groups.pop(0)
 
     def _statistics(self, reader: str, probe: InputProbe, linear: PlannedLinear) -> Statistics:
         return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
 
-    def _dense(
-        self, layer: int, group: InputGroup, planned: list[PlannedLinear], hidden: torch.Tensor
-    ) -> CollectedGroup:
+    def _calls(
+        self, layer: int, module: str, streams: Streams
+    ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
+        """What `module` is called with (LayerRunner.calls_of), beside what it is called with in the original model."""
+        calls = self._runner.calls_of(layer, module, streams.hidden, self._settled)
+        if self._original is None or streams.original is None:
+            yield from ((call, None) for call in calls)
+        else:
+            yield from zip(calls, self._original.calls_of(layer, module, streams.original, self._settled), strict=True)
+
+    def _dense(self, layer: int, group: InputGroup, planned: list[PlannedLinear], streams: Streams) -> CollectedGroup:
         reader = self._family.layer_prefix(layer) + group.linears[0]
-        statistics = self._statistics(reader, InputProbe(hidden.shape[0] * hidden.shape[1]), planned[0])
-        for (x,) in self._runner.calls_of(layer, group.linears[0], hidden, self._settled):
-            statistics.add(x)
+        statistics = self._statistics(reader, InputProbe(streams.tokens), planned[0])
+        for (x,), original in self._calls(layer, group.linears[0], streams):
+            statistics.add(x, original and original[0])
         return CollectedGroup(statistics, [Part(reader, planned, statistics)])
 
     def _entering(
-        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], hidden: torch.Tensor
+        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
     ) -> list[CollectedGroup]:
         """One group: the gate and up projections of all experts, with a part for each that saw enough tokens."""
         name = self._family.layer_prefix(layer) + experts.module
-        everything = self._statistics(name, InputProbe(hidden.shape[0] * hidden.shape[1]), planned[0])
+        everything = self._statistics(name, InputProbe(streams.tokens), planned[0])
         own = self._own(name, planned)
-        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden, self._settled):
-            everything.add(states)
+        for (states, index, _), original in self._calls(layer, experts.module, streams):
+            everything.add(states, original and original[0])
             for expert, tokens, _ in routed(index):
                 if expert in own:
-                    own[expert].statistics.add(states[tokens])
+                    own[expert].statistics.add(states[tokens], original and original[0][tokens])
         fed, starved = self._split(own)
         if starved:
             linears = [linear for part in starved for linear in part.planned]
@@ -187,24 +223,29 @@ class Collector:
         return [CollectedGroup(everything, fed)]
 
     def _inside(
-        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], hidden: torch.Tensor
+        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
     ) -> list[CollectedGroup]:
         """One group per expert: its down projection."""
         own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
-        for states, index, _ in self._runner.calls_of(layer, experts.module, hidden, self._settled):
+        before = self._original and self._original.layer(layer).get_submodule(experts.module)
+
+        def add(part: Part, expert: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
+            inner = None if original is None else before[expert].inner(original)
+            part.statistics.add(module[expert].inner(states), inner)
+
+        for (states, index, _), original in self._calls(layer, experts.module, streams):
             for expert, tokens, _ in routed(index):
                 if expert in own:
-                    own[expert].statistics.add(module[expert].inner(states[tokens]))
+                    add(own[expert], expert, states[tokens], original and original[0][tokens])
         _, starved = self._split(own)
         for part in starved:
-            probe = InputProbe(hidden.shape[0] * hidden.shape[1], EXPERT_ROWS)
-            part.statistics = self._statistics(part.reader, probe, part.planned[0])
+            part.statistics = self._statistics(part.reader, InputProbe(streams.tokens, EXPERT_ROWS), part.planned[0])
             part.shared = True
         if starved:  # a second pass, of these experts on all tokens
-            for states, _, _ in self._runner.calls_of(layer, experts.module, hidden, self._settled):
+            for (states, _, _), original in self._calls(layer, experts.module, streams):
                 for part in starved:
                     (expert,) = part.tokens
-                    part.statistics.add(module[expert].inner(states))
+                    add(part, expert, states, original and original[0])
         return [CollectedGroup(part.statistics, [part]) for part in own.values()]
 
     def _own(self, name: str, planned: list[PlannedLinear]) -> dict[int, Part]:

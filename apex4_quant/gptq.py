@@ -7,6 +7,16 @@ matrix product, then the right half, and so on down to single columns. All work 
 
 The factor comes from one Cholesky decomposition: with J the reversal of rows, J H J = L L^T gives H = R R^T with
 R = J L J upper triangular, hence U = R^-1.
+
+GPTAQ (Li et al., arXiv 2504.02692) has the linear approach what the original model computes, W x~, and not what it makes
+of the input x that comes through the quantized layers before it. Expanding the square,
+
+    E|| W^ x - W (x + alpha (x~ - x)) ||^2  =  tr (W^ - W') H (W^ - W')^T + what W^ does not change,
+    W' = W + alpha W C H^-1,    C = E[(x~ - x) x^T]
+
+so it is GPTQ, of W' in W's place, with the damped H as everywhere. alpha = 1 is the objective as written; a
+part of the way measured better (docs/log.md). The paper lets only the columns after k make up for column k's drift:
+triu(C U^T, 1) U in the place of C H^-1, times the weights as they are corrected at that moment.
 """
 
 from __future__ import annotations
@@ -59,22 +69,37 @@ def inverse_factor(
     raise Apex4Error(f"{name}: the Hessian cannot be decomposed: use more calibration text or --recipe rtn")
 
 
+def drift_correction(name: str, drift: torch.Tensor, factor: torch.Tensor, alpha: float) -> torch.Tensor:
+    """C = E[(x~ - x) x^T] and U, both float32 [K, K] -> P = alpha C U^T U: GPTQ then rounds W + W P. `drift` is used up.
+
+    Raises Apex4Error, naming the input, if P is not finite.
+    """
+    correction = torch.mm(torch.mm(drift, factor.t()), factor, out=drift).mul_(alpha)
+    if not bool(torch.isfinite(correction).all()):
+        raise Apex4Error(f"{name}: the original model's inputs lead to targets that are not finite: use --recipe apex4")
+    return correction
+
+
 def quantize_weight_gptq(
     name: str,
     weight: torch.Tensor,
     format: LinearFormat,
     factor: torch.Tensor,
     matrix: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] and U [padded K, padded K] -> int8 codes [N, padded K], float16 scales [N, G].
 
-    `matrix` is the dense transform of the input, if it has one; U belongs to the Hessian in the transformed basis.
+    `matrix` is the dense transform of the input, if it has one; U and the `correction` of `drift_correction` belong to
+    moments in the transformed basis.
     The scale of a group is searched when its first column is reached, on the weights as corrected until then, with
     squared errors weighted by 1 / U_kk^2 (what an error of column k costs once the later columns have compensated).
     Raises Apex4Error, naming the tensor, for a weight that is not finite or too large.
     """
     transformed = transform_weight(weight, format, matrix)
     require_quantizable(name, transformed)
+    if correction is not None:
+        transformed = torch.addmm(transformed, transformed, correction)
     # Transposed: a column of the weight is a contiguous row here.
     pending = transformed.t().contiguous()  # [K, N], corrected as the sweep goes on
     del transformed

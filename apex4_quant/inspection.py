@@ -43,7 +43,7 @@ class Checkpoint:
 def inspect(path: str) -> dict[str, Any]:
     """What `apex4 inspect --json` prints."""
     checkpoint = Checkpoint(path)
-    errors = {entry["name"]: entry.get("error") for entry in (checkpoint.report or {}).get("quantized", [])}
+    reported = {entry["name"]: entry for entry in (checkpoint.report or {}).get("quantized", [])}
     linears = []
     for name in checkpoint.linears():
         packed = checkpoint.infos.get(f"{name}.weight_packed")
@@ -54,6 +54,7 @@ def inspect(path: str) -> dict[str, Any]:
         stored = [info for info in (packed, scale, transform, plain) if info]
         tiles = packed and (packed.shape[0] * packed.shape[2] // 64, packed.shape[1] * 128)
         shape = override.get("shape") or (list(tiles) if tiles else list(plain.shape) if plain else None)
+        of_run = reported.get(name, {})
         linears.append(
             {
                 "name": name,
@@ -61,8 +62,9 @@ def inspect(path: str) -> dict[str, Any]:
                 "shape": shape,
                 "group_size": override.get("group_size", checkpoint.quant.group_size) if packed else None,
                 "bytes": sum(info.bytes for info in stored),
-                "error": errors.get(name),
+                "error": of_run.get("error"),
             }
+            | {key: of_run[key] for key in ("calibration_tokens", "fallback") if key in of_run}
         )
     total = sum(info.bytes for info in checkpoint.infos.values())
     in_linears = sum(linear["bytes"] for linear in linears)
@@ -91,8 +93,16 @@ def inspection_as_text(result: dict[str, Any]) -> str:
         shape = " x ".join(map(str, linear["shape"] or ()))
         how = f"group {linear['group_size']}" if linear["quantized"] else "not quantized"
         error = f"output error {linear['error']:.4f}" if linear["error"] is not None else ""
+        if "fallback" in linear:
+            error += f"  {linear['fallback']} ({linear['calibration_tokens']} tokens of its own)"
         lines.append(
             f"  {linear['name']:{width}}  {shape:>15}  {how:13}  {format_bytes(linear['bytes']):>9}  {error}".rstrip()
         )
     lines.append(f"  everything else: {format_bytes(result['bytes_other'])}")
+    shared = sum("fallback" in linear for linear in result["linears"])
+    if shared:
+        lines.append(
+            f"  {shared} linears of experts that few calibration tokens reached were quantized with shared statistics: "
+            "more --samples give more experts statistics of their own"
+        )
     return "\n".join(lines)

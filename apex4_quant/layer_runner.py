@@ -139,6 +139,9 @@ class LayerRunner:
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
 
+    def layer(self, index: int) -> nn.Module:
+        return self._layers[index]
+
     def drop_layer(self, index: int) -> None:
         self._layers[index].to("meta")
         self._outputs.clear()

@@ -11,6 +11,10 @@ arXiv 2512.00956) and makes both sides equally spread; here the largest values a
 rarer than a Gaussian's. The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the
 gradient written out: blocks are independent, and a step costs four products of [rows, 128] with [128, 128].
 
+One matrix can also be learned for all blocks of an input, by the sum of their errors. It starts from the Hadamard matrix
+and is best given inputs and weights that a diagonal has balanced already (model_transform.py): that of a block alone
+would have to be stored.
+
 The matrix is stored in numbers that bfloat16 and float16 both hold exactly, and the weights are transformed with the
 inverse of what is stored, so its rounding costs nothing.
 """
@@ -66,19 +70,23 @@ def _by_block(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
 
 
-def learn_transform(inputs: torch.Tensor, weights: Iterable[torch.Tensor], steps: int = STEPS) -> torch.Tensor:
+def learn_transform(
+    inputs: torch.Tensor, weights: Iterable[torch.Tensor], steps: int = STEPS, shared: bool = False
+) -> torch.Tensor:
     """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
 
     K is padded to a multiple of 128. Blocks where nothing was gained, or whose inputs or weights are all zero, get the
-    scaled Hadamard matrix. The same arguments give the same result.
+    scaled Hadamard matrix. The blocks of a `shared` one are equal. The same arguments give the same result.
     """
     blocks = _Blocks.of(inputs, weights)
     with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
-        start = _balanced_hadamard(blocks)
+        start = (
+            apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else _balanced_hadamard(blocks)
+        )
         learned = _descend(blocks, start, steps)
         before, after = _error(blocks, start), _error(blocks, learned)
     better = torch.isfinite(after) & (after < before)  # False for NaN
-    return _storable(torch.where(better[:, None, None], learned, start))
+    return _storable(torch.where(better[:, None, None], learned, start)).expand(len(blocks.x), -1, -1)
 
 
 def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
@@ -126,7 +134,7 @@ def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gradient(blocks: _Blocks, transform: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Of the logarithm of every block's error with respect to its T, [G, 128, 128]."""
+    """Of the logarithm of every block's error with respect to its T, [G, 128, 128]; of their sum, if one T is for all."""
     inverse = torch.linalg.inv(transform)
     turned = inverse.transpose(1, 2)
     x_peak, x_slope = _peaks(x @ transform)
@@ -140,17 +148,20 @@ def _gradient(blocks: _Blocks, transform: torch.Tensor, x: torch.Tensor, w: torc
     slope = x.transpose(1, 2) @ x_slope * b_trace[:, None, None] + a_transform * (2 * w_peak)[:, None, None]
     slope -= turned @ by_inverse @ turned  # d(T^-1) = -T^-1 dT T^-1
     error = x_peak * b_trace + w_peak * a_trace
+    if len(transform) == 1:
+        slope, error = slope.sum(0, keepdim=True), error.sum(0, keepdim=True)
     return torch.where(error[:, None, None] > 0, slope / error.clamp_min(1e-30)[:, None, None], 0.0)
 
 
 def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
-    """The objective per block over all rows kept, [G]."""
+    """The objective per block over all rows kept, [G]; their sum [1], if one T is for all."""
     inverse = torch.linalg.inv(transform)
     x_peak, _ = _peaks(blocks.x @ transform)
     w_peak, _ = _peaks(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
-    return x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
+    error = x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
+    return error.sum(0, keepdim=True) if len(transform) == 1 else error
 
 
 def _storable(transform: torch.Tensor) -> torch.Tensor:

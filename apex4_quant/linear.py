@@ -18,7 +18,7 @@ from .errors import Apex4Error
 from .kernels import dispatch, ops, torch_backend, workspace
 from .kernels.quantize_configs import prepack_matrix
 from .layouts import get_layout
-from .number_format import BLOCK, DENSE
+from .number_format import BLOCK, LEARNED, SHARED
 from .quant_config import LinearFormat
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Apex4Linear(nn.Module):
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         if module.input_transform is not None:
             assert matrix is not None
-            module.input_transform = nn.Parameter(matrix, requires_grad=False)
+            of_all = matrix[:1].clone() if format.transform == SHARED else matrix
+            module.input_transform = nn.Parameter(of_all, requires_grad=False)
         return module
 
     def codes(self) -> torch.Tensor:
@@ -189,8 +190,8 @@ class Apex4Linear(nn.Module):
         return self._transform_owner[0] if self._transform_owner else self
 
     def transform_matrix(self) -> torch.Tensor | None:
-        """The dense transform of the input, float16 [padded K / 128, 128, 128], or None."""
-        if self.format.transform != DENSE:
+        """The learned transform of the input by block, float16 [padded K / 128, 128, 128], or None."""
+        if self.format.transform not in LEARNED:
             return None
         owner = self.transform_owner
         matrix = owner.input_transform
@@ -200,7 +201,8 @@ class Apex4Linear(nn.Module):
             matrix = offloaded["input_transform"] if offloaded is not None else None
         if matrix is None:
             raise Apex4Error("a linear is run without the dense transform of its input: load the model as a whole")
-        return matrix.to(self.weight_scale.device)
+        matrix = matrix.to(self.weight_scale.device)
+        return matrix.repeat(self.format.padded_k // BLOCK, 1, 1) if self.format.transform == SHARED else matrix
 
     def require_legal(self, name: str) -> None:
         """Raise Apex4Error naming the tensor if a code is -8 or a scale is not positive and finite."""

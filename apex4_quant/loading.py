@@ -9,7 +9,7 @@ import torch
 
 from .errors import Apex4Error, UsageError
 from .quant_config import QUANT_METHOD, QuantConfig
-from .source import read_config, read_tensor_infos
+from .source import read_config, read_tensor_infos, verify_listed
 from .storage import read_json, sha256
 
 if TYPE_CHECKING:
@@ -62,9 +62,11 @@ def load_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel
 
     config = read_config(folder)
     quantized = quant_config_of(config) is not None
-    read_tensor_infos(folder)
+    infos = read_tensor_infos(folder)
     if quantized:
         verify_checksums(folder)
+    else:
+        verify_listed(folder, (info.file for info in infos.values()))
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -21,8 +21,11 @@ WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weigh
 WEIGHT_SCALE_MAX = 65504.0  # largest float16
 ACTIVATION_SCALE_MIN = 2.0**-100  # floor of s_a: an all-zero group gives zeros, never NaN
 
-DENSE = "dense128"  # a group transform: matrices stored in the checkpoint
-TRANSFORMS = ("hadamard128", DENSE, "none")
+# Group transforms that are learned, with what they multiply by stored in the checkpoint: a matrix for every block of an
+# input, or one for all of them.
+DENSE, SHARED = "dense128", "shared128"
+LEARNED = (DENSE, SHARED)
+TRANSFORMS = ("hadamard128", *LEARNED, "none")
 
 GroupSize = int | str
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,7 @@ from .calib.text import load_text
 from .collecting import CollectedGroup, Collector
 from .devices import DTYPES, resolve_device, resolve_dtype
 from .errors import Apex4Error, Stopped, UsageError
-from .gptq import inverse_factor, quantize_weight_gptq
+from .gptq import drift_correction, inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
 from .importance import scale_by_readers
 from .layer_runner import LayerRunner
@@ -37,14 +38,14 @@ from .layouts import get_layout
 from .learned_transform import learn_transform
 from .linear import Apex4Linear
 from .loading import REPORT_NAME
-from .number_format import DENSE, TRANSFORMS, GroupSize, parse_group_size
+from .number_format import LEARNED, SHARED, TRANSFORMS, GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
 from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
 from .quant_config import QuantConfig
 from .recipes import DEFAULT_RECIPE, get_recipe, named_recipes
 from .rewriting import Rewriter, require_rotatable
-from .run_state import RunState, other_setting, require_empty, stored_settings
+from .run_state import RunState, Streams, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
@@ -202,7 +203,7 @@ def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
         again = again.resolve(ModelSource(first.model))
     for name, value in asked.items():
         if getattr(first, name) != getattr(again, name):
-            raise other_setting(out, name, getattr(first, name), value)
+            raise other_setting(out, name, getattr(first, name), getattr(again, name) if name == "recipe" else value)
     return first
 
 
@@ -231,7 +232,7 @@ def quantize(
     samples = draw_calibration(source, settings, asked_seq_len, progress)
     hidden_bytes = samples.numel() * int(source.config["hidden_size"]) * DTYPES[settings.dtype].itemsize
     if not resume:
-        require_free_space(out, plan.bytes_after + 2 * hidden_bytes)
+        require_free_space(out, plan.bytes_after + (4 if plan.recipe.gptaq else 2) * hidden_bytes)
     runner = LayerRunner(source, settings.device, DTYPES[settings.dtype])
     with progress.stage("checking weights", source.total_bytes, "B") as advance:
         digests = source.verify(advance)
@@ -239,6 +240,8 @@ def quantize(
         f"weights of {source.name}": digests,
         f"config.json of {source.name}": sha256(source.folder / "config.json"),
         f"calibration text {settings.calib!r}": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
+        # A named one may be another in another checkout of the same version.
+        f"recipe {plan.recipe.name!r}": hashlib.sha256(json.dumps(plan.recipe.as_dict()).encode()).hexdigest(),
     }
     recorded = _jsonable(settings) | {"apex4_version": __version__, "inputs": inputs}
     state = RunState.resume(out, recorded) if resume else RunState.begin(out, recorded)
@@ -302,21 +305,25 @@ class _Run:
         self.shard_count = source.num_layers + 2  # embedding, layers, the rest
         self.name_width = max(len(linear.name) for linear in plan.linears)
         gptq = self.recipe.rounding == "gptq"
-        self.collector = Collector(runner, self.family, source.config, gptq, progress.line)
+        # The layers before quantization, on hidden states of their own.
+        self.original = LayerRunner(source, settings.device, runner.dtype) if self.recipe.gptaq else None
+        self.collector = Collector(runner, self.family, source.config, gptq, progress.line, self.original)
         self.rewriter = Rewriter(source, runner, self.recipe, settings.seed, progress.line)
 
     def execute(self) -> QuantizeResult:
-        self.runner.prepare(self.samples.shape[1])
+        for runner in filter(None, (self.runner, self.original)):
+            runner.prepare(self.samples.shape[1])
         embedding = f"{self.family.embedding}.weight"
         if self.state.record(1) is None:
             tensors = self.rewriter.embedding(self.source.read([embedding]))
             self._write_shard(1, tensors)
-            self.state.save_hidden(0, self.runner.embed(self.samples, tensors[embedding]))
-            del tensors
+            embedded = self.runner.embed(self.samples, tensors[embedding])
+            self.state.save_hidden(0, Streams(embedded, embedded.clone() if self.original else None))
+            del tensors, embedded
             self._commit(1, [])
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:
-            hidden: torch.Tensor | None = None
+            streams: Streams | None = None
             for layer in range(self.source.num_layers):
                 if self.state.record(layer + 2) is not None:
                     advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
@@ -327,19 +334,22 @@ class _Run:
                         f"stopped before layer {layer} of {self.source.num_layers}, nothing is lost: "
                         f"'apex4 quantize --resume -o {self.out}' goes on"
                     )
-                hidden = self._layer(layer, self.state.load_hidden(layer) if hidden is None else hidden, advance)
+                streams = streams or self.state.load_hidden(layer, original=self.original is not None)
+                streams = self._layer(layer, streams, advance)
         rest = [name for name in self.source.outer_tensors if name != embedding]
         self._write_shard(self.shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self.shard_count, [])
         return self._finish()
 
-    def _layer(self, layer: int, hidden: torch.Tensor, advance: Callable[[int], None]) -> torch.Tensor:
+    def _layer(self, layer: int, streams: Streams, advance: Callable[[int], None]) -> Streams:
         prefix = self.family.layer_prefix(layer)
-        stored = self.rewriter.layer(layer, self.source.read(self.source.layer_tensors(layer)), hidden)
+        stored = self.rewriter.layer(layer, self.source.read(self.source.layer_tensors(layer)), streams.hidden)
         module = self.runner.load_layer(layer, stored)
+        if self.original is not None:
+            self.original.load_layer(layer, stored)
         planned = self.plan.of_layer(layer)
         records: dict[str, dict[str, Any]] = {}
-        for group in self.collector.groups_of(layer, module, planned, hidden):
+        for group in self.collector.groups_of(layer, module, planned, streams):
             matrix = self._dense_transform(layer, group, stored)
             clip = self._clip(layer, group, stored, matrix) if self.recipe.search_clip else None
             _return_free_memory()
@@ -348,16 +358,20 @@ class _Run:
             first: Apex4Linear | None = None
             for part in group.take_parts():
                 inputs, hessian = part.statistics.inputs(), part.statistics.take_hessian(matrix)
-                factor = None
+                factor = correction = None
                 if hessian is not None:
                     factor = inverse_factor(part.reader, hessian, warn=self.progress.line)
                     del hessian
+                drift = part.statistics.take_drift(matrix)
+                if factor is not None and drift is not None:
+                    correction = drift_correction(part.reader, drift, factor, self.recipe.gptaq)
+                    del drift
                 for linear in part.planned:
                     if clip is not None:
                         linear = replace(linear, format=replace(linear.format, activation_clip=clip))
                     weight = stored.pop(f"{linear.name}.weight").to(self.runner.device)
                     local = module.get_submodule(linear.name[len(prefix) :])
-                    quantized = self._quantize(linear, weight, local, factor, matrix)
+                    quantized = self._quantize(linear, weight, local, factor, matrix, correction)
                     if linear.format.transform_from is not None:
                         assert first is not None
                         quantized.take_transform_from(first)
@@ -371,11 +385,14 @@ class _Run:
                     advance(linear.elements)
         self._write_shard(layer + 2, stored)
         del stored
-        after = self.runner.run_layer(layer, hidden)
+        after = Streams(self.runner.run_layer(layer, streams.hidden))
+        if self.original is not None and streams.original is not None:
+            after = after._replace(original=self.original.run_layer(layer, streams.original))
         self.state.save_hidden(layer + 1, after)
         self._commit(layer + 2, [records[linear.name] for linear in planned if linear.name in records])
         self.state.drop_hidden(layer)
-        self.runner.drop_layer(layer)
+        for runner in filter(None, (self.runner, self.original)):
+            runner.drop_layer(layer)
         _return_free_memory()
         return after
 
@@ -395,13 +412,12 @@ class _Run:
     def _dense_transform(
         self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor]
     ) -> torch.Tensor | None:
-        """The transform learned for all linears of an input together, where the plan wants one."""
+        """The transform learned for all linears of an input together, where the plan wants one, by block."""
         format = group.parts[0].planned[0].format
-        if format.transform != DENSE:
+        if format.transform not in LEARNED:
             return None
-        return learn_transform(
-            pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
-        )
+        inputs, weights = pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
+        return learn_transform(inputs, weights, shared=format.transform == SHARED)
 
     def _clip(
         self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor], matrix: torch.Tensor | None
@@ -419,17 +435,21 @@ class _Run:
         module: nn.Module,
         factor: torch.Tensor | None,
         matrix: torch.Tensor | None,
+        correction: torch.Tensor | None,
     ) -> Apex4Linear:
         if factor is None:
             codes, scales = quantize_weight_rtn(linear.name, weight, linear.format, matrix)
         else:
-            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor, matrix)
+            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor, matrix, correction)
         return Apex4Linear.from_codes(linear.format, codes, scales, module.bias, matrix)
 
     def _measure(
         self, linear: PlannedLinear, weight: torch.Tensor, quantized: Apex4Linear, inputs: torch.Tensor
     ) -> dict[str, Any]:
-        """The record of a linear: what was decided, and its relative output error on `inputs` float32 [T, K]."""
+        """The record of a linear: what was decided, and its relative output error on `inputs` float32 [T, K].
+
+        The error is that of the linear alone, also where GPTAQ aims at what the original model computes.
+        """
         exact = inputs @ weight.float().t()
         if quantized.bias is not None:
             exact += quantized.bias.float()

@@ -12,7 +12,7 @@ from .calib.probes import PROBE_ROWS
 from .errors import UsageError
 from .families import expert_of
 from .layouts import get_layout
-from .number_format import BLOCK, DENSE, GroupSize
+from .number_format import BLOCK, LEARNED, GroupSize
 from .quant_config import LinearFormat, QuantConfig
 from .recipes import Recipe, get_recipe
 from .source import ModelSource
@@ -104,7 +104,7 @@ def build_plan(
                 format = replace(
                     base, out_features=out_features, in_features=in_features, group_size=size, transform_from=owner
                 )
-                if transform == DENSE:
+                if transform in LEARNED:
                     owner = owner or name
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
@@ -160,17 +160,19 @@ def estimate_peak_memory(
 ) -> int:
     """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
     the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, what a dense
-    transform is learned from, and the calibration hidden states (before and after the layer, and its attention's outputs)."""
+    transform is learned from, and the calibration hidden states (before and after the layer, and its attention's outputs).
+    For GPTAQ the original layer and its hidden states are there too, and a second matrix per Hessian."""
     hidden = int(source.config["hidden_size"])
     layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
     widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
     largest = max(linear.elements for linear in plan.linears)
     outer = max(source.infos[name].bytes for name in source.outer_tensors)
-    states = 3 * tokens * hidden * compute_bytes
-    working = layer + 12 * largest + 16 * seq_len * widest
+    streams = 2 if plan.recipe.gptaq else 1
+    states = 3 * streams * tokens * hidden * compute_bytes
+    working = streams * (layer + 16 * seq_len * widest) + 12 * largest
     if hessians:
         working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
-    if plan.config.transform == DENSE:  # rows of inputs and weights, twice, and a dozen matrices
+    if plan.config.transform in LEARNED:  # rows of inputs and weights, twice, and a dozen matrices
         from .learned_transform import WEIGHT_SAMPLE
 
         rows = 2 * (PROBE_ROWS + 2 * WEIGHT_SAMPLE) + 12 * BLOCK
@@ -185,6 +187,7 @@ def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int, hessia
     """What one stage's statistics take at most: a Hessian per input, and for experts a shared one and rows too."""
     from .collecting import EXPERT_ROWS
 
+    matrices = (2 if plan.recipe.gptaq else 1) if hessians else 0
     most = 0
     for layer in range(source.num_layers):
         readers: dict[tuple[int, int | None], int] = {}
@@ -198,7 +201,7 @@ def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int, hessia
             experts = [k for (_, expert), k in of_stage.items() if expert is not None]
             widths = [*of_stage.values(), max(experts)] if experts else list(of_stage.values())
             kept = 2 * EXPERT_ROWS * sum(experts) * compute_bytes
-            most = max(most, kept + sum(4 * k * k for k in widths if hessians))
+            most = max(most, kept + sum(matrices * 4 * k * k for k in widths))
     return most
 
 
@@ -235,12 +238,16 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     # A linear is run again for every later input group of its layer and once at the end: three times on average.
     multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
-    if plan.config.transform == DENSE:
+    if plan.config.transform in LEARNED:
         from .learned_transform import ROWS, STEPS, WEIGHT_ROWS
 
         multiplies += STEPS * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(inputs.values())
     if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
         multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
+        multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
+    if plan.recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
+        multiplies += 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
+        multiplies += sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
     return elements * per_element + multiplies * per_multiply
 

@@ -35,7 +35,7 @@ from .errors import UsageError
 from .gpus import Gpu
 from .knapsack import pareto_front
 from .layer_runner import LayerRunner
-from .number_format import DENSE, GroupSize
+from .number_format import LEARNED, GroupSize
 from .pipeline import QuantizeSettings, draw_calibration, plan_of
 from .plan_file import plan_file_json, plan_file_text, require_plan_path
 from .progress import Progress
@@ -288,7 +288,9 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
     source = ModelSource(settings.model)
     names = ("model", "target", "transform", "calib", "samples", "seq_len", "seed", "device", "dtype")
     run = QuantizeSettings(**{name: getattr(settings, name) for name in names}).resolve(source)
-    if run.transform == DENSE:  # learnt for one group size; sizes are compared, more cheaply, under the Hadamard matrix
+    if (
+        run.transform in LEARNED
+    ):  # learnt for one group size; sizes are compared, more cheaply, under the Hadamard matrix
         run = replace(run, transform="hadamard128")
     samples = draw_calibration(source, run, settings.seq_len, progress)
     runner = LayerRunner(source, run.device, DTYPES[run.dtype])

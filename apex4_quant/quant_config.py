@@ -12,7 +12,8 @@ from .layouts import Layout, get_layout
 from .number_format import (
     BITS,
     BLOCK,
-    DENSE,
+    LEARNED,
+    SHARED,
     TRANSFORMS,
     GroupSize,
     group_count,
@@ -60,8 +61,9 @@ class LinearFormat:
     @property
     def transform_shape(self) -> tuple[int, int, int] | None:
         """Of the tensor `input_transform`, if this linear stores one."""
-        owns = self.transform == DENSE and self.transform_from is None
-        return (self.padded_k // BLOCK, BLOCK, BLOCK) if owns else None
+        if self.transform not in LEARNED or self.transform_from is not None:
+            return None
+        return (1 if self.transform == SHARED else self.padded_k // BLOCK, BLOCK, BLOCK)
 
     @property
     def stored_bytes(self) -> int:
@@ -150,7 +152,7 @@ class QuantConfig:
             parse_group_size(override.get("group_size", config.group_size))
             owner = override.get("transform_from")
             if owner is not None and (
-                config.transform != DENSE
+                config.transform not in LEARNED
                 or not isinstance(owner, str)
                 or "transform_from" in config.modules.get(owner, {})
             ):

@@ -19,10 +19,12 @@ DEFAULT_RECIPE = "apex4"
 @dataclass(frozen=True)
 class Recipe:
     """`transform` is the group transform used unless --transform says otherwise: "hadamard128", "dense128" (learned for
-    every input) or "none". `rounding` is "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear
+    every block of every input), "shared128" (learned, one matrix for all blocks of an input) or "none". `rounding` is "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear
     input; without it all are `activation_clip`. `rotation` merges random Hadamard rotations of the residual stream and
     of the values into the weights, `diagonal` is the exponent of the balancing factors (0: none). Both leave the model's
-    function as it is (model_transform.py)."""
+    function as it is (model_transform.py). `gptaq` is how far GPTQ's targets are moved from what a linear makes of its
+    inputs, which come through quantized layers, to what it makes of the original model's (0: not at all, 1: all the way;
+    gptq.py)."""
 
     name: str
     summary: str = ""
@@ -32,6 +34,7 @@ class Recipe:
     activation_clip: float = 1.0
     rotation: bool = False
     diagonal: float = 0.0
+    gptaq: float = 0.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Recipe:
@@ -52,6 +55,12 @@ class Recipe:
             raise UsageError(f"{where} has activation_clip = {recipe.activation_clip}: give a number in (0, 1]")
         if not 0 <= recipe.diagonal <= 1:
             raise UsageError(f"{where} has diagonal = {recipe.diagonal}: give an exponent in [0, 1]")
+        if not 0 <= recipe.gptaq <= 1:
+            raise UsageError(f"{where} has gptaq = {recipe.gptaq}: give a number in [0, 1]")
+        if recipe.gptaq and recipe.rounding != "gptq":
+            raise UsageError(
+                f"{where} has gptaq = {recipe.gptaq} and rounding = {recipe.rounding!r}: add 'rounding: gptq'"
+            )
         return recipe
 
     def as_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,21 @@ from .errors import Apex4Error, UsageError
 from .storage import RUN_FOLDER, read_json, remove_temporaries, sha256, write_json, write_tensors
 
 _SETTINGS = "settings.json"
+
+
+class Streams(NamedTuple):
+    """The calibration text's hidden states on their way into a decoder layer, each [S, L, H].
+
+    `hidden` comes through the quantized layers; `original` through those of the model before quantization, where the
+    recipe asks for it.
+    """
+
+    hidden: torch.Tensor
+    original: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0] * self.hidden.shape[1]
 
 
 class RunState:
@@ -94,15 +109,20 @@ class RunState:
     def commit(self, shard: int, record: dict[str, Any]) -> None:
         write_json(self.folder / f"shard-{shard:05}.json", record)
 
-    def save_hidden(self, layer: int, hidden: torch.Tensor) -> None:
-        write_tensors(self._hidden_path(layer), {"hidden_states": hidden})
+    def save_hidden(self, layer: int, streams: Streams) -> None:
+        tensors = {"hidden_states": streams.hidden}
+        if streams.original is not None:
+            tensors["original_hidden_states"] = streams.original
+        write_tensors(self._hidden_path(layer), tensors)
 
-    def load_hidden(self, layer: int) -> torch.Tensor:
+    def load_hidden(self, layer: int, original: bool) -> Streams:
+        """What `save_hidden` wrote; `original`: whether both streams must be there. Raises Apex4Error."""
         path = self._hidden_path(layer)
         if not path.is_file():
             raise Apex4Error(f"{path} is missing: {self.out} cannot be resumed, begin again in a new folder")
         try:
-            return load_file(path)["hidden_states"]
+            tensors = load_file(path)
+            return Streams(tensors["hidden_states"], tensors["original_hidden_states"] if original else None)
         except (SafetensorError, OSError, KeyError) as error:
             raise Apex4Error(f"{path} is damaged ({error}): {self.out} cannot be resumed, begin again") from error
 
@@ -115,12 +135,25 @@ class RunState:
 
 def other_setting(out: Path, name: str, first: Any, now: Any) -> UsageError:
     """The refusal to resume with another setting."""
-    # A plan has hundreds of entries: which of them differ is for a diff of the two files.
-    first, now = ("a plan of its own" if isinstance(value, dict) else repr(value) for value in (first, now))
+    describe = _recipe_as_text if name == "recipe" else _setting_as_text
     return UsageError(
-        f"{out} was begun with {name} = {first} and now {now} is asked for: "
+        f"{out} was begun with {name} = {describe(first, now)} and now {describe(now, first)} is asked for: "
         "resume with the first run's settings or choose another output folder"
     )
+
+
+def _setting_as_text(value: Any, other: Any) -> str:
+    # A plan has hundreds of entries: which of them differ is for a diff of the two files.
+    return "a plan of its own" if isinstance(value, dict) else repr(value)
+
+
+def _recipe_as_text(recipe: Any, other: Any) -> str:
+    """A recipe's name, and of a file's content what is not the same in the `other`."""
+    if not isinstance(recipe, dict):
+        return repr(recipe)
+    differ = [key for key in recipe if isinstance(other, dict) and key != "name" and recipe[key] != other.get(key)]
+    content = ", ".join(f"{key}: {recipe[key]!r}" for key in differ)
+    return f"{recipe.get('name')!r} of a file" + (f" with {content}" if content else "")
 
 
 def require_empty(out: Path) -> None:

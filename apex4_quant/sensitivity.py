@@ -27,6 +27,7 @@ from .number_format import BLOCK, CHANNEL, GroupSize, round_up
 from .plan import PlannedLinear
 from .progress import Progress
 from .quant_config import LinearFormat
+from .run_state import Streams
 from .source import ModelSource
 from .transforms import transform_input, transform_weight
 from .weight_quantizer import require_quantizable, round_to_codes, search_scales
@@ -107,7 +108,7 @@ def measure_sensitivity(
             of_layer = [linear for linear in planned if linear.layer == layer]
             stored = source.read(source.layer_tensors(layer))
             module = runner.load_layer(layer, stored)
-            for group in collector.groups_of(layer, module, of_layer, hidden):
+            for group in collector.groups_of(layer, module, of_layer, Streams(hidden)):
                 found.append(_measure_group(group, stored, runner.device, samples.numel()))
                 advance(sum(n * found[-1].in_features for n in found[-1].outputs))
             hidden = runner.run_layer(layer, hidden)

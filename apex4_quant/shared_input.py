@@ -35,7 +35,7 @@ from .deferred import Deferred, Deferring, defer_gating, defer_norm
 from .families import Family, InputGroup
 from .kernels import dispatch, ops
 from .linear import Apex4Linear
-from .number_format import DENSE
+from .number_format import LEARNED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,7 +238,7 @@ def _readers_of_one_tensor(
             module = layer.get_submodule(name)
             if isinstance(module, Apex4Linear):
                 how = module.format
-                owner = id(module.transform_owner) if how.transform == DENSE else None
+                owner = id(module.transform_owner) if how.transform in LEARNED else None
                 transform = (how.transform, owner, how.activation_clip)
                 key = (name.rpartition(".")[0], position, how.padded_k, how.group_length, transform)
                 alike.setdefault(key, []).append(module)

@@ -149,6 +149,31 @@ def require_sizes(config: dict[str, Any], folder: Path) -> None:
             raise Apex4Error(f"{folder / 'config.json'} has no usable {name}: the file is damaged, get it again")
 
 
+def _listed_checksums(folder: Path) -> dict[str, str]:
+    """What checksums.json says of a model's files; nothing if there is none. Raises Apex4Error."""
+    path = folder / CHECKSUMS_NAME
+    listed = read_json(path) if path.is_file() else {}
+    if not isinstance(listed, dict) or not all(isinstance(value, str) for value in listed.values()):
+        raise Apex4Error(f"{path} is not a mapping of file names to SHA-256: the file is damaged, get it again")
+    return listed
+
+
+def _verified(path: Path, known: dict[str, str]) -> str:
+    """The SHA-256 of a file. Raises Apex4Error if another is known."""
+    digest = sha256(path)
+    if known.get(path.name, digest) != digest:
+        raise Apex4Error(f"{path} does not have the checksum published with it: get the file again")
+    return digest
+
+
+def verify_listed(folder: Path, files: Iterable[Path]) -> None:
+    """Compare those of `files` that the folder's checksums.json names. Raises Apex4Error naming one that differs."""
+    known = _listed_checksums(folder)
+    for path in sorted(set(files)):
+        if path.name in known:
+            _verified(path, known)
+
+
 class ModelSource:
     """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
 
@@ -217,13 +242,8 @@ class ModelSource:
         Returns the SHA-256 of every weight file. `advance` is told the bytes done. Raises Apex4Error naming the file
         or tensor.
         """
-        known = self._known_checksums()
-        digests = {}
-        for path in self.files():
-            digests[path.name] = sha256(path)
-            expected = known.get(path.name)
-            if expected and digests[path.name] != expected:
-                raise Apex4Error(f"{path} does not have the checksum published with it: get the file again")
+        known = _listed_checksums(self.folder) | self._cached_checksums()
+        digests = {path.name: _verified(path, known) for path in self.files()}
         for name, info in self.infos.items():
             tensor = self.read([name])[name]
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -233,15 +253,10 @@ class ModelSource:
             advance(info.bytes)
         return digests
 
-    def _known_checksums(self) -> dict[str, str]:
-        listed = self.folder / CHECKSUMS_NAME
-        known = dict(read_json(listed)) if listed.is_file() else {}
-        for path in self.files():
-            # The Hub's cache stores large files under the SHA-256 of their content, behind a link.
-            blob = path.resolve().name
-            if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
-                known[path.name] = blob
-        return known
+    def _cached_checksums(self) -> dict[str, str]:
+        """The Hub's cache stores large files under the SHA-256 of their content, behind a link."""
+        blobs = {path.name: path.resolve().name for path in self.files() if path.is_symlink()}
+        return {name: blob for name, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", blob)}
 
     def describe(self) -> str:
         return f"{self.name} ({self.family.architecture}, {self.num_layers} layers, {format_bytes(self.total_bytes)})"

@@ -1,7 +1,7 @@
 """Group transforms as the pipeline applies them: into the basis in which weights and activations are quantized.
 
 x -> x T and W -> W T^-T leave x W^T as it was, and H = E[x^T x] becomes T^T H T. T is block-diagonal, one 128 x 128 block
-per 128 channels: the Hadamard matrix (orthonormal and symmetric, so T = T^-T), or the dense `matrix` [K / 128, 128, 128]
+per 128 channels: the Hadamard matrix (orthonormal and symmetric, so T = T^-T), or the learned `matrix` [K / 128, 128, 128]
 of the input.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from .kernels.block_matrix import apply_block_matrix
 from .kernels.hadamard import apply_block_hadamard
-from .number_format import DENSE
+from .number_format import LEARNED
 from .quant_config import LinearFormat
 
 
@@ -21,7 +21,7 @@ def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
 
 
 def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:
-    assert (matrix is not None) == (format.transform == DENSE)
+    assert (matrix is not None) == (format.transform in LEARNED)
     if matrix is not None:
         return apply_block_matrix(x, matrix.float())
     return apply_block_hadamard(x) if format.transform == "hadamard128" else x

@@ -1,4 +1,4 @@
-"""Second moments of what linears read: the Hessian of their output error, up to a factor."""
+"""Second moments of what linears read: the Hessian of their output error, up to a factor, and how two streams differ."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from .errors import CalibrationError
 
 
 class HessianAccumulator:
-    """Sum of x x^T over all tokens seen, in float32, on the device of the first batch."""
+    """Sum of x x^T over all tokens seen, or of y x^T, in float32, on the device of the first batch."""
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
         self._tokens = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """x [..., K] in the basis the weights are quantized in."""
+    def add(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        """x and y [..., K]; y is x unless given."""
         rows = x.reshape(-1, x.shape[-1]).float()
+        others = rows if y is None else y.reshape(-1, y.shape[-1]).float()
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        self._sum.addmm_(rows.t(), rows)
+        self._sum.addmm_(others.t(), rows)
         self._tokens += len(rows)
 
     def take_matrix(self) -> torch.Tensor:
-        """E[x x^T], float32 [K, K], and forget it: at K = 28672 a copy would be 3 GB.
+        """E[x x^T] (E[y x^T]), float32 [K, K], and forget it: at K = 28672 a copy would be 3 GB.
 
         Raises CalibrationError if no token was seen or one was not finite.
         """

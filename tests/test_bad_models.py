@@ -250,6 +250,25 @@ def test_bit_flip_in_a_model_with_checksums(one_sentence: Call, quantize_badly: 
     assert not (tmp_path / "out").exists()
 
 
+def test_eval_compares_the_checksums_published_with_an_original(
+    one_sentence: Call, invoke: Call, demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "demo-copy"
+    shutil.copytree(DEMO_PATH, model)
+    few = ("--limit", 1, "--json")
+    assert invoke("eval", model, *few).exit_code == 0
+    flip_bit(model / "model.safetensors")
+    one_sentence(invoke("eval", model, *few), FAILED, str(model / "model.safetensors"), "checksum")
+    one_sentence(
+        invoke("eval", demo_checkpoint, "--baseline", model, *few), FAILED, str(model / "model.safetensors"), "checksum"
+    )
+    for text in ('["model.safetensors"]', '{"model.safetensors": 3}', "{"):
+        (model / "checksums.json").write_text(text)
+        one_sentence(invoke("eval", model, *few), FAILED, str(model / "checksums.json"), "damaged, get it again")
+    (model / "checksums.json").write_text('{"another.safetensors": "00"}')
+    assert invoke("eval", model, *few).exit_code == 0
+
+
 def test_bit_flip_in_a_checkpoint(
     one_sentence: Call, invoke: Call, run_cli: Call, demo_checkpoint: Path, tmp_path: Path
 ) -> None:

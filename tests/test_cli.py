@@ -272,6 +272,7 @@ def test_inspect_and_check(invoke: Call, demo_checkpoint: Path) -> None:
     assert result["ok"] is True and result["path"] == str(demo_checkpoint)
     assert [done["check"] for done in result["checks"]][:3] == ["index and shards", "coverage", "checksums"]
     assert result["checks"][2]["found"] == "all files as recorded"
+    assert result["checks"][3]["found"] == "transform dense128 and all activation clips as in the report"
     lines = invoke("check", demo_checkpoint).stdout.splitlines()
     assert len(lines) == len(result["checks"]) + 1 and lines[-1] == f"{demo_checkpoint} is whole"
 
@@ -366,6 +367,7 @@ def test_check_without_a_report(damaged: Damaged, invoke: Call) -> None:
     damaged.set(f"{UP}.weight_scale", 5, 0.5)
     result = one_object(invoke("check", damaged.folder, "--json"))
     assert "none recorded" in result["checks"][2]["found"]
+    assert "not compared" in result["checks"][3]["found"]
 
 
 def test_check_of_files_and_config(damaged: Damaged, demo_checkpoint: Path, invoke: Call, one_sentence: Call) -> None:
@@ -384,6 +386,34 @@ def test_check_of_files_and_config(damaged: Damaged, demo_checkpoint: Path, invo
     damaged.set(f"{UP}.weight_scale", 5, 0.5)
     shard = damaged.file_of(f"{UP}.weight_scale")
     one_sentence(invoke("check", folder, "--json"), FAILED, str(shard), "checksum")
+
+
+def test_check_compares_config_and_report(
+    invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path, one_sentence: Call
+) -> None:
+    """Each of these loads and runs, and computes something else than was calibrated."""
+    out, recipe = tmp_path / "out", tmp_path / "mine.yaml"
+    recipe.write_text("search_clip: true")
+    options = ("--calib", calib, "--samples", 2, "--seq-len", 32, "--target", "none", "--recipe", recipe)
+    assert invoke("quantize", tiny_model(), "-o", out, *options, "--json").exit_code == 0
+    one_object(invoke("check", out, "--json"))
+    config = json.loads((out / "config.json").read_text())
+    name = "model.layers.1.mlp.down_proj"
+    clip = config["quantization_config"]["modules"][name]["activation_clip"]
+
+    def changed(**changes: Any) -> Any:
+        section = config["quantization_config"] | changes
+        (out / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+        return invoke("check", out, "--json")
+
+    modules = config["quantization_config"]["modules"]
+    both = ("config.json", REPORT)
+    one_sentence(changed(transform="none"), FAILED, "transform is 'none' in", "'hadamard128' in", *both)
+    for wrong, others in ((0.5, {name: {"activation_clip": 0.5}}), (1.0, {name: {}})):
+        found = changed(modules=modules | others)
+        one_sentence(found, FAILED, name, f"activation_clip {wrong} in config.json and {clip} in", *both)
+    one_sentence(changed(modules={}), FAILED, "model.layers.0.self_attn.q_proj has activation_clip 1.0 in", *both)
+    one_object(changed())
 
 
 def test_check_of_layouts(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path, one_sentence: Call) -> None:

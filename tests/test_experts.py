@@ -30,6 +30,7 @@ from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.linear import Apex4Linear
 from apex4_quant.plan import build_plan
 from apex4_quant.progress import Progress
+from apex4_quant.run_state import Streams
 from apex4_quant.source import DEMO_PATH, ModelSource
 
 SIZES: dict[str, Any] = {
@@ -218,8 +219,8 @@ def test_damaged_configs_are_refused(
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "apex4"])
-def test_experts_without_tokens_are_quantized_and_reported(
-    recipe: str, moe: Callable[..., Path], tmp_path: Path
+def test_experts_without_tokens_are_quantized_reported_and_inspected(
+    recipe: str, moe: Callable[..., Path], tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
     progress = Lines()
     settings = settings_for(moe("qwen3moe"), recipe=recipe, samples=8, seq_len=128)
@@ -246,6 +247,17 @@ def test_experts_without_tokens_are_quantized_and_reported(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(model.model.layers[1].mlp.experts[5].up_proj, Apex4Linear)
 
+    linears = json.loads(invoke("inspect", tmp_path / "out", "--json").stdout)["linears"]
+    inspected = {linear["name"]: linear for linear in linears}
+    for name, record in records.items():
+        for key in ("calibration_tokens", "fallback"):
+            assert inspected[name].get(key) == record.get(key)
+    *lines, last = invoke("inspect", tmp_path / "out").stdout.splitlines()
+    marked = [line.split()[0] for line in lines if f"{SHARED} (0 tokens of its own)" in line]
+    parts = ("4.gate", "4.up", "5.gate", "5.up", "4.down", "5.down")
+    assert marked == [f"model.layers.1.mlp.experts.{part}_proj" for part in parts]
+    assert last.startswith("  6 linears of experts") and SHARED in last and "--samples" in last
+
 
 @torch.no_grad()
 def test_statistics_are_those_of_the_tokens_that_the_router_sends(moe: Callable[..., Path]) -> None:
@@ -260,7 +272,7 @@ def test_statistics_are_those_of_the_tokens_that_the_router_sends(moe: Callable[
     plan = build_plan(source, recipe="gptq", transform="none", group_size=128, layout="rowmajor", target={}, ignore=())
     said: list[str] = []
     collector = Collector(runner, source.family, source.config, True, said.append)
-    groups = list(collector.groups_of(1, layer, plan.of_layer(1), hidden))
+    groups = list(collector.groups_of(1, layer, plan.of_layer(1), Streams(hidden)))
     assert [len(group.parts) for group in groups] == [1, 1, 5] + [1] * 6  # four fed experts and the starved together
 
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)

@@ -132,9 +132,15 @@ class ReferenceLinear(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "layout"), [(name, "rowmajor") for name in MODELS] + [("llama ragged", "sm80"), ("qwen2", "sm80")]
+    ("name", "layout", "recipe"),
+    [(name, "rowmajor", recipe) for name in MODELS for recipe in ("rtn", "apex4")]
+    + [(name, "sm80", recipe) for name in ("llama ragged", "qwen2") for recipe in ("rtn", "apex4")]
+    + [
+        (name, "rowmajor", recipe)
+        for name in ("phi3 partial rotary", "gemma2", "mixtral tied ragged")
+        for recipe in ("apex4-gptaq", "apex4-shared")
+    ],
 )
-@pytest.mark.parametrize("recipe", ["rtn", "apex4"])
 def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", name)
     settings = QuantizeSettings(

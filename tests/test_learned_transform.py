@@ -23,7 +23,7 @@ from apex4_quant.kernels.block_matrix import apply_block_matrix
 from apex4_quant.layouts import get_layout
 from apex4_quant.learned_transform import learn_transform
 from apex4_quant.linear import Apex4Linear
-from apex4_quant.number_format import DENSE
+from apex4_quant.number_format import DENSE, SHARED
 from apex4_quant.quant_config import LinearFormat, QuantConfig
 from apex4_quant.transforms import pad_input_features, transform_hessian, transform_input, transform_weight
 from apex4_quant.weight_quantizer import quantize_weight_rtn
@@ -55,11 +55,12 @@ def output_error(x: torch.Tensor, w: torch.Tensor, format: LinearFormat, matrix:
     return float((y - exact).norm() / exact.norm())
 
 
-def test_gradient_is_that_of_the_objective() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradient_is_that_of_the_objective(shared: bool) -> None:
     x, w = inputs_and_weight(48, 256, tokens=64)
     blocks = learned_transform._Blocks.of(x.double(), [w.double()])
     torch.manual_seed(0)
-    start = learned_transform._balanced_hadamard(blocks).double()
+    start = learned_transform._balanced_hadamard(blocks).double()[: 1 if shared else None]
     transform = start + 0.01 * torch.randn_like(start)
     direction = torch.randn_like(start)
     slope = (learned_transform._gradient(blocks, transform, blocks.x, blocks.w) * direction).sum((1, 2))
@@ -77,6 +78,23 @@ def test_output_error_is_well_below_that_of_the_hadamard_transform(n: int, k: in
     fresh, _ = inputs_and_weight(n, k, tokens=1024, outliers=outliers)
     learned, hadamard = output_error(fresh, w, format, matrix), output_error(fresh, w, plain, None)
     assert learned < 0.85 * hadamard, (learned, hadamard)
+
+
+def test_one_matrix_for_all_blocks_gains_less_than_one_for_each() -> None:
+    k = 384
+    x, w = inputs_and_weight(192, k)
+    balance = ((w.square().sum(0) / x.square().sum(0)) ** 0.25)[None]  # what the recipe merges into the weights
+    x, w = x * balance, w / balance
+    shared = learn_transform(x, [w], shared=True)
+    assert shared.shape == (3, 128, 128) and torch.equal(shared, shared[:1].expand(3, -1, -1))
+    format = dense_format(192, k)
+    plain = LinearFormat(192, k, 128, get_layout("rowmajor"), "hadamard128", 1.0)
+    errors = [
+        output_error(x, w, format, learn_transform(x, [w])),
+        output_error(x, w, format, shared),
+        output_error(x, w, plain, None),
+    ]
+    assert errors == sorted(errors) and errors[1] < 0.95 * errors[2], errors
 
 
 def test_rows_that_were_not_seen_gain_too() -> None:
@@ -273,6 +291,46 @@ def test_offloaded_owners_are_found(dense_model: Path, tmp_path: Path) -> None:
     )
     ids = torch.arange(24)[None]
     assert torch.equal(offloaded(ids).logits, plain(ids).logits)
+
+
+def test_a_shared_transform_is_one_matrix_an_input(
+    tmp_path: Path, invoke: Callable[..., Result], one_sentence: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    quantize(QuantizeSettings("demo", recipe="apex4-shared", target="none", samples=2, seq_len=64, device="cpu"), out)
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    prefix = "model.layers.0."
+    assert section["transform"] == SHARED and section["format_version"] == 1
+    assert section["modules"][f"{prefix}self_attn.v_proj"]["transform_from"] == f"{prefix}self_attn.q_proj"
+    file = (
+        out
+        / json.loads((out / "model.safetensors.index.json").read_text())["weight_map"][
+            f"{prefix}mlp.down_proj.input_transform"
+        ]
+    )
+    tensors = load_file(file)
+    stored = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if "input_transform" in name}
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
+        f"{name}.input_transform": (1, 128, 128)
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    }
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    down = model.get_submodule(f"{prefix}mlp.down_proj")
+    assert torch.equal(down.transform_matrix(), stored["mlp.down_proj.input_transform"].expand(6, -1, -1))
+    x = torch.randn(3, 768)
+    blocks = [block @ stored["mlp.down_proj.input_transform"][0].float() for block in x.split(128, dim=1)]
+    torch.testing.assert_close(transform_input(x, down.format, down.transform_matrix()), torch.cat(blocks, 1))
+    assert invoke("check", out, "--json").exit_code == 0
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+    name = f"{prefix}mlp.down_proj.input_transform"
+    tensors[name] = tensors[name].repeat(6, 1, 1)  # as with dense128
+    save_file(tensors, file, metadata={"format": "pt"})
+    (out / "apex4_report.json").unlink()
+    one_sentence(invoke("check", out, "--json"), 1, name, "[6, 128, 128]", "[1, 128, 128]")
 
 
 def test_damaged_transforms_are_found(

@@ -15,14 +15,24 @@ from apex4_quant.recipes import DEFAULT_RECIPE, Recipe, get_recipe, named_recipe
 
 
 def test_the_named_recipes() -> None:
-    assert list(named_recipes()) == ["rtn", "gptq", "quarot-128g", "apex4-hadamard", "apex4"]
+    assert list(named_recipes()) == [
+        "rtn",
+        "gptq",
+        "quarot-128g",
+        "apex4-hadamard",
+        "apex4-shared",
+        "apex4",
+        "apex4-gptaq",
+    ]
     assert DEFAULT_RECIPE == "apex4"
     rtn = named_recipes()["rtn"]
     assert (rtn.transform, rtn.rounding, rtn.search_clip, rtn.activation_clip) == ("hadamard128", "nearest", False, 1.0)
     quarot = named_recipes()["quarot-128g"]
     assert (quarot.rotation, quarot.activation_clip, quarot.rounding, quarot.diagonal) == (True, 0.9, "gptq", 0.0)
     assert named_recipes()["apex4"].transform == "dense128"
-    assert named_recipes()["apex4-hadamard"].diagonal == 0.25
+    assert named_recipes()["apex4-hadamard"].diagonal == named_recipes()["apex4-shared"].diagonal == 0.25
+    assert named_recipes()["apex4-shared"].transform == "shared128"
+    assert [name for name, recipe in named_recipes().items() if recipe.gptaq] == ["apex4-gptaq"]
     assert all(recipe.summary for recipe in named_recipes().values())
 
 
@@ -44,6 +54,9 @@ def test_a_file_is_a_recipe_and_comes_back_from_its_dict(tmp_path: Path) -> None
         ("activation_clip: true", ["activation_clip = True", "a number"]),
         ("activation_clip: 0", ["activation_clip = 0.0", "(0, 1]"]),
         ("diagonal: -1", ["diagonal = -1.0", "[0, 1]"]),
+        ("rounding: gptq\ngptaq: 2", ["gptaq = 2.0", "[0, 1]"]),
+        ("rounding: gptq\ngptaq: true", ["gptaq = True", "a number"]),
+        ("gptaq: 0.5", ["gptaq = 0.5", "rounding = 'nearest'", "rounding: gptq"]),
         ("- gptq", ["not a mapping"]),
         ("a: [", ["cannot be read"]),
     ],

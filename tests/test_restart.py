@@ -25,6 +25,7 @@ from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.storage import RUN_FOLDER, sha256
 
 FAILED, USAGE, STOPPED = 1, 2, 75
+RECIPES = ("apex4", "apex4-gptaq")  # one stream of hidden states, and two
 Call = Callable[..., Any]  # the fixtures of conftest.py
 
 
@@ -56,6 +57,7 @@ class Job:
     def arguments(self, *more: object) -> list[str]:
         s = self.settings
         options = ("--calib", s.calib, "--samples", s.samples, "--seq-len", s.seq_len, "--target", "none")
+        options += ("--recipe", s.recipe)
         return [str(value) for value in ("quantize", s.model, "-o", self.out, *options, *more)]
 
     def stop_after(self, layers: int) -> None:
@@ -170,8 +172,9 @@ def test_killed_again_and_again(make_job: Callable[..., Job]) -> None:
     assert snapshot(job.out) == job.whole
 
 
-def test_stop_after_every_layer(make_job: Callable[..., Job]) -> None:
-    job = make_job(layers=3)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stop_after_every_layer(recipe: str, make_job: Callable[..., Job]) -> None:
+    job = make_job(layers=3, recipe=recipe)
     for layers in range(3):
         job.stop_after(layers)
         done = [path.name for path in job.out.glob("*.safetensors")]
@@ -210,9 +213,10 @@ def wait_for_shard(process: subprocess.Popen[str], job: Job, number: int) -> Non
         time.sleep(0.002)
 
 
-def test_kill_9(make_job: Callable[..., Job], start: Call) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_kill_9(recipe: str, make_job: Callable[..., Job], start: Call) -> None:
     """Killed after the first shard, on resume after the third, on resume at a random moment, then left alone."""
-    job = make_job(layers=6, samples=8, seq_len=64)
+    job = make_job(layers=6, samples=8, seq_len=64, recipe=recipe)
     process = start(job.arguments())
     wait_for_shard(process, job, 1)
     process.kill()

@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from apex4_quant.errors import Stopped
 from apex4_quant.pipeline import QuantizeSettings, quantize
+from apex4_quant.recipes import named_recipes
 from apex4_quant.storage import RUN_FOLDER
 
 FAILED, USAGE = 1, 2
@@ -80,6 +82,82 @@ def test_the_same_command_line_with_resume_goes_on(
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / RUN_FOLDER).exists()
 
 
+@pytest.fixture
+def stopped_with_file(tiny_model: Call, calib: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The folder of a run that stopped after its first layer, and the recipe file it was begun with."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("rounding: nearest\nactivation_clip: 0.9\n")
+    settings = QuantizeSettings(
+        str(tiny_model()), recipe=str(recipe), calib=str(calib), samples=3, seq_len=32, target="none"
+    )
+    answers = iter([False, True])
+    with pytest.raises(Stopped):
+        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+    return tmp_path / "out", recipe
+
+
+@pytest.mark.parametrize(
+    ("now", "nouns"),
+    [
+        ("rounding: gptq\nactivation_clip: 0.9\n", ("rounding: 'nearest'", "rounding: 'gptq'")),
+        ("rounding: nearest\n", ("activation_clip: 0.9", "activation_clip: 1.0")),
+        ("transform: none\nactivation_clip: 0.9\n", ("transform: 'hadamard128'", "transform: 'none'")),
+        ("summary: another text\nactivation_clip: 0.9\n", ("summary: ''", "summary: 'another text'")),
+    ],
+    ids=("rounding", "clip", "transform", "summary"),
+)
+def test_changed_recipe_file(
+    now: str, nouns: tuple[str, str], stopped_with_file: tuple[Path, Path], invoke: Call, one_sentence: Call
+) -> None:
+    out, recipe = stopped_with_file
+    before = files(out)
+    recipe.write_text(now)
+    sentence = one_sentence(
+        invoke("quantize", "--resume", "-o", out, "--recipe", recipe, "--json"),
+        USAGE,
+        f"{out} was begun with recipe = 'mine' of a file with {nouns[0]}",
+        f"and now 'mine' of a file with {nouns[1]} is asked for",
+        "first run's settings",
+    )
+    assert sentence.count("'mine'") == 2 and "{" not in sentence
+    assert files(out) == before
+
+
+def test_recipes_other_than_the_file(
+    stopped_with_file: tuple[Path, Path], tmp_path: Path, invoke: Call, one_sentence: Call
+) -> None:
+    out, recipe = stopped_with_file
+    begun = f"{out} was begun with recipe = "
+    resume = ("quantize", "--resume", "-o", out, "--recipe")
+    one_sentence(invoke(*resume, "rtn"), USAGE, f"{begun}'mine' of a file and now 'rtn' is asked for")
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.read_text())
+    one_sentence(invoke(*resume, copy), USAGE, f"{begun}'mine' of a file and now 'copy' of a file is asked for")
+    copy.unlink()
+    one_sentence(invoke(*resume, copy), USAGE, "copy.yaml' does not exist")
+
+
+def test_changed_named_recipe(stopped: Path, invoke: Call, one_sentence: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(stopped)
+    monkeypatch.setitem(named_recipes(), "apex4", replace(named_recipes()["apex4"], gptaq=0.5))
+    one_sentence(invoke("quantize", "--resume", "-o", stopped), USAGE, f"the recipe 'apex4' changed since {stopped}")
+    assert files(stopped) == before
+
+
+def test_a_run_goes_on_with_the_recipe_it_recorded(stopped_with_file: tuple[Path, Path], invoke: Call) -> None:
+    """The file is asked for by name, unchanged; or it is not asked for, and then need not even be there."""
+    out, recipe = stopped_with_file
+    shutil.copytree(out, out.with_name("again"))
+    result = invoke("quantize", "--resume", "-o", out, "--recipe", recipe, "--json")
+    assert result.exit_code == 0, result.stderr
+    recipe.unlink()
+    result = invoke("quantize", "--resume", "-o", out.with_name("again"), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert files(out) == files(out.with_name("again"))
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (section["recipe"], section["activation_clip"]) == ("mine", 0.9)
+
+
 def change_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][5, 5] += 1
@@ -131,6 +209,23 @@ def test_lost_hidden_states(stopped: Path, invoke: Call, one_sentence: Call) -> 
     hidden.unlink()
     one_sentence(invoke("quantize", "--resume", "-o", stopped, "--json"), FAILED, hidden.name, "missing")
     assert not (stopped / "config.json").exists()
+
+
+def test_lost_hidden_states_of_the_original_model(
+    tiny_model: Call, calib: Path, tmp_path: Path, invoke: Call, one_sentence: Call
+) -> None:
+    settings = QuantizeSettings(
+        str(tiny_model()), recipe="apex4-gptaq", calib=str(calib), samples=3, seq_len=32, target="none"
+    )
+    answers = iter([False, True])
+    with pytest.raises(Stopped):
+        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+    hidden = tmp_path / "out" / RUN_FOLDER / "hidden-00001.safetensors"
+    streams = load_file(hidden)
+    assert streams["hidden_states"].shape == streams["original_hidden_states"].shape
+    assert not streams["hidden_states"].equal(streams.pop("original_hidden_states"))
+    save_file(streams, hidden)
+    one_sentence(invoke("quantize", "--resume", "-o", tmp_path / "out", "--json"), FAILED, hidden.name, "damaged")
 
 
 def test_finished_folder(demo_checkpoint: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
