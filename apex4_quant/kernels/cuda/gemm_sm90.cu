@@ -48,9 +48,11 @@ constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
 constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
 constexpr int WARPGROUP_MEETS = 1, TURN = 1 + CONSUMERS;  // named barriers, one for each warpgroup
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+// Of the 168 a thread that the launch gives, what producers do not need goes to consumers.
+constexpr int PRODUCER_REGISTERS = LARGE_TILE ? 40 : 72, CONSUMER_REGISTERS = LARGE_TILE ? 232 : 216;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (CONSUMERS + 1) * 168, "registers of a thread block");
 static_assert(TILE_M % 8 == 0 && TILE_M <= 128, "the tokens of one wgmma, and two sets of its sums in registers");
-static_assert(CONSUMERS == 2 || CONSUMERS == 3, "warpgroups take turns");
+static_assert(CONSUMERS == 2, "warpgroups, by the registers they need");
 
 struct Stage {
   alignas(1024) uint8 a_codes[BLOCKS][TILE_M * BLOCK];
@@ -63,6 +65,7 @@ struct Stage {
   uint64 full, empty;
 #if LARGE_TILE
   uint64 parted;  // a_parts are written
+  uint64 zero;    // stays so
 #endif
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
@@ -82,8 +85,20 @@ struct Problem {
   const float* bias;
   float* partial;
   uint32* counter;
-  int m, n, k_blocks, blocks_per_group, groups, m_stride, ldy, span;
-  int tiles_m, tiles_n, weight_tiles;
+  int m, n, k_blocks, blocks_per_group, m_stride, ldy, span;
+  int tiles_m, tiles_n, weight_tiles, groups;
+
+  // With what follows from it. Each role works it out by itself: kept from before the roles part, these numbers would be
+  // spilled by the one with the fewest registers.
+  __device__ __forceinline__ Problem complete() const {
+    Problem p = *this;
+    asm volatile("" : "+r"(p.m), "+r"(p.n), "+r"(p.blocks_per_group));
+    p.tiles_m = (p.m + TILE_M - 1) / TILE_M;
+    p.weight_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
+    p.tiles_n = (p.weight_tiles + CONSUMERS - 1) / CONSUMERS;
+    p.groups = (p.k_blocks + p.blocks_per_group - 1) / p.blocks_per_group;
+    return p;
+  }
 };
 
 // A thread block's work is a sequence of items: a tile, or a range of its blocks.
@@ -140,8 +155,8 @@ constexpr int WEIGHT_PRODUCERS = 2, PRODUCERS = WEIGHT_PRODUCERS + (LARGE_TILE ?
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
 
+template <int role>  // warp of the producer warpgroup
 struct Producer {
-  const int role;
   Ring ring;
 
   // Announces and starts this thread's copies of blocks kb .. kb + count - 1.
@@ -249,6 +264,9 @@ struct Consumer {
     w_lane = offsetof(Stage, w_packed) + group * BLOCKS * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
     w_scale_lane = offsetof(Stage, w_scale) + 2 * (group * BLOCKS * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
     a_scale_lane = offsetof(Stage, a_scale) + 4 * accumulator_column(lane, 0);
+#if LARGE_TILE
+    if ((lane & 3) == 3) w_scale_lane = offsetof(Stage, zero);  // see multiply_scales
+#endif
     asm volatile("" : "+r"(w_lane), "+r"(w_scale_lane), "+r"(a_scale_lane));  // as in Ring
   }
 
@@ -273,10 +291,10 @@ struct Consumer {
   }
 
   // The scales of outputs r and r + 8, times what makes integers of the sums.
-  __device__ __forceinline__ float2 read_output_scales(uint32 stage, float unit) {
+  __device__ __forceinline__ float2 read_output_scales(uint32 stage) {
     const uint32 pair = ptx::shared_read_32(stage + w_scale_lane);
     const float2 scales = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    return make_float2(unit * scales.x, unit * scales.y);
+    return make_float2(PRODUCT_UNIT * scales.x, PRODUCT_UNIT * scales.y);
   }
 
   __device__ __forceinline__ void leave(uint32 stage) {
@@ -291,7 +309,7 @@ struct Consumer {
   __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + (group + 1) % CONSUMERS, 2 * WARPGROUP); }
 
   // Starts the rank-one product of scales: tf32, k of 8, of which steps 0..2 hold the parts of s_a and the others zeros in
-  // the weights' operand. The tokens' operand is not swizzled: core matrices of 8 tokens by 16 bytes, the second half of k
+  // the weights' operand (lanes whose step is 3 read a zero for their scales). The tokens' operand is not swizzled: core matrices of 8 tokens by 16 bytes, the second half of k
   // being the first one again.
   __device__ __forceinline__ void multiply_scales(float (&scale)[SUMS], float2 outputs, uint32 stage) {
     const uint32 a[4] = {__float_as_uint(outputs.x), __float_as_uint(outputs.y), 0, 0};
@@ -302,7 +320,7 @@ struct Consumer {
   // possible stands between the end of its products and the start of the next ones.
   template <bool last>
   __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[SUMS], float (&scale)[SUMS], uint32 (&a)[16],
-                                        float2& outputs, uint32& stage, float unit) {
+                                        float2& outputs, uint32& stage) {
     await_turn();
     ptx::wgmma_fence();
     multiply_scales(scale, outputs, stage);
@@ -321,7 +339,7 @@ struct Consumer {
     if (!last) {  // not earlier: the registers are all in use
       uint4 words[2];
       read_words(words, stage);
-      outputs = read_output_scales(stage, unit);
+      outputs = read_output_scales(stage);
       widen(a, words);
     }
 #pragma unroll
@@ -333,18 +351,16 @@ struct Consumer {
     float sum[SUMS], scale[SUMS];
     uint32 a[16];
     uint4 words[2];
-    float unit = (lane & 3) < 3 ? PRODUCT_UNIT : 0.0f;  // this lane's step of k, of four
-    asm volatile("" : "+f"(unit));
     uint32 stage = ring.stage;
     read_weights(words);
     widen(a, words);
-    float2 outputs = read_output_scales(stage, unit);
+    float2 outputs = read_output_scales(stage);
     ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
     ring.next();
     // Main loop: one block of 128 input features, one pipeline stage, per turn.
 #pragma unroll 1
-    for (; blocks > 1; --blocks) block<false>(acc, sum, scale, a, outputs, stage, unit);
-    block<true>(acc, sum, scale, a, outputs, stage, unit);
+    for (; blocks > 1; --blocks) block<false>(acc, sum, scale, a, outputs, stage);
+    block<true>(acc, sum, scale, a, outputs, stage);
   }
   __device__ __forceinline__ void begin() {
     if (group == CONSUMERS - 1) pass_turn();
@@ -360,7 +376,7 @@ struct Consumer {
     float2 tokens[TILE_M / 8], outputs;
   };
   __device__ __forceinline__ void read_scales(Scales& scales, uint32 stage, int block) {
-    scales.outputs = read_output_scales(stage + block * 2 * WEIGHT_TILE_N, PRODUCT_UNIT);
+    scales.outputs = read_output_scales(stage + block * 2 * WEIGHT_TILE_N);
 #pragma unroll
     for (int j = 0; j < TILE_M / 8; ++j) {
       scales.tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (block * TILE_M + 8 * j));
@@ -520,18 +536,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
-  const int groups = (k_blocks + blocks_per_group - 1) / blocks_per_group;
-  const int weight_tiles = (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
-  const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, partial, counter, m, n, k_blocks,
-                     blocks_per_group, groups, m_stride, ldy, span, (m + TILE_M - 1) / TILE_M,
-                     (weight_tiles + CONSUMERS - 1) / CONSUMERS, weight_tiles};
-
+  const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, partial, counter,
+                         m, n, k_blocks, blocks_per_group, m_stride, ldy, span};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), PRODUCERS);
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * CONSUMERS);  // a warp each
 #if LARGE_TILE
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].parted), 1);
+      s.stages[stage].zero = 0;
 #endif
     }
     ptx::fence_barrier_init();
@@ -541,18 +554,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x >= CONSUMERS * WARPGROUP) {
     ptx::fewer_registers<PRODUCER_REGISTERS>();
     const int warp = threadIdx.x / 32 % 4;
-    if (threadIdx.x % 32 == 0 && warp < PRODUCERS) Producer{warp, Ring(s)}.run(p);
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) Producer<0>{Ring(s)}.run(given.complete());
+      if (warp == 1) Producer<1>{Ring(s)}.run(given.complete());
+      if (warp == 2) Producer<2>{Ring(s)}.run(given.complete());
+      if (warp == 3 && !LARGE_TILE) Producer<3>{Ring(s)}.run(given.complete());
+    }
 #if LARGE_TILE
-    if (warp == 3) part_scales(p, Ring(s), threadIdx.x % 32);
+    if (warp == 3) part_scales(given.complete(), Ring(s), threadIdx.x % 32);
 #endif
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
     if (threadIdx.x < WARPGROUP) {
-      Consumer<0>(s, threadIdx.x).run(p, s);
-    } else if (CONSUMERS == 2 || threadIdx.x < 2 * WARPGROUP) {
-      Consumer<1>(s, threadIdx.x).run(p, s);
+      Consumer<0>(s, threadIdx.x).run(given.complete(), s);
     } else {
-      Consumer<CONSUMERS - 1>(s, threadIdx.x).run(p, s);
+      Consumer<1>(s, threadIdx.x).run(given.complete(), s);
     }
     ptx::let_successor_start();
   }
