@@ -55,7 +55,7 @@ def random_operands(m: int, n: int, k: int, blocks_per_group: int, generator: to
 
 
 def pack_activations(codes: torch.Tensor, family: str) -> torch.Tensor:
-    """int8 codes [M, K] -> uint8 [K / 128, m_stride, 64 or 128] as docs/kernels and KERNEL sources define them."""
+    """int8 codes [M, K] -> uint8 [K / 128, m_stride, 64 or 128] as gemm_sm80.cu and gemm_sm90.cu define them."""
     m, k = codes.shape
     stride = -(-m // gemm_configs.ROW_ALIGNMENT) * gemm_configs.ROW_ALIGNMENT
     blocks = codes.new_zeros(k // BLOCK, stride, BLOCK)
