@@ -147,7 +147,7 @@ def run(settings: BenchSettings, progress: Progress | None = None) -> dict[str, 
     if not torch.cuda.is_available():
         raise Apex4Error("bench needs an NVIDIA GPU and finds none")
     device = torch.device(settings.device)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)
     known = resolve_target("auto").gpu
     rows = []
     if progress is not None:

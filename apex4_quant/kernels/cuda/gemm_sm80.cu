@@ -42,7 +42,7 @@ struct Stage {
   float a_scale[TILE_M];
   __half w_scale[TILE_N];
 };
-static_assert(sizeof(Stage) % 16 == 0, "stages stay aligned");
+static_assert(sizeof(Stage) % 64 == 0, "stages stay aligned: a_smem_rd is XORed with a chunk's bits");
 static_assert(sizeof(Stage) * STAGES == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 
@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const __half* w_scale,
                const float* bias, float* partial, uint32* counter, int m, int n, int k_blocks, int blocks_per_group,
                int m_stride, int ldy, int splits) {
-  extern __shared__ __align__(16) uint8 shared_memory[];
+  extern __shared__ __align__(128) uint8 shared_memory[];  // the swizzle counts from a multiple of 64, banks from 128
   Stage* stages = reinterpret_cast<Stage*>(shared_memory);
   const int groups = (k_blocks + blocks_per_group - 1) / blocks_per_group;
   const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
