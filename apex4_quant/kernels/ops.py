@@ -169,7 +169,7 @@ def _launch_quantizer(
         k_blocks=k_padded // BLOCK, m_stride=codes.shape[1], ldx=x.stride(0), dtype=_NAMES[x.dtype], format=format,
         stream=torch.cuda.current_stream(index).cuda_stream, sm_count=_gpu(index)[1], blocks_per_group=group // BLOCK,
         transform="dense" if matrix is not None else "hadamard" if hadamard else "none", clip=clip,
-        matrix=0 if matrix is None else matrix.data_ptr(), **operands,
+        matrix=0 if matrix is None else matrix.data_ptr(), programmatic=format == "sm90", **operands,
     )  # fmt: skip
     return codes, scales
 
@@ -251,7 +251,7 @@ def _gemm_cuda(
     numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, plan.cut)
     kernel.launch(
         plan.grid, plan.block, [*map(c_void_p, pointers), *map(c_int, numbers)],
-        shared_bytes=plan.config.shared_bytes, stream=stream,
+        shared_bytes=plan.config.shared_bytes, stream=stream, programmatic=plan.config.family == "sm90",
     )  # fmt: skip
     return y
 

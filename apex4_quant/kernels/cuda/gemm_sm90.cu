@@ -549,6 +549,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     ptx::fence_barrier_init();
   }
+  ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
   __syncthreads();
 
   if (threadIdx.x >= CONSUMERS * WARPGROUP) {
@@ -570,7 +571,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
       Consumer<1>(s, threadIdx.x).run(given.complete(), s);
     }
-    ptx::let_successor_start();
   }
 #endif
 }
