@@ -1,8 +1,10 @@
-"""Kernels of the quantizers on a CPU: their own source, compiled by a C++ compiler with cuda_on_cpu.h in CUDA's place."""
+"""Kernels on a CPU: their own source, compiled by a C++ compiler with cuda_on_cpu.h in CUDA's place. Not for sm_90's GEMM,
+whose wgmma and mbarriers are not there."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,11 @@ from apex4_quant.kernels.compiler import SOURCES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("c++")
-FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-w")
+FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-w")
+
+
+class KernelFault(AssertionError):
+    """A launch that a GPU would have refused, or would never have ended."""
 
 
 class CpuKernel:
@@ -21,10 +27,24 @@ class CpuKernel:
 
     def __init__(self, library: Path) -> None:
         self._launch = ctypes.CDLL(str(library)).launch_on_cpu
+        self._launch.restype = ctypes.c_char_p
 
-    def launch(self, grid: tuple[int, int, int], block: int, args: Sequence[Any], **_: Any) -> None:
+    def launch(self, grid: tuple[int, int, int], block: int, args: Sequence[Any], *, shared_bytes: int = 0, **_: Any) -> None:
         addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
-        self._launch(addresses, (ctypes.c_int * 3)(*grid), block)
+        fault = self._launch(addresses, (ctypes.c_int * 3)(*grid), block, shared_bytes)
+        if fault is not None:
+            raise KernelFault(fault.decode())
+
+
+def _with_placed_shared_memory(text: str) -> str:
+    """Dynamic shared memory gets its address from its declared alignment and from the size of the static variables."""
+    static = re.findall(r"^ *__shared__ (\w+) \w+;$", text, re.MULTILINE)
+    sizes = " + ".join(["0", *(f"sizeof({type})" for type in static)])
+    return re.sub(
+        r"extern __shared__ __align__\((\d+)\) uint8 (\w+)\[\];",
+        rf"uint8* const \2 = cpu::dynamic_shared(\1, {sizes});",
+        text,
+    )
 
 
 class CpuLauncher:
@@ -39,7 +59,8 @@ class CpuLauncher:
                 if name == path.name:
                     assert text.count(old) == 1, (name, old)
                     text = text.replace(old, new)
-            (folder / path.name).write_text(text)
+            (folder / path.name).write_text(_with_placed_shared_memory(text))
+        shutil.copy(HERE / "ptx.cuh", folder)
         (folder / "quantize_ptx.cuh").write_text("#pragma once\n")  # cuda_on_cpu.h has it
 
     def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:
@@ -48,8 +69,9 @@ class CpuLauncher:
             name = "_".join(str(part) for part in (Path(source).stem, *(value for _, value in sorted(defines.items()))))
             program, library = self._folder / f"{name}.cpp", self._folder / f"{name}.so"
             program.write_text(
-                f'#include "cuda_on_cpu.h"\n#include "{source}"\nextern "C" void launch_on_cpu(void** arguments, '
-                f"const int* grid, int threads) {{ cpu::launch({entry}, arguments, grid, threads); }}\n"
+                f'#include "cuda_on_cpu.h"\n#include "{source}"\nextern "C" const char* launch_on_cpu(void** arguments, '
+                "const int* grid, int threads, int shared_bytes) "
+                f"{{ return cpu::launch({entry}, arguments, grid, threads, shared_bytes); }}\n"
             )
             macros = [f"-D{macro}={value}" for macro, value in defines.items()]
             command = [COMPILER, *FLAGS, *macros, f"-I{HERE}", f"-I{self._folder}", str(program), "-o", str(library)]

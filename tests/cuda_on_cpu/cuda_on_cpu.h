@@ -1,15 +1,19 @@
-// Enough of CUDA to run a quantizer kernel on a CPU, one CTA after the other, every thread a fiber of its own. The kernel's
-// source is included as it is; only quantize_ptx.cuh is replaced, by the second half of this file. A fiber runs until it
-// meets a barrier of its warp (shuffles, mma) or of its CTA; memory that two threads share is static.
+// Enough of CUDA to run a kernel on a CPU, one CTA after the other, every thread a fiber of its own. The kernel's source is
+// included as it is; only what is PTX is replaced: quantize_ptx.cuh by the second half of this file, ptx.cuh by the file of
+// that name beside it. A fiber runs until it meets a barrier of its warp (shuffles, mma) or of its CTA, and a warp runs
+// until all of it waits for others, so that warps are as far apart as their barriers allow. Shared memory is static, or,
+// where its size is the launch's, an array with addresses of its own; it starts as NaN.
 #pragma once
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <tuple>
 #include <vector>
 
@@ -25,6 +29,9 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { unsigned x = 0, y = 0, z = 0; };
 using std::min;
 
@@ -32,28 +39,69 @@ namespace cpu {
 constexpr int LANES_OF_WARP = 32;
 constexpr size_t STACK = 256 * 1024;
 struct Barrier { int arrived = 0, generation = 0; };
-struct Fiber { ucontext_t context; Dim3 thread; bool done; };
+struct Copy { unsigned to; const void* from; };  // 16 bytes, into shared memory
+struct Fiber {
+  ucontext_t context;
+  Dim3 thread;
+  bool done;
+  const Barrier* awaited;  // null: it may run
+  int awaited_generation;
+  std::vector<Copy> open;  // copies that no group has yet
+  std::deque<std::vector<Copy>> groups;
+};
 inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline std::vector<Barrier> warps;
 inline Barrier cta;
 inline ucontext_t scheduler;
 inline int current;
-inline uint32_t exchange[64][LANES_OF_WARP][8];
+inline uint32_t exchange[64][LANES_OF_WARP][8], results[64][LANES_OF_WARP][4];
+inline int any_of_cta, result_of_cta;
+inline const char* fault;  // what went wrong first: null if nothing did
 
+inline void fail(const char* what) {
+  if (fault == nullptr) fault = what;
+}
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
-inline void meet(Barrier& barrier, int participants) {
-  const int generation = barrier.generation;
+// Everyone waits for the last, who first does what all of them wait for.
+template <class Last>
+void meet(Barrier& barrier, int participants, Last last) {
   if (++barrier.arrived == participants) {
+    last();
     barrier.arrived = 0;
     ++barrier.generation;
     return;
   }
-  while (barrier.generation == generation) yield();
+  Fiber& fiber = fibers[current];
+  fiber.awaited = &barrier;
+  fiber.awaited_generation = barrier.generation;
+  yield();
+  fiber.awaited = nullptr;
 }
-inline void meet_warp() { meet(warps[current / LANES_OF_WARP], LANES_OF_WARP); }
+template <class Last>
+void meet_warp(Last last) { meet(warps[current / LANES_OF_WARP], LANES_OF_WARP, last); }
+inline void meet_warp() { meet_warp([] {}); }
 inline uint32_t (&mine())[8] { return exchange[current / LANES_OF_WARP][current % LANES_OF_WARP]; }
 inline uint32_t (&of_lane(int lane))[8] { return exchange[current / LANES_OF_WARP][lane]; }
+inline uint32_t (&my_result())[4] { return results[current / LANES_OF_WARP][current % LANES_OF_WARP]; }
+inline uint32_t (&result_of_lane(int lane))[4] { return results[current / LANES_OF_WARP][lane]; }
+
+// Dynamic shared memory, in a window whose first KiB is the system's and where the static variables come next, as the
+// compiler has it: only the alignment it is declared with decides where it starts.
+constexpr unsigned WINDOW = 256 * 1024, RESERVED = 1024;
+alignas(1024) inline unsigned char window[WINDOW];
+inline unsigned dynamic_start, dynamic_bytes;
+inline unsigned char* dynamic_shared(unsigned alignment, unsigned static_bytes) {
+  dynamic_start = (RESERVED + static_bytes + alignment - 1) / alignment * alignment;
+  return window + dynamic_start;
+}
+inline unsigned char* at_shared(unsigned address, unsigned bytes) {
+  static unsigned char nowhere[16];
+  if (address % bytes != 0) fail("a shared address is not aligned");
+  else if (address < dynamic_start || address + bytes > dynamic_start + dynamic_bytes) fail("a shared address is outside");
+  else return window + address;
+  return nowhere;
+}
 }  // namespace cpu
 
 #define threadIdx (cpu::fibers[cpu::current].thread)
@@ -65,13 +113,29 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __saturatef(float a) { return a > 0.0f ? (a < 1.0f ? a : 1.0f) : 0.0f; }  // NaN: 0
 inline float rsqrtf(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
-inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  cpu::mine()[0] = __float_as_uint(value);
+inline float __int_as_float(int bits) { return __uint_as_float(bits); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) { return *from; }
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
+inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x, [] {}); }
+inline int __syncthreads_or(int predicate) {
+  cpu::any_of_cta |= predicate;
+  cpu::meet(cpu::cta, blockDim.x, [] {
+    cpu::result_of_cta = cpu::any_of_cta;
+    cpu::any_of_cta = 0;
+  });
+  return cpu::result_of_cta;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  static_assert(sizeof(T) == 4, "one register");
+  std::memcpy(cpu::mine(), &value, 4);
   cpu::meet_warp();
-  const float other = __uint_as_float(cpu::of_lane((cpu::current % cpu::LANES_OF_WARP) ^ mask)[0]);
+  std::memcpy(&value, cpu::of_lane((cpu::current % cpu::LANES_OF_WARP) ^ mask), 4);
   cpu::meet_warp();
-  return other;
+  return value;
 }
 
 // ---- quantize_ptx.cuh -------------------------------------------------------------------------------------------------
@@ -144,6 +208,8 @@ inline void run_cta(int threads) {
   fibers.assign(threads, {});
   warps.assign((threads + LANES_OF_WARP - 1) / LANES_OF_WARP, {});
   cta = {};
+  any_of_cta = 0;
+  std::fill(window, window + WINDOW, 0xff);  // NaN, of every size
   stacks.resize(STACK * threads);
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
@@ -155,31 +221,42 @@ inline void run_cta(int threads) {
   }
   for (bool running = true; running;) {
     running = false;
-    for (current = 0; current < threads; ++current)
-      if (!fibers[current].done) {
-        swapcontext(&scheduler, &fibers[current].context);
-        running = true;
+    for (int first = 0; first < threads; first += LANES_OF_WARP)
+      for (bool moving = true; moving; running |= moving) {
+        moving = false;
+        for (current = first; current < std::min(first + LANES_OF_WARP, threads); ++current) {
+          const Fiber& fiber = fibers[current];
+          if (fiber.done || (fiber.awaited && fiber.awaited->generation == fiber.awaited_generation)) continue;
+          swapcontext(&scheduler, &fibers[current].context);
+          moving = true;
+        }
       }
   }
+  for (const Fiber& fiber : fibers)
+    if (!fiber.done) fail("a thread waits for ever");
 }
 
 template <class... P, size_t... I>
-void launch(void (*kernel)(P...), void** arguments, const int* grid, int threads, std::index_sequence<I...>) {
+const char* launch(void (*kernel)(P...), void** arguments, const int* grid, int threads, int shared_bytes,
+                   std::index_sequence<I...>) {
   struct Call { void (*kernel)(P...); void** arguments; } call{kernel, arguments};
   body = [](void* opaque) {
     Call& c = *static_cast<Call*>(opaque);
     c.kernel(*static_cast<P*>(c.arguments[I])...);
   };
   body_arguments = &call;
+  fault = nullptr;
+  dynamic_bytes = shared_bytes;
   blockDim = {unsigned(threads), 1, 1};
   gridDim = {unsigned(grid[0]), unsigned(grid[1]), unsigned(grid[2])};
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_cta(threads);
+  return fault;
 }
 
 template <class... P>
-void launch(void (*kernel)(P...), void** arguments, const int* grid, int threads) {
-  launch(kernel, arguments, grid, threads, std::index_sequence_for<P...>{});
+const char* launch(void (*kernel)(P...), void** arguments, const int* grid, int threads, int shared_bytes) {
+  return launch(kernel, arguments, grid, threads, shared_bytes, std::index_sequence_for<P...>{});
 }
 }  // namespace cpu

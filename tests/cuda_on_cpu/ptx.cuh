@@ -1,0 +1,121 @@
+// kernels/cuda/ptx.cuh on a CPU, as far as gemm_sm80.cu needs it: the same functions, and the 16-bit types that CUDA's headers
+// have. Lanes of a warp give their registers to `exchange`; the last one does the warp's work (meet_warp).
+#pragma once
+
+typedef unsigned char uint8;
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+
+// ---- cuda_fp16.h, cuda_bf16.h -----------------------------------------------------------------------------------------
+struct __half { uint16_t bits; };
+struct alignas(4) __half2 { __half x, y; };
+struct __nv_bfloat16 { uint16_t bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+
+inline float2 __half22float2(__half2 pair) {
+  _Float16 values[2];
+  std::memcpy(values, &pair, 4);
+  return {static_cast<float>(values[0]), static_cast<float>(values[1])};
+}
+inline __half __float2half_rn(float value) {
+  const _Float16 narrow = static_cast<_Float16>(value);
+  __half result;
+  std::memcpy(&result, &narrow, 2);
+  return result;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const uint32 bits = __float_as_uint(value);
+  if (value != value) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __half2 __floats2half2_rn(float low, float high) { return {__float2half_rn(low), __float2half_rn(high)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+}
+
+namespace ptx {
+
+inline uint32 shared_address(const void* pointer) {
+  return static_cast<uint32>(static_cast<const unsigned char*>(pointer) - cpu::window);
+}
+
+// ---- asynchronous copies ----------------------------------------------------------------------------------------------
+// PTX promises only that they have landed after the wait: those of even warps land as late as that allows, those of odd
+// warps at once.
+inline void land(const cpu::Copy& copy) {
+  if (reinterpret_cast<uintptr_t>(copy.from) % 16 != 0) return cpu::fail("a global address is not aligned");
+  std::memcpy(cpu::at_shared(copy.to, 16), copy.from, 16);
+}
+inline void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
+  const cpu::Copy copy = {shared_wr, gmem_rd};
+  if (cpu::current / cpu::LANES_OF_WARP % 2 == 1) return land(copy);
+  cpu::fibers[cpu::current].open.push_back(copy);
+}
+inline void cp_async_commit() {
+  cpu::Fiber& fiber = cpu::fibers[cpu::current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+template <int pending>
+void cp_async_wait() {
+  auto& groups = cpu::fibers[cpu::current].groups;
+  for (; groups.size() > pending; groups.pop_front())
+    for (const cpu::Copy& copy : groups.front()) land(copy);
+}
+
+// ---- shared-memory reads ----------------------------------------------------------------------------------------------
+template <class T>
+T shared_read(uint32 shared_rd) {
+  T value;
+  std::memcpy(&value, cpu::at_shared(shared_rd, sizeof(T)), sizeof(T));
+  return value;
+}
+inline uint4 shared_read_128(uint32 shared_rd) { return shared_read<uint4>(shared_rd); }
+inline uint32 shared_read_32(uint32 shared_rd) { return shared_read<uint32>(shared_rd); }
+inline float2 shared_read_float2(uint32 shared_rd) { return shared_read<float2>(shared_rd); }
+
+// Lane 8 i + r gives the address of row r, 16 bytes, of matrix i; lane l gets word l % 4 of row l / 4 of each.
+inline void ldmatrix_x4(uint32 (&d)[4], uint32 shared_rd) {
+  cpu::mine()[0] = shared_rd;
+  cpu::meet_warp([] {
+    for (int row = 0; row < 32; ++row) {
+      uint32 words[4];
+      std::memcpy(words, cpu::at_shared(cpu::of_lane(row)[0], 16), 16);
+      for (int word = 0; word < 4; ++word) cpu::result_of_lane(4 * (row % 8) + word)[row / 8] = words[word];
+    }
+  });
+  std::memcpy(d, cpu::my_result(), 16);
+}
+
+// ---- mma.m16n8k64.row.col.s32.s4.s4.s32 ---------------------------------------------------------------------------------
+// Registers, PTX ISA: lane l = 4 g + q. Nibble i of A register r is row g + 8 (r % 2), column 8 q + i + 32 (r / 2); nibble i
+// of B register r is row 8 q + i + 32 r, column g; C and D element c is row g + 8 (c / 2), column 2 q + c % 2.
+inline void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
+  uint32_t (&own)[8] = cpu::mine();
+  std::memcpy(own, a, 16);
+  own[4] = b0, own[5] = b1;
+  cpu::meet_warp([] {
+    signed char rows[16][64], columns[8][64];
+    const auto widen = [](signed char* to, uint32 codes) {
+      for (int i = 0; i < 8; ++i) to[i] = static_cast<signed char>((codes >> 4 * i & 15) ^ 8) - 8;
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, q = lane % 4;
+      for (int r = 0; r < 4; ++r) widen(&rows[g + 8 * (r % 2)][8 * q + 32 * (r / 2)], cpu::of_lane(lane)[r]);
+      for (int r = 0; r < 2; ++r) widen(&columns[g][8 * q + 32 * r], cpu::of_lane(lane)[4 + r]);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int e = 0; e < 4; ++e) {
+        const signed char *row = rows[lane / 4 + 8 * (e / 2)], *column = columns[2 * (lane % 4) + e % 2];
+        int sum = 0;
+        for (int k = 0; k < 64; ++k) sum += row[k] * column[k];
+        cpu::result_of_lane(lane)[e] = sum;
+      }
+  });
+  for (int e = 0; e < 4; ++e) d[e] = c[e] + static_cast<int>(cpu::my_result()[e]);
+}
+
+inline void wait_for_predecessor() {}
+inline void let_successor_start() {}
+
+}  // namespace ptx
