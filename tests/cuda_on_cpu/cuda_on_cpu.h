@@ -194,6 +194,13 @@ inline void multiply_16x8x16(
   cpu::meet_warp();
 }
 
+// What code compiled with -fsanitize=alignment calls: on a GPU such an access ends the kernel.
+extern "C" inline __attribute__((used, visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(void*, void*) {
+  cpu::fail("an address is not aligned to its type");
+  cpu::fibers[cpu::current].done = true;
+  cpu::yield();  // for ever
+}
+
 // ---- the launch -------------------------------------------------------------------------------------------------------
 namespace cpu {
 inline void (*body)(void*);
@@ -251,7 +258,8 @@ const char* launch(void (*kernel)(P...), void** arguments, const int* grid, int 
   gridDim = {unsigned(grid[0]), unsigned(grid[1]), unsigned(grid[2])};
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_cta(threads);
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+        if (fault == nullptr) run_cta(threads);
   return fault;
 }
 

@@ -90,27 +90,33 @@ inline void ldmatrix_x4(uint32 (&d)[4], uint32 shared_rd) {
 // ---- mma.m16n8k64.row.col.s32.s4.s4.s32 ---------------------------------------------------------------------------------
 // Registers, PTX ISA: lane l = 4 g + q. Nibble i of A register r is row g + 8 (r % 2), column 8 q + i + 32 (r / 2); nibble i
 // of B register r is row 8 q + i + 32 r, column g; C and D element c is row g + 8 (c / 2), column 2 q + c % 2.
+__attribute__((optimize("O3"))) inline void multiply(
+    int (&sums)[16][8], const short (&rows)[16][64], const short (&columns)[8][64]) {
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 8; ++n) {
+      int sum = 0;
+      for (int k = 0; k < 64; ++k) sum += rows[m][k] * columns[n][k];
+      sums[m][n] = sum;
+    }
+}
 inline void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
   uint32_t (&own)[8] = cpu::mine();
   std::memcpy(own, a, 16);
   own[4] = b0, own[5] = b1;
   cpu::meet_warp([] {
-    signed char rows[16][64], columns[8][64];
-    const auto widen = [](signed char* to, uint32 codes) {
-      for (int i = 0; i < 8; ++i) to[i] = static_cast<signed char>((codes >> 4 * i & 15) ^ 8) - 8;
+    short rows[16][64], columns[8][64];
+    int sums[16][8];
+    const auto widen = [](short* to, uint32 codes) {
+      for (int i = 0; i < 8; ++i) to[i] = static_cast<short>((codes >> 4 * i & 15) ^ 8) - 8;
     };
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, q = lane % 4;
       for (int r = 0; r < 4; ++r) widen(&rows[g + 8 * (r % 2)][8 * q + 32 * (r / 2)], cpu::of_lane(lane)[r]);
       for (int r = 0; r < 2; ++r) widen(&columns[g][8 * q + 32 * r], cpu::of_lane(lane)[4 + r]);
     }
+    multiply(sums, rows, columns);
     for (int lane = 0; lane < 32; ++lane)
-      for (int e = 0; e < 4; ++e) {
-        const signed char *row = rows[lane / 4 + 8 * (e / 2)], *column = columns[2 * (lane % 4) + e % 2];
-        int sum = 0;
-        for (int k = 0; k < 64; ++k) sum += row[k] * column[k];
-        cpu::result_of_lane(lane)[e] = sum;
-      }
+      for (int e = 0; e < 4; ++e) cpu::result_of_lane(lane)[e] = sums[lane / 4 + 8 * (e / 2)][2 * (lane % 4) + e % 2];
   });
   for (int e = 0; e < 4; ++e) d[e] = c[e] + static_cast<int>(cpu::my_result()[e]);
 }
