@@ -15,7 +15,16 @@ from apex4_quant.kernels.compiler import SOURCES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("c++")
-FLAGS = ("-O1", "-std=c++17", "-fPIC", "-fsanitize=alignment", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+FLAGS = (
+    "-O1",
+    "-std=c++17",
+    "-fPIC",
+    "-fsanitize=alignment",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+    "-fno-strict-aliasing",
+    "-w",
+)
 
 
 class KernelFault(AssertionError):

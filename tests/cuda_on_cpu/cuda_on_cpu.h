@@ -4,6 +4,7 @@
 // until all of it waits for others, so that warps are as far apart as their barriers allow. Shared memory is static, or,
 // where its size is the launch's, an array with addresses of its own; it starts as NaN.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -41,7 +42,9 @@ constexpr size_t STACK = 256 * 1024;
 struct Barrier { int arrived = 0, generation = 0; };
 struct Copy { unsigned to; const void* from; };  // 16 bytes, into shared memory
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on
+  bool started;
   Dim3 thread;
   bool done;
   const Barrier* awaited;  // null: it may run
@@ -53,7 +56,7 @@ inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline std::vector<Barrier> warps;
 inline Barrier cta;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current;
 inline uint32_t exchange[64][LANES_OF_WARP][8], results[64][LANES_OF_WARP][4];
 inline int any_of_cta, result_of_cta;
@@ -62,7 +65,17 @@ inline const char* fault;  // what went wrong first: null if nothing did
 inline void fail(const char* what) {
   if (fault == nullptr) fault = what;
 }
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+// Jumps, because swapcontext asks the system for the signal mask each time.
+inline __attribute__((noinline)) void yield() {
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+inline __attribute__((noinline)) void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  Fiber& fiber = fibers[current];
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
 // Everyone waits for the last, who first does what all of them wait for.
 template <class Last>
 void meet(Barrier& barrier, int participants, Last last) {
@@ -234,7 +247,7 @@ inline void run_cta(int threads) {
         for (current = first; current < std::min(first + LANES_OF_WARP, threads); ++current) {
           const Fiber& fiber = fibers[current];
           if (fiber.done || (fiber.awaited && fiber.awaited->generation == fiber.awaited_generation)) continue;
-          swapcontext(&scheduler, &fibers[current].context);
+          resume();
           moving = true;
         }
       }
