@@ -143,7 +143,7 @@ struct Ring {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: a warpgroup, of which three threads copy ----------------------------------------------------------------------
+// ---- producer: a warpgroup, of which a thread in each of three (large tiles) or four warps copies -------------------
 //
 // Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
 // issued by one thread each of several warps: of weight tiles with their scales, and of the tokens' codes and scales.
