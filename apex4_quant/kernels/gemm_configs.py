@@ -1,8 +1,8 @@
 """Tile configurations of the W4A4 GEMMs, and which one a shape gets. Torch-free.
 
 A configuration is one cubin. `choose_gemm` ranks them by a small model of the time of a tile, whose few constants stand
-below; `explain` prints the ranking, `APEX4_GEMM` overrides it (a configuration's name, with `/CUT` if wanted, `GemmPlan.cut`), and
-`kernels/autotune.py` replaces it by measured winners.
+below; `explain` prints the ranking, and `APEX4_GEMM` overrides it (a configuration's name, with `/CUT` if wanted,
+`GemmPlan.cut`).
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ _STAGE_OVERHEAD = 60.0  # clocks of a block's barrier and addresses, where nothi
 _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
 _REDUCTION_PER_PART = 60.0
 _BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else (measured, H200)
-_SPANS = 11000.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
+_SPANS = 12500.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
 _MOST_SHARED_WAVES = 4  # sm90: tiles are shared where whole ones fill the GPU at most so many times
 
 
