@@ -312,7 +312,12 @@ def _wgmma_bytes(instruction: Instruction) -> int:
         return 0
     m, n, k = map(int, found.groups())
     from_registers = re.match(r"\w+, R\d+", instruction.operands.replace(".reuse", "")) is not None
-    return (n + (0 if from_registers else m)) * k * (4 if is_scale_product(instruction.opcode) else 2 if instruction.name == "HGMMA" else 1) // 4
+    return (
+        (n + (0 if from_registers else m))
+        * k
+        * (4 if is_scale_product(instruction.opcode) else 2 if instruction.name == "HGMMA" else 1)
+        // 4
+    )
 
 
 def count(instructions: Sequence[Instruction]) -> LoopCount:
