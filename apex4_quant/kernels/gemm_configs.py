@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ..errors import UsageError
-from ..number_format import BLOCK, round_up
+from ..number_format import BLOCK, CODE_MAX, round_up
 
 WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
@@ -23,6 +23,8 @@ _LAYOUT_BYTES = WEIGHT_TILE_N * BLOCK // 2  # of a tile of weights
 SHARED_LIMITS = {80: (166912, 167936), 86: (101376, 102400), 89: (101376, 102400), 90: (232448, 233472)}
 _RESERVED_SHARED = 1024  # of every thread block, for the system
 _MAX_SPLITS = 32
+# sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (kernels/README.md): blocks of a group.
+_MOST_GROUP_BLOCKS = (2**22 - 1) // (CODE_MAX**2 * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,13 @@ def choose_gemm(
 ) -> GemmPlan:
     """The kernel of an [m, k_blocks * 128] by [n, k_blocks * 128]^T product on a GPU of `sm_count` multiprocessors.
 
-    Raises UsageError if there is no kernel for `sm`, or APEX4_GEMM names none of its configurations.
+    Raises UsageError if there is no kernel for `sm` or for so wide a group, or APEX4_GEMM names none of its configurations.
     """
+    if sm != 90 and min(blocks_per_group, k_blocks) > _MOST_GROUP_BLOCKS:
+        raise UsageError(
+            f"a group of {blocks_per_group * BLOCK} input features is wider than the {_MOST_GROUP_BLOCKS * BLOCK} whose sums "
+            f"the kernel of sm_{sm} can hold: quantize with smaller groups, or set APEX4_KERNEL=reference"
+        )
     options = candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, out)
     if not options:
         raise UsageError(f"there is no W4A4 kernel for sm_{sm}")
