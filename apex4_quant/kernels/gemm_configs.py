@@ -1,8 +1,8 @@
 """Tile configurations of the W4A4 GEMMs, and which one a shape gets. Torch-free.
 
 A configuration is one cubin. `choose_gemm` ranks them by a small model of the time of a tile, whose few constants stand
-below; `explain` prints the ranking, and `APEX4_GEMM` overrides it (a configuration's name, with `/CUT` if wanted,
-`GemmPlan.cut`).
+below; winners that `apex4 kernels tune` measured on this kind of GPU come before it (tuned.py; not if `measured` is false).
+`explain` prints the ranking, and `APEX4_GEMM` overrides all (a configuration's name, with `/CUT` if wanted, `GemmPlan.cut`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 from ..errors import UsageError
 from ..number_format import BLOCK, CODE_MAX, round_up
+from . import tuned
 
 WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
@@ -268,7 +269,14 @@ def candidates(
 
 @lru_cache(maxsize=4096)
 def choose_gemm(
-    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str = "bf16"
+    sm: int,
+    sm_count: int,
+    m: int,
+    n: int,
+    k_blocks: int,
+    blocks_per_group: int,
+    out: str = "bf16",
+    measured: bool = True,
 ) -> GemmPlan:
     """The kernel of an [m, k_blocks * 128] by [n, k_blocks * 128]^T product on a GPU of `sm_count` multiprocessors.
 
@@ -285,6 +293,10 @@ def choose_gemm(
     wanted = os.environ.get("APEX4_GEMM")
     if wanted:
         return _named(wanted, sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
+    if measured:
+        won = tuned.winners(sm, sm_count).get(tuned.key(m, n, k_blocks, blocks_per_group, out))
+        if won is not None:
+            return _named(won["plan"], sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
     return min(options, key=lambda plan: _clocks(sm, plan))
 
 
