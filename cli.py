@@ -328,7 +328,7 @@ def bench(shapes: str, tokens: str, contenders: str, quick: bool, plot: Path | N
 
 @cli.group()
 def kernels() -> None:
-    """The GPU kernels: list them, or compile them all beforehand. Needs no GPU."""
+    """The GPU kernels: list them, compile them all beforehand (without a GPU), tune them for this GPU."""
 
 
 @kernels.command("build")
@@ -343,6 +343,21 @@ def build_kernels(archs: tuple[str, ...], out: Path | None, jobs: int | None, as
 
     result = build(archs, out, jobs, _progress(as_json))
     click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
+
+
+@kernels.command("tune")
+@click.option("--shapes", default="", help="Models of 'apex4 bench', MODEL:LAYER, or NxK, comma separated.")
+@click.option("--m", "tokens", default="", help="Numbers of tokens, comma separated.  [default: 16 to 8192]")
+@click.option("--out-dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16"]), help="Of y.")
+@click.option("--repeats", default=10, show_default=True, help="Measurements of every plan.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@_reports_errors
+def tune_kernels(shapes: str, tokens: str, out_dtype: str, repeats: int, as_json: bool) -> None:
+    """Time every plan of the GEMM for some shapes on this GPU, and use the fastest from now on."""
+    from apex4_quant.tuning import settings_of, tune
+
+    result = tune(settings_of(shapes, tokens, out_dtype, repeats), _progress(as_json))
+    click.echo(json.dumps(result) if as_json else f"{len(result['shapes'])} plans kept in {result['file']}")
 
 
 @kernels.command("list")

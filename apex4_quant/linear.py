@@ -129,7 +129,10 @@ class Apex4Linear(nn.Module):
             return prepack_matrix(matrix, x.dtype)
         if x.dtype not in owner.prepacked:
             with torch.inference_mode(False):
-                owner.prepacked[x.dtype] = prepack_matrix(matrix, x.dtype)
+                # One matrix for all blocks is read as one: it stays in the GPU's caches.
+                owner.prepacked[x.dtype] = prepack_matrix(
+                    matrix[:1] if self.format.transform == SHARED else matrix, x.dtype
+                )
         return owner.prepacked[x.dtype]
 
     def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:

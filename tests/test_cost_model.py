@@ -51,7 +51,7 @@ def ratio(name: str, m: int, n: int, k: int, group_size: int | str, mainloop: An
         ("RTX 3090", 128, OURS, 2 * 568 / 35.6 / 128),
         ("RTX 3090", 128, NAIVE, 4 * 568 / 35.6 / 128),  # 0.50
         ("L40S", 128, OURS, 2 * 1466 / 91.6 / 128),
-        ("H200", 128, OURS, 2 * 1979 / 66.9 / 128),  # 0.46
+        ("H200", 128, OURS, 1979 / 66.9 / 128),  # 0.23: the scales are multiplied on the tensor cores
     ],
 )
 def test_lambda(name: str, group_size: int | str, mainloop: Any, expected: float) -> None:
@@ -59,7 +59,7 @@ def test_lambda(name: str, group_size: int | str, mainloop: Any, expected: float
 
 
 def test_slots() -> None:
-    assert [OURS.slots(GPUS[name]) for name in ("A100", "RTX 3090", "H200")] == [2, 2, 2]
+    assert [OURS.slots(GPUS[name]) for name in ("A100", "RTX 3090", "H200")] == [2, 2, 1]
     assert [NAIVE.slots(GPUS[name]) for name in ("A100", "RTX 3090", "L40S")] == [6, 4, 4]
 
 

@@ -12,7 +12,7 @@ from click import Context, Group
 from apex4_quant.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "apex4_quant" / "kernels" / "README.md"]
 # Names in prose that look like paths and are none of the repository's.
 NOT_OURS = {
     "config.json",

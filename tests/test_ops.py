@@ -320,6 +320,15 @@ def test_what_the_quantizers_launch(launches: Launches) -> None:
     assert all(rest["stream"] == 77 for _, rest in launches.launched)
 
 
+def test_one_matrix_for_all_blocks_is_launched_as_one(launches: Launches) -> None:
+    x = torch.randn(5, 512).bfloat16()
+    strides = []
+    for blocks in (4, 1):
+        ops._quantize_cuda(x, torch.zeros(blocks, 128 * 128, dtype=torch.bfloat16), 512, 128, 1.0, False, "sm90")
+        strides.append(launches.launched[-1][0][12])  # matrix_stride, in 16-byte words
+    assert strides == [128 * 128 * 2 // 16, 0]
+
+
 def test_a_dense_transform_of_wide_groups_is_computed_by_torch(launches: Launches) -> None:
     x, matrix = torch.randn(5, 300).bfloat16(), torch.randn(4, 128, 128).half()
     arguments = (matrix, 512, 256, 0.9, False, "sm90")

@@ -1,8 +1,8 @@
 """Tile configurations of the W4A4 GEMMs, and which one a shape gets. Torch-free.
 
 A configuration is one cubin. `choose_gemm` ranks them by a small model of the time of a tile, whose few constants stand
-below; `explain` prints the ranking, `APEX4_GEMM` overrides it (a configuration's name, with `/CUT` if wanted, `GemmPlan.cut`), and
-`kernels/autotune.py` replaces it by measured winners.
+below; winners that `apex4 kernels tune` measured on this kind of GPU come before it (tuned.py; not if `measured` is false).
+`explain` prints the ranking, and `APEX4_GEMM` overrides all (a configuration's name, with `/CUT` if wanted, `GemmPlan.cut`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ..errors import UsageError
-from ..number_format import BLOCK, round_up
+from ..number_format import BLOCK, CODE_MAX, round_up
+from . import tuned
 
 WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
@@ -23,6 +24,8 @@ _LAYOUT_BYTES = WEIGHT_TILE_N * BLOCK // 2  # of a tile of weights
 SHARED_LIMITS = {80: (166912, 167936), 86: (101376, 102400), 89: (101376, 102400), 90: (232448, 233472)}
 _RESERVED_SHARED = 1024  # of every thread block, for the system
 _MAX_SPLITS = 32
+# sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (kernels/README.md): blocks of a group.
+_MOST_GROUP_BLOCKS = (2**22 - 1) // (CODE_MAX**2 * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ _STAGE_OVERHEAD = 60.0  # clocks of a block's barrier and addresses, where nothi
 _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
 _REDUCTION_PER_PART = 60.0
 _BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else (measured, H200)
-_SPANS = 11000.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
+_SPANS = 12500.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
 _MOST_SHARED_WAVES = 4  # sm90: tiles are shared where whole ones fill the GPU at most so many times
 
 
@@ -266,18 +269,34 @@ def candidates(
 
 @lru_cache(maxsize=4096)
 def choose_gemm(
-    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str = "bf16"
+    sm: int,
+    sm_count: int,
+    m: int,
+    n: int,
+    k_blocks: int,
+    blocks_per_group: int,
+    out: str = "bf16",
+    measured: bool = True,
 ) -> GemmPlan:
     """The kernel of an [m, k_blocks * 128] by [n, k_blocks * 128]^T product on a GPU of `sm_count` multiprocessors.
 
-    Raises UsageError if there is no kernel for `sm`, or APEX4_GEMM names none of its configurations.
+    Raises UsageError if there is no kernel for `sm` or for so wide a group, or APEX4_GEMM names none of its configurations.
     """
+    if sm != 90 and min(blocks_per_group, k_blocks) > _MOST_GROUP_BLOCKS:
+        raise UsageError(
+            f"a group of {blocks_per_group * BLOCK} input features is wider than the {_MOST_GROUP_BLOCKS * BLOCK} whose sums "
+            f"the kernel of sm_{sm} can hold: quantize with smaller groups, or set APEX4_KERNEL=reference"
+        )
     options = candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, out)
     if not options:
         raise UsageError(f"there is no W4A4 kernel for sm_{sm}")
     wanted = os.environ.get("APEX4_GEMM")
     if wanted:
         return _named(wanted, sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
+    if measured:
+        won = tuned.winners(sm, sm_count).get(tuned.key(m, n, k_blocks, blocks_per_group, out))
+        if won is not None:
+            return _named(won["plan"], sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
     return min(options, key=lambda plan: _clocks(sm, plan))
 
 

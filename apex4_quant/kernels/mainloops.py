@@ -143,8 +143,9 @@ def violations(row: dict[str, Any]) -> list[str]:
     if row["spills"]:
         broken.append(f"{row['spills']} local-memory instructions")
     dequantization = each.get("ffma", 0) + (int(each.get("fmul", 0)) if row["arch"] == "sm_90a" else 0)
-    if dequantization != 2:
-        broken.append(f"{dequantization:g} FFMA (sm_90a: FMUL and FFMA) per accumulator and group instead of 2")
+    wanted = 1 if any(sass.is_scale_product(opcode) for opcode in row["opcodes"]) else 2
+    if dequantization != wanted:
+        broken.append(f"{dequantization:g} FFMA (sm_90a: FMUL and FFMA) per accumulator and group instead of {wanted}")
     mma = "QGMMA." if row["arch"] == "sm_90a" else "IMMA.16864.S4.S4"
     if not any(opcode.startswith(mma) for opcode in row["opcodes"]):
         broken.append(f"no {mma.rstrip('.')}")

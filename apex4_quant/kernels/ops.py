@@ -169,7 +169,8 @@ def _launch_quantizer(
         k_blocks=k_padded // BLOCK, m_stride=codes.shape[1], ldx=x.stride(0), dtype=_NAMES[x.dtype], format=format,
         stream=torch.cuda.current_stream(index).cuda_stream, sm_count=_gpu(index)[1], blocks_per_group=group // BLOCK,
         transform="dense" if matrix is not None else "hadamard" if hadamard else "none", clip=clip,
-        matrix=0 if matrix is None else matrix.data_ptr(), programmatic=format == "sm90", **operands,
+        matrix=0 if matrix is None else matrix.data_ptr(), matrix_is_shared=matrix is not None and len(matrix) == 1,
+        programmatic=format == "sm90", **operands,
     )  # fmt: skip
     return codes, scales
 

@@ -273,12 +273,18 @@ def main_loop(function: Function) -> list[Instruction]:
     return max(innermost, key=lambda loop: (sum(i.klass == "tensor" for i in loop), -len(loop)))
 
 
+def is_scale_product(opcode: str) -> bool:
+    """True for the tf32 wgmma that multiplies scales in gemm_sm90.cu."""
+    return opcode.startswith("HGMMA.") and opcode.endswith(".TF32")
+
+
 def products(opcode: str) -> float:
     """Accumulators of a thread times groups of 128 that one mma instruction computes a share of; 0 for anything else."""
     if found := _IMMA.match(opcode):
         rows = 8 if found[1].startswith("88") else 16
         return rows * 8 / 32 * _IMMA_K[found[1]] / BLOCK
-    if found := _GMMA.match(opcode):  # a warpgroup: four warps
+    # The product of scales (gemm_sm90.cu) is no product of codes.
+    if (found := _GMMA.match(opcode)) and not is_scale_product(opcode):  # a warpgroup: four warps
         m, n, k = map(int, found.groups())
         return m * n / 128 * k / BLOCK
     return 0.0
@@ -306,7 +312,12 @@ def _wgmma_bytes(instruction: Instruction) -> int:
         return 0
     m, n, k = map(int, found.groups())
     from_registers = re.match(r"\w+, R\d+", instruction.operands.replace(".reuse", "")) is not None
-    return (n + (0 if from_registers else m)) * k * (2 if instruction.name == "HGMMA" else 1) // 4
+    return (
+        (n + (0 if from_registers else m))
+        * k
+        * (4 if is_scale_product(instruction.opcode) else 2 if instruction.name == "HGMMA" else 1)
+        // 4
+    )
 
 
 def count(instructions: Sequence[Instruction]) -> LoopCount:

@@ -1,8 +1,8 @@
 // W4A4 GEMM for sm_90a (H100, H200): y = dequantize(A) dequantize(W)^T + bias, groups of 128 n input features.
 //
 // Hopper has no 4-bit tensor cores, so that codes are widened to 8 bits, exactly: a byte `s0000mmm` is, in e4m3, the
-// number (-1)^s m 2^-9, and a product sum of 128 pairs is n 2^-18 with |n| <= 6272 < 2^13. The tensor core keeps 13 bits below the
-// leading one and loses nothing (scripts/gpu_check proves it on the GPU).
+// number (-1)^s m 2^-9, and a product sum of 128 pairs is n 2^-18 with |n| <= 6272 < 2^13. The tensor core keeps 13 bits
+// below the leading one and loses nothing (scripts/gpu_check proves it on the GPU).
 //
 // The weights are the A operand of wgmma, because that one may come from registers: 4-bit codes go from shared memory to
 // registers and are widened there by three logic operations per eight codes. Hence the roles are swapped:
@@ -47,7 +47,7 @@ constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: what one warpgroup comp
 constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
 constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
-constexpr int WARPGROUP_MEETS = 1, TURN = 1 + CONSUMERS;  // named barriers, one for each warpgroup
+constexpr int WARPGROUP_MEETS = 1;  // named barriers, one for each warpgroup
 // Of the 168 a thread that the launch gives, what producers do not need goes to consumers.
 constexpr int PRODUCER_REGISTERS = LARGE_TILE ? 40 : 72, CONSUMER_REGISTERS = LARGE_TILE ? 232 : 216;
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (CONSUMERS + 1) * 168, "registers of a thread block");
@@ -143,7 +143,7 @@ struct Ring {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: a warpgroup, of which three threads copy ----------------------------------------------------------------------
+// ---- producer: a warpgroup, of which a thread in each of three (large tiles) or four warps copies -------------------
 //
 // Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
 // issued by one thread each of several warps: of weight tiles with their scales, and of the tokens' codes and scales.
@@ -305,12 +305,13 @@ struct Consumer {
   // Large tiles: the warpgroups take turns in the tensor cores. A warp cannot issue anything while it waits to issue a
   // wgmma, so that without an order all would wait, then all dequantize, and the tensor cores with them. A turn is
   // handed on as soon as its products are issued; the next warpgroup's wait behind them.
+  static constexpr int TURN = WARPGROUP_MEETS + CONSUMERS;
   __device__ __forceinline__ void await_turn() { ptx::named_barrier(TURN + group, 2 * WARPGROUP); }
   __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + (group + 1) % CONSUMERS, 2 * WARPGROUP); }
 
   // Starts the rank-one product of scales: tf32, k of 8, of which steps 0..2 hold the parts of s_a and the others zeros in
-  // the weights' operand (lanes whose step is 3 read a zero for their scales). The tokens' operand is not swizzled: core matrices of 8 tokens by 16 bytes, the second half of k
-  // being the first one again.
+  // the weights' operand (lanes whose step is 3 read a zero for their scales). The tokens' operand is not swizzled: core
+  // matrices of 8 tokens by 16 bytes, the second half of k being the first one again.
   __device__ __forceinline__ void multiply_scales(float (&scale)[SUMS], float2 outputs, uint32 stage) {
     const uint32 a[4] = {__float_as_uint(outputs.x), __float_as_uint(outputs.y), 0, 0};
     ptx::Wgmma<TILE_M>::tf32(scale, a, ptx::wgmma_descriptor_plain(stage + offsetof(Stage, a_parts), 0, 128), 0);
@@ -433,7 +434,6 @@ struct Consumer {
       if (blocks > 2) one_stage(acc, c, d, a, b, stage, blocks - 2);
     }
   }
-  static constexpr int UNUSED_TURN = TURN;
   __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void end() {}
 #endif
