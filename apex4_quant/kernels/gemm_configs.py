@@ -209,7 +209,7 @@ _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
 _REDUCTION_PER_PART = 60.0
 _BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else (measured, H200)
 _SPANS = 12500.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
-_MOST_SHARED_WAVES = 4  # sm90: tiles are shared where whole ones fill the GPU at most so many times
+_MOST_SHARED_WAVES = 4  # tiles are shared while the thread blocks fill the GPU at most so many times
 
 
 def _clocks(sm: int, plan: GemmPlan) -> float:
@@ -257,13 +257,16 @@ def candidates(
         if config.family == "sm90":
             tiles = config.tiles(m, n)
             spans = {0}
-            if tiles <= _MOST_SHARED_WAVES * sm_count:
+            # Of large tiles, whole ones were faster wherever they fill the GPU once (measured, H200).
+            if tiles < sm_count or (config.tile_m <= 32 and tiles <= _MOST_SHARED_WAVES * sm_count):
                 even = -(-tiles * k_blocks // sm_count)  # blocks of each multiprocessor
                 spans |= {max(even, least) for least in (4, 8)}
             found += [replace(plan, span=span) for span in sorted(spans)]
         else:
-            splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)
-            found += [replace(plan, splits=each) for each in splits if each * 2 <= k_blocks or each == 1]
+            # Partial sums are written and read again: worth it only while thread blocks are few.
+            most = min(k_blocks // 2, _MOST_SHARED_WAVES * sm_count // config.tiles(m, n))
+            splits = (2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)
+            found += [plan, *(replace(plan, splits=each) for each in splits if each <= most)]
     return found
 
 
