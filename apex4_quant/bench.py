@@ -5,8 +5,8 @@ transform, then the GEMM: what replaces a BF16 linear, and what speed-ups are qu
 torch._scaled_mm with a scale per row (without the quantization of x), `humming-*` Humming's INT4 weights in groups of
 128 with INT4 or INT8 activations in groups of 128, GEMM alone and, with `+q`, with a Hadamard transform and quantization.
 
-How: random data; a CUDA graph of the call; before every iteration a buffer larger than L2 is overwritten, so that
-weights come from memory as they do in a model; CUDA events around the replay; the median. Every result is compared with
+How: random data; a CUDA graph of the call; before every iteration a buffer larger than L2 is read, so that weights
+come from memory as they do in a model; CUDA events around the replay; the median. Every result is compared with
 the BF16 product first: a contender that is absent, fails or computes something else is named in the table, not left out.
 """
 

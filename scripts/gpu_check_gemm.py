@@ -83,11 +83,6 @@ def pack_scales(scale: torch.Tensor) -> torch.Tensor:
     return stored
 
 
-def device_sm(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 class Launch:
     """One GEMM launch with its packed operands kept alive; `run` may be called again and again."""
 

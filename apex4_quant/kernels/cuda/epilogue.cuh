@@ -10,7 +10,6 @@ __device__ __forceinline__ uint32 pack_pair(float low, float high) {
   const Out2 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32*>(&pair);
 }
-__device__ __forceinline__ Out to_out(float value) { return __float2bfloat16_rn(value); }
 #else
 typedef __half Out;
 typedef __half2 Out2;
@@ -18,7 +17,6 @@ __device__ __forceinline__ uint32 pack_pair(float low, float high) {
   const Out2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32*>(&pair);
 }
-__device__ __forceinline__ Out to_out(float value) { return __float2half_rn(value); }
 #endif
 
 // Tiles are visited in bands of `BAND` tiles along m: within a band all n, so that what runs at one time shares both

@@ -361,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 #endif
     refill = at;
-    at = STAGES == 2 ? STAGE_BYTES - at : at == (STAGES - 1) * STAGE_BYTES ? 0 : at + STAGE_BYTES;
+    at = at == (STAGES - 1) * STAGE_BYTES ? 0 : at + STAGE_BYTES;
   }
   ptx::let_successor_start();
 

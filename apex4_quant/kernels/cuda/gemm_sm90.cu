@@ -280,11 +280,10 @@ struct Consumer {
     words[1] = ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0));
   }
 
-  // Starts the products of steps [first, last) of a block, whose tokens stand at `tokens`.
-  template <int first, int last>
+  // Starts the products of a block, whose tokens stand at `tokens`.
   __device__ __forceinline__ void multiply(float (&sum)[SUMS], const uint32 (&a)[16], uint32 tokens) {
 #pragma unroll
-    for (int step = first; step < last; ++step) {
+    for (int step = 0; step < BLOCK / 32; ++step) {
       ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + 32 * step), step > 0);
     }
     ptx::wgmma_commit();
@@ -325,7 +324,7 @@ struct Consumer {
     await_turn();
     ptx::wgmma_fence();
     multiply_scales(scale, outputs, stage);
-    multiply<0, 4>(sum, a, stage + offsetof(Stage, a_codes));
+    multiply(sum, a, stage + offsetof(Stage, a_codes));
     pass_turn();
     const uint32 done = stage;
     if (!last) {
@@ -410,8 +409,8 @@ struct Consumer {
     Scales scales[2];
     const uint32 done = stage;
     ptx::wgmma_fence();
-    multiply<0, 4>(sum[0], a, done + offsetof(Stage, a_codes));
-    multiply<0, 4>(sum[1], b, done + offsetof(Stage, a_codes) + TILE_M * BLOCK);
+    multiply(sum[0], a, done + offsetof(Stage, a_codes));
+    multiply(sum[1], b, done + offsetof(Stage, a_codes) + TILE_M * BLOCK);
     read_scales(scales[0], done, 0);
     read_scales(scales[1], done, 1);
     stage = ring.stage;
