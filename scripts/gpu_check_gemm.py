@@ -103,7 +103,8 @@ class Launch:
         bias = operands.bias.data_ptr() if operands.bias is not None else 0
         pointers = [self.y.data_ptr(), self.a_codes.data_ptr(), self.a_scale.data_ptr(), self.w_packed.data_ptr()]
         pointers += [self.w_scale.data_ptr(), bias, self.partial.data_ptr(), self.counter.data_ptr()]
-        integers = [m, n, k // BLOCK, operands.blocks_per_group, self.a_scale.shape[1], self.ldy, plan.cut]
+        integers = [m, n, k // BLOCK, operands.blocks_per_group, self.a_scale.shape[1], self.ldy]
+        integers += plan.arguments
         self.args = [ctypes.c_void_p(pointer) for pointer in pointers] + [ctypes.c_int(value) for value in integers]
 
     def run(self, programmatic: bool = False) -> torch.Tensor:

@@ -295,7 +295,7 @@ def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
     pointers = tuple(tensor.data_ptr() for tensor in (y, codes, scales, packed, scale, bias))
     plan = choose_gemm(90, 132, m, n, blocks, 2, "fp16")
     assert args[:6] == pointers and [pointer is not None for pointer in args[6:8]] == [plan.parts > 1] * 2
-    assert args[8:] == (m, n, blocks, 2, stride, n, plan.cut)
+    assert args[8:] == (m, n, blocks, 2, stride, n, *plan.arguments)
     assert rest["stream"] == 77 and rest["shared_bytes"] > 0
     assert ops._gemm_cuda(codes, scales, packed, scale, None, 0, n, torch.float16).shape == (0, n)
     assert len(launches.launched) == 1

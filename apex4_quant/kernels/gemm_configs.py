@@ -86,7 +86,7 @@ class GemmConfig:
             large = self.tile_m >= 64
             block = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N)
             # Large tiles: parts of the tokens' scales, a third barrier and a zero. Small ones: two blocks a stage.
-            stage = block + 16 * self.tile_m + 32 if large else 2 * block + 16
+            stage = block + 16 * self.tile_m + 24 if large else 2 * block + 16
             return round_up(self.stages * round_up(stage, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
 
@@ -153,8 +153,15 @@ class GemmPlan:
 
     @property
     def cut(self) -> int:
-        """The last argument of the kernel."""
+        """How tiles are shared: `span` or `splits`."""
         return self.span if self.config.family == "sm90" else self.splits
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """The last arguments of the kernel."""
+        if self.config.family != "sm90":
+            return (self.splits,)
+        return self.span, -(-self.m // self.config.tile_m), -(-self.n // self.config.tile_n)
 
     @property
     def label(self) -> str:

@@ -249,7 +249,7 @@ def _gemm_cuda(
         y.data_ptr(), codes.data_ptr(), scales.data_ptr(), weight_packed.data_ptr(), weight_scale.data_ptr(),
         None if bias is None else bias.data_ptr(), partial, counter,
     )  # fmt: skip
-    numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, plan.cut)
+    numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)
     kernel.launch(
         plan.grid, plan.block, [*map(c_void_p, pointers), *map(c_int, numbers)],
         shared_bytes=plan.config.shared_bytes, stream=stream, programmatic=plan.config.family == "sm90",

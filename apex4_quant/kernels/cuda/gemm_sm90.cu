@@ -21,6 +21,7 @@
 //   span      0: thread blocks compute whole tiles. Else the tiles' blocks of 128, in the order of tiles, are cut into spans
 //             of this length, one for each thread block, wherever tiles end ("stream-K"); a tile that several thread blocks
 //             share has up to parts = ceil(KB / span) + 1 of them, added in their order
+//   tiles_m, tiles_n  ceil(M / TILE_M), ceil(N / (64 CONSUMERS)): arguments, so that the main loop needs no registers for them
 // Any M, N >= 1. Groups wider than 128 are dequantized block by block with their group's scales.
 //
 // Producer threads fill a ring of STAGES blocks with bulk copies; CONSUMERS warpgroups of 64 outputs each multiply.
@@ -65,10 +66,10 @@ struct Stage {
   uint64 full, empty;
 #if LARGE_TILE
   uint64 parted;  // a_parts are written
-  uint64 zero;    // stays so
 #endif
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
+static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
 struct Shared {
   Stage stages[STAGES];
   unsigned short y[CONSUMERS][TILE_M][WEIGHT_TILE_N];
@@ -85,20 +86,10 @@ struct Problem {
   const float* bias;
   float* partial;
   uint32* counter;
-  int m, n, k_blocks, blocks_per_group, m_stride, ldy, span;
-  int tiles_m, tiles_n, weight_tiles, groups;
+  int m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n;
 
-  // With what follows from it. Each role works it out by itself: kept from before the roles part, these numbers would be
-  // spilled by the one with the fewest registers.
-  __device__ __forceinline__ Problem complete() const {
-    Problem p = *this;
-    asm volatile("" : "+r"(p.m), "+r"(p.n), "+r"(p.blocks_per_group));
-    p.tiles_m = (p.m + TILE_M - 1) / TILE_M;
-    p.weight_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
-    p.tiles_n = (p.weight_tiles + CONSUMERS - 1) / CONSUMERS;
-    p.groups = (p.k_blocks + p.blocks_per_group - 1) / p.blocks_per_group;
-    return p;
-  }
+  __device__ __forceinline__ int weight_tiles() const { return (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N; }
+  __device__ __forceinline__ int groups() const { return (k_blocks + blocks_per_group - 1) / blocks_per_group; }
 };
 
 // A thread block's work is a sequence of items: a tile, or a range of its blocks.
@@ -108,36 +99,41 @@ struct Item {
   int part, parts;  // which of the tile's ranges
 };
 struct Schedule {
-  int next, end;  // tiles; or blocks of all tiles in a row
+  int next;  // tile; or block of all tiles in a row
 
   __device__ __forceinline__ explicit Schedule(const Problem& p) {
-    const int tiles = p.tiles_m * p.tiles_n;
     next = p.span == 0 ? blockIdx.x : blockIdx.x * p.span;
-    end = p.span == 0 ? tiles : min(tiles * p.k_blocks, next + p.span);
   }
-  __device__ __forceinline__ bool done() const { return next >= end; }
+  __device__ __forceinline__ int end(const Problem& p) const {
+    const int tiles = p.tiles_m * p.tiles_n;
+    return p.span == 0 ? tiles : min(tiles * p.k_blocks, static_cast<int>(blockIdx.x + 1) * p.span);
+  }
+  __device__ __forceinline__ bool done(const Problem& p) const { return next >= end(p); }
   __device__ __forceinline__ Item item(const Problem& p) const {
     if (p.span == 0) return {tile_at(next, p.tiles_m, p.tiles_n), 0, p.k_blocks, 0, 1};
     const int index = next / p.k_blocks, start = index * p.k_blocks;
     const int first_owner = start / p.span, last_owner = (start + p.k_blocks - 1) / p.span;
-    return {tile_at(index, p.tiles_m, p.tiles_n), next - start, min(p.k_blocks, end - start),
+    return {tile_at(index, p.tiles_m, p.tiles_n), next - start, min(p.k_blocks, end(p) - start),
             static_cast<int>(blockIdx.x) - first_owner, last_owner - first_owner + 1};
   }
   __device__ __forceinline__ void advance(const Problem& p) {
-    next = p.span == 0 ? next + gridDim.x : min(end, (next / p.k_blocks + 1) * p.k_blocks);
+    next = p.span == 0 ? next + gridDim.x : min(end(p), (next / p.k_blocks + 1) * p.k_blocks);
   }
 };
 
 // Where the ring of stages stands: the stage's address in shared memory, and the phase parity of its barriers.
 struct Ring {
   uint32 stage, parity, end;
+  uint32 descriptor;  // the part of matrix descriptors that says where the stage is
   __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
     asm volatile("" : "+r"(stage));  // kept in a register, rather than worked out again in the main loop
     end = stage + STAGES * STAGE_BYTES;
+    descriptor = ptx::descriptor_address(stage);
+    asm volatile("" : "+r"(descriptor));
   }
   __device__ __forceinline__ void next() {
-    stage += STAGE_BYTES;
-    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
+    stage += STAGE_BYTES, descriptor += STAGE_BYTES >> 4;
+    if (stage == end) stage -= STAGES * STAGE_BYTES, descriptor -= STAGES * STAGE_BYTES >> 4, parity ^= 1;
   }
 };
 
@@ -163,7 +159,7 @@ struct Producer {
   __device__ __forceinline__ void copy(const Problem& p, const Item& item, int kb, int count) {
     const uint32 full = ring.stage + offsetof(Stage, full);
     if (role < WEIGHT_PRODUCERS) {
-      const int first = item.tile.n * CONSUMERS, tiles = min(CONSUMERS, p.weight_tiles - first);
+      const int first = item.tile.n * CONSUMERS, tiles = min(CONSUMERS, p.weight_tiles() - first);
       const int mine = (tiles - role + WEIGHT_PRODUCERS - 1) / WEIGHT_PRODUCERS;  // tiles role, role + 2, ...
       ptx::barrier_expect_bytes(full, mine * count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
       for (int t = role; t < tiles; t += WEIGHT_PRODUCERS) {
@@ -172,11 +168,11 @@ struct Producer {
                        p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES, count * WEIGHT_TILE_BYTES, full);
         const uint32 w_scale_smem_wr = ring.stage + offsetof(Stage, w_scale) + t * BLOCKS * 2 * WEIGHT_TILE_N;
         if (p.blocks_per_group == 1) {  // consecutive in memory
-          ptx::bulk_copy(w_scale_smem_wr, p.w_scale + (tile * p.groups + kb) * WEIGHT_TILE_N, count * 2 * WEIGHT_TILE_N, full);
+          ptx::bulk_copy(w_scale_smem_wr, p.w_scale + (tile * p.groups() + kb) * WEIGHT_TILE_N, count * 2 * WEIGHT_TILE_N, full);
         } else {
           for (int i = 0; i < count; ++i) {
             const int group = (kb + i) / p.blocks_per_group;
-            ptx::bulk_copy(w_scale_smem_wr + i * 2 * WEIGHT_TILE_N, p.w_scale + (tile * p.groups + group) * WEIGHT_TILE_N,
+            ptx::bulk_copy(w_scale_smem_wr + i * 2 * WEIGHT_TILE_N, p.w_scale + (tile * p.groups() + group) * WEIGHT_TILE_N,
                            2 * WEIGHT_TILE_N, full);
           }
         }
@@ -202,7 +198,7 @@ struct Producer {
   __device__ __forceinline__ void run(const Problem& p) {
     // Weights do not wait for the kernel that writes the activations.
     if (role >= WEIGHT_PRODUCERS) ptx::wait_for_predecessor();
-    for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
+    for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
       const Item item = schedule.item(p);
       for (int kb = item.first_block; kb < item.last_block; kb += BLOCKS) {
         ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
@@ -216,13 +212,13 @@ struct Producer {
 #if LARGE_TILE
 // One warp cuts the tokens' scales of each stage into tf32 parts, where wgmma reads them.
 __device__ __forceinline__ void part_scales(const Problem& p, Ring ring, int lane) {
-  for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
+  for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
     const Item item = schedule.item(p);
     for (int left = item.last_block - item.first_block; left > 0; --left) {
       ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
 #pragma unroll
       for (int token = lane; token < TILE_M; token += 32) {
-        const float scale = __uint_as_float(ptx::shared_read_32(ring.stage + offsetof(Stage, a_scale) + 4 * token));
+        const float scale = PRODUCT_UNIT * __uint_as_float(ptx::shared_read_32(ring.stage + offsetof(Stage, a_scale) + 4 * token));
         const float t1 = tf32_part(scale), t2 = tf32_part(scale - t1), t3 = scale - t1 - t2;
         ptx::shared_write_float4(ring.stage + offsetof(Stage, a_parts) + 16 * token, make_float4(t1, t2, t3, 0.0f));
       }
@@ -256,18 +252,15 @@ __device__ __forceinline__ void widen(uint32 (&a)[16], const uint4 (&words)[2]) 
 
 template <int group>  // which warpgroup
 struct Consumer {
-  const int warp, lane;  // warp of the warpgroup, lane of that
   Ring ring;             // of the block whose weights are read next
-  uint32 w_lane, w_scale_lane, a_scale_lane;  // what this lane reads, relative to a stage
+  uint32 w_lane, a_scale_lane;  // what this lane reads, relative to a stage
 
-  __device__ __forceinline__ Consumer(const Shared& s, int thread) : warp(thread / 32 % 4), lane(thread % 32), ring(s) {
+  __device__ __forceinline__ explicit Consumer(const Shared& s) : ring(s) {
+    const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     w_lane = offsetof(Stage, w_packed) + group * BLOCKS * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
-    w_scale_lane = offsetof(Stage, w_scale) + 2 * (group * BLOCKS * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
     a_scale_lane = offsetof(Stage, a_scale) + 4 * accumulator_column(lane, 0);
-#if LARGE_TILE
-    if ((lane & 3) == 3) w_scale_lane = offsetof(Stage, zero);  // see multiply_scales
-#endif
-    asm volatile("" : "+r"(w_lane), "+r"(w_scale_lane), "+r"(a_scale_lane));  // as in Ring
+    asm volatile("" : "+r"(w_lane));  // as in Ring
+    if (!LARGE_TILE) asm volatile("" : "+r"(a_scale_lane));
   }
 
   // The weights of the block at `ring`, once it is there.
@@ -280,21 +273,25 @@ struct Consumer {
     words[1] = ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0));
   }
 
-  // Starts the products of a block, whose tokens stand at `tokens`.
+  // Starts the products of a block, k32 steps `first` to `end`, whose tokens stand where the descriptor says.
+  template <int first = 0, int end = BLOCK / 32>
   __device__ __forceinline__ void multiply(float (&sum)[SUMS], const uint32 (&a)[16], uint32 tokens) {
 #pragma unroll
-    for (int step = 0; step < BLOCK / 32; ++step) {
-      ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + 32 * step), step > 0);
+    for (int step = first; step < end; ++step) {
+      ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + (32 * step >> 4)), step > 0);
     }
     ptx::wgmma_commit();
   }
 
-  // The scales of outputs r and r + 8, times what makes integers of the sums.
-  __device__ __forceinline__ float2 read_output_scales(uint32 stage) {
-    const uint32 pair = ptx::shared_read_32(stage + w_scale_lane);
-    const float2 scales = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    return make_float2(PRODUCT_UNIT * scales.x, PRODUCT_UNIT * scales.y);
+  // From `w_lane`, which is 16 bytes a thread: no register is left for it.
+  __device__ __forceinline__ uint32 w_scale_lane() const {
+    static_assert(sm90_weight_byte(0, 1, 1) - sm90_weight_byte(0, 0, 0) == 16 * (32 + 1), "16 bytes a thread");
+    const int thread = (w_lane - offsetof(Stage, w_packed) - group * BLOCKS * WEIGHT_TILE_BYTES) / 16;
+    return offsetof(Stage, w_scale) + 2 * (group * BLOCKS * WEIGHT_TILE_N + sm90_scale_position(thread / 32, thread % 32));
   }
+  // The scales of outputs r and r + 8.
+  __device__ __forceinline__ float2 read_output_scales(uint32 stage) { return as_floats(ptx::shared_read_32(stage + w_scale_lane())); }
+  static __device__ __forceinline__ float2 as_floats(uint32 pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
   __device__ __forceinline__ void leave(uint32 stage) {
     if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
@@ -311,56 +308,73 @@ struct Consumer {
   // Starts the rank-one product of scales: tf32, k of 8, of which steps 0..2 hold the parts of s_a and the others zeros in
   // the weights' operand (lanes whose step is 3 read a zero for their scales). The tokens' operand is not swizzled: core
   // matrices of 8 tokens by 16 bytes, the second half of k being the first one again.
-  __device__ __forceinline__ void multiply_scales(float (&scale)[SUMS], float2 outputs, uint32 stage) {
-    const uint32 a[4] = {__float_as_uint(outputs.x), __float_as_uint(outputs.y), 0, 0};
-    ptx::Wgmma<TILE_M>::tf32(scale, a, ptx::wgmma_descriptor_plain(stage + offsetof(Stage, a_parts), 0, 128), 0);
+  __device__ __forceinline__ void multiply_scales(float (&scale)[SUMS], const uint32 (&a)[4]) {
+    ptx::Wgmma<TILE_M>::tf32(scale, a, ptx::wgmma_descriptor_plain(ring.descriptor + (offsetof(Stage, a_parts) >> 4), 0, 128), 0);
   }
 
-  // One block, at `stage`, whose weights are in `a`; those of the next one follow, unless this is the last. As little as
-  // possible stands between the end of its products and the start of the next ones.
-  template <bool last>
-  __device__ __forceinline__ void block(float (&acc)[SUMS], float (&sum)[SUMS], float (&scale)[SUMS], uint32 (&a)[16],
-                                        float2& outputs, uint32& stage) {
+  // The block at `ring`, whose weights are in `a` and whose outputs' scales are in `outputs`; those of the next one follow,
+  // unless this is the last. A warp issues nothing between the first of its products and the start of the last one, and
+  // little while the tensor cores work (kernels/README.md), so that as little as possible stands between the end of its
+  // products and the start of the next ones: the next weights are widened, into the registers of k32 steps that are done,
+  // while the last step is still being computed.
+  __device__ __forceinline__ void block(bool last, uint64 (&acc)[SUMS / 2], uint32 (&a)[16], float2& outputs) {
+    float sum[SUMS], scale[SUMS];
+    uint32 outputs_a[4] = {__float_as_uint(outputs.x), __float_as_uint(outputs.y), 0, 0};
+    uint4 words[2];
+    const uint32 done = ring.stage;
+    // Registers of operands are written before the fence.
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i]));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(outputs_a[i]));
     await_turn();
     ptx::wgmma_fence();
-    multiply_scales(scale, outputs, stage);
-    multiply(sum, a, stage + offsetof(Stage, a_codes));
+    multiply_scales(scale, outputs_a);
+    multiply<0, 3>(sum, a, ring.descriptor);
+    multiply<3, 4>(sum, a, ring.descriptor);
     pass_turn();
-    const uint32 done = stage;
+    ring.next();
     if (!last) {
-      stage = ring.stage;
-      ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
-      ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
-      ring.next();
+      read_weights(words);
+      const uint32 pair = ptx::shared_read_32(ring.stage + w_scale_lane());
+      ptx::wgmma_wait<1>();
+#pragma unroll
+      for (int i = 0; i < 12; ++i) asm volatile("" : "+r"(a[i])::"memory");  // not before the wait
+      widen(words[0].x, a[0], a[1]), widen(words[0].y, a[2], a[3]), widen(words[0].z, a[4], a[5]), widen(words[0].w, a[6], a[7]);
+      widen(words[1].x, a[8], a[9]), widen(words[1].y, a[10], a[11]);
+#pragma unroll
+      for (int i = 0; i < 12; ++i) asm volatile("" : "+r"(a[i])::"memory");
+      outputs = as_floats(pair);
+      asm volatile("" : "+f"(outputs.x), "+f"(outputs.y)::"memory");
+      ptx::barrier_wait(ring.stage + offsetof(Stage, parted), ring.parity);  // here: ptxas moves no widening past a loop
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i]), "+f"(scale[i])::"memory");  // not before the wait
-    if (!last) {  // not earlier: the registers are all in use
-      uint4 words[2];
-      read_words(words, stage);
-      outputs = read_output_scales(stage);
-      widen(a, words);
-    }
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) acc[i] = __fmaf_rn(sum[i], scale[i], acc[i]);
+    for (int i = 0; i < SUMS; i += 2) {
+      asm volatile("{\n.reg .f32 low, high;\nmov.b64 {low, high}, %0;\nfma.rn.f32 high, %1, %2, high;\nfma.rn.f32 low, %3, %4, low;\nmov.b64 %0, {low, high};\n}"
+                   : "+l"(acc[i / 2]) : "f"(sum[i]), "f"(scale[i]), "f"(sum[i + 1]), "f"(scale[i + 1]));
+    }
     leave(done);
+    if (!last) {
+      widen(words[1].z, a[12], a[13]), widen(words[1].w, a[14], a[15]);
+    }
   }
 
   __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
-    float sum[SUMS], scale[SUMS];
+    uint64 pairs[SUMS / 2] = {};
     uint32 a[16];
     uint4 words[2];
-    uint32 stage = ring.stage;
     read_weights(words);
     widen(a, words);
-    float2 outputs = read_output_scales(stage);
-    ptx::barrier_wait(stage + offsetof(Stage, parted), ring.parity);
-    ring.next();
+    float2 outputs = read_output_scales(ring.stage);
+    ptx::barrier_wait(ring.stage + offsetof(Stage, parted), ring.parity);
     // Main loop: one block of 128 input features, one pipeline stage, per turn.
 #pragma unroll 1
-    for (; blocks > 1; --blocks) block<false>(acc, sum, scale, a, outputs, stage);
-    block<true>(acc, sum, scale, a, outputs, stage);
+    for (; blocks > 0; --blocks) block(blocks == 1, pairs, a, outputs);
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 2) asm("mov.b64 {%0, %1}, %2;" : "=f"(acc[i + 1]), "=f"(acc[i]) : "l"(pairs[i / 2]));
   }
   __device__ __forceinline__ void begin() {
     if (group == CONSUMERS - 1) pass_turn();
@@ -377,6 +391,7 @@ struct Consumer {
   };
   __device__ __forceinline__ void read_scales(Scales& scales, uint32 stage, int block) {
     scales.outputs = read_output_scales(stage + block * 2 * WEIGHT_TILE_N);
+    scales.outputs.x *= PRODUCT_UNIT, scales.outputs.y *= PRODUCT_UNIT;
 #pragma unroll
     for (int j = 0; j < TILE_M / 8; ++j) {
       scales.tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (block * TILE_M + 8 * j));
@@ -409,8 +424,9 @@ struct Consumer {
     Scales scales[2];
     const uint32 done = stage;
     ptx::wgmma_fence();
-    multiply(sum[0], a, done + offsetof(Stage, a_codes));
-    multiply(sum[1], b, done + offsetof(Stage, a_codes) + TILE_M * BLOCK);
+    const uint32 tokens = ptx::descriptor_address(done + offsetof(Stage, a_codes));
+    multiply(sum[0], a, tokens);
+    multiply(sum[1], b, tokens + (TILE_M * BLOCK >> 4));
     read_scales(scales[0], done, 0);
     read_scales(scales[1], done, 1);
     stage = ring.stage;
@@ -440,7 +456,7 @@ struct Consumer {
   // Adds the partial sums of all parts of a tile in their order, in whichever warpgroup comes last. False for the others.
   __device__ __forceinline__ bool add_parts(const Problem& p, Shared& s, const Item& item, float (&acc)[SUMS]) {
     const int tile = (item.tile.n * CONSUMERS + group) * p.tiles_m + item.tile.m;
-    const int thread = 32 * warp + lane;
+    const int thread = ptx::thread() % WARPGROUP;
     constexpr int VECTORS = SUMS / 4;
     const int most_parts = (p.k_blocks + p.span - 1) / p.span + 1;
     float4* slice = reinterpret_cast<float4*>(p.partial) + static_cast<long long>(tile) * most_parts * VECTORS * WARPGROUP + thread;
@@ -474,6 +490,7 @@ struct Consumer {
   // D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into shared memory, in 16-byte chunks
   // swizzled by token; then every 8 threads store the 128 bytes of one token.
   __device__ __forceinline__ void store(const Problem& p, Shared& s, const Item& item, float (&acc)[SUMS]) {
+    const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     const int m0 = item.tile.m * TILE_M, n0 = (item.tile.n * CONSUMERS + group) * WEIGHT_TILE_N;
     if (p.bias != nullptr) {
       const int row = n0 + 16 * warp + accumulator_row(lane, 0);
@@ -489,7 +506,7 @@ struct Consumer {
                              pack_pair(acc[4 * j], acc[4 * j + 1]), pack_pair(acc[4 * j + 2], acc[4 * j + 3]));
     }
     ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
-    const int thread = 32 * warp + lane, chunk = thread & 7, column = n0 + 8 * chunk;
+    const int chunk = thread & 7, column = n0 + 8 * chunk;
     const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
 #pragma unroll 4
     for (int row = thread >> 3; row < TILE_M; row += WARPGROUP / 8) {
@@ -512,13 +529,13 @@ struct Consumer {
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s) {
     begin();
-    for (Schedule schedule(p); !schedule.done(); schedule.advance(p)) {
+    for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
       float acc[SUMS] = {};
       const Item ahead = schedule.item(p);
       multiply_item(acc, ahead.last_block - ahead.first_block);
       asm volatile("" : "+r"(schedule.next));  // the item is worked out again rather than kept through the main loop
       const Item item = schedule.item(p);
-      if (item.tile.n * CONSUMERS + group >= p.weight_tiles) continue;  // past N: nothing was loaded for it
+      if ((item.tile.n * CONSUMERS + group) * WEIGHT_TILE_N >= p.n) continue;  // past N: nothing was loaded for it
       if (item.parts > 1 && !add_parts(p, s, item, acc)) continue;
       store(p, s, item, acc);
     }
@@ -531,19 +548,18 @@ struct Consumer {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const __half* w_scale,
                const float* bias, float* partial, uint32* counter, int m, int n, int k_blocks, int blocks_per_group,
-               int m_stride, int ldy, int span) {
+               int m_stride, int ldy, int span, int tiles_m, int tiles_n) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
   const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, partial, counter,
-                         m, n, k_blocks, blocks_per_group, m_stride, ldy, span};
+                         m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), PRODUCERS);
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * CONSUMERS);  // a warp each
 #if LARGE_TILE
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].parted), 1);
-      s.stages[stage].zero = 0;
 #endif
     }
     ptx::fence_barrier_init();
@@ -551,24 +567,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
   __syncthreads();
 
-  if (threadIdx.x >= CONSUMERS * WARPGROUP) {
+  // The same in all lanes, also for the compiler, which then addresses with uniform registers.
+  const int warp_of_block = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warp = warp_of_block % 4;
+  if (warp_of_block >= CONSUMERS * 4) {
     ptx::fewer_registers<PRODUCER_REGISTERS>();
-    const int warp = threadIdx.x / 32 % 4;
     if (threadIdx.x % 32 == 0) {
-      if (warp == 0) Producer<0>{Ring(s)}.run(given.complete());
-      if (warp == 1) Producer<1>{Ring(s)}.run(given.complete());
-      if (warp == 2) Producer<2>{Ring(s)}.run(given.complete());
-      if (warp == 3 && !LARGE_TILE) Producer<3>{Ring(s)}.run(given.complete());
+      if (warp == 0) Producer<0>{Ring(s)}.run(given);
+      if (warp == 1) Producer<1>{Ring(s)}.run(given);
+      if (warp == 2) Producer<2>{Ring(s)}.run(given);
+      if (warp == 3 && !LARGE_TILE) Producer<3>{Ring(s)}.run(given);
     }
 #if LARGE_TILE
-    if (warp == 3) part_scales(given.complete(), Ring(s), threadIdx.x % 32);
+    if (warp == 3) part_scales(given, Ring(s), threadIdx.x % 32);
 #endif
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
-    if (threadIdx.x < WARPGROUP) {
-      Consumer<0>(s, threadIdx.x).run(given.complete(), s);
+    if (warp_of_block < 4) {
+      Consumer<0>(s).run(given, s);
     } else {
-      Consumer<1>(s, threadIdx.x).run(given.complete(), s);
+      Consumer<1>(s).run(given, s);
     }
   }
 #endif

@@ -44,6 +44,11 @@ __device__ __forceinline__ uint4 shared_read_128(uint32 shared_rd) {
                : "memory");
   return d;
 }
+__device__ __forceinline__ uint2 shared_read_64(uint32 shared_rd) {
+  uint2 d;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(shared_rd) : "memory");
+  return d;
+}
 __device__ __forceinline__ uint32 shared_read_32(uint32 shared_rd) {
   uint32 d;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(d) : "r"(shared_rd) : "memory");
@@ -65,6 +70,13 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32
   asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+// threadIdx.x, read again wherever it is asked for rather than kept in a register.
+__device__ __forceinline__ int thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // ---- sm_90a: mbarriers, bulk copies, warpgroup matrix products ------------------------------------------------------------
@@ -129,18 +141,20 @@ template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
+// The address field of a matrix descriptor: units of 16 bytes, without the bits that say, in a cluster, whose memory it is.
+__device__ __forceinline__ uint32 descriptor_address(uint32 shared_rd) { return (shared_rd & 0x3ffff) >> 4; }
 // Of a K-major operand in the 128-byte swizzle: rows of 128 bytes, eight of them every 1024 bytes. Only the low half holds
 // the address, so that the high one is a constant.
-__device__ __forceinline__ uint64 wgmma_descriptor(uint32 shared_rd) {
+__device__ __forceinline__ uint64 wgmma_descriptor(uint32 address) {
   constexpr uint32 SWIZZLE_128 = 1u << 30, STRIDE = 1024 >> 4, UNUSED = 1u << 16;
   uint64 descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((shared_rd >> 4) + UNUSED), "n"(SWIZZLE_128 | STRIDE));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(address + UNUSED), "n"(SWIZZLE_128 | STRIDE));
   return descriptor;
 }
 // Of a K-major operand without swizzle: core matrices of 8 rows by 16 bytes, 128 bytes each; strides in bytes.
-__device__ __forceinline__ uint64 wgmma_descriptor_plain(uint32 shared_rd, uint32 k_stride, uint32 row_stride) {
+__device__ __forceinline__ uint64 wgmma_descriptor_plain(uint32 address, uint32 k_stride, uint32 row_stride) {
   uint64 descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((shared_rd >> 4) + (k_stride >> 4 << 16)), "r"(row_stride >> 4));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(address + (k_stride >> 4 << 16)), "r"(row_stride >> 4));
   return descriptor;
 }
 #endif
