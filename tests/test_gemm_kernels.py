@@ -115,12 +115,14 @@ def launchable(plan: GemmPlan) -> None:
     assert plan.grid[0] < 2**31 and plan.grid[1] <= 65535 and plan.grid[2] == 1
     if config.family == "sm80":
         assert plan.grid == (tiles, plan.splits, 1) and plan.cut == plan.parts == plan.splits
+        assert plan.arguments == (plan.splits,)
         ends = [plan.k_blocks * split // plan.splits for split in range(plan.splits + 1)]
         assert all(first < last for first, last in pairwise(ends)), "a split without a block"
         assert plan.counters == tiles
         assert plan.workspace_floats == (tiles * plan.splits * config.tile_m * config.tile_n if plan.splits > 1 else 0)
         return
     assert plan.cut == plan.span
+    assert plan.arguments == (plan.span, -(-plan.m // config.tile_m), -(-plan.n // config.tile_n))
     if not plan.span:
         assert plan.grid == (min(tiles, plan.sm_count), 1, 1) and plan.parts == 1 and plan.workspace_floats == 0
         return

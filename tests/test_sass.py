@@ -39,6 +39,13 @@ def test_wgmma() -> None:
     assert count.shared_bytes == 32 * 4 + (64 + 8) * 32 // 4  # LDS, and both operands of the wgmma
 
 
+def test_operands_that_meet_in_one_register_bank() -> None:
+    lines = ("R2, R4, R6, R8", "R2, R4, R7, R8", "R3, R5.reuse, R7, -R9", "R2, R4, 2, R6", "R2, R4, c[0x0][0x28], R6")
+    text = "\n".join(f"/*{16 * i:04x}*/ FFMA {operands} ;" for i, operands in enumerate(lines))
+    function = sass.parse(f".text.f:\n.L_x_0:\n{text}\n/*0050*/ BRA `(.L_x_0) ;\n")["f"]
+    assert sass.count(function.instructions).same_bank == 2
+
+
 def test_local_memory_is_found_outside_the_loop() -> None:
     assert tiny("local").spills() > 0 == tiny("sm80").spills()
     assert "spill" not in sass.count(sass.main_loop(tiny("local"))).classes
@@ -206,3 +213,6 @@ def test_a_broken_promise_is_named() -> None:
         "3 FFMA (sm_90a: FMUL and FFMA) per accumulator and group instead of 2",
         "no IMMA.16864.S4.S4",
     ]
+    hopper = next(row for row in mainloops.committed()["kernels"] if row["name"].startswith("sm90_m128"))
+    assert mainloops.violations(hopper) == []
+    assert mainloops.violations(hopper | {"same_bank": 2}) == ["2 FFMA with all operands in one register bank"]

@@ -85,7 +85,7 @@ class GemmConfig:
         if self.family == "sm90":
             large = self.tile_m >= 64
             block = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N)
-            # Large tiles: parts of the tokens' scales, a third barrier and a zero. Small ones: two blocks a stage.
+            # Large tiles: parts of the tokens' scales, and a third barrier. Small ones: two blocks a stage.
             stage = block + 16 * self.tile_m + 24 if large else 2 * block + 16
             return round_up(self.stages * round_up(stage, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))

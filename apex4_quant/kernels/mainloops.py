@@ -3,7 +3,7 @@
 A row per configuration and architecture: instructions of one turn of the main loop and one warp by class (sass.py), mma
 and memory opcodes in full, registers, shared memory, spills, and `products`, the number of accumulators times groups of
 128 that a turn computes: classes[x] / products is what the loop spends on each. Which NVRTC made the code is recorded,
-because another one makes other code.
+because another one makes other code. `same_bank`: FFMA whose operands meet in one register bank.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def count(kernel: Kernel) -> dict[str, Any]:
         "instructions": loop.instructions - twice,
         "shared_bytes": loop.shared_bytes,
         "copied_bytes": loop.copied_bytes,
+        "same_bank": loop.same_bank,
         "classes": loop.classes | {"tensor": loop.classes["tensor"] - twice},
         "opcodes": loop.opcodes,
     }
@@ -144,6 +145,8 @@ def violations(row: dict[str, Any]) -> list[str]:
         broken.append(f"{row['spills']} local-memory instructions")
     dequantization = each.get("ffma", 0) + (int(each.get("fmul", 0)) if row["arch"] == "sm_90a" else 0)
     wanted = 1 if any(sass.is_scale_product(opcode) for opcode in row["opcodes"]) else 2
+    if wanted == 1 and row["same_bank"]:  # what their 64-bit pairs of accumulators are for (gemm_sm90.cu)
+        broken.append(f"{row['same_bank']} FFMA with all operands in one register bank")
     if dequantization != wanted:
         broken.append(f"{dequantization:g} FFMA (sm_90a: FMUL and FFMA) per accumulator and group instead of {wanted}")
     mma = "QGMMA." if row["arch"] == "sm_90a" else "IMMA.16864.S4.S4"

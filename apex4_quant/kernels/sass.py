@@ -103,6 +103,7 @@ class LoopCount:
     # Read from shared memory by the warp, and by wgmma on its behalf; broadcasts are not counted out.
     shared_bytes: int
     copied_bytes: int  # copied from global to shared memory by the warp
+    same_bank: int  # FFMA whose three operands stand in one of the two register banks
 
     @property
     def instructions(self) -> int:
@@ -320,6 +321,12 @@ def _wgmma_bytes(instruction: Instruction) -> int:
     )
 
 
+def _in_one_bank(instruction: Instruction) -> bool:
+    """True for an FFMA of three registers that are all even or all odd: two banks, so it waits a clock longer."""
+    registers = re.findall(r"\bR(\d+)", instruction.operands)[1:]
+    return instruction.name == "FFMA" and len(registers) == 3 and len({int(number) % 2 for number in registers}) == 1
+
+
 def count(instructions: Sequence[Instruction]) -> LoopCount:
     """Sort the instructions of a loop. A predicated instruction counts as one: it takes its issue slot either way."""
     classes = Counter(i.klass for i in instructions)
@@ -332,4 +339,5 @@ def count(instructions: Sequence[Instruction]) -> LoopCount:
             32 * _bytes_per_lane(i.opcode) if i.klass == "shared_read" else _wgmma_bytes(i) for i in instructions
         ),
         copied_bytes=sum(32 * _bytes_per_lane(i.opcode) for i in instructions if i.klass == "copy"),
+        same_bank=sum(map(_in_one_bank, instructions)),
     )

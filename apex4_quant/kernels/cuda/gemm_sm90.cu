@@ -144,54 +144,76 @@ struct Ring {
 // Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
 // issued by one thread each of several warps: of weight tiles with their scales, and of the tokens' codes and scales.
 
-// Warps: tiles of weights, the tokens' codes, the tokens' scales (of large tiles, the third one copies both, and the
+// Warps: a tile of weights each, the tokens' codes, the tokens' scales (of large tiles, the third one copies both, and the
 // fourth cuts the scales into parts).
-constexpr int WEIGHT_PRODUCERS = 2, PRODUCERS = WEIGHT_PRODUCERS + (LARGE_TILE ? 1 : 2);
+constexpr int WEIGHT_PRODUCERS = CONSUMERS, PRODUCERS = WEIGHT_PRODUCERS + (LARGE_TILE ? 1 : 2);
 
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
 
+// Announces and starts one thread's copies. All addresses run along: these threads share their schedulers with warps that
+// multiply, and every instruction of theirs is felt there.
 template <int role>  // warp of the producer warpgroup
 struct Producer {
   Ring ring;
 
-  // Announces and starts this thread's copies of blocks kb .. kb + count - 1.
-  __device__ __forceinline__ void copy(const Problem& p, const Item& item, int kb, int count) {
-    const uint32 full = ring.stage + offsetof(Stage, full);
-    if (role < WEIGHT_PRODUCERS) {
-      const int first = item.tile.n * CONSUMERS, tiles = min(CONSUMERS, p.weight_tiles() - first);
-      const int mine = (tiles - role + WEIGHT_PRODUCERS - 1) / WEIGHT_PRODUCERS;  // tiles role, role + 2, ...
-      ptx::barrier_expect_bytes(full, mine * count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
-      for (int t = role; t < tiles; t += WEIGHT_PRODUCERS) {
-        const long long tile = first + t;
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + t * BLOCKS * WEIGHT_TILE_BYTES,
-                       p.w_packed + (tile * p.k_blocks + kb) * WEIGHT_TILE_BYTES, count * WEIGHT_TILE_BYTES, full);
-        const uint32 w_scale_smem_wr = ring.stage + offsetof(Stage, w_scale) + t * BLOCKS * 2 * WEIGHT_TILE_N;
-        if (p.blocks_per_group == 1) {  // consecutive in memory
-          ptx::bulk_copy(w_scale_smem_wr, p.w_scale + (tile * p.groups() + kb) * WEIGHT_TILE_N, count * 2 * WEIGHT_TILE_N, full);
-        } else {
-          for (int i = 0; i < count; ++i) {
-            const int group = (kb + i) / p.blocks_per_group;
-            ptx::bulk_copy(w_scale_smem_wr + i * 2 * WEIGHT_TILE_N, p.w_scale + (tile * p.groups() + group) * WEIGHT_TILE_N,
-                           2 * WEIGHT_TILE_N, full);
-          }
+  // A tile of weights and its scales; or, past N, nothing.
+  __device__ __forceinline__ void copy_weights(const Problem& p, const Item& item) {
+    const long long tile = item.tile.n * CONSUMERS + role;
+    const bool exists = tile < p.weight_tiles();
+    const uint8* w_packed_gmem_rd = p.w_packed + (tile * p.k_blocks + item.first_block) * WEIGHT_TILE_BYTES;
+    const __half* w_scale_gmem_rd = p.w_scale + (tile * p.groups() + item.first_block / p.blocks_per_group) * WEIGHT_TILE_N;
+    int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
+#pragma unroll 1
+    for (int left = item.last_block - item.first_block; left > 0; left -= BLOCKS) {
+      const int count = min(BLOCKS, left);
+      const uint32 full = ring.stage + offsetof(Stage, full);
+      ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
+      const bool one = ptx::elect_one();
+      if (one) ptx::barrier_expect_bytes(full, exists ? count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N) : 0);
+      if (one && exists) {
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + role * BLOCKS * WEIGHT_TILE_BYTES, w_packed_gmem_rd,
+                       count * WEIGHT_TILE_BYTES, full);
+      }
+      w_packed_gmem_rd += BLOCKS * WEIGHT_TILE_BYTES;
+      const uint32 w_scale_smem_wr = ring.stage + offsetof(Stage, w_scale) + role * BLOCKS * 2 * WEIGHT_TILE_N;
+#pragma unroll
+      for (int i = 0; i < BLOCKS; ++i) {
+        if (i >= count) break;
+        if (one && exists) ptx::bulk_copy(w_scale_smem_wr + i * 2 * WEIGHT_TILE_N, w_scale_gmem_rd, 2 * WEIGHT_TILE_N, full);
+        if (--left_of_group == 0) w_scale_gmem_rd += WEIGHT_TILE_N, left_of_group = p.blocks_per_group;
+      }
+      ring.next();
+    }
+  }
+
+  // The tokens' codes, or their scales, or both.
+  __device__ __forceinline__ void copy_tokens(const Problem& p, const Item& item) {
+    constexpr bool codes = role == WEIGHT_PRODUCERS, scales = !codes || LARGE_TILE;
+    const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
+    const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(item.first_block) * p.m_stride + m0) * BLOCK;
+    const float* a_scale_gmem_rd = p.a_scale + static_cast<long long>(item.first_block / p.blocks_per_group) * p.m_stride + m0;
+    int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
+#pragma unroll 1
+    for (int left = item.last_block - item.first_block; left > 0; left -= BLOCKS) {
+      const int count = min(BLOCKS, left);
+      const uint32 full = ring.stage + offsetof(Stage, full);
+      ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
+      const bool one = ptx::elect_one();
+      if (one) ptx::barrier_expect_bytes(full, count * rows * (codes * BLOCK + scales * 4));
+#pragma unroll
+      for (int i = 0; i < BLOCKS; ++i) {
+        if (i >= count) break;
+        if (codes) {
+          if (one) ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
+          a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK;
+        }
+        if (scales) {
+          if (one) ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale) + i * TILE_M * 4, a_scale_gmem_rd, rows * 4, full);
+          if (--left_of_group == 0) a_scale_gmem_rd += p.m_stride, left_of_group = p.blocks_per_group;
         }
       }
-      return;
-    }
-    const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-    const bool codes = role == WEIGHT_PRODUCERS, scales = !codes || LARGE_TILE;
-    ptx::barrier_expect_bytes(full, count * rows * (codes * BLOCK + scales * 4));
-    for (int i = 0; i < count; ++i) {
-      if (codes) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK,
-                       p.a_codes + (static_cast<long long>(kb + i) * p.m_stride + m0) * BLOCK, rows * BLOCK, full);
-      }
-      if (scales) {
-        const int group = p.blocks_per_group == 1 ? kb + i : (kb + i) / p.blocks_per_group;
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale) + i * TILE_M * 4,
-                       p.a_scale + static_cast<long long>(group) * p.m_stride + m0, rows * 4, full);
-      }
+      ring.next();
     }
   }
 
@@ -199,11 +221,10 @@ struct Producer {
     // Weights do not wait for the kernel that writes the activations.
     if (role >= WEIGHT_PRODUCERS) ptx::wait_for_predecessor();
     for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
-      const Item item = schedule.item(p);
-      for (int kb = item.first_block; kb < item.last_block; kb += BLOCKS) {
-        ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-        copy(p, item, kb, min(BLOCKS, item.last_block - kb));
-        ring.next();
+      if (role < WEIGHT_PRODUCERS) {
+        copy_weights(p, schedule.item(p));
+      } else {
+        copy_tokens(p, schedule.item(p));
       }
     }
   }
@@ -214,11 +235,12 @@ struct Producer {
 __device__ __forceinline__ void part_scales(const Problem& p, Ring ring, int lane) {
   for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
     const Item item = schedule.item(p);
+#pragma unroll 1
     for (int left = item.last_block - item.first_block; left > 0; --left) {
       ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
 #pragma unroll
       for (int token = lane; token < TILE_M; token += 32) {
-        const float scale = PRODUCT_UNIT * __uint_as_float(ptx::shared_read_32(ring.stage + offsetof(Stage, a_scale) + 4 * token));
+        const float scale = __uint_as_float(ptx::shared_read_32(ring.stage + offsetof(Stage, a_scale) + 4 * token));
         const float t1 = tf32_part(scale), t2 = tf32_part(scale - t1), t3 = scale - t1 - t2;
         ptx::shared_write_float4(ring.stage + offsetof(Stage, a_parts) + 16 * token, make_float4(t1, t2, t3, 0.0f));
       }
@@ -374,7 +396,10 @@ struct Consumer {
 #pragma unroll 1
     for (; blocks > 0; --blocks) block(blocks == 1, pairs, a, outputs);
 #pragma unroll
-    for (int i = 0; i < SUMS; i += 2) asm("mov.b64 {%0, %1}, %2;" : "=f"(acc[i + 1]), "=f"(acc[i]) : "l"(pairs[i / 2]));
+    for (int i = 0; i < SUMS; i += 2) {
+      asm("mov.b64 {%0, %1}, %2;" : "=f"(acc[i + 1]), "=f"(acc[i]) : "l"(pairs[i / 2]));
+      acc[i] *= PRODUCT_UNIT, acc[i + 1] *= PRODUCT_UNIT;
+    }
   }
   __device__ __forceinline__ void begin() {
     if (group == CONSUMERS - 1) pass_turn();
@@ -571,14 +596,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int warp_of_block = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warp = warp_of_block % 4;
   if (warp_of_block >= CONSUMERS * 4) {
     ptx::fewer_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x % 32 == 0) {
-      if (warp == 0) Producer<0>{Ring(s)}.run(given);
-      if (warp == 1) Producer<1>{Ring(s)}.run(given);
-      if (warp == 2) Producer<2>{Ring(s)}.run(given);
-      if (warp == 3 && !LARGE_TILE) Producer<3>{Ring(s)}.run(given);
-    }
+    if (warp == 0) Producer<0>{Ring(s)}.run(given);
+    if (warp == 1) Producer<1>{Ring(s)}.run(given);
+    if (warp == 2) Producer<2>{Ring(s)}.run(given);
 #if LARGE_TILE
     if (warp == 3) part_scales(given, Ring(s), threadIdx.x % 32);
+#else
+    if (warp == 3) Producer<3>{Ring(s)}.run(given);
 #endif
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();

@@ -32,7 +32,12 @@ constexpr int LANES = 8;                // of a slice
 constexpr int COLUMNS = BLOCK / LANES;  // of a lane
 constexpr int WORDS = COLUMNS / 2;
 constexpr int MAX_THREADS = APEX4_FORM == APEX4_NARROW ? 256 : APEX4_FORM == APEX4_RESIDENT ? 1024 : 512;
-constexpr int MIN_CTAS = APEX4_FORM == APEX4_NARROW ? 6 : 1;  // per SM: memory's latency is hidden by many small CTAs
+[[maybe_unused]] constexpr int MIN_CTAS = APEX4_FORM == APEX4_NARROW ? 6 : 1;  // per SM: memory's latency is hidden by many small CTAs
+#if APEX4_FORM == APEX4_RESIDENT && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+#define APEX4_BOUNDS __maxnreg__(40)  // 1536 threads of an SM, whatever the CTA's size
+#else
+#define APEX4_BOUNDS __launch_bounds__(MAX_THREADS, MIN_CTAS)
+#endif
 constexpr int GRID_Y = 65535;
 #if APEX4_FORM == APEX4_LONG
 constexpr int MAX_LONG_BLOCKS = 1024;
@@ -178,7 +183,7 @@ __device__ __forceinline__ float inverse_rms_of(float squares, int k, float eps)
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_CTAS) apex4_quantize_rows(
+extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, int m, int k, int k_blocks,
     int blocks_per_group, int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float clip_over_7,
     float eps, int gain_offset, int aligned) {
