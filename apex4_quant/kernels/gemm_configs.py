@@ -75,11 +75,11 @@ class GemmConfig:
         """sm90: warpgroups that multiply."""
         return self.tile_n // WEIGHT_TILE_N
 
-    @property
+    @cached_property
     def threads(self) -> int:
         return 128 * (self.consumers + 1) if self.family == "sm90" else 32 * self.warps_m * self.warps_n
 
-    @property
+    @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
         if self.family == "sm90":
@@ -172,7 +172,7 @@ class GemmPlan:
     def block(self) -> int:
         return self.config.threads
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int, int]:
         tiles = self.config.tiles(self.m, self.n)
         if self.config.family != "sm90":
@@ -181,7 +181,7 @@ class GemmPlan:
             return -(-tiles * self.k_blocks // self.span), 1, 1
         return min(tiles, self.sm_count), 1, 1  # each takes several
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """Thread blocks that may share a tile; 1: there is nothing to add up."""
         if self.config.family != "sm90":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ctypes import c_int, c_void_p
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,10 @@ from ..layouts import get_layout
 from ..number_format import BLOCK
 from . import torch_backend, workspace
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
+
+if TYPE_CHECKING:
+    from .gemm_configs import GemmPlan
+    from .launcher import Kernel
 
 _HOW = "Tensor? matrix, int k_padded, int group, float clip, bool hadamard, str format"
 _library = torch.library.Library("apex4", "DEF")
@@ -213,14 +217,16 @@ def _silu_mul_quantize_cuda(gate: torch.Tensor, up: torch.Tensor, matrix: torch.
 
 
 @lru_cache(maxsize=4096)
-def _gemm_plan(index: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: torch.dtype):
+def _gemm_plan(
+    index: int, m: int, n: int, k_blocks: int, blocks_per_group: int, m_stride: int, out: torch.dtype
+) -> tuple[GemmPlan, Kernel, tuple[Any, ...]]:
+    """The plan, its kernel, and the arguments behind the pointers: the same for every call, and never written to."""
     from . import launcher
     from .gemm_configs import choose_gemm
 
-    plan = choose_gemm(
-        *_gpu(index), m, n, k_blocks, blocks_per_group, {torch.bfloat16: "bf16", torch.float16: "fp16"}[out]
-    )
-    return plan, launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)
+    plan = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out])
+    kernel = launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)
+    return plan, kernel, tuple(map(c_int, (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)))
 
 
 def _gemm_cuda(
@@ -238,7 +244,7 @@ def _gemm_cuda(
         return y
     index, (k_blocks, m_stride, _) = codes.device.index, codes.shape
     blocks_per_group = k_blocks // scales.shape[0]
-    plan, kernel = _gemm_plan(index, m, n, k_blocks, blocks_per_group, out)
+    plan, kernel, numbers = _gemm_plan(index, m, n, k_blocks, blocks_per_group, m_stride, out)
     stream = torch.cuda.current_stream(index).cuda_stream
     partial, counter = None, None
     if plan.parts > 1:
@@ -249,9 +255,8 @@ def _gemm_cuda(
         y.data_ptr(), codes.data_ptr(), scales.data_ptr(), weight_packed.data_ptr(), weight_scale.data_ptr(),
         None if bias is None else bias.data_ptr(), partial, counter,
     )  # fmt: skip
-    numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)
     kernel.launch(
-        plan.grid, plan.block, [*map(c_void_p, pointers), *map(c_int, numbers)],
+        plan.grid, plan.block, [*map(c_void_p, pointers), *numbers],
         shared_bytes=plan.config.shared_bytes, stream=stream, programmatic=plan.config.family == "sm90",
     )  # fmt: skip
     return y

@@ -6,10 +6,20 @@ Operands and their shapes are those of the kernels' headers (cuda/quantize_rows.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 from ..number_format import BLOCK, CODE_MAX
 from . import launcher
-from .quantize_configs import MATRIX_CHUNKS, QuantizePlan, choose_dense, choose_row_rms, choose_rows
+from .quantize_configs import (
+    MATRIX_CHUNKS,
+    QuantizeConfig,
+    QuantizePlan,
+    choose_dense,
+    choose_row_rms,
+    choose_rows,
+)
 
 VECTOR_BYTES = 16  # of the fast loads
 VECTOR_ELEMENTS = 8
@@ -64,7 +74,6 @@ def run_quantize(
     if input != "plain":
         operands.append((second, ld_second if input == "silu_mul" else 0))
     aligned = rows_are_aligned(k, *operands)
-    clip_over_7 = _float(clip / CODE_MAX)
     shape = {"dtype": dtype, "format": format, "sm_count": sm_count, "input": input}
     if transform == "dense":
         if blocks_per_group != 1:
@@ -79,7 +88,7 @@ def run_quantize(
             *(_int(number) for number in (m, k, m_stride, ldx, ld_second, plan.rows_per_cta)),
             _int(0 if matrix_is_shared else MATRIX_CHUNKS),
             _float(matrix_factor),
-            clip_over_7,
+            _float(clip / CODE_MAX),
             _int(gain_offset),
             _int(aligned),
         )  # fmt: skip
@@ -87,20 +96,32 @@ def run_quantize(
         if transform not in ("none", "hadamard"):
             raise ValueError(f"transform {transform!r} is not none, hadamard or dense")
         plan = choose_rows(m, k_blocks, blocks_per_group, hadamard=transform == "hadamard", **shape)
-        numbers = (m, k, k_blocks, blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta)
+        integers = (m, k, k_blocks, blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta)
         args = (
-            *(_pointer(address) for address in (codes, scales, x, second)),
-            *(_int(number) for number in numbers),
-            clip_over_7,
-            _float(eps),
-            _int(gain_offset),
-            _int(aligned),
-        )  # fmt: skip
+            _pointer(codes),
+            _pointer(scales),
+            _pointer(x),
+            _pointer(second),
+            *_row_arguments(integers, clip / CODE_MAX, eps, gain_offset, aligned),
+        )
     _launch(device, plan, args, stream, programmatic)
 
 
+@lru_cache(maxsize=4096)
+def _row_arguments(
+    integers: tuple[int, ...], clip_over_7: float, eps: float, gain_offset: bool, aligned: bool
+) -> tuple[Any, ...]:
+    """What follows the pointers: the same for every call with one shape, and never written to."""
+    return (*map(_int, integers), _float(clip_over_7), _float(eps), _int(gain_offset), _int(aligned))
+
+
+@lru_cache(maxsize=256)
+def _kernel(make: Callable[..., Any], config: QuantizeConfig, device: int) -> Any:
+    return make(config.source, config.entry, config.defines, device)
+
+
 def _launch(device: int, plan: QuantizePlan, args: tuple, stream: int, programmatic: bool) -> None:
-    kernel = launcher.kernel(plan.config.source, plan.config.entry, plan.defines, device)
+    kernel = _kernel(launcher.kernel, plan.config, device)
     kernel.launch(
         plan.grid,
         plan.block,
