@@ -139,20 +139,18 @@ struct Ring {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: a warpgroup, of which a thread in each of three (large tiles) or four warps copies -------------------
+// ---- producer: a warpgroup, of which three (large tiles) or four warps copy ------------------------------------------
 //
-// Issuing a copy costs its thread about as long as a block costs the tensor cores, so that the copies of a stage are
-// issued by one thread each of several warps: of weight tiles with their scales, and of the tokens' codes and scales.
-
-// Warps: a tile of weights each, the tokens' codes, the tokens' scales (of large tiles, the third one copies both, and the
-// fourth cuts the scales into parts).
+// Warps: a tile of weights with its scales each, the tokens' codes, the tokens' scales (of large tiles, the third one copies
+// both, and the fourth cuts the scales into parts).
 constexpr int WEIGHT_PRODUCERS = CONSUMERS, PRODUCERS = WEIGHT_PRODUCERS + (LARGE_TILE ? 1 : 2);
 
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
 
-// Announces and starts one thread's copies. All addresses run along: these threads share their schedulers with warps that
-// multiply, and every instruction of theirs is felt there.
+// Announces and starts the copies of a warp, by one elected lane: the loop is all lanes', so that its addresses can be in
+// uniform registers. They run along, as these warps share their schedulers with warps that multiply, where every
+// instruction is felt.
 template <int role>  // warp of the producer warpgroup
 struct Producer {
   Ring ring;
@@ -274,7 +272,7 @@ __device__ __forceinline__ void widen(uint32 (&a)[16], const uint4 (&words)[2]) 
 
 template <int group>  // which warpgroup
 struct Consumer {
-  Ring ring;             // of the block whose weights are read next
+  Ring ring;                    // at the block whose weights are read or multiplied
   uint32 w_lane, a_scale_lane;  // what this lane reads, relative to a stage
 
   __device__ __forceinline__ explicit Consumer(const Shared& s) : ring(s) {
@@ -327,9 +325,9 @@ struct Consumer {
   __device__ __forceinline__ void await_turn() { ptx::named_barrier(TURN + group, 2 * WARPGROUP); }
   __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + (group + 1) % CONSUMERS, 2 * WARPGROUP); }
 
-  // Starts the rank-one product of scales: tf32, k of 8, of which steps 0..2 hold the parts of s_a and the others zeros in
-  // the weights' operand (lanes whose step is 3 read a zero for their scales). The tokens' operand is not swizzled: core
-  // matrices of 8 tokens by 16 bytes, the second half of k being the first one again.
+  // Starts the rank-one product of scales: tf32, k of 8. Steps 0..2 hold the parts of s_a and step 3 a zero, against s_w in
+  // all four; steps 4..7 are the first four again, against zeros. The tokens' operand is not swizzled: core matrices of 8
+  // tokens by 16 bytes.
   __device__ __forceinline__ void multiply_scales(float (&scale)[SUMS], const uint32 (&a)[4]) {
     ptx::Wgmma<TILE_M>::tf32(scale, a, ptx::wgmma_descriptor_plain(ring.descriptor + (offsetof(Stage, a_parts) >> 4), 0, 128), 0);
   }
@@ -338,7 +336,8 @@ struct Consumer {
   // unless this is the last. A warp issues nothing between the first of its products and the start of the last one, and
   // little while the tensor cores work (kernels/README.md), so that as little as possible stands between the end of its
   // products and the start of the next ones: the next weights are widened, into the registers of k32 steps that are done,
-  // while the last step is still being computed.
+  // while the last step is still being computed. Accumulators are pairs with their halves exchanged, because of the register
+  // banks (ptx::fma_exchanged).
   __device__ __forceinline__ void block(bool last, uint64 (&acc)[SUMS / 2], uint32 (&a)[16], float2& outputs) {
     float sum[SUMS], scale[SUMS];
     uint32 outputs_a[4] = {__float_as_uint(outputs.x), __float_as_uint(outputs.y), 0, 0};
@@ -375,13 +374,10 @@ struct Consumer {
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i]), "+f"(scale[i])::"memory");  // not before the wait
 #pragma unroll
     for (int i = 0; i < SUMS; i += 2) {
-      asm volatile("{\n.reg .f32 low, high;\nmov.b64 {low, high}, %0;\nfma.rn.f32 high, %1, %2, high;\nfma.rn.f32 low, %3, %4, low;\nmov.b64 %0, {low, high};\n}"
-                   : "+l"(acc[i / 2]) : "f"(sum[i]), "f"(scale[i]), "f"(sum[i + 1]), "f"(scale[i + 1]));
+      ptx::fma_exchanged(acc[i / 2], sum[i], scale[i], sum[i + 1], scale[i + 1]);
     }
     leave(done);
-    if (!last) {
-      widen(words[1].z, a[12], a[13]), widen(words[1].w, a[14], a[15]);
-    }
+    if (!last) widen(words[1].z, a[12], a[13]), widen(words[1].w, a[14], a[15]);
   }
 
   __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
@@ -397,7 +393,7 @@ struct Consumer {
     for (; blocks > 0; --blocks) block(blocks == 1, pairs, a, outputs);
 #pragma unroll
     for (int i = 0; i < SUMS; i += 2) {
-      asm("mov.b64 {%0, %1}, %2;" : "=f"(acc[i + 1]), "=f"(acc[i]) : "l"(pairs[i / 2]));
+      ptx::split_exchanged(pairs[i / 2], acc[i], acc[i + 1]);
       acc[i] *= PRODUCT_UNIT, acc[i + 1] *= PRODUCT_UNIT;
     }
   }

@@ -72,6 +72,23 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
+// ---- two accumulators in one 64-bit register, the first in its upper half --------------------------------------------------
+// Such a register is an even one and the odd one behind it, as are the i-th and the next result of a wgmma for even i. So the
+// accumulator of `first` is in the other of the two register banks than its operands, which in one bank would cost a clock.
+__device__ __forceinline__ void fma_exchanged(uint64& pair, float a_first, float b_first, float a_second, float b_second) {
+  asm volatile(
+      "{\n.reg .f32 low, high;\n"
+      "mov.b64 {low, high}, %0;\n"
+      "fma.rn.f32 high, %1, %2, high;\n"
+      "fma.rn.f32 low, %3, %4, low;\n"
+      "mov.b64 %0, {low, high};\n}\n"
+      : "+l"(pair)
+      : "f"(a_first), "f"(b_first), "f"(a_second), "f"(b_second));
+}
+__device__ __forceinline__ void split_exchanged(uint64 pair, float& first, float& second) {
+  asm("mov.b64 {%0, %1}, %2;" : "=f"(second), "=f"(first) : "l"(pair));
+}
+
 // threadIdx.x, read again wherever it is asked for rather than kept in a register.
 __device__ __forceinline__ int thread() {
   int thread;
