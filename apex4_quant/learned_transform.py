@@ -50,18 +50,24 @@ class _Blocks:
     b: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor]) -> _Blocks:
+    def of(
+        cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
+    ) -> _Blocks:
         x = _by_block(inputs)
         b = torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
         total, stride = 0, 1
         kept = b.new_zeros(len(x), 0, BLOCK)
         for weight in weights:
             w = _by_block(weight)
-            b.baddbmm_(w.transpose(1, 2), w)
+            if gradients is None:
+                b.baddbmm_(w.transpose(1, 2), w)
             total += w.shape[1]
             kept = torch.cat([kept, w[:, ::stride]], dim=1)
             while kept.shape[1] > 2 * WEIGHT_SAMPLE:  # every row stands for as many
                 kept, stride = kept[:, ::2].contiguous(), 2 * stride
+        if gradients is not None:
+            g = _by_block(gradients)
+            b.baddbmm_(g.transpose(1, 2), g)
         return cls(x, kept, total, x.transpose(1, 2) @ x / x.shape[1], b)
 
 
@@ -71,14 +77,20 @@ def _by_block(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def learn_transform(
-    inputs: torch.Tensor, weights: Iterable[torch.Tensor], steps: int = STEPS, shared: bool = False
+    inputs: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    steps: int = STEPS,
+    shared: bool = False,
+    gradients: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
 
     K is padded to a multiple of 128. Blocks where nothing was gained, or whose inputs or weights are all zero, get the
     scaled Hadamard matrix. The blocks of a `shared` one are equal. The same arguments give the same result.
+    `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
+    that of the weights, whose rows have to be scaled by how much their errors matter.
     """
-    blocks = _Blocks.of(inputs, weights)
+    blocks = _Blocks.of(inputs, weights, gradients)
     with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
         start = (
             apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else _balanced_hadamard(blocks)
@@ -120,7 +132,7 @@ def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
 def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     if rows.shape[1] <= count:
         return rows
-    chosen = torch.randperm(rows.shape[1], generator=generator)[:count].to(rows.device)
+    chosen = torch.randint(rows.shape[1], (count,), generator=generator).to(rows.device)  # a permutation takes longer
     return rows.index_select(1, chosen)
 
 
