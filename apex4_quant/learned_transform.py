@@ -35,6 +35,7 @@ STEPS = 100
 LEARNING_RATE = 0.01  # of T = T_0 (I + D); falls to zero along a cosine
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 ROWS, WEIGHT_ROWS = 512, 256  # looked at in one step, drawn anew for each
+COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
 WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
 SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
 
@@ -166,9 +167,9 @@ def _gradient(blocks: _Blocks, transform: torch.Tensor, x: torch.Tensor, w: torc
 
 
 def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
-    """The objective per block over all rows kept, [G]; their sum [1], if one T is for all."""
+    """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
     inverse = torch.linalg.inv(transform)
-    x_peak, _ = _peaks(blocks.x @ transform)
+    x_peak, _ = _peaks(blocks.x[:, :: -(-blocks.x.shape[1] // COMPARED_ROWS)] @ transform)
     w_peak, _ = _peaks(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))

@@ -365,7 +365,8 @@ class _Run:
                 factor = correction = None
                 if hessian is not None:
                     factor = inverse_factor(part.reader, hessian, warn=self.progress.line)
-                    del hessian
+                    if not self.recipe.refinement:
+                        hessian = None
                 drift = part.statistics.take_drift(matrix)
                 if factor is not None and drift is not None:
                     correction = drift_correction(part.reader, drift, factor, self.recipe.gptaq)
@@ -375,7 +376,7 @@ class _Run:
                         linear = replace(linear, format=replace(linear.format, activation_clip=clip))
                     weight = stored.pop(f"{linear.name}.weight").to(self.runner.device)
                     local = module.get_submodule(linear.name[len(prefix) :])
-                    quantized = self._quantize(linear, weight, local, factor, matrix, correction)
+                    quantized = self._quantize(linear, weight, local, factor, matrix, correction, hessian)
                     if linear.format.transform_from is not None:
                         assert first is not None
                         quantized.take_transform_from(first)
@@ -387,6 +388,7 @@ class _Run:
                             stored[f"{linear.name}.{name}"] = getattr(quantized, name)
                     records[linear.name] = record | part.record_of(linear)
                     advance(linear.elements)
+                hessian = factor = correction = None  # not while the next inputs are collected
         self._write_shard(layer + 2, stored)
         del stored
         after = Streams(self.runner.run_layer(layer, streams.hidden))
@@ -473,11 +475,14 @@ class _Run:
         factor: torch.Tensor | None,
         matrix: torch.Tensor | None,
         correction: torch.Tensor | None,
+        hessian: torch.Tensor | None,
     ) -> Apex4Linear:
         if factor is None:
             codes, scales = quantize_weight_rtn(linear.name, weight, linear.format, matrix)
         else:
-            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor, matrix, correction)
+            codes, scales = quantize_weight_gptq(
+                linear.name, weight, linear.format, factor, matrix, correction, hessian, self.recipe.refinement
+            )
         return Apex4Linear.from_codes(linear.format, codes, scales, module.bias, matrix)
 
     def _measure(

@@ -171,7 +171,9 @@ def estimate_peak_memory(
     states = 3 * streams * tokens * hidden * compute_bytes
     working = streams * (layer + 16 * seq_len * widest) + 12 * largest
     if hessians:
-        working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
+        working += (
+            (4 if plan.recipe.refinement else 3) * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
+        )
     if plan.config.transform in LEARNED:  # rows of inputs and weights, twice, and a dozen matrices
         from .learned_transform import WEIGHT_SAMPLE
 
@@ -259,6 +261,7 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
         multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
+        multiplies += plan.recipe.refinement * sum(linear.elements * linear.format.padded_k for linear in plan.linears)
     if plan.recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
         multiplies += 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
         multiplies += sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())

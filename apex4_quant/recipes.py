@@ -13,7 +13,7 @@ from .number_format import TRANSFORMS
 
 ROUNDINGS = ("nearest", "gptq")
 READERS, GRADIENTS = "readers", "gradients"
-MOST_STEPS = 100_000
+MOST_STEPS, MOST_SWEEPS = 100_000, 100
 SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "apex4"
 
@@ -28,7 +28,8 @@ class Recipe:
     inputs, which come through quantized layers, to what it makes of the original model's (0: not at all, 1: all the way;
     gptq.py). `importance` is how outputs and inputs are weighed where a transform and a clip ratio are chosen: "readers", by the
     weights that read them (importance.py), or "gradients", by what their errors do to the layer's output (gradients.py).
-    `transform_steps` is how long a transform is learned."""
+    `transform_steps` is how long a transform is learned, `refinement` how often the codes of GPTQ are gone over again
+    (code_refinement.py)."""
 
     name: str
     summary: str = ""
@@ -41,6 +42,7 @@ class Recipe:
     gptaq: float = 0.0
     importance: str = READERS
     transform_steps: int = 100
+    refinement: int = 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Recipe:
@@ -67,6 +69,14 @@ class Recipe:
         if not 0 < recipe.transform_steps <= MOST_STEPS:
             raise UsageError(
                 f"{where} has transform_steps = {recipe.transform_steps}: give a whole number from 1 to {MOST_STEPS}"
+            )
+        if not 0 <= recipe.refinement <= MOST_SWEEPS:
+            raise UsageError(
+                f"{where} has refinement = {recipe.refinement}: give a whole number from 0 to {MOST_SWEEPS}"
+            )
+        if recipe.refinement and recipe.rounding != "gptq":
+            raise UsageError(
+                f"{where} has refinement = {recipe.refinement} and rounding = {recipe.rounding!r}: add 'rounding: gptq'"
             )
         if recipe.gptaq and recipe.rounding != "gptq":
             raise UsageError(

@@ -65,6 +65,8 @@ def test_a_file_is_a_recipe_and_comes_back_from_its_dict(tmp_path: Path) -> None
         ("transform_steps: 0", ["transform_steps = 0", "a whole number from 1"]),
         ("transform_steps: 1.5", ["transform_steps = 1.5", "a whole number"]),
         ("transform_steps: true", ["transform_steps = True", "a whole number"]),
+        ("rounding: gptq\nrefinement: -1", ["refinement = -1", "from 0"]),
+        ("refinement: 2", ["refinement = 2", "rounding = 'nearest'", "rounding: gptq"]),
         ("gptaq: 0.5", ["gptaq = 0.5", "rounding = 'nearest'", "rounding: gptq"]),
         ("- gptq", ["not a mapping"]),
         ("a: [", ["cannot be read"]),
