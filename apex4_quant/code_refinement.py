@@ -52,7 +52,7 @@ def _visit(
     stop: int,
 ) -> None:
     """The columns of one group; `code` and `gradient` change in place."""
-    inside = hessian[start:stop, start:stop].contiguous()
+    inside = hessian[start:stop, start:stop].clone()  # a whole H of one group would be changed
     inside.diagonal().add_(added)
     before, slope = code[start:stop].clone(), gradient[start:stop]
     for row, coupling in enumerate(inside):

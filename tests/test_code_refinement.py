@@ -45,7 +45,7 @@ def losses(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, hess
 def test_every_row_gets_better_and_scales_and_range_stay(n: int, k: int) -> None:
     format, weight, hessian = problem(n, k)
     codes, scales = quantize_weight_gptq("w", weight, format, inverse_factor("w", hessian))
-    before, kept = losses(codes, scales, weight, hessian), codes.clone()
+    before, kept, whole = losses(codes, scales, weight, hessian), codes.clone(), hessian.clone()
     for sweeps in (1, 4):
         refined = refine_codes(codes, scales, weight, hessian, DAMPING, sweeps)
         after = losses(refined, scales, weight, hessian)
@@ -53,7 +53,7 @@ def test_every_row_gets_better_and_scales_and_range_stay(n: int, k: int) -> None
         assert bool((after <= before * (1 + 1e-5)).all()), "a row got worse"
         assert float(after.sum()) < 0.97 * float(before.sum())
         before = after
-    assert torch.equal(refine_codes(codes, scales, weight, hessian, DAMPING, 0), codes)
+    assert torch.equal(refine_codes(codes, scales, weight, hessian, DAMPING, 0), codes) and torch.equal(hessian, whole)
 
 
 def test_one_sweep_is_that_of_a_search_over_the_grid_in_float64() -> None:
