@@ -21,11 +21,12 @@ from torch import nn
 
 from .calib.errors import CalibrationError
 from .calib.hessian import HessianAccumulator
-from .calib.probes import InputProbe
+from .calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
 from .errors import Apex4Error
 from .experts import UnfusedExperts, routed
 from .families import Experts, Family, InputGroup, expert_of
 from .layer_runner import LayerRunner
+from .number_format import LEARNED
 from .plan import PlannedLinear
 from .quant_config import LinearFormat
 from .run_state import Streams
@@ -198,7 +199,9 @@ class Collector:
 
     def _dense(self, layer: int, group: InputGroup, planned: list[PlannedLinear], streams: Streams) -> CollectedGroup:
         reader = self._family.layer_prefix(layer) + group.linears[0]
-        statistics = self._statistics(reader, InputProbe(streams.tokens), planned[0])
+        format = planned[0].format
+        rows = rows_to_learn_from(format.in_features) if format.transform in LEARNED else PROBE_ROWS
+        statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
         for (x,), original in self._calls(layer, group.linears[0], streams):
             statistics.add(x, original and original[0])
         return CollectedGroup(statistics, [Part(reader, planned, statistics)])

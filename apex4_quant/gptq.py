@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import torch
 
+from .code_refinement import refine_codes
 from .errors import Apex4Error
 from .number_format import CODE_MAX
 from .quant_config import LinearFormat
@@ -87,6 +88,8 @@ def quantize_weight_gptq(
     factor: torch.Tensor,
     matrix: torch.Tensor | None = None,
     correction: torch.Tensor | None = None,
+    hessian: torch.Tensor | None = None,
+    sweeps: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] and U [padded K, padded K] -> int8 codes [N, padded K], float16 scales [N, G].
 
@@ -94,6 +97,7 @@ def quantize_weight_gptq(
     moments in the transformed basis.
     The scale of a group is searched when its first column is reached, on the weights as corrected until then, with
     squared errors weighted by 1 / U_kk^2 (what an error of column k costs once the later columns have compensated).
+    With `hessian`, that of which U is the factor, the codes are then gone over `sweeps` times (code_refinement.py).
     Raises Apex4Error, naming the tensor, for a weight that is not finite or too large.
     """
     transformed = transform_weight(weight, format, matrix)
@@ -102,14 +106,19 @@ def quantize_weight_gptq(
         transformed = torch.addmm(transformed, transformed, correction)
     # Transposed: a column of the weight is a contiguous row here.
     pending = transformed.t().contiguous()  # [K, N], corrected as the sweep goes on
-    del transformed
+    if hessian is None:
+        del transformed
     codes = torch.empty_like(pending, dtype=torch.int8)
     errors = torch.empty_like(pending)
     scales: list[torch.Tensor] = []
     group = format.group_length
     with few_threads(2.0 * group * pending.numel()):
         _round_groups(pending, codes, errors, factor, scales, group)
-    return codes.t().contiguous(), torch.stack(scales, dim=1).half()
+    del pending, errors
+    found, stored = codes.t().contiguous(), torch.stack(scales, dim=1).half()
+    if hessian is not None:
+        found = refine_codes(found, stored, transformed, hessian, DAMPING, sweeps)
+    return found, stored
 
 
 def _round_groups(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import Apex4Error
@@ -157,6 +158,16 @@ class LayerRunner:
                 out[done : done + len(batch)] = (result[0] if isinstance(result, tuple) else result).cpu()
                 done += len(batch)
         return out
+
+    def run_with_graph(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, L, H] through the layer -> the same shape, on the device, with what a backward pass needs.
+
+        Attention by plain products: its gradients are the same in every run. Memory is for all of `hidden` at once.
+        """
+        batch = hidden.to(self.device).requires_grad_()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            result = self._layers[index](batch, **self._calls[index])
+        return result[0] if isinstance(result, tuple) else result
 
     @contextlib.contextmanager
     def _replaying(self, index: int, settled: tuple[str, ...]) -> Iterator[None]:

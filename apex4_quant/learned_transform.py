@@ -35,6 +35,7 @@ STEPS = 100
 LEARNING_RATE = 0.01  # of T = T_0 (I + D); falls to zero along a cosine
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 ROWS, WEIGHT_ROWS = 512, 256  # looked at in one step, drawn anew for each
+COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
 WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
 SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
 
@@ -50,18 +51,24 @@ class _Blocks:
     b: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor]) -> _Blocks:
+    def of(
+        cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
+    ) -> _Blocks:
         x = _by_block(inputs)
         b = torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
         total, stride = 0, 1
         kept = b.new_zeros(len(x), 0, BLOCK)
         for weight in weights:
             w = _by_block(weight)
-            b.baddbmm_(w.transpose(1, 2), w)
+            if gradients is None:
+                b.baddbmm_(w.transpose(1, 2), w)
             total += w.shape[1]
             kept = torch.cat([kept, w[:, ::stride]], dim=1)
             while kept.shape[1] > 2 * WEIGHT_SAMPLE:  # every row stands for as many
                 kept, stride = kept[:, ::2].contiguous(), 2 * stride
+        if gradients is not None:
+            g = _by_block(gradients)
+            b.baddbmm_(g.transpose(1, 2), g)
         return cls(x, kept, total, x.transpose(1, 2) @ x / x.shape[1], b)
 
 
@@ -71,14 +78,20 @@ def _by_block(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def learn_transform(
-    inputs: torch.Tensor, weights: Iterable[torch.Tensor], steps: int = STEPS, shared: bool = False
+    inputs: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    steps: int = STEPS,
+    shared: bool = False,
+    gradients: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
 
     K is padded to a multiple of 128. Blocks where nothing was gained, or whose inputs or weights are all zero, get the
     scaled Hadamard matrix. The blocks of a `shared` one are equal. The same arguments give the same result.
+    `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
+    that of the weights, whose rows have to be scaled by how much their errors matter.
     """
-    blocks = _Blocks.of(inputs, weights)
+    blocks = _Blocks.of(inputs, weights, gradients)
     with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
         start = (
             apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else _balanced_hadamard(blocks)
@@ -120,7 +133,7 @@ def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
 def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     if rows.shape[1] <= count:
         return rows
-    chosen = torch.randperm(rows.shape[1], generator=generator)[:count].to(rows.device)
+    chosen = torch.randint(rows.shape[1], (count,), generator=generator).to(rows.device)  # a permutation takes longer
     return rows.index_select(1, chosen)
 
 
@@ -154,9 +167,9 @@ def _gradient(blocks: _Blocks, transform: torch.Tensor, x: torch.Tensor, w: torc
 
 
 def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
-    """The objective per block over all rows kept, [G]; their sum [1], if one T is for all."""
+    """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
     inverse = torch.linalg.inv(transform)
-    x_peak, _ = _peaks(blocks.x @ transform)
+    x_peak, _ = _peaks(blocks.x[:, :: -(-blocks.x.shape[1] // COMPARED_ROWS)] @ transform)
     w_peak, _ = _peaks(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))

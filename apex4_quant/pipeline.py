@@ -25,13 +25,16 @@ from torch import nn
 from . import __version__
 from .activation_clip import search_activation_clip
 from .calib.errors import CalibrationError
+from .calib.probes import PROBE_ROWS
 from .calib.samples import draw_samples
 from .calib.text import load_text
 from .collecting import CollectedGroup, Collector
 from .devices import DTYPES, resolve_device, resolve_dtype
 from .errors import Apex4Error, Stopped, UsageError
+from .families import expert_of
 from .gptq import drift_correction, inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
+from .gradients import InputGradients, input_gradients
 from .importance import scale_by_readers
 from .layer_runner import LayerRunner
 from .layouts import get_layout
@@ -43,7 +46,7 @@ from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimat
 from .plan_file import plan_of_sizes, read_plan_file
 from .progress import Progress
 from .quant_config import QuantConfig
-from .recipes import DEFAULT_RECIPE, get_recipe, named_recipes
+from .recipes import DEFAULT_RECIPE, GRADIENTS, get_recipe, named_recipes
 from .rewriting import Rewriter, require_rotatable
 from .run_state import RunState, Streams, other_setting, require_empty, stored_settings
 from .source import INDEX_NAME, ModelSource
@@ -348,6 +351,7 @@ class _Run:
         if self.original is not None:
             self.original.load_layer(layer, stored)
         planned = self.plan.of_layer(layer)
+        self.gradients = self._gradients(layer, streams.hidden) if self.recipe.importance == GRADIENTS else {}
         records: dict[str, dict[str, Any]] = {}
         for group in self.collector.groups_of(layer, module, planned, streams):
             matrix = self._dense_transform(layer, group, stored)
@@ -361,7 +365,8 @@ class _Run:
                 factor = correction = None
                 if hessian is not None:
                     factor = inverse_factor(part.reader, hessian, warn=self.progress.line)
-                    del hessian
+                    if not self.recipe.refinement:
+                        hessian = None
                 drift = part.statistics.take_drift(matrix)
                 if factor is not None and drift is not None:
                     correction = drift_correction(part.reader, drift, factor, self.recipe.gptaq)
@@ -371,7 +376,7 @@ class _Run:
                         linear = replace(linear, format=replace(linear.format, activation_clip=clip))
                     weight = stored.pop(f"{linear.name}.weight").to(self.runner.device)
                     local = module.get_submodule(linear.name[len(prefix) :])
-                    quantized = self._quantize(linear, weight, local, factor, matrix, correction)
+                    quantized = self._quantize(linear, weight, local, factor, matrix, correction, hessian)
                     if linear.format.transform_from is not None:
                         assert first is not None
                         quantized.take_transform_from(first)
@@ -383,6 +388,7 @@ class _Run:
                             stored[f"{linear.name}.{name}"] = getattr(quantized, name)
                     records[linear.name] = record | part.record_of(linear)
                     advance(linear.elements)
+                hessian = factor = correction = None  # not while the next inputs are collected
         self._write_shard(layer + 2, stored)
         del stored
         after = Streams(self.runner.run_layer(layer, streams.hidden))
@@ -396,12 +402,40 @@ class _Run:
         _return_free_memory()
         return after
 
+    def _gradients(self, layer: int, hidden: torch.Tensor) -> dict[str, InputGradients]:
+        """Of the layer's inputs that are read by planned linears, by those linears' full names.
+
+        Experts see too few of the tokens for gradients of their own, and those whose gradients say nothing are left away
+        too: the weights that read them have to do.
+        """
+        prefix = self.family.layer_prefix(layer)
+        planned = {linear.name for linear in self.plan.of_layer(layer)}
+        groups = [
+            names
+            for group in self.family.groups(self.source.config, layer)
+            if (names := tuple(name for name in group.linears if prefix + name in planned))
+            and expert_of(names[0]) is None
+        ]
+        found = input_gradients(self.runner, layer, groups, hidden, self.settings.seed)
+        for names in groups:
+            if names[0] not in found:
+                self.progress.line(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")
+        _return_free_memory()
+        return {prefix + name: found[names[0]] for names in groups if names[0] in found for name in names}
+
+    def _gradients_of(self, group: CollectedGroup) -> InputGradients | None:
+        return self.gradients.get(group.parts[0].planned[0].name)
+
     def _weighed(self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
         """The weights that read an input, float32 [N_i, padded K], rows scaled by how much their errors matter."""
         prefix = self.family.layer_prefix(layer)
+        gradients = self._gradients_of(group)
         for linear in (linear for part in group.parts for linear in part.planned):
             weight = pad_input_features(stored[f"{linear.name}.weight"].to(self.runner.device), linear.format)
             require_quantizable(linear.name, weight)
+            if gradients is not None:
+                yield weight.mul_(gradients.outputs[linear.name[len(prefix) :]].sqrt()[:, None])
+                continue
             for produced in self.family.groups(self.source.config, layer):
                 if produced.producer is not None and prefix + produced.producer.linear == linear.name:
                     readers = [stored[f"{prefix}{name}.weight"].to(self.runner.device) for name in produced.linears]
@@ -417,14 +451,19 @@ class _Run:
         if format.transform not in LEARNED:
             return None
         inputs, weights = pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
-        return learn_transform(inputs, weights, shared=format.transform == SHARED)
+        found = self._gradients_of(group)
+        gradients = None if found is None else pad_input_features(found.rows, format)
+        shared, steps = format.transform == SHARED, self.recipe.transform_steps
+        return learn_transform(inputs, weights, steps, shared, gradients)
 
     def _clip(
         self, layer: int, group: CollectedGroup, stored: dict[str, torch.Tensor], matrix: torch.Tensor | None
     ) -> float:
         """The activation clip ratio that suits all linears of an input together: it is quantized once."""
         format = group.parts[0].planned[0].format
-        bases = (transform_weight(weight, format, matrix) for weight in self._weighed(layer, group, stored))
+        found = self._gradients_of(group)
+        amplifying = self._weighed(layer, group, stored) if found is None else [found.rows]  # an error of the input
+        bases = (transform_weight(weight, format, matrix) for weight in amplifying)
         inputs = transform_input(group.statistics.inputs(), format, matrix)
         return search_activation_clip(inputs, bases, format.group_length)
 
@@ -436,11 +475,14 @@ class _Run:
         factor: torch.Tensor | None,
         matrix: torch.Tensor | None,
         correction: torch.Tensor | None,
+        hessian: torch.Tensor | None,
     ) -> Apex4Linear:
         if factor is None:
             codes, scales = quantize_weight_rtn(linear.name, weight, linear.format, matrix)
         else:
-            codes, scales = quantize_weight_gptq(linear.name, weight, linear.format, factor, matrix, correction)
+            codes, scales = quantize_weight_gptq(
+                linear.name, weight, linear.format, factor, matrix, correction, hessian, self.recipe.refinement
+            )
         return Apex4Linear.from_codes(linear.format, codes, scales, module.bias, matrix)
 
     def _measure(
@@ -450,6 +492,7 @@ class _Run:
 
         The error is that of the linear alone, also where GPTAQ aims at what the original model computes.
         """
+        inputs = inputs[:: -(-len(inputs) // PROBE_ROWS)]
         exact = inputs @ weight.float().t()
         if quantized.bias is not None:
             exact += quantized.bias.float()

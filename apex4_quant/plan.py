@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .calib.probes import PROBE_ROWS
+from .calib.probes import PROBE_ROWS, rows_to_learn_from
 from .errors import UsageError
 from .families import expert_of
 from .layouts import get_layout
 from .number_format import BLOCK, LEARNED, GroupSize
 from .quant_config import LinearFormat, QuantConfig
-from .recipes import Recipe, get_recipe
+from .recipes import GRADIENTS, Recipe, get_recipe
 from .source import ModelSource
 from .storage import format_bytes
 
@@ -171,12 +171,22 @@ def estimate_peak_memory(
     states = 3 * streams * tokens * hidden * compute_bytes
     working = streams * (layer + 16 * seq_len * widest) + 12 * largest
     if hessians:
-        working += 3 * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
+        working += (
+            (4 if plan.recipe.refinement else 3) * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
+        )
     if plan.config.transform in LEARNED:  # rows of inputs and weights, twice, and a dozen matrices
         from .learned_transform import WEIGHT_SAMPLE
 
-        rows = 2 * (PROBE_ROWS + 2 * WEIGHT_SAMPLE) + 12 * BLOCK
-        working += 4 * rows * max(linear.format.padded_k for linear in plan.linears)
+        rows = 2 * (2 * WEIGHT_SAMPLE) + 12 * BLOCK
+        working += max(
+            4 * linear.format.padded_k * (rows + 2 * min(tokens, rows_to_learn_from(linear.format.in_features)))
+            for linear in plan.linears
+        )
+    if plan.recipe.importance == GRADIENTS:  # rows by input group, and what a backward pass of one window needs
+        inputs = {(linear.layer, linear.input_group): linear.format.padded_k for linear in plan.linears}
+        rows = sum(inputs.values()) // source.num_layers * min(tokens, PROBE_ROWS)
+        heads = int(source.config.get("num_attention_heads") or 1)
+        working += 4 * rows + compute_bytes * (4 * heads * seq_len**2 + 16 * seq_len * widest)
     rewriting = 0
     if plan.recipe.rotation or plan.recipe.diagonal:  # the layer in float32, before anything is collected, and loaded
         rewriting = 3 * layer + 16 * seq_len * widest
@@ -239,12 +249,19 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
     if plan.config.transform in LEARNED:
-        from .learned_transform import ROWS, STEPS, WEIGHT_ROWS
+        from .learned_transform import ROWS, WEIGHT_ROWS
 
-        multiplies += STEPS * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(inputs.values())
+        multiplies += (
+            plan.recipe.transform_steps * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(inputs.values())
+        )
+    if plan.recipe.importance == GRADIENTS:
+        from .gradients import TOKENS
+
+        multiplies += 3 * min(tokens, TOKENS) * sum(linear.elements for linear in plan.linears)
     if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
         multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
+        multiplies += plan.recipe.refinement * sum(linear.elements * linear.format.padded_k for linear in plan.linears)
     if plan.recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
         multiplies += 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
         multiplies += sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())

@@ -12,6 +12,8 @@ from .errors import UsageError
 from .number_format import TRANSFORMS
 
 ROUNDINGS = ("nearest", "gptq")
+READERS, GRADIENTS = "readers", "gradients"
+MOST_STEPS, MOST_SWEEPS = 100_000, 100
 SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "apex4"
 
@@ -24,7 +26,10 @@ class Recipe:
     of the values into the weights, `diagonal` is the exponent of the balancing factors (0: none). Both leave the model's
     function as it is (model_transform.py). `gptaq` is how far GPTQ's targets are moved from what a linear makes of its
     inputs, which come through quantized layers, to what it makes of the original model's (0: not at all, 1: all the way;
-    gptq.py)."""
+    gptq.py). `importance` is how outputs and inputs are weighed where a transform and a clip ratio are chosen: "readers", by the
+    weights that read them (importance.py), or "gradients", by what their errors do to the layer's output (gradients.py).
+    `transform_steps` is how long a transform is learned, `refinement` how often the codes of GPTQ are gone over again
+    (code_refinement.py)."""
 
     name: str
     summary: str = ""
@@ -35,6 +40,9 @@ class Recipe:
     rotation: bool = False
     diagonal: float = 0.0
     gptaq: float = 0.0
+    importance: str = READERS
+    transform_steps: int = 100
+    refinement: int = 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Recipe:
@@ -44,11 +52,12 @@ class Recipe:
         if unknown:
             raise UsageError(f"{where} has the unknown key {unknown[0]!r}: the keys are {', '.join(list(known)[1:])}")
         for key, value in values.items():
-            kind = {"str": str, "bool": bool, "float": (int, float)}[str(known[key].type)]
+            kind = {"str": str, "bool": bool, "int": int, "float": (int, float)}[str(known[key].type)]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UsageError(f"{where} has {key} = {value!r}: give {_KINDS[str(known[key].type)]}")
         recipe = cls(**{k: float(v) if known[k].type == "float" else v for k, v in values.items()})
-        for key, allowed in (("transform", TRANSFORMS), ("rounding", ROUNDINGS)):
+        choices = (("transform", TRANSFORMS), ("rounding", ROUNDINGS), ("importance", (READERS, GRADIENTS)))
+        for key, allowed in choices:
             if getattr(recipe, key) not in allowed:
                 raise UsageError(f"{where} has {key} = {getattr(recipe, key)!r}: give one of {', '.join(allowed)}")
         if not 0 < recipe.activation_clip <= 1:
@@ -57,6 +66,18 @@ class Recipe:
             raise UsageError(f"{where} has diagonal = {recipe.diagonal}: give an exponent in [0, 1]")
         if not 0 <= recipe.gptaq <= 1:
             raise UsageError(f"{where} has gptaq = {recipe.gptaq}: give a number in [0, 1]")
+        if not 0 < recipe.transform_steps <= MOST_STEPS:
+            raise UsageError(
+                f"{where} has transform_steps = {recipe.transform_steps}: give a whole number from 1 to {MOST_STEPS}"
+            )
+        if not 0 <= recipe.refinement <= MOST_SWEEPS:
+            raise UsageError(
+                f"{where} has refinement = {recipe.refinement}: give a whole number from 0 to {MOST_SWEEPS}"
+            )
+        if recipe.refinement and recipe.rounding != "gptq":
+            raise UsageError(
+                f"{where} has refinement = {recipe.refinement} and rounding = {recipe.rounding!r}: add 'rounding: gptq'"
+            )
         if recipe.gptaq and recipe.rounding != "gptq":
             raise UsageError(
                 f"{where} has gptaq = {recipe.gptaq} and rounding = {recipe.rounding!r}: add 'rounding: gptq'"
@@ -67,7 +88,7 @@ class Recipe:
         return asdict(self)
 
 
-_KINDS = {"str": "a text", "bool": "true or false", "float": "a number"}
+_KINDS = {"str": "a text", "bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def _load(path: Path, what: str) -> dict[str, Any]:

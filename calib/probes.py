@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 
 PROBE_ROWS = 4096
+PROBE_ELEMENTS = 2**25  # of an input that a transform is learned from: more rows are better, where they are narrow
+
+
+def rows_to_learn_from(features: int) -> int:
+    """How many rows of an input of so many features are kept to learn its transform from."""
+    return max(PROBE_ROWS, PROBE_ELEMENTS // features)
 
 
 class InputProbe:

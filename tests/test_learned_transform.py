@@ -364,6 +364,6 @@ def test_searched_clip_ratios_are_used_by_the_loaded_model(dense_model: Path) ->
     report = json.loads((dense_model / apex4_quant.loading.REPORT_NAME).read_text())
     model = AutoModelForCausalLM.from_pretrained(dense_model)
     clips = {entry["name"]: entry["activation_clip"] for entry in report["quantized"]}
-    assert len(set(clips.values())) > 1
+    assert any(clip != 1 for clip in clips.values())
     for name, clip in clips.items():
         assert model.get_submodule(name).format.activation_clip == clip

@@ -33,6 +33,10 @@ def test_the_named_recipes() -> None:
     assert named_recipes()["apex4-hadamard"].diagonal == named_recipes()["apex4-shared"].diagonal == 0.25
     assert named_recipes()["apex4-shared"].transform == "shared128"
     assert [name for name, recipe in named_recipes().items() if recipe.gptaq] == ["apex4-gptaq"]
+    assert [name for name, recipe in named_recipes().items() if recipe.importance == "gradients"] == [
+        "apex4",
+        "apex4-gptaq",
+    ]
     assert all(recipe.summary for recipe in named_recipes().values())
 
 
@@ -56,6 +60,13 @@ def test_a_file_is_a_recipe_and_comes_back_from_its_dict(tmp_path: Path) -> None
         ("diagonal: -1", ["diagonal = -1.0", "[0, 1]"]),
         ("rounding: gptq\ngptaq: 2", ["gptaq = 2.0", "[0, 1]"]),
         ("rounding: gptq\ngptaq: true", ["gptaq = True", "a number"]),
+        ("importance: norms", ["importance = 'norms'", "readers, gradients"]),
+        ("importance: true", ["importance = True", "a text"]),
+        ("transform_steps: 0", ["transform_steps = 0", "a whole number from 1"]),
+        ("transform_steps: 1.5", ["transform_steps = 1.5", "a whole number"]),
+        ("transform_steps: true", ["transform_steps = True", "a whole number"]),
+        ("rounding: gptq\nrefinement: -1", ["refinement = -1", "from 0"]),
+        ("refinement: 2", ["refinement = 2", "rounding = 'nearest'", "rounding: gptq"]),
         ("gptaq: 0.5", ["gptaq = 0.5", "rounding = 'nearest'", "rounding: gptq"]),
         ("- gptq", ["not a mapping"]),
         ("a: [", ["cannot be read"]),

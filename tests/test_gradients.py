@@ -1,0 +1,172 @@
+"""What errors of inputs and outputs do to a layer's output: against float64, and what a recipe makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from apex4_quant import gradients as gradients_module
+from apex4_quant.gradients import input_gradients
+from apex4_quant.layer_runner import LayerRunner
+from apex4_quant.learned_transform import _Blocks, learn_transform
+from apex4_quant.loading import REPORT_NAME
+from apex4_quant.pipeline import QuantizeSettings, quantize
+from apex4_quant.source import ModelSource
+
+Call = Callable[..., Any]  # the fixtures of conftest.py
+GROUPS = [
+    tuple(f"self_attn.{name}_proj" for name in "qkv"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+]
+
+
+def runner_of(model: Path, dtype: torch.dtype = torch.float32) -> tuple[LayerRunner, torch.Tensor]:
+    """Layer 0 loaded, and hidden states entering it, [24, 32, hidden]."""
+    source = ModelSource(str(model))
+    runner = LayerRunner(source, "cpu", dtype)
+    runner.prepare(32)
+    runner.load_layer(0, source.read(source.layer_tensors(0)))
+    ids = torch.arange(24 * 32).reshape(24, 32) * 31 % 4096
+    return runner, runner.embed(ids, source.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"])
+
+
+@pytest.fixture
+def loaded(tiny_model: Call) -> tuple[LayerRunner, torch.Tensor]:
+    return runner_of(tiny_model())
+
+
+def test_an_inputs_gradients_are_the_exact_metric_of_a_residual_writer(
+    loaded: tuple[LayerRunner, torch.Tensor],
+) -> None:
+    """down_proj adds to the layer's output: E[g g^T] = W^T W, and every row of it matters as much as every other."""
+    runner, hidden = loaded
+    found = input_gradients(runner, 0, GROUPS, hidden, 0)["mlp.down_proj"]
+    weight = runner.layer(0).get_submodule("mlp.down_proj").weight.double()
+    torch.testing.assert_close(found.outputs["mlp.down_proj"], torch.ones(len(weight)), rtol=1e-5, atol=0)
+    exact, seen = weight.t() @ weight, found.rows.double().t() @ found.rows.double()
+    assert float((seen - exact).norm() / exact.norm()) < 3 * (len(exact) / len(found.rows)) ** 0.5
+    torch.testing.assert_close(seen.trace(), exact.trace(), rtol=0.03, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"])
+def test_they_predict_what_errors_do_to_the_layers_output(name: str, loaded: tuple[LayerRunner, torch.Tensor]) -> None:
+    """Small random errors added to a linear's outputs change the layer's output by what E[g^2] says, in the mean."""
+    runner, hidden = loaded
+    group = next(group for group in GROUPS if name in group)
+    squares = input_gradients(runner, 0, GROUPS, hidden, 0)[group[0]].outputs[name]
+    layer = runner.layer(0).double()
+    calls = {
+        key: tuple(t.double() for t in value) if isinstance(value, tuple) else value
+        for key, value in runner._calls[0].items()
+    }
+    torch.manual_seed(0)
+    sizes = 1e-4 * torch.rand(len(squares)).double()
+
+    def run() -> torch.Tensor:
+        result = layer(hidden.double(), **calls)
+        return result[0] if isinstance(result, tuple) else result
+
+    exact = run()
+    handle = layer.get_submodule(name).register_forward_hook(lambda _, args, y: y + sizes * torch.randn_like(y))
+    energy = sum(float((run() - exact).square().sum()) for _ in range(20)) / 20 / hidden[..., 0].numel()
+    handle.remove()
+    assert energy == pytest.approx(float((squares * sizes.square()).sum()), rel=0.1)
+
+
+def test_the_same_twice_and_nothing_is_left_behind(loaded: tuple[LayerRunner, torch.Tensor]) -> None:
+    runner, hidden = loaded
+    before = hidden.clone()
+    first, again = (input_gradients(runner, 0, GROUPS, hidden, 3) for _ in range(2))
+    for name, found in first.items():
+        assert torch.equal(found.rows, again[name].rows) and found.rows.dtype == torch.float32
+        assert all(torch.equal(square, again[name].outputs[linear]) for linear, square in found.outputs.items())
+    assert not torch.equal(
+        first["mlp.gate_proj"].rows, input_gradients(runner, 0, GROUPS, hidden, 4)["mlp.gate_proj"].rows
+    )
+    assert torch.equal(hidden, before) and not hidden.requires_grad
+    layer = runner.layer(0)
+    assert all(p.grad is None for p in layer.parameters()) and not layer.mlp.down_proj._forward_hooks
+
+
+def test_only_some_windows_are_run(loaded: tuple[LayerRunner, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, hidden = loaded
+    monkeypatch.setattr(gradients_module, "TOKENS", 65)
+    assert len(input_gradients(runner, 0, GROUPS, hidden, 0)["mlp.down_proj"].rows) == 3 * 32
+
+
+def test_gradients_that_say_nothing_are_left_away(loaded: tuple[LayerRunner, torch.Tensor]) -> None:
+    runner, hidden = loaded
+    layer = runner.layer(0)
+    layer.get_submodule("mlp.down_proj").weight.zero_()  # nothing of gate and up reaches the output
+    found = input_gradients(runner, 0, GROUPS, hidden, 0)
+    assert "mlp.gate_proj" not in found and "self_attn.q_proj" in found
+    layer.get_submodule("self_attn.o_proj").weight.fill_(torch.inf)
+    assert not {"self_attn.q_proj", "self_attn.o_proj"} & set(input_gradients(runner, 0, GROUPS, hidden, 0))
+
+
+def test_a_transform_is_learned_by_them() -> None:
+    """Gradients W^T W of the weights themselves are no news; others lead to another matrix."""
+    torch.manual_seed(0)
+    x, w = torch.randn(256, 256), torch.randn(96, 256)
+    plain, told = _Blocks.of(x, [w]), _Blocks.of(x, [w], w)
+    assert torch.equal(plain.b, told.b) and torch.equal(plain.w, told.w)
+    assert torch.equal(learn_transform(x, [w], 5), learn_transform(x, [w], 5, gradients=w))
+    assert not torch.equal(learn_transform(x, [w], 5), learn_transform(x, [w], 5, gradients=torch.randn(99, 256)))
+
+
+def test_the_layers_output_is_closer_with_them(tmp_path: Path) -> None:
+    """The first layer of demo, all else equal."""
+    errors = {}
+    for importance in ("readers", "gradients"):
+        recipe = {
+            "name": importance, "transform": "dense128", "rounding": "gptq", "search_clip": True, "transform_steps": 60,
+            "importance": importance,
+        }  # fmt: skip
+        out = tmp_path / importance
+        quantize(QuantizeSettings("demo", recipe, samples=12, seq_len=256, target="none", device="cpu"), out)
+        report = json.loads((out / REPORT_NAME).read_text())
+        assert report["settings"]["recipe"]["importance"] == importance
+        model, original = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            for path in (out, ModelSource("demo").folder)
+        )
+        ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            states = original.model.embed_tokens(ids)
+            positions = torch.arange(128)[None]
+            rotary = original.model.rotary_emb(states, positions)
+            exact, ours = (
+                each.model.layers[0](states, position_embeddings=rotary, position_ids=positions)
+                for each in (original, model)
+            )
+        errors[importance] = float((ours - exact).norm() / exact.norm())
+    assert errors["gradients"] < errors["readers"], errors
+
+
+def test_experts_keep_their_readers_and_attention_has_gradients(tmp_path: Path) -> None:
+    from .test_gptaq import moe
+
+    settings = QuantizeSettings(
+        str(moe(tmp_path / "moe")), recipe="apex4", samples=4, seq_len=64, target="none", device="cpu"
+    )
+    result = quantize(settings, tmp_path / "out")
+    assert len(result.records) == 4 + 3 * 6 and max(record["error"] for record in result.records) < 0.5
+
+
+def test_codes_and_scales_stay_in_the_format(tiny_model: Call, calib: Path, tmp_path: Path) -> None:
+    settings = QuantizeSettings(str(tiny_model()), calib=str(calib), samples=3, seq_len=32, target="none")
+    quantize(settings, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            if name.endswith("weight_scale"):
+                assert tensor.dtype == torch.float16 and bool((torch.isfinite(tensor) & (tensor > 0)).all())
