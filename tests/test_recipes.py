@@ -22,6 +22,7 @@ def test_the_named_recipes() -> None:
         "apex4-hadamard",
         "apex4-shared",
         "apex4",
+        "apex4-fast",
         "apex4-gptaq",
     ]
     assert DEFAULT_RECIPE == "apex4"
@@ -37,6 +38,8 @@ def test_the_named_recipes() -> None:
         "apex4",
         "apex4-gptaq",
     ]
+    fast = named_recipes()["apex4-fast"]
+    assert (fast.transform, fast.rounding, fast.search_clip, fast.refinement) == ("dense128", "gptq", True, 0)
     assert all(recipe.summary for recipe in named_recipes().values())
 
 
