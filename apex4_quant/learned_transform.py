@@ -9,7 +9,9 @@ with A = E[x^T x] and B = W^T W of the block: how far the largest value of a tok
 amplify an error, and the same with the sides exchanged. Under a Gaussian model the best T is known in closed form (WUSH,
 arXiv 2512.00956) and makes both sides equally spread; here the largest values are those of real rows, which T can make
 rarer than a Gaussian's. The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the
-gradient written out: blocks are independent, and a step costs four products of [rows, 128] with [128, 128].
+gradient written out: blocks are independent, and a step costs four products of [rows, 128] with [128, 128]. Where
+gradients through the layer are known (gradients.py), B = E[g^T g] of the input's and rows of W scaled by their outputs'
+say the same of the decoder layer's output instead of the linears' own.
 
 One matrix can also be learned for all blocks of an input, by the sum of their errors. It starts from the Hadamard matrix
 and is best given inputs and weights that a diagonal has balanced already (model_transform.py): that of a block alone
