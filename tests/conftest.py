@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,28 @@ from click.testing import CliRunner, Result
 
 import apex4_quant
 from apex4_quant.cli import cli
+from apex4_quant.recipes import named_recipes
 from apex4_quant.source import DEMO_PATH
 
 # On a busy machine torch's threads wait for each other ten times as long as these small models compute.
 torch.set_num_threads(1)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+MOST_STEPS = 100
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quickly_learned() -> Iterator[None]:
+    """In this process the named recipes learn transforms for fewer steps: most tests quantize, and few are about accuracy."""
+    recipes = named_recipes()  # cached: the very dictionary that everybody reads
+    full = dict(recipes)
+    recipes.update(
+        {name: replace(each, transform_steps=min(each.transform_steps, MOST_STEPS)) for name, each in full.items()}
+    )
+    yield
+    recipes.update(full)
 
 
 @pytest.fixture(scope="session")

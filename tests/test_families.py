@@ -154,15 +154,15 @@ def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) 
     packed = {n: m for n, m in model.named_modules() if isinstance(m, Apex4Linear)}
     assert sorted(packed) == sorted(record["name"] for record in result.records)
 
-    ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 4096, (8, 12), generator=torch.Generator().manual_seed(1))
     ours = model(ids, use_cache=False).logits
     for module_name, module in packed.items():
         model.set_submodule(module_name, ReferenceLinear(module))
     expected = model(ids, use_cache=False).logits
-    # Only float32 rounding differs. A code at a tie may fall the other way, which moves the tokens that see it.
-    off = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+    # Only float32 rounding differs. A code at a tie may fall the other way, which moves its token and those behind it.
+    off = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert off.median() < 1e-5
-    assert (off > 1e-3).sum() <= 0.1 * len(off)
+    assert (off > 1e-3).any(1).sum() <= 0.25 * len(off)  # sequences
     plain = original.float()(ids, use_cache=False).logits
     quantization = (expected - plain).norm() / plain.norm()
     assert 0.05 < quantization < 0.9  # random weights forgive nothing; no change at all would mean no quantization
