@@ -113,6 +113,7 @@ class Launch:
             self.plan.block,
             self.args,
             shared_bytes=self.plan.config.shared_bytes,
+            cluster=self.plan.cluster,
             stream=torch.cuda.current_stream().cuda_stream,
             programmatic=programmatic,
         )
@@ -237,6 +238,8 @@ def _shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:
 def plans(config: GemmConfig, m: int, n: int, blocks: int, sm_count: int) -> list[GemmPlan]:
     """Whole tiles, and tiles cut in every kind of way; the last one gives each thread block one block."""
     plan = GemmPlan(config, m, n, blocks, sm_count)
+    if config.few_tokens:  # and few multiprocessors, so that each thread block has several tiles
+        return [replace(plan, cluster=cluster, sm_count=sms) for cluster in (1, 2) for sms in (sm_count, 3)]
     if config.family == "sm90":
         return [
             replace(plan, span=span)
@@ -286,14 +289,34 @@ def check_integers(config: GemmConfig, sm_count: int, generator: torch.Generator
     for name, (codes_a, codes_w) in patterns.items():
         ones = torch.ones(m, k // BLOCK // per_group, device=device)
         operands = Operands(codes_a, ones, codes_w, torch.ones(n, ones.shape[1], device=device).half(), None, per_group)
+        want = reference.group_sums(codes_a.cpu(), codes_w.cpu(), BLOCK).to(device)
+        if config.few_tokens:
+            check_by_bias(name, config, operands, want, sm_count)
+            continue
         launch = Launch(plans(config, m, n, blocks, sm_count)[-1], operands)
         launch.run()
         got = partial_sums(launch).permute(1, 2, 0)
-        want = reference.group_sums(codes_a.cpu(), codes_w.cpu(), BLOCK).to(device)
         wrong = (got.double() != want.double()).sum().item()
         assert wrong == 0, (
             f"{name}: {wrong} of {want.numel()} integer sums differ, e.g. {got[got.double() != want][:3].tolist()}"
         )
+
+
+def check_by_bias(name: str, config: GemmConfig, operands: Operands, sums: torch.Tensor, sm_count: int) -> None:
+    """For a kernel that writes no partial sums: one block at a time, and a bias of minus the right integers leaves zeros.
+
+    `sums` [M, N, blocks] are the integers. The bias is added before anything is rounded to 16 bits, and it is a token's.
+    """
+    position = torch.arange(operands.codes_a.shape[1], device=sums.device) // BLOCK
+    for block in (0, 1, 2, 3, 4, 7, sums.shape[2] - 1):
+        alone = replace(operands, codes_a=operands.codes_a * (position == block))
+        for token in {0, sums.shape[0] // 2, sums.shape[0] - 1}:
+            for plan in plans(config, *operands.shape[:2], sums.shape[2], sm_count)[::2]:
+                y = Launch(plan, replace(alone, bias=-sums[token, :, block].float())).run()[token]
+                wrong = int(torch.count_nonzero(y))
+                assert wrong == 0, (
+                    f"{name}, block {block}, token {token}, {plan.label}: {wrong} of {y.numel()} integers differ"
+                )
 
 
 def check_extremes(config: GemmConfig, sm_count: int, generator: torch.Generator) -> None:

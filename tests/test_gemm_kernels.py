@@ -78,7 +78,9 @@ def test_every_configuration_fits_a_multiprocessor(sm: int) -> None:
         assert shared <= a_block, config.name
         assert config.threads % 32 == 0 and config.threads <= 1024, config.name
         assert config.defines["SHARED_BYTES"] == config.shared_bytes
-        assert config.tile_n % WEIGHT_TILE_N == 0 and config.tile_m % gemm_configs.ROW_ALIGNMENT == 0
+        assert (
+            config.tile_n % WEIGHT_TILE_N == 0 and config.tile_m % (8 if sm == 90 else gemm_configs.ROW_ALIGNMENT) == 0
+        )
         if config.family == "sm80":
             resident = gemm_configs._resident(sm, config)
             assert resident >= 1 and resident * (shared + SYSTEM_SHARED) <= a_multiprocessor, config.name
@@ -104,7 +106,7 @@ def test_a_chosen_plan_is_the_best_candidate_and_can_be_launched(sm: int, out: s
             for option in options:
                 config = option.config
                 assert config.out == out and config.wide_groups == (per_group > 1 and sm != 90)
-                assert config.tile_m == 16 or config.tile_m < 2 * m
+                assert config.tile_m == (8 if sm == 90 else 16) or config.tile_m < 2 * m
                 assert (option.m, option.n, option.k_blocks, option.block) == (m, n, blocks, config.threads)
                 launchable(option)
 
@@ -121,11 +123,13 @@ def launchable(plan: GemmPlan) -> None:
         assert plan.counters == tiles
         assert plan.workspace_floats == (tiles * plan.splits * config.tile_m * config.tile_n if plan.splits > 1 else 0)
         return
-    assert plan.cut == plan.span
+    assert plan.cut == (plan.cluster if config.few_tokens else plan.span) and (config.few_tokens or plan.cluster == 1)
     assert plan.arguments == (plan.span, -(-plan.m // config.tile_m), -(-plan.n // config.tile_n))
     if not plan.span:
-        assert plan.grid == (min(tiles, plan.sm_count), 1, 1) and plan.parts == 1 and plan.workspace_floats == 0
+        assert plan.grid == (min(tiles, plan.sm_count // plan.cluster) * plan.cluster, 1, 1)
+        assert plan.parts == 1 and plan.workspace_floats == 0
         return
+    assert not config.few_tokens
     assert (plan.grid[0] - 1) * plan.span < tiles * plan.k_blocks <= plan.grid[0] * plan.span
     starts = [tile * plan.k_blocks for tile in range(min(tiles, 50))]
     most = max((start + plan.k_blocks - 1) // plan.span - start // plan.span + 1 for start in starts)
@@ -137,9 +141,10 @@ def launchable(plan: GemmPlan) -> None:
 
 @pytest.mark.parametrize("sm", SHARED_LIMITS)
 def test_few_tokens_get_small_tiles_and_many_get_large_ones(sm: int) -> None:
-    assert choose_gemm(sm, SM_COUNTS[sm], 1, 4096, 32, 1).config.tile_m == 16
+    assert choose_gemm(sm, SM_COUNTS[sm], 1, 4096, 32, 1).config.tile_m == (8 if sm == 90 else 16)
     assert choose_gemm(sm, SM_COUNTS[sm], 8192, 8192, 64, 1).config.tile_m == 128
-    assert choose_gemm(sm, SM_COUNTS[sm], 1, 4096, 112, 1).parts > 1  # tiles are shared where they do not fill the GPU
+    shared = choose_gemm(sm, SM_COUNTS[sm], 1, 4096, 112, 1)  # tiles are shared where they do not fill the GPU
+    assert (shared.cluster if sm == 90 else shared.parts) > 1
 
 
 def test_bands_visit_every_tile_once() -> None:
@@ -155,7 +160,9 @@ def test_bands_visit_every_tile_once() -> None:
         (80, "sm80_m16n128s8/32", 1, "sm80_m16n128s8_bf16", 32),
         (80, "sm80_m64n128s5/3", 4, "sm80_m64n128s5_wide_bf16", 3),
         (86, "sm80_m128n256s3/2", 1, "sm80_m128n256s3_bf16", 2),
-        (90, "sm90_m32n128s7", 1, "sm90_m32n128s7_bf16", 0),
+        (90, "sm90_m32n64s5", 1, "sm90_m32n64s5_bf16", 1),
+        (90, "sm90_m16n64s8/2", 3, "sm90_m16n64s8_bf16", 2),
+        (90, "sm90_m64n128s8", 1, "sm90_m64n128s8_bf16", 0),
         (90, "sm90_m128n128s6/5", 2, "sm90_m128n128s6_bf16", 5),
     ],
 )

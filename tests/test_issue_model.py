@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import subprocess
 import sys
@@ -25,6 +24,10 @@ from apex4_quant.issue_model import (
 from apex4_quant.kernels import sass
 
 ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("issue_simulation", ROOT / "scripts" / "issue_simulation.py")
+assert _spec is not None and _spec.loader is not None
+issue_simulation = sys.modules["issue_simulation"] = importlib.util.module_from_spec(_spec)  # dataclasses look it up
+_spec.loader.exec_module(issue_simulation)
 LOOP = Loop(
     name="by hand",
     arch="sm_80",
@@ -109,19 +112,13 @@ def test_every_architecture_has_loops() -> None:
 
 def test_the_simulation_by_hand() -> None:
     """FFMA of 2 clocks on the A100, four of them beside a mma of two products and 8 clocks: alone and mixed."""
-    script = ROOT / "scripts" / "simulate_issue"
-    loader = importlib.machinery.SourceFileLoader("simulate_issue", str(script))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("simulate_issue", loader))  # type: ignore[arg-type]
-    sys.modules["simulate_issue"] = module  # dataclasses look it up
-    loader.exec_module(module)
-    gpu = GPUS["A100"]
 
     def clocks(ffma: int, stall_of_mma: int, warps: int) -> float:
-        mma = module.Step(sass.Instruction(0, "IMMA.16864.S4.S4", ""), stall_of_mma, 7, 7, 0)
-        fma = module.Step(sass.Instruction(16, "FFMA", ""), 2, 7, 7, 0)
-        return module.simulate([mma] + [fma] * ffma, gpu, warps, 1, "oldest first")
+        mma = issue_simulation.Step(sass.Instruction(0, "IMMA.16864.S4.S4", ""), stall_of_mma, 7, 7, 0)
+        fma = issue_simulation.Step(sass.Instruction(16, "FFMA", ""), 2, 7, 7, 0)
+        return issue_simulation.simulate([mma] + [fma] * ffma, 80, 8, 1, warps, "oldest first") / 2
 
-    assert clocks(0, 8, 1) == pytest.approx(max(8, module.BRANCH) / 2, rel=0.1)
+    assert clocks(0, 8, 1) == pytest.approx(max(8, issue_simulation.BRANCH) / 2, rel=0.1)
     assert clocks(32, 1, 2) == pytest.approx(32, rel=0.05)  # bound by 32 FFMA of 2 clocks for two products
     # A warp that waits for its mma leaves the pipe to the other one.
     assert clocks(8, 15, 1) > 1.4 * clocks(8, 15, 2)

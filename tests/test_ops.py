@@ -282,7 +282,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     ops._gemm_plan.cache_clear()
 
 
-@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("m", [1, 5, 300])
 def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
     n, blocks, groups, stride = 130, 64, 32, -(-m // 16) * 16
     codes, scales = torch.zeros(blocks, stride, 128, dtype=torch.uint8), torch.zeros(groups, stride)
@@ -291,9 +291,10 @@ def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
     y = ops._gemm_cuda(codes, scales, packed, scale, bias, m, n, torch.float16)
     assert y.shape == (m, n) and y.dtype == torch.float16
     ((source, entry, defines),), ((args, rest),) = launches.made, launches.launched
-    assert (source, entry, defines["OUT_BF16"]) == ("gemm_sm90.cu", "apex4_gemm", 0)
     pointers = tuple(tensor.data_ptr() for tensor in (y, codes, scales, packed, scale, bias))
     plan = choose_gemm(90, 132, m, n, blocks, 2, "fp16")
+    assert (source, entry, defines["OUT_BF16"]) == (plan.config.source, "apex4_gemm", 0)
+    assert source == ("gemm_sm90.cu" if m == 300 else "gemm_sm90_decode.cu") and rest["cluster"] == plan.cluster
     assert args[:6] == pointers and [pointer is not None for pointer in args[6:8]] == [plan.parts > 1] * 2
     assert args[8:] == (m, n, blocks, 2, stride, n, *plan.arguments)
     assert rest["stream"] == 77 and rest["shared_bytes"] > 0

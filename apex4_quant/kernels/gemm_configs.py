@@ -18,6 +18,7 @@ from . import tuned
 WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
 _LAYOUT_BYTES = WEIGHT_TILE_N * BLOCK // 2  # of a tile of weights
+DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share the input features of one tile of weights
 
 # sm -> (shared memory a thread block may have, shared memory of a multiprocessor, registers of a multiprocessor), bytes
 # and 32-bit registers: CUDA C++ programming guide, compute capabilities.
@@ -53,8 +54,13 @@ class GemmConfig:
         return f"{self.family}_m{self.tile_m}n{self.tile_n}s{self.stages}"
 
     @property
+    def few_tokens(self) -> bool:
+        """sm90: the kernel for decoding, gemm_sm90_decode.cu."""
+        return self.family == "sm90" and self.tile_m < 64
+
+    @property
     def source(self) -> str:
-        return f"gemm_{self.family}.cu"
+        return f"gemm_{self.family}{'_decode' if self.few_tokens else ''}.cu"
 
     @cached_property
     def defines(self) -> dict[str, int]:
@@ -62,7 +68,7 @@ class GemmConfig:
         # The kernel asserts that its own struct has this size.
         common["SHARED_BYTES"] = self.shared_bytes
         if self.family == "sm90":
-            return common | {"CONSUMERS": self.consumers}
+            return common | {"PARTS" if self.few_tokens else "CONSUMERS": self.consumers}
         return common | {
             "TILE_N": self.tile_n,
             "WARPS_M": self.warps_m,
@@ -73,21 +79,25 @@ class GemmConfig:
     @property
     def consumers(self) -> int:
         """sm90: warpgroups that multiply."""
-        return self.tile_n // WEIGHT_TILE_N
+        return DECODE_PARTS if self.few_tokens else self.tile_n // WEIGHT_TILE_N
 
     @cached_property
     def threads(self) -> int:
-        return 128 * (self.consumers + 1) if self.family == "sm90" else 32 * self.warps_m * self.warps_n
+        if self.family != "sm90":
+            return 32 * self.warps_m * self.warps_n
+        return 128 * self.consumers + (96 if self.few_tokens else 128)  # and those that copy
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
-        if self.family == "sm90":
-            large = self.tile_m >= 64
-            block = self.tile_m * (BLOCK + 4) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N)
-            # Large tiles: parts of the tokens' scales, and a third barrier. Small ones: two blocks a stage.
-            stage = block + 16 * self.tile_m + 24 if large else 2 * block + 16
-            return round_up(self.stages * round_up(stage, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
+        if self.few_tokens:
+            block = self.tile_m * (BLOCK + 4) + _LAYOUT_BYTES + 2 * WEIGHT_TILE_N
+            stage = round_up(DECODE_PARTS * block + 16, 1024)
+            output = self.tile_m * WEIGHT_TILE_N * (2 + 4 * DECODE_PARTS) + 16  # y, sums of others, two barriers
+            return round_up(self.stages * stage + output, 1024)
+        if self.family == "sm90":  # parts of the tokens' scales, too, and three barriers
+            block = self.tile_m * (BLOCK + 4 + 16) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N) + 24
+            return round_up(self.stages * round_up(block, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
 
     def tiles(self, m: int, n: int) -> int:
@@ -125,7 +135,7 @@ _TILES: dict[int, tuple[GemmConfig, ...]] = {
         _sm80(64, 128, 2, 4, 3, wide=True),
         _sm80(16, 128, 1, 4, 5, wide=True),
     ),
-    90: (_sm90(128, 128, 6), _sm90(64, 128, 8), _sm90(32, 128, 7), _sm90(16, 128, 8)),
+    90: (_sm90(128, 128, 6), _sm90(64, 128, 8), _sm90(32, 64, 5), _sm90(16, 64, 8), _sm90(8, 64, 10)),
 }
 _TILES[89] = _TILES[86]
 
@@ -140,7 +150,8 @@ class GemmPlan:
     """How one shape is computed: the kernel, and what its launch needs.
 
     A tile's blocks of 128 input features are shared by several thread blocks where tiles alone do not fill the GPU:
-    sm80, in `splits` equal ranges; sm90, in spans of `span` blocks of all tiles in a row, or not at all (0).
+    sm80, in `splits` equal ranges; sm90, in spans of `span` blocks of all tiles in a row, or not at all (0); sm90 with few
+    tokens, by clusters of `cluster` thread blocks.
     """
 
     config: GemmConfig
@@ -150,10 +161,13 @@ class GemmPlan:
     sm_count: int
     splits: int = 1
     span: int = 0
+    cluster: int = 1
 
     @property
     def cut(self) -> int:
-        """How tiles are shared: `span` or `splits`."""
+        """How tiles are shared: `span`, `cluster` or `splits`."""
+        if self.config.few_tokens:
+            return self.cluster
         return self.span if self.config.family == "sm90" else self.splits
 
     @property
@@ -179,7 +193,7 @@ class GemmPlan:
             return tiles, self.splits, 1
         if self.span:
             return -(-tiles * self.k_blocks // self.span), 1, 1
-        return min(tiles, self.sm_count), 1, 1  # each takes several
+        return min(tiles, self.sm_count // self.cluster) * self.cluster, 1, 1  # each takes several
 
     @cached_property
     def parts(self) -> int:
@@ -216,6 +230,11 @@ _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
 _REDUCTION_PER_PART = 60.0
 _BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else (measured, H200)
 _SPANS = 12500.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
+# sm90, few tokens (measured, H100): clocks of a block of 128 inputs where a thread block reads alone, of a tile's end, and of
+# adding a cluster's sums: with no token, and more for each.
+_DECODE_BLOCK, _DECODE_TILE, _CLUSTER = (80.0, 5.0), 600.0, (1500.0, 100.0)
+_MOST_CLUSTER = 2
+_FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM of sm90 is about
 _MOST_SHARED_WAVES = 4  # tiles are shared while the thread blocks fill the GPU at most so many times
 
 
@@ -227,6 +246,13 @@ def _clocks(sm: int, plan: GemmPlan) -> float:
     tensor = config.tile_m * config.tile_n * BLOCK / (_MACS[sm] * _SHARE_OF_PEAK)
     # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
     memory = (config.tile_n * BLOCK / 2 + rows * BLOCK / 6) / _BYTES_PER_CLOCK[sm]
+    if config.few_tokens:
+        waves = -(-tiles // (sm_count // plan.cluster))
+        own = -(-k_blocks // plan.cluster)
+        everything = tiles * k_blocks * memory / sm_count
+        a_block, adding = (start + config.tile_m * each for start, each in (_DECODE_BLOCK, _CLUSTER))
+        chain = waves * (own * a_block + _DECODE_TILE + (plan.cluster - 1) * adding)
+        return _LATENCY + max(everything, chain)
     if config.family == "sm90":
         a_block = max(tensor, memory, _BLOCK_LATENCY)
         if plan.span:
@@ -255,17 +281,20 @@ def candidates(
     """Every plan that may compute the shape."""
     wide = blocks_per_group > 1 and sm != 90
     found = []
-    for config in all_configs(sm):
-        if config.out != out or config.wide_groups != wide:
+    fitting = [config for config in all_configs(sm) if (config.out, config.wide_groups) == (out, wide)]
+    smallest = min((config.tile_m for config in fitting), default=0)
+    for config in fitting:
+        if config.tile_m > smallest and config.tile_m >= 2 * m:  # mostly padding
             continue
-        if config.tile_m > 16 and config.tile_m >= 2 * m:  # mostly padding
+        if config.few_tokens and m > _FEW_TOKENS:
             continue
         plan = GemmPlan(config, m, n, k_blocks, sm_count)
-        if config.family == "sm90":
+        if config.few_tokens:
+            found += [replace(plan, cluster=cluster) for cluster in range(1, _MOST_CLUSTER + 1)]
+        elif config.family == "sm90":
             tiles = config.tiles(m, n)
             spans = {0}
-            # Of large tiles, whole ones were faster wherever they fill the GPU once (measured, H200).
-            if tiles < sm_count or (config.tile_m <= 32 and tiles <= _MOST_SHARED_WAVES * sm_count):
+            if tiles < sm_count:  # whole tiles were faster wherever they fill the GPU once (measured, H200)
                 even = -(-tiles * k_blocks // sm_count)  # blocks of each multiprocessor
                 spans |= {max(even, least) for least in (4, 8)}
             found += [replace(plan, span=span) for span in sorted(spans)]
@@ -319,9 +348,12 @@ def _named(wanted: str, sm: int, shape: GemmPlan) -> GemmPlan:
     for config in alike:
         if config.tile_name == name and (not cut or cut.isdecimal()):
             plan = replace(shape, config=config)
-            if config.family == "sm90":
+            if config.few_tokens:
+                if 1 <= int(cut or 1) <= _MOST_CLUSTER:
+                    return replace(plan, cluster=int(cut or 1))
+            elif config.family == "sm90":
                 return replace(plan, span=int(cut or 0))
-            if 1 <= int(cut or 1) <= min(_MAX_SPLITS, shape.k_blocks):
+            elif 1 <= int(cut or 1) <= min(_MAX_SPLITS, shape.k_blocks):
                 return replace(plan, splits=int(cut or 1))
     names = sorted({config.tile_name for config in alike})
     raise UsageError(

@@ -43,7 +43,8 @@ def kernels() -> Iterator[Kernel]:
         for config in all_configs(sm):
             if config.out != "bf16":
                 continue  # the same main loop
-            multiplying = 128 * config.consumers if config.family == "sm90" else config.threads
+            # sm90: a warpgroup holds 64 outputs; where several share the inputs, each holds all of them.
+            multiplying = 2 * config.tile_n if config.family == "sm90" else config.threads
             yield Kernel(
                 config.name,
                 arch_of(sm),

@@ -257,7 +257,8 @@ def _gemm_cuda(
     )  # fmt: skip
     kernel.launch(
         plan.grid, plan.block, [*map(c_void_p, pointers), *numbers],
-        shared_bytes=plan.config.shared_bytes, stream=stream, programmatic=plan.config.family == "sm90",
+        shared_bytes=plan.config.shared_bytes, cluster=plan.cluster, stream=stream,
+        programmatic=plan.config.family == "sm90",
     )  # fmt: skip
     return y
 

@@ -33,40 +33,23 @@
 //
 // Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
 
-#include "epilogue.cuh"
-#include "index.cuh"
-#include "ptx.cuh"
-#include "wgmma.cuh"
+#include "gemm_sm90.cuh"
 
-#define LARGE_TILE (TILE_M >= 64)
-
-constexpr int BLOCK = 128;  // k of one scale
-constexpr int BLOCKS = LARGE_TILE ? 1 : 2;  // of a pipeline stage: a small tile's are too short for one copy each
-constexpr int WARPGROUP = 128;
 constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
-constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: what one warpgroup computes
-constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
-constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
-constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
 constexpr int WARPGROUP_MEETS = 1;  // named barriers, one for each warpgroup
 // Of the 168 a thread that the launch gives, what producers do not need goes to consumers.
-constexpr int PRODUCER_REGISTERS = LARGE_TILE ? 40 : 72, CONSUMER_REGISTERS = LARGE_TILE ? 232 : 216;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (CONSUMERS + 1) * 168, "registers of a thread block");
-static_assert(TILE_M % 8 == 0 && TILE_M <= 128, "the tokens of one wgmma, and two sets of its sums in registers");
 static_assert(CONSUMERS == 2, "warpgroups, by the registers they need");
 
 struct Stage {
-  alignas(1024) uint8 a_codes[BLOCKS][TILE_M * BLOCK];
-  uint8 w_packed[CONSUMERS][BLOCKS][WEIGHT_TILE_BYTES];
-#if LARGE_TILE
+  alignas(1024) uint8 a_codes[TILE_M * BLOCK];
+  uint8 w_packed[CONSUMERS][WEIGHT_TILE_BYTES];
   float4 a_parts[TILE_M];  // tf32 parts of a_scale: (t1, t2, t3, 0)
-#endif
-  float a_scale[BLOCKS][TILE_M];
-  __half w_scale[CONSUMERS][BLOCKS][WEIGHT_TILE_N];
+  float a_scale[TILE_M];
+  __half w_scale[CONSUMERS][WEIGHT_TILE_N];
   uint64 full, empty;
-#if LARGE_TILE
   uint64 parted;  // a_parts are written
-#endif
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
@@ -76,21 +59,6 @@ struct Shared {
   bool last[CONSUMERS];  // of the thread blocks that share a tile
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
-
-struct Problem {
-  Out* y;
-  const uint8* a_codes;
-  const float* a_scale;
-  const uint8* w_packed;
-  const __half* w_scale;
-  const float* bias;
-  float* partial;
-  uint32* counter;
-  int m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n;
-
-  __device__ __forceinline__ int weight_tiles() const { return (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N; }
-  __device__ __forceinline__ int groups() const { return (k_blocks + blocks_per_group - 1) / blocks_per_group; }
-};
 
 // A thread block's work is a sequence of items: a tile, or a range of its blocks.
 struct Item {
@@ -139,11 +107,10 @@ struct Ring {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: a warpgroup, of which three (large tiles) or four warps copy ------------------------------------------
+// ---- producer: a warpgroup, of which three warps copy ------------------------------------------------------------------
 //
-// Warps: a tile of weights with its scales each, the tokens' codes, the tokens' scales (of large tiles, the third one copies
-// both, and the fourth cuts the scales into parts).
-constexpr int WEIGHT_PRODUCERS = CONSUMERS, PRODUCERS = WEIGHT_PRODUCERS + (LARGE_TILE ? 1 : 2);
+// Warps: a tile of weights with its scales each; the tokens' codes and scales; the fourth cuts the tokens' scales into parts.
+constexpr int PRODUCERS = CONSUMERS + 1;
 
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
@@ -163,63 +130,48 @@ struct Producer {
     const __half* w_scale_gmem_rd = p.w_scale + (tile * p.groups() + item.first_block / p.blocks_per_group) * WEIGHT_TILE_N;
     int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
 #pragma unroll 1
-    for (int left = item.last_block - item.first_block; left > 0; left -= BLOCKS) {
-      const int count = min(BLOCKS, left);
+    for (int left = item.last_block - item.first_block; left > 0; --left) {
       const uint32 full = ring.stage + offsetof(Stage, full);
       ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
       const bool one = ptx::elect_one();
-      if (one) ptx::barrier_expect_bytes(full, exists ? count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N) : 0);
+      if (one) ptx::barrier_expect_bytes(full, exists ? WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N : 0);
       if (one && exists) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + role * BLOCKS * WEIGHT_TILE_BYTES, w_packed_gmem_rd,
-                       count * WEIGHT_TILE_BYTES, full);
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + role * WEIGHT_TILE_BYTES, w_packed_gmem_rd, WEIGHT_TILE_BYTES, full);
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + role * 2 * WEIGHT_TILE_N, w_scale_gmem_rd, 2 * WEIGHT_TILE_N, full);
       }
-      w_packed_gmem_rd += BLOCKS * WEIGHT_TILE_BYTES;
-      const uint32 w_scale_smem_wr = ring.stage + offsetof(Stage, w_scale) + role * BLOCKS * 2 * WEIGHT_TILE_N;
-#pragma unroll
-      for (int i = 0; i < BLOCKS; ++i) {
-        if (i >= count) break;
-        if (one && exists) ptx::bulk_copy(w_scale_smem_wr + i * 2 * WEIGHT_TILE_N, w_scale_gmem_rd, 2 * WEIGHT_TILE_N, full);
-        if (--left_of_group == 0) w_scale_gmem_rd += WEIGHT_TILE_N, left_of_group = p.blocks_per_group;
-      }
+      w_packed_gmem_rd += WEIGHT_TILE_BYTES;
+      if (--left_of_group == 0) w_scale_gmem_rd += WEIGHT_TILE_N, left_of_group = p.blocks_per_group;
       ring.next();
     }
   }
 
-  // The tokens' codes, or their scales, or both.
+  // The tokens' codes and scales.
   __device__ __forceinline__ void copy_tokens(const Problem& p, const Item& item) {
-    constexpr bool codes = role == WEIGHT_PRODUCERS, scales = !codes || LARGE_TILE;
     const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
     const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(item.first_block) * p.m_stride + m0) * BLOCK;
     const float* a_scale_gmem_rd = p.a_scale + static_cast<long long>(item.first_block / p.blocks_per_group) * p.m_stride + m0;
     int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
 #pragma unroll 1
-    for (int left = item.last_block - item.first_block; left > 0; left -= BLOCKS) {
-      const int count = min(BLOCKS, left);
+    for (int left = item.last_block - item.first_block; left > 0; --left) {
       const uint32 full = ring.stage + offsetof(Stage, full);
       ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
       const bool one = ptx::elect_one();
-      if (one) ptx::barrier_expect_bytes(full, count * rows * (codes * BLOCK + scales * 4));
-#pragma unroll
-      for (int i = 0; i < BLOCKS; ++i) {
-        if (i >= count) break;
-        if (codes) {
-          if (one) ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
-          a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK;
-        }
-        if (scales) {
-          if (one) ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale) + i * TILE_M * 4, a_scale_gmem_rd, rows * 4, full);
-          if (--left_of_group == 0) a_scale_gmem_rd += p.m_stride, left_of_group = p.blocks_per_group;
-        }
+      if (one) {
+        ptx::barrier_expect_bytes(full, rows * (BLOCK + 4));
+        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes), a_codes_gmem_rd, rows * BLOCK, full);
       }
+      a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK;
+      if (one) ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale), a_scale_gmem_rd, rows * 4, full);
+      if (--left_of_group == 0) a_scale_gmem_rd += p.m_stride, left_of_group = p.blocks_per_group;
       ring.next();
     }
   }
 
   __device__ __forceinline__ void run(const Problem& p) {
     // Weights do not wait for the kernel that writes the activations.
-    if (role >= WEIGHT_PRODUCERS) ptx::wait_for_predecessor();
+    if (role >= CONSUMERS) ptx::wait_for_predecessor();
     for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
-      if (role < WEIGHT_PRODUCERS) {
+      if (role < CONSUMERS) {
         copy_weights(p, schedule.item(p));
       } else {
         copy_tokens(p, schedule.item(p));
@@ -228,7 +180,6 @@ struct Producer {
   }
 };
 
-#if LARGE_TILE
 // One warp cuts the tokens' scales of each stage into tf32 parts, where wgmma reads them.
 __device__ __forceinline__ void part_scales(const Problem& p, Ring ring, int lane) {
   for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
@@ -249,38 +200,53 @@ __device__ __forceinline__ void part_scales(const Problem& p, Ring ring, int lan
     }
   }
 }
-#endif
 
 // ---- consumers: a warpgroup each -------------------------------------------------------------------------------------------
 
-// Eight codes of a word -> four of row r and four of row r + 8, as e4m3. layouts.py, `_sign_magnitude`.
-__device__ __forceinline__ void widen(uint32 word, uint32& even, uint32& odd) {
-  even = word & 0x87878787u;
-  odd = __funnelshift_r(word, word, 4) & 0x87878787u;
-}
-
-// The A fragments of one block, 4 k32 steps of 4 registers, from the two 16-byte words a lane owns.
-__device__ __forceinline__ void widen(uint32 (&a)[16], const uint4 (&words)[2]) {
+// Adds the partial sums of all parts of a tile in their order, in whichever warpgroup comes last. False for the others.
+// `tile_n` counts tiles of 64 outputs; `barrier` is a named one of this warpgroup alone, `flag` one of its variables.
+__device__ __forceinline__ bool add_parts(const Problem& p, const Item& item, int tile_n, int barrier, bool& flag, float (&acc)[SUMS]) {
+  const int tile = tile_n * p.tiles_m + item.tile.m;
+  const int thread = ptx::thread() % WARPGROUP;
+  constexpr int VECTORS = SUMS / 4;
+  const int most_parts = (p.k_blocks + p.span - 1) / p.span + 1;
+  float4* slice = reinterpret_cast<float4*>(p.partial) + static_cast<long long>(tile) * most_parts * VECTORS * WARPGROUP + thread;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    widen(words[half].x, a[8 * half + 0], a[8 * half + 1]);
-    widen(words[half].y, a[8 * half + 2], a[8 * half + 3]);
-    widen(words[half].z, a[8 * half + 4], a[8 * half + 5]);
-    widen(words[half].w, a[8 * half + 6], a[8 * half + 7]);
+  for (int j = 0; j < VECTORS; ++j) {
+    slice[(item.part * VECTORS + j) * WARPGROUP] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
   }
+  __threadfence();
+  ptx::named_barrier(barrier, WARPGROUP);
+  if (thread == 0) {
+    const bool last = atomicAdd(&p.counter[tile], 1) == item.parts - 1;
+    if (last) p.counter[tile] = 0;  // ready for the next launch
+    flag = last;
+  }
+  ptx::named_barrier(barrier, WARPGROUP);
+  if (!flag) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) acc[i] = 0.0f;
+#pragma unroll 1
+  for (int part = 0; part < item.parts; ++part) {
+#pragma unroll
+    for (int j = 0; j < VECTORS; ++j) {
+      const float4 v = __ldcg(&slice[(part * VECTORS + j) * WARPGROUP]);
+      acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+    }
+  }
+  return true;
 }
 
 template <int group>  // which warpgroup
 struct Consumer {
   Ring ring;                    // at the block whose weights are read or multiplied
-  uint32 w_lane, a_scale_lane;  // what this lane reads, relative to a stage
+  uint32 w_lane;  // what this lane reads, relative to a stage
 
   __device__ __forceinline__ explicit Consumer(const Shared& s) : ring(s) {
     const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
-    w_lane = offsetof(Stage, w_packed) + group * BLOCKS * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
-    a_scale_lane = offsetof(Stage, a_scale) + 4 * accumulator_column(lane, 0);
+    w_lane = offsetof(Stage, w_packed) + group * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
     asm volatile("" : "+r"(w_lane));  // as in Ring
-    if (!LARGE_TILE) asm volatile("" : "+r"(a_scale_lane));
   }
 
   // The weights of the block at `ring`, once it is there.
@@ -306,19 +272,17 @@ struct Consumer {
   // From `w_lane`, which is 16 bytes a thread: no register is left for it.
   __device__ __forceinline__ uint32 w_scale_lane() const {
     static_assert(sm90_weight_byte(0, 1, 1) - sm90_weight_byte(0, 0, 0) == 16 * (32 + 1), "16 bytes a thread");
-    const int thread = (w_lane - offsetof(Stage, w_packed) - group * BLOCKS * WEIGHT_TILE_BYTES) / 16;
-    return offsetof(Stage, w_scale) + 2 * (group * BLOCKS * WEIGHT_TILE_N + sm90_scale_position(thread / 32, thread % 32));
+    const int thread = (w_lane - offsetof(Stage, w_packed) - group * WEIGHT_TILE_BYTES) / 16;
+    return offsetof(Stage, w_scale) + 2 * (group * WEIGHT_TILE_N + sm90_scale_position(thread / 32, thread % 32));
   }
   // The scales of outputs r and r + 8.
   __device__ __forceinline__ float2 read_output_scales(uint32 stage) { return as_floats(ptx::shared_read_32(stage + w_scale_lane())); }
-  static __device__ __forceinline__ float2 as_floats(uint32 pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
   __device__ __forceinline__ void leave(uint32 stage) {
     if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
   }
 
-#if LARGE_TILE
-  // Large tiles: the warpgroups take turns in the tensor cores. A warp cannot issue anything while it waits to issue a
+  // The warpgroups take turns in the tensor cores. A warp cannot issue anything while it waits to issue a
   // wgmma, so that without an order all would wait, then all dequantize, and the tensor cores with them. A turn is
   // handed on as soon as its products are issued; the next warpgroup's wait behind them.
   static constexpr int TURN = WARPGROUP_MEETS + CONSUMERS;
@@ -403,150 +367,6 @@ struct Consumer {
   __device__ __forceinline__ void end() {
     if (group == 0) await_turn();  // what the last one has passed on
   }
-#else
-  // Small tiles are bound by memory. The two blocks of a stage are in the tensor cores at a time, with weights `a` and
-  // `b`, while those of the next stage, as far as there are `blocks` (these included), are widened into `c` and `d`. Where
-  // there is no second block, its products are not read: products that start in one branch only would have to end in it.
-  struct Scales {
-    float2 tokens[TILE_M / 8], outputs;
-  };
-  __device__ __forceinline__ void read_scales(Scales& scales, uint32 stage, int block) {
-    scales.outputs = read_output_scales(stage + block * 2 * WEIGHT_TILE_N);
-    scales.outputs.x *= PRODUCT_UNIT, scales.outputs.y *= PRODUCT_UNIT;
-#pragma unroll
-    for (int j = 0; j < TILE_M / 8; ++j) {
-      scales.tokens[j] = ptx::shared_read_float2(stage + a_scale_lane + 4 * (block * TILE_M + 8 * j));
-    }
-  }
-  __device__ __forceinline__ void dequantize(float (&acc)[SUMS], float (&sum)[SUMS], const Scales& scales) {
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
-#pragma unroll
-    for (int j = 0; j < TILE_M / 8; ++j) {
-      acc[4 * j + 0] = __fmaf_rn(sum[4 * j + 0] * scales.outputs.x, scales.tokens[j].x, acc[4 * j + 0]);
-      acc[4 * j + 1] = __fmaf_rn(sum[4 * j + 1] * scales.outputs.x, scales.tokens[j].y, acc[4 * j + 1]);
-      acc[4 * j + 2] = __fmaf_rn(sum[4 * j + 2] * scales.outputs.y, scales.tokens[j].x, acc[4 * j + 2]);
-      acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * scales.outputs.y, scales.tokens[j].y, acc[4 * j + 3]);
-    }
-  }
-  // The weights of the stage at `ring`, once it is there; of a second block that does not exist, whatever stands there.
-  __device__ __forceinline__ void prepare(uint32 (&a)[16], uint32 (&b)[16]) {
-    uint4 words[2];
-    read_weights(words);
-    widen(a, words);
-    read_words(words, ring.stage + WEIGHT_TILE_BYTES);
-    widen(b, words);
-    ring.next();
-  }
-
-  __device__ __forceinline__ void one_stage(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&b)[16], uint32 (&c)[16],
-                                            uint32 (&d)[16], uint32& stage, int blocks) {
-    float sum[2][SUMS];
-    Scales scales[2];
-    const uint32 done = stage;
-    ptx::wgmma_fence();
-    const uint32 tokens = ptx::descriptor_address(done + offsetof(Stage, a_codes));
-    multiply(sum[0], a, tokens);
-    multiply(sum[1], b, tokens + (TILE_M * BLOCK >> 4));
-    read_scales(scales[0], done, 0);
-    read_scales(scales[1], done, 1);
-    stage = ring.stage;
-    if (blocks > 2) prepare(c, d);
-    ptx::wgmma_wait<1>();
-    dequantize(acc, sum[0], scales[0]);
-    ptx::wgmma_wait<0>();
-    if (blocks > 1) dequantize(acc, sum[1], scales[1]);
-    leave(done);
-  }
-
-  __device__ __forceinline__ void multiply_item(float (&acc)[SUMS], int blocks) {
-    uint32 a[16], b[16], c[16] = {}, d[16] = {};
-    uint32 stage = ring.stage;
-    prepare(a, b);
-    // Main loop: two stages, four blocks of 128 input features, per turn.
-#pragma unroll 1
-    for (; blocks > 0; blocks -= 4) {
-      one_stage(acc, a, b, c, d, stage, blocks);
-      if (blocks > 2) one_stage(acc, c, d, a, b, stage, blocks - 2);
-    }
-  }
-  __device__ __forceinline__ void begin() {}
-  __device__ __forceinline__ void end() {}
-#endif
-
-  // Adds the partial sums of all parts of a tile in their order, in whichever warpgroup comes last. False for the others.
-  __device__ __forceinline__ bool add_parts(const Problem& p, Shared& s, const Item& item, float (&acc)[SUMS]) {
-    const int tile = (item.tile.n * CONSUMERS + group) * p.tiles_m + item.tile.m;
-    const int thread = ptx::thread() % WARPGROUP;
-    constexpr int VECTORS = SUMS / 4;
-    const int most_parts = (p.k_blocks + p.span - 1) / p.span + 1;
-    float4* slice = reinterpret_cast<float4*>(p.partial) + static_cast<long long>(tile) * most_parts * VECTORS * WARPGROUP + thread;
-#pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-      slice[(item.part * VECTORS + j) * WARPGROUP] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-    }
-    __threadfence();
-    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
-    if (thread == 0) {
-      const bool last = atomicAdd(&p.counter[tile], 1) == item.parts - 1;
-      if (last) p.counter[tile] = 0;  // ready for the next launch
-      s.last[group] = last;
-    }
-    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
-    if (!s.last[group]) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) acc[i] = 0.0f;
-#pragma unroll 1
-    for (int part = 0; part < item.parts; ++part) {
-#pragma unroll
-      for (int j = 0; j < VECTORS; ++j) {
-        const float4 v = __ldcg(&slice[(part * VECTORS + j) * WARPGROUP]);
-        acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
-      }
-    }
-    return true;
-  }
-
-  // D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into shared memory, in 16-byte chunks
-  // swizzled by token; then every 8 threads store the 128 bytes of one token.
-  __device__ __forceinline__ void store(const Problem& p, Shared& s, const Item& item, float (&acc)[SUMS]) {
-    const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
-    const int m0 = item.tile.m * TILE_M, n0 = (item.tile.n * CONSUMERS + group) * WEIGHT_TILE_N;
-    if (p.bias != nullptr) {
-      const int row = n0 + 16 * warp + accumulator_row(lane, 0);
-      const float b0 = row < p.n ? p.bias[row] : 0.0f, b1 = row + 8 < p.n ? p.bias[row + 8] : 0.0f;
-#pragma unroll
-      for (int i = 0; i < SUMS; ++i) acc[i] += i & 2 ? b1 : b0;
-    }
-    const uint32 y_smem = ptx::shared_address(s.y[group]);
-    const int token = lane & 7, half = lane >> 3 & 1;  // of the row whose address this lane gives
-#pragma unroll
-    for (int j = 0; j < TILE_M / 8; ++j) {
-      ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(8 * j + token, 2 * warp + half),
-                             pack_pair(acc[4 * j], acc[4 * j + 1]), pack_pair(acc[4 * j + 2], acc[4 * j + 3]));
-    }
-    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
-    const int chunk = thread & 7, column = n0 + 8 * chunk;
-    const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
-#pragma unroll 4
-    for (int row = thread >> 3; row < TILE_M; row += WARPGROUP / 8) {
-      if (m0 + row >= p.m) break;
-      const uint4 v = ptx::shared_read_128(y_smem + sm90_activation_byte(row, chunk));
-      Out* y_gmem_wr = p.y + static_cast<long long>(m0 + row) * p.ldy + column;
-      if (vectors && column + 8 <= p.n) {
-        *reinterpret_cast<uint4*>(y_gmem_wr) = v;
-      } else {
-        const uint32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          const unsigned short word = static_cast<unsigned short>(words[c / 2] >> (16 * (c % 2)));
-          if (column + c < p.n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&word);
-        }
-      }
-    }
-    ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);  // before the next tile writes here
-  }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s) {
     begin();
@@ -556,9 +376,10 @@ struct Consumer {
       multiply_item(acc, ahead.last_block - ahead.first_block);
       asm volatile("" : "+r"(schedule.next));  // the item is worked out again rather than kept through the main loop
       const Item item = schedule.item(p);
-      if ((item.tile.n * CONSUMERS + group) * WEIGHT_TILE_N >= p.n) continue;  // past N: nothing was loaded for it
-      if (item.parts > 1 && !add_parts(p, s, item, acc)) continue;
-      store(p, s, item, acc);
+      const int tile_n = item.tile.n * CONSUMERS + group;
+      if (tile_n * WEIGHT_TILE_N >= p.n) continue;  // past N: nothing was loaded for it
+      if (item.parts > 1 && !add_parts(p, item, tile_n, WARPGROUP_MEETS + group, s.last[group], acc)) continue;
+      store(p, item.tile.m, tile_n, WARPGROUP_MEETS + group, s.y[group], acc);
     }
     end();
   }
@@ -579,9 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int stage = 0; stage < STAGES; ++stage) {
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), PRODUCERS);
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * CONSUMERS);  // a warp each
-#if LARGE_TILE
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].parted), 1);
-#endif
     }
     ptx::fence_barrier_init();
   }
@@ -595,11 +414,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp == 0) Producer<0>{Ring(s)}.run(given);
     if (warp == 1) Producer<1>{Ring(s)}.run(given);
     if (warp == 2) Producer<2>{Ring(s)}.run(given);
-#if LARGE_TILE
     if (warp == 3) part_scales(given, Ring(s), threadIdx.x % 32);
-#else
-    if (warp == 3) Producer<3>{Ring(s)}.run(given);
-#endif
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
     if (warp_of_block < 4) {

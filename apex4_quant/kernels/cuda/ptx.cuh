@@ -124,6 +124,42 @@ __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd,
                "l"(gmem_rd), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// Thread blocks of a cluster: the number of this one, how many there are, and the address of this block's `shared` in another.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+__device__ __forceinline__ uint32 shared_of_rank(uint32 shared, int rank) {
+  uint32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+  return remote;
+}
+// All threads of the cluster meet: a thread says that it has come, and later waits for the others.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Into another thread block's shared memory, and an arrival at a barrier there, after what this thread has written.
+__device__ __forceinline__ void remote_write_float4(uint32 remote_wr, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_wr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void remote_barrier_arrive(uint32 remote_barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
+}
+// For such arrivals.
+__device__ __forceinline__ void barrier_wait_cluster(uint32 barrier, uint32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
 // True in one lane of a converged warp.
 __device__ __forceinline__ bool elect_one() {
   uint32 elected;

@@ -10,6 +10,19 @@ template <int N>
 struct Wgmma;
 
 template <>
+struct Wgmma<8> {
+  static __device__ __forceinline__ void e4m3(float (&d)[4], const uint32* a, uint64 b, int keep) {
+    asm volatile("{\n.reg .pred keep;\n"
+                 "setp.ne.b32 keep, %9, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3"
+                 "}, {%4, %5, %6, %7}, %8, keep, 1, 1;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+  }
+};
+
+template <>
 struct Wgmma<16> {
   static __device__ __forceinline__ void e4m3(float (&d)[8], const uint32* a, uint64 b, int keep) {
     asm volatile("{\n.reg .pred keep;\n"

@@ -1,0 +1,287 @@
+// W4A4 GEMM for sm_90a (H100, H200) and few tokens, as in decoding. Operands, arithmetic and roles are those of gemm_sm90.cu:
+//     D [64 outputs, TILE_M tokens] = W [64, 128] x^T [128, TILE_M], weights widened in registers, codes in e4m3.
+//
+// What bounds it is other: weights are read once and used for a few tokens, so the time is that of reading them, if enough of
+// them are on their way at any time and if no chain of dependent steps is longer. Such a chain is a block of 128 inputs: wait,
+// read, widen, four products one after the other, dequantize; some 500 clocks, in which the memory could bring two or three
+// blocks. So a tile of 64 outputs is one thread block's, and its PARTS warpgroups take every PARTS-th block of inputs each. Their
+// sums are added in shared memory, in a fixed order. Where that leaves multiprocessors without work, two thread blocks in a
+// cluster share a tile, each with every second stage, and the second writes its sums into the first one's shared memory. Sums
+// never go through global memory: between thread blocks that cost more than most of these GEMMs take (kernels/README.md).
+//
+// Arguments as gemm_sm90.cu has them; `partial`, `counter` and `span` are not used. Clusters of one or two thread blocks.
+//
+// Macros: TILE_M, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
+
+#include "gemm_sm90.cuh"
+
+constexpr int THREADS = WARPGROUP * PARTS + 96;  // warpgroups that multiply, and three warps that copy
+constexpr int VECTORS = SUMS / 4;
+// Named barriers: of the first warpgroup alone; sums of the others are written; and have been read.
+constexpr int FIRST_MEETS = 1, WRITTEN = 2, READ = 3;
+
+// PARTS consecutive blocks of 128 inputs, one for each warpgroup.
+struct Stage {
+  alignas(1024) uint8 a_codes[PARTS][TILE_M * BLOCK];
+  uint8 w_packed[PARTS][WEIGHT_TILE_BYTES];
+  float a_scale[PARTS][TILE_M];
+  __half w_scale[PARTS][WEIGHT_TILE_N];
+  uint64 full, empty;
+};
+constexpr uint32 STAGE_BYTES = sizeof(Stage);
+static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
+struct Shared {
+  Stage stages[STAGES];
+  unsigned short y[TILE_M][WEIGHT_TILE_N];
+  float4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
+  float4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
+  uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
+
+struct Ring {
+  uint32 stage, parity, end;
+  __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
+    end = stage + STAGES * STAGE_BYTES;
+  }
+  __device__ __forceinline__ void next() {
+    stage += STAGE_BYTES;
+    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
+  }
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// ---- three warps that copy: weights and their scales; the tokens' codes; the tokens' scales -------------------------------
+
+enum Role { WEIGHTS, CODES, SCALES, PRODUCERS };
+
+// A thread block computes every `clusters`-th tile; of a tile's stages, those from `rank` on, every `ranks`-th.
+struct Share {
+  int rank, ranks, cluster, clusters;
+  __device__ __forceinline__ Share()
+      : rank(ptx::cluster_rank()), ranks(ptx::cluster_size()), cluster(blockIdx.x / ranks), clusters(gridDim.x / ranks) {}
+  __device__ __forceinline__ int first_block() const { return rank * PARTS; }
+  __device__ __forceinline__ int step() const { return ranks * PARTS; }
+};
+
+template <Role role>
+struct Producer {
+  Ring ring;
+
+  // What a warp copies of one stage, `count` blocks from `block` on.
+  __device__ __forceinline__ void copy(const Problem& p, const Tile& tile, int block, int count) {
+    const int m0 = tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
+    const uint32 full = ring.stage + offsetof(Stage, full);
+    if (role == WEIGHTS) {
+      const long long n = tile.n;
+      ptx::barrier_expect_bytes(full, count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
+      ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed), p.w_packed + (n * p.k_blocks + block) * WEIGHT_TILE_BYTES,
+                     count * WEIGHT_TILE_BYTES, full);
+      const __half* w_scale_gmem_rd = p.w_scale + n * p.groups() * WEIGHT_TILE_N;
+      if (p.blocks_per_group == 1) {  // the usual case needs no copy for each
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale), w_scale_gmem_rd + block * WEIGHT_TILE_N, count * 2 * WEIGHT_TILE_N, full);
+        return;
+      }
+      for (int i = 0; i < count; ++i) {
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + i * 2 * WEIGHT_TILE_N,
+                       w_scale_gmem_rd + (block + i) / p.blocks_per_group * WEIGHT_TILE_N, 2 * WEIGHT_TILE_N, full);
+      }
+    } else if (role == CODES) {
+      ptx::barrier_expect_bytes(full, count * rows * BLOCK);
+      const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(block) * p.m_stride + m0) * BLOCK;
+      for (int i = 0; i < count; ++i, a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK) {
+        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
+      }
+    } else {
+      ptx::barrier_expect_bytes(full, count * rows * 4);
+      for (int i = 0; i < count; ++i) {
+        ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale) + i * TILE_M * 4,
+                       p.a_scale + static_cast<long long>((block + i) / p.blocks_per_group) * p.m_stride + m0, rows * 4, full);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run(const Problem& p, const Share& share) {
+    // Weights do not wait for the kernel that writes the activations.
+    if (role != WEIGHTS) ptx::wait_for_predecessor();
+    for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
+      const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
+#pragma unroll 1
+      for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
+        ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
+        if (ptx::elect_one()) copy(p, tile, block, min(PARTS, p.k_blocks - block));
+        ring.next();
+      }
+    }
+  }
+};
+
+// ---- warpgroups that multiply ---------------------------------------------------------------------------------------------
+
+struct Consumer {
+  const int part;  // which warpgroup: of every stage, it multiplies block `part`
+  Ring ring;       // at the stage whose weights are read next
+  uint32 w_lane, w_scale_lane, a_scale_lane;  // what this lane reads, relative to a stage
+
+  __device__ __forceinline__ Consumer(const Shared& s, int part) : part(part), ring(s) {
+    const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
+    w_lane = offsetof(Stage, w_packed) + part * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
+    w_scale_lane = offsetof(Stage, w_scale) + 2 * (part * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
+    a_scale_lane = offsetof(Stage, a_scale) + 4 * (part * TILE_M + accumulator_column(lane, 0));
+  }
+
+  // The weights of this warpgroup's block of the stage at `ring`, once that is there; of a block that does not exist, whatever
+  // stands there.
+  __device__ __forceinline__ void prepare(uint32 (&a)[16]) {
+    ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
+    const uint4 words[2] = {ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(0, 0, 0)),
+                            ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(1, 0, 0))};
+    widen(a, words);
+    ring.next();
+  }
+
+  // The stage whose weights are in `a`, while those of the next one, if it is not the `last`, are widened into `next`. Products
+  // of a block that does not `exist` are made and not read: products that start in one branch only would have to end in it.
+  __device__ __forceinline__ void one_stage(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&next)[16], uint32& stage, bool exists,
+                                            bool last) {
+    const uint32 done = stage, tokens = ptx::descriptor_address(done + offsetof(Stage, a_codes) + part * TILE_M * BLOCK);
+    float sum[SUMS];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i]));  // operands are written before the fence
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < BLOCK / 32; ++step) {
+      ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + (32 * step >> 4)), step > 0);
+    }
+    ptx::wgmma_commit();
+    float2 outputs = as_floats(ptx::shared_read_32(done + w_scale_lane));
+    outputs.x *= PRODUCT_UNIT, outputs.y *= PRODUCT_UNIT;
+    float2 scales[TILE_M / 8];  // of the tokens
+#pragma unroll
+    for (int j = 0; j < TILE_M / 8; ++j) scales[j] = ptx::shared_read_float2(done + a_scale_lane + 32 * j);
+    stage = ring.stage;
+    if (!last) prepare(next);
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
+    if (ptx::elect_one()) ptx::barrier_arrive(done + offsetof(Stage, empty));
+    if (!exists) return;
+#pragma unroll
+    for (int j = 0; j < TILE_M / 8; ++j) {
+      acc[4 * j + 0] = __fmaf_rn(sum[4 * j + 0] * outputs.x, scales[j].x, acc[4 * j + 0]);
+      acc[4 * j + 1] = __fmaf_rn(sum[4 * j + 1] * outputs.x, scales[j].y, acc[4 * j + 1]);
+      acc[4 * j + 2] = __fmaf_rn(sum[4 * j + 2] * outputs.y, scales[j].x, acc[4 * j + 2]);
+      acc[4 * j + 3] = __fmaf_rn(sum[4 * j + 3] * outputs.y, scales[j].y, acc[4 * j + 3]);
+    }
+  }
+
+  // The sums of a tile over this warpgroup's blocks.
+  __device__ __forceinline__ void multiply_tile(float (&acc)[SUMS], int k_blocks, const Share& share) {
+    if (share.first_block() >= k_blocks) return;
+    uint32 a[16], b[16] = {}, stage = ring.stage;
+    prepare(a);
+    // Main loop: two stages per turn. `left` counts blocks of the tile from the stage on.
+#pragma unroll 1
+    for (int left = k_blocks - share.first_block(); left > 0; left -= 2 * share.step()) {
+      one_stage(acc, a, b, stage, left > part, left <= share.step());
+      if (left > share.step()) one_stage(acc, b, a, stage, left - share.step() > part, left <= 2 * share.step());
+    }
+  }
+
+  __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
+    const int thread = ptx::thread() % WARPGROUP;
+    bool met = share.ranks == 1;  // the cluster: its barriers are ready
+    uint32 parity = 0;            // of `sent` and `taken`
+    if (part == 0) ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
+    for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
+      float acc[SUMS] = {};
+      multiply_tile(acc, p.k_blocks, share);
+      if (part > 0) {
+        ptx::named_barrier(READ, WARPGROUP * PARTS);
+#pragma unroll
+        for (int j = 0; j < VECTORS; ++j) s.sums[part - 1][j][thread] = vector_of(acc, j);
+        ptx::named_barrier_arrive(WRITTEN, WARPGROUP * PARTS);
+        continue;
+      }
+      ptx::named_barrier(WRITTEN, WARPGROUP * PARTS);
+#pragma unroll
+      for (int other = 0; other < PARTS - 1; ++other) {
+#pragma unroll
+        for (int j = 0; j < VECTORS; ++j) add(acc, j, s.sums[other][j][thread]);
+      }
+      ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
+      if (!met) ptx::cluster_wait(), met = true;
+      if (share.rank == 1) {
+        ptx::barrier_wait_cluster(ptx::shared_address(&s.taken), parity ^ 1);
+#pragma unroll
+        for (int j = 0; j < VECTORS; ++j) {
+          ptx::remote_write_float4(ptx::shared_of_rank(ptx::shared_address(&s.second_sums[j][thread]), 0), vector_of(acc, j));
+        }
+        ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.sent), 0));
+        parity ^= 1;
+        continue;
+      }
+      if (share.ranks == 2) {
+        ptx::barrier_wait_cluster(ptx::shared_address(&s.sent), parity);
+#pragma unroll
+        for (int j = 0; j < VECTORS; ++j) add(acc, j, s.second_sums[j][thread]);
+        ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.taken), 1));
+        parity ^= 1;
+      }
+      const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
+      store(p, tile.m, tile.n, FIRST_MEETS, s.y, acc);
+    }
+    if (part > 0) ptx::named_barrier(READ, WARPGROUP * PARTS);
+    if (!met) ptx::cluster_wait();
+  }
+
+  static __device__ __forceinline__ float4 vector_of(const float (&acc)[SUMS], int j) {
+    return make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+  }
+  static __device__ __forceinline__ void add(float (&acc)[SUMS], int j, float4 v) {
+    acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+  }
+};
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const __half* w_scale,
+               const float* bias, float* partial, uint32* counter, int m, int n, int k_blocks, int blocks_per_group,
+               int m_stride, int ldy, int span, int tiles_m, int tiles_n) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8 shared_memory[];
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, partial, counter,
+                         m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), PRODUCERS);
+      ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * PARTS);  // a warp each
+    }
+    ptx::barrier_init(ptx::shared_address(&s.sent), WARPGROUP);
+    ptx::barrier_init(ptx::shared_address(&s.taken), WARPGROUP);
+    ptx::fence_barrier_init();
+  }
+  ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
+  __syncthreads();
+  const Share share;
+  if (share.ranks > 1) ptx::cluster_arrive();
+
+  // The same in all lanes, also for the compiler, which then addresses with uniform registers.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (warp < 4 * PARTS) {
+    Consumer(s, warp / 4).run(given, s, share);
+  } else {
+    if (warp == 4 * PARTS + WEIGHTS) Producer<WEIGHTS>{Ring(s)}.run(given, share);
+    if (warp == 4 * PARTS + CODES) Producer<CODES>{Ring(s)}.run(given, share);
+    if (warp == 4 * PARTS + SCALES) Producer<SCALES>{Ring(s)}.run(given, share);
+    if (share.ranks > 1) ptx::cluster_wait();
+  }
+  if (share.ranks > 1) {  // as long as the other block may write here
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+#endif
+}
