@@ -121,7 +121,7 @@ struct Producer {
 
 struct Consumer {
   const int part;  // which warpgroup: of every stage, it multiplies block `part`
-  Ring ring;       // at the stage whose weights are read next
+  Ring ring;
   uint32 w_lane, w_scale_lane, a_scale_lane;  // what this lane reads, relative to a stage
 
   __device__ __forceinline__ Consumer(const Shared& s, int part) : part(part), ring(s) {
@@ -131,22 +131,16 @@ struct Consumer {
     a_scale_lane = offsetof(Stage, a_scale) + 4 * (part * TILE_M + accumulator_column(lane, 0));
   }
 
-  // The weights of this warpgroup's block of the stage at `ring`, once that is there; of a block that does not exist, whatever
-  // stands there.
-  __device__ __forceinline__ void prepare(uint32 (&a)[16]) {
-    ptx::barrier_wait(ring.stage + offsetof(Stage, full), ring.parity);
-    const uint4 words[2] = {ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(0, 0, 0)),
-                            ptx::shared_read_128(ring.stage + w_lane + sm90_weight_byte(1, 0, 0))};
-    widen(a, words);
-    ring.next();
-  }
-
-  // The stage whose weights are in `a`, while those of the next one, if it is not the `last`, are widened into `next`. Products
-  // of a block that does not `exist` are made and not read: products that start in one branch only would have to end in it.
-  __device__ __forceinline__ void one_stage(float (&acc)[SUMS], uint32 (&a)[16], uint32 (&next)[16], uint32& stage, bool exists,
-                                            bool last) {
-    const uint32 done = stage, tokens = ptx::descriptor_address(done + offsetof(Stage, a_codes) + part * TILE_M * BLOCK);
+  // This warpgroup's block of the stage at `ring`, once that is there, into `acc`. Products of a block that does not `exist`
+  // are made of whatever stands there and are not read: products that start in one branch only would have to end in it.
+  __device__ __forceinline__ void multiply(float (&acc)[SUMS], bool exists) {
+    const uint32 stage = ring.stage, tokens = ptx::descriptor_address(stage + offsetof(Stage, a_codes) + part * TILE_M * BLOCK);
+    uint32 a[16];
     float sum[SUMS];
+    ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
+    const uint4 words[2] = {ptx::shared_read_128(stage + w_lane + sm90_weight_byte(0, 0, 0)),
+                            ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0))};
+    widen(a, words);
 #pragma unroll
     for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i]));  // operands are written before the fence
     ptx::wgmma_fence();
@@ -155,17 +149,16 @@ struct Consumer {
       ptx::Wgmma<TILE_M>::e4m3(sum, a + 4 * step, ptx::wgmma_descriptor(tokens + (32 * step >> 4)), step > 0);
     }
     ptx::wgmma_commit();
-    float2 outputs = as_floats(ptx::shared_read_32(done + w_scale_lane));
+    float2 outputs = as_floats(ptx::shared_read_32(stage + w_scale_lane));
     outputs.x *= PRODUCT_UNIT, outputs.y *= PRODUCT_UNIT;
     float2 scales[TILE_M / 8];  // of the tokens
 #pragma unroll
-    for (int j = 0; j < TILE_M / 8; ++j) scales[j] = ptx::shared_read_float2(done + a_scale_lane + 32 * j);
-    stage = ring.stage;
-    if (!last) prepare(next);
+    for (int j = 0; j < TILE_M / 8; ++j) scales[j] = ptx::shared_read_float2(stage + a_scale_lane + 32 * j);
+    ring.next();
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not before the wait
-    if (ptx::elect_one()) ptx::barrier_arrive(done + offsetof(Stage, empty));
+    if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
     if (!exists) return;
 #pragma unroll
     for (int j = 0; j < TILE_M / 8; ++j) {
@@ -176,19 +169,6 @@ struct Consumer {
     }
   }
 
-  // The sums of a tile over this warpgroup's blocks.
-  __device__ __forceinline__ void multiply_tile(float (&acc)[SUMS], int k_blocks, const Share& share) {
-    if (share.first_block() >= k_blocks) return;
-    uint32 a[16], b[16] = {}, stage = ring.stage;
-    prepare(a);
-    // Main loop: two stages per turn. `left` counts blocks of the tile from the stage on.
-#pragma unroll 1
-    for (int left = k_blocks - share.first_block(); left > 0; left -= 2 * share.step()) {
-      one_stage(acc, a, b, stage, left > part, left <= share.step());
-      if (left > share.step()) one_stage(acc, b, a, stage, left - share.step() > part, left <= 2 * share.step());
-    }
-  }
-
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
     const int thread = ptx::thread() % WARPGROUP;
     bool met = share.ranks == 1;  // the cluster: its barriers are ready
@@ -196,7 +176,9 @@ struct Consumer {
     if (part == 0) ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
     for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
       float acc[SUMS] = {};
-      multiply_tile(acc, p.k_blocks, share);
+      // Main loop: one stage, a block of 128 inputs for each warpgroup, per turn.
+#pragma unroll 1
+      for (int block = share.first_block(); block < p.k_blocks; block += share.step()) multiply(acc, block + part < p.k_blocks);
       if (part > 0) {
         ptx::named_barrier(READ, WARPGROUP * PARTS);
 #pragma unroll
