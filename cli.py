@@ -84,7 +84,7 @@ def cli() -> None:
 @click.option("--layout", help="Order of the packed codes: rowmajor, sm80 or sm90.  [default: what the target reads]")
 @click.option("--transform", help="Group transform: hadamard128, dense128, shared128 or none.  [default: the recipe's]")
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
-@click.option("--samples", default=64, show_default=True, help="Calibration windows.")
+@click.option("--samples", default=128, show_default=True, help="Calibration windows.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")
 @click.option("--seed", default=0, show_default=True, help="Which windows of the text are drawn.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")

@@ -53,32 +53,33 @@ def input_gradients(
     """
     windows = min(len(hidden), max(1, -(-TOKENS // hidden.shape[1])))
     chosen = hidden[torch.arange(windows) * len(hidden) // windows]
-    module, generator = runner.layer(layer), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     groups = list(groups)
     seen = {group[0]: _Seen(InputProbe(chosen.shape[0] * chosen.shape[1])) for group in groups}
-    for states in chosen.split(1):
-        inputs: dict[str, torch.Tensor] = {}
-        outputs: dict[str, torch.Tensor] = {}
-        handles = [
-            module.get_submodule(name).register_forward_hook(_keeper(name, name == group[0], inputs, outputs))
-            for group in groups
-            for name in group
-        ]
-        try:
-            result = runner.run_with_graph(layer, states)
-        finally:
-            for handle in handles:
-                handle.remove()
-        signs = torch.randint(0, 2, result.shape, generator=generator).mul_(2).sub_(1)
-        result.backward(signs.to(result.device, result.dtype))
-        for first, x in inputs.items():
-            if x.grad is not None:
-                seen[first].probe.add(x.grad)
-        for group in groups:
-            for name in group:
-                if name in outputs and outputs[name].grad is not None:
-                    squares = outputs[name].grad.float().flatten(0, -2).square().sum(0)
-                    seen[group[0]].squares[name] = seen[group[0]].squares.get(name, 0) + squares
+    with runner.widened(layer) as module:
+        for states in chosen.split(1):
+            inputs: dict[str, torch.Tensor] = {}
+            outputs: dict[str, torch.Tensor] = {}
+            handles = [
+                module.get_submodule(name).register_forward_hook(_keeper(name, name == group[0], inputs, outputs))
+                for group in groups
+                for name in group
+            ]
+            try:
+                result = runner.run_with_graph(layer, states)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            signs = torch.randint(0, 2, result.shape, generator=generator).mul_(2).sub_(1)
+            result.backward(signs.to(result.device, result.dtype))
+            for first, x in inputs.items():
+                if x.grad is not None:
+                    seen[first].probe.add(x.grad)
+            for group in groups:
+                for name in group:
+                    if name in outputs and outputs[name].grad is not None:
+                        squares = outputs[name].grad.float().flatten(0, -2).square().sum(0)
+                        seen[group[0]].squares[name] = seen[group[0]].squares.get(name, 0) + squares
     tokens = windows * hidden.shape[1]
     found = {}
     for group in groups:

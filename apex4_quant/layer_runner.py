@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .devices import multiplies_fast
 from .errors import Apex4Error
 from .expert_tensors import published_name
 from .experts import unfuse_experts
@@ -45,6 +47,10 @@ def _moved(output: Any, device: torch.device) -> Any:
     if isinstance(output, tuple):
         return (output[0].to(device), *[None] * (len(output) - 1))
     return output.to(device)
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class _InputSeen(Exception):
@@ -164,10 +170,31 @@ class LayerRunner:
 
         Attention by plain products: its gradients are the same in every run. Memory is for all of `hidden` at once.
         """
-        batch = hidden.to(self.device).requires_grad_()
+        dtype = next(self._layers[index].parameters()).dtype
+        batch = hidden.to(self.device, dtype).requires_grad_()
+        calls = tree_map(lambda value: _in_dtype(value, dtype), self._calls[index])
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            result = self._layers[index](batch, **self._calls[index])
+            result = self._layers[index](batch, **calls)
         return result[0] if isinstance(result, tuple) else result
+
+    @contextlib.contextmanager
+    def widened(self, index: int) -> Iterator[nn.Module]:
+        """The layer, in float32 as long as this lasts if its products are slow in its own dtype here (devices.py).
+
+        Backward passes suffer most. Its parameters are the same objects and have the same values afterwards.
+        """
+        layer = self._layers[index]
+        if multiplies_fast(self.device, self.dtype):
+            yield layer
+            return
+        kept = [(tensor, tensor.data) for tensor in (*layer.parameters(), *layer.buffers())]
+        try:
+            for tensor, data in kept:
+                tensor.data = _in_dtype(data, torch.float32)
+            yield layer
+        finally:
+            for tensor, data in kept:
+                tensor.data = data
 
     @contextlib.contextmanager
     def _replaying(self, index: int, settled: tuple[str, ...]) -> Iterator[None]:

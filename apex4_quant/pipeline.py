@@ -77,7 +77,7 @@ class QuantizeSettings:
     layout: str | None = None
     transform: str | None = None
     calib: str = "bundled"
-    samples: int = 64
+    samples: int = 128
     seq_len: int = 2048
     seed: int = 0
     device: str = "auto"

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from apex4_quant import gradients as gradients_module
+from apex4_quant import layer_runner
+from apex4_quant.devices import multiplies_fast
 from apex4_quant.gradients import input_gradients
 from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.learned_transform import _Blocks, learn_transform
@@ -170,3 +172,29 @@ def test_codes_and_scales_stay_in_the_format(tiny_model: Call, calib: Path, tmp_
         for name, tensor in load_file(path).items():
             if name.endswith("weight_scale"):
                 assert tensor.dtype == torch.float16 and bool((torch.isfinite(tensor) & (tensor > 0)).all())
+
+
+def test_a_cpu_without_bfloat16_takes_gradients_in_float32(tiny_model: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the layer as it was: the same parameters, in bfloat16 again, also after an error."""
+    runner, hidden = runner_of(tiny_model(), torch.bfloat16)
+    layer = runner.layer(0)
+    before = {name: (parameter, parameter.data) for name, parameter in layer.named_parameters()}
+    monkeypatch.setattr(layer_runner, "multiplies_fast", lambda device, dtype: True)
+    narrow = input_gradients(runner, 0, GROUPS, hidden, 0)["mlp.down_proj"]
+    monkeypatch.setattr(layer_runner, "multiplies_fast", lambda device, dtype: False)
+    with pytest.raises(KeyError), runner.widened(0) as module:
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+        raise KeyError
+    wide = input_gradients(runner, 0, GROUPS, hidden, 0)["mlp.down_proj"]
+    for name, parameter in layer.named_parameters():
+        same, data = before[name]
+        assert parameter is same and parameter.dtype == torch.bfloat16 and parameter.data_ptr() == data.data_ptr()
+    assert not torch.equal(wide.rows, narrow.rows)
+    assert float((wide.rows - narrow.rows).norm() / wide.rows.norm()) < 0.02
+
+
+def test_float32_and_gpus_multiply_fast() -> None:
+    assert multiplies_fast(torch.device("cpu"), torch.float32) and multiplies_fast(
+        torch.device("cuda", 0), torch.float16
+    )
+    assert multiplies_fast(torch.device("cpu"), torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
