@@ -15,7 +15,7 @@ from typing import Any
 from . import compiler
 
 # A plan is measured for these numbers of tokens and used up to each: between them the tiles that win change.
-TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def tokens_up_to(m: int) -> int:
