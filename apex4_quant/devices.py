@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import UsageError
 
@@ -43,3 +45,26 @@ def multiplies_fast(device: torch.device, dtype: torch.dtype) -> bool:
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     asked = getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
     return asked is not None and bool(asked())
+
+
+_WIDENED_ELEMENTS = 2**22  # of a weight, at one time
+
+
+def multiply_in_float32(model: nn.Module) -> None:
+    """Let the 16-bit nn.Linear of `model` multiply in float32 and round the result, as a CPU with instructions for them does.
+
+    For CPUs without (`multiplies_fast`); linears that are in float32, or elsewhere, compute as ever.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_linear_in_float32, module)  # type: ignore[method-assign]
+
+
+def _linear_in_float32(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if self.weight.dtype == torch.float32 or self.weight.device.type != "cpu":
+        return nn.functional.linear(x, self.weight, self.bias)
+    wide = x.float()
+    rows = max(1, _WIDENED_ELEMENTS // self.in_features)
+    parts = [nn.functional.linear(wide, part.float()) for part in self.weight.split(rows)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return (y if self.bias is None else y + self.bias.float()).to(x.dtype)

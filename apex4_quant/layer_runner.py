@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .devices import multiplies_fast
+from .devices import multiplies_fast, multiply_in_float32
 from .errors import Apex4Error
 from .expert_tensors import published_name
 from .experts import unfuse_experts
@@ -94,6 +94,8 @@ class LayerRunner:
         self._family = source.family
         self.device, self.dtype = torch.device(device), dtype
         self.config, self.model = _skeleton(source, dtype)
+        if not multiplies_fast(self.device, dtype):
+            multiply_in_float32(self.model)
         self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))
         self._layers: nn.ModuleList = self._get(self._family.layers)
         self._calls: list[dict[str, Any]] = []

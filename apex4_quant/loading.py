@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .devices import multiplies_fast, multiply_in_float32
 from .errors import Apex4Error, UsageError
 from .quant_config import QUANT_METHOD, QuantConfig
 from .source import read_config, read_tensor_infos, verify_listed
@@ -55,8 +56,11 @@ def verify_checksums(folder: Path) -> bool:
     return True
 
 
-def load_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load for inference. Raises UsageError or Apex4Error, with one sentence, before and instead of a bad model."""
+def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = False) -> PreTrainedModel:
+    """Load for inference. Raises UsageError or Apex4Error, with one sentence, before and instead of a bad model.
+
+    On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -86,4 +90,6 @@ def load_model(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")
+    if not as_it_is and not multiplies_fast(torch.device(device), dtype):
+        multiply_in_float32(model)
     return model.eval()

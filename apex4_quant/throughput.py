@@ -66,7 +66,7 @@ def throughput(settings: ThroughputSettings, progress: Progress | None = None) -
         progress.line(
             f"{name}: {format}, {settings.batch} x ({settings.prompt_len} + {settings.gen_len}) tokens on {device}"
         )
-        model = load_model(folder, device, DTYPES[dtype])
+        model = load_model(folder, device, DTYPES[dtype], as_it_is=True)
         measured = measure(model, settings.batch, settings.prompt_len, settings.gen_len)
         results.append({"model": name, "format": format, "dtype": dtype} | measured)
         del model

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from apex4_quant import gradients as gradients_module
 from apex4_quant import layer_runner
-from apex4_quant.devices import multiplies_fast
 from apex4_quant.gradients import input_gradients
 from apex4_quant.layer_runner import LayerRunner
 from apex4_quant.learned_transform import _Blocks, learn_transform
@@ -191,10 +190,3 @@ def test_a_cpu_without_bfloat16_takes_gradients_in_float32(tiny_model: Call, mon
         assert parameter is same and parameter.dtype == torch.bfloat16 and parameter.data_ptr() == data.data_ptr()
     assert not torch.equal(wide.rows, narrow.rows)
     assert float((wide.rows - narrow.rows).norm() / wide.rows.norm()) < 0.02
-
-
-def test_float32_and_gpus_multiply_fast() -> None:
-    assert multiplies_fast(torch.device("cpu"), torch.float32) and multiplies_fast(
-        torch.device("cuda", 0), torch.float16
-    )
-    assert multiplies_fast(torch.device("cpu"), torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -38,7 +38,9 @@ def keep(plan: GemmPlan) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("m", "tokens"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (100000, 8192)])
+@pytest.mark.parametrize(
+    ("m", "tokens"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (100000, 8192)]
+)
 def test_the_tokens_a_winner_is_for(m: int, tokens: int) -> None:
     assert tuned.tokens_up_to(m) == tokens
 
