@@ -45,7 +45,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(compiler, "SOURCES", folder)
     monkeypatch.setenv("APEX4_CACHE_DIR", str(tmp_path / "cache"))
     yield folder
-    for cached in (compiler._nvrtc, compiler._headers, compiler._say_not_kept):
+    for cached in (compiler._nvrtc, compiler.installed_nvrtc, compiler._headers, compiler._say_not_kept):
         cached.cache_clear()
 
 
@@ -197,6 +197,7 @@ def test_the_key_changes_with_every_ingredient(sources: Path, tmp_path: Path, mo
     key()
     monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-lineinfo"))
     key()
+    monkeypatch.setattr(compiler, "installed_nvrtc", lambda: "12.9")
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: "12.9")
     key()
     monkeypatch.setattr(compiler, "_headers", lambda: (tmp_path, "another hash"))
@@ -376,6 +377,50 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler._nvrtc.cache_clear()
     with pytest.raises(Apex4Error, match=r"its library is not found: pip install 'apex4-quant\[cuda13\]'"):
         halve()
+
+
+def package_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
+    """The Python packages of NVIDIA have these files."""
+    for file in files:
+        path = tmp_path / "nvidia" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    packages = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: packages)
+
+
+@pytest.mark.parametrize("folder", ["cu13/lib", "cuda_nvrtc/lib"])
+def test_the_version_is_in_a_file_name(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package_of(tmp_path, monkeypatch, f"{folder}/libnvrtc.so.12", f"{folder}/libnvrtc-builtins.so.12.8")
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: pytest.fail("it was loaded"))
+    assert compiler.installed_nvrtc() == "12.8"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        (),
+        ("cu13/lib/libnvrtc-builtins.so.13.5",),  # the library itself is gone
+        ("cu13/lib/libnvrtc.so.13",),
+        ("cu13/lib/libnvrtc.so.13", "cu13/lib/libnvrtc-builtins.so.13.5", "cuda_nvrtc/lib/libnvrtc.so.12",
+         "cuda_nvrtc/lib/libnvrtc-builtins.so.12.8"),  # either may be the one
+    ],
+)  # fmt: skip
+def test_otherwise_nvrtc_is_asked(files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package_of(tmp_path, monkeypatch, *files)
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.1")
+    assert compiler.installed_nvrtc() == "13.1"
+
+
+def test_an_nvrtc_that_is_not_the_packages_keeps_its_own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = halve()
+    monkeypatch.setattr(compiler, "installed_nvrtc", lambda: "99.9")
+    again = halve()  # nothing of 99.9 is there: the loaded one is asked, and its entry found
+    assert again.from_cache and again.cubin == real.cubin and len(compiler.cache_entries()) == 1
+    entry().unlink()
+    assert not halve().from_cache and halve().from_cache
+    assert compiler.cache_key("halve.cu", DEFINES, ARCH, compiler.nvrtc_version()) in entry().name
+    monkeypatch.undo()
 
 
 # Headers

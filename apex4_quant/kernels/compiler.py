@@ -102,11 +102,14 @@ def compile_cubin(source: str, defines: Mapping[str, int | str], arch: str) -> b
 
 def compile_kernel(source: str, defines: Mapping[str, int | str], arch: str) -> Compiled:
     """As compile_cubin, with the log. Raises Apex4Error where NVRTC or headers are missing, CompileError for a source."""
-    key = cache_key(source, defines, arch)
-    found = _read(key)
+    version = installed_nvrtc()
+    found = _read(cache_key(source, defines, arch, version))
+    if found is None and nvrtc_version() != version:  # another one was loaded than lies in the packages
+        version = nvrtc_version()
+        found = _read(cache_key(source, defines, arch, version))
     if found is None:
         found = _compile(source, defines, arch)
-        _write(key, found)
+        _write(cache_key(source, defines, arch, version), found)
     return found
 
 
@@ -121,6 +124,21 @@ def arch_of(sm: int) -> str:
 def nvrtc_version() -> str:
     """ "13.5"; loads NVRTC. Raises Apex4Error where it is not installed."""
     return "{}.{}".format(*_nvrtc()[1])
+
+
+@cache
+def installed_nvrtc() -> str:
+    """ "13.5", from the name of a file where the Python packages have one NVRTC: loading it to ask takes 10 ms."""
+    packages = importlib.util.find_spec("nvidia")
+    roots = (packages.submodule_search_locations or ()) if packages else ()
+    found = {
+        match[1]
+        for root in roots
+        for folder in ("cu*/lib", "cuda_nvrtc/lib")  # nvidia-cuda-nvrtc, nvidia-cuda-nvrtc-cu12
+        for file in Path(root).glob(f"{folder}/libnvrtc-builtins.so.*")
+        if (match := re.search(r"\.so\.(\d+\.\d+)", file.name)) and any(file.parent.glob("libnvrtc.so.*"))
+    }
+    return found.pop() if len(found) == 1 else nvrtc_version()
 
 
 @cache
@@ -153,7 +171,7 @@ def header_folder() -> Path:
 @cache
 def _headers() -> tuple[Path, str]:
     """The folder and a hash of the headers, which a kernel is made of as much as of our sources."""
-    for folder in _header_candidates(_nvrtc()[1][0]):
+    for folder in _header_candidates(int(installed_nvrtc().partition(".")[0])):
         if all((folder / name).is_file() for name in CUDA_HEADERS):
             contents = b"".join((folder / name).read_bytes() for name in CUDA_HEADERS)
             return folder, hashlib.sha256(contents).hexdigest()
@@ -222,9 +240,9 @@ def cache_folder() -> Path:
     return (xdg if xdg.is_absolute() else Path("~/.cache").expanduser()) / "apex4"
 
 
-def cache_key(source: str, defines: Mapping[str, int | str], arch: str) -> str:
-    """sha256 of everything the cubin is made of; 64 hexadecimal digits."""
-    version = nvrtc_version()  # the missing package is the first thing to say
+def cache_key(source: str, defines: Mapping[str, int | str], arch: str, version: str | None = None) -> str:
+    """sha256 of everything the cubin is made of; 64 hexadecimal digits. `version`: NVRTC's, if not the installed one's."""
+    version = version or installed_nvrtc()  # the missing package is the first thing to say
     digest = hashlib.sha256()
     for path in (SOURCES / source, *sorted(SOURCES.glob("*.cuh"))):
         try:
