@@ -60,7 +60,7 @@ def _require_tools(index: int) -> None:
     """Raise Apex4Error, saying what to install, if kernels cannot be compiled or launched here."""
     from . import compiler, launcher
 
-    compiler.installed_nvrtc()
+    compiler.nvrtc_version()
     compiler.header_folder()
     launcher.primary_context(index)
 

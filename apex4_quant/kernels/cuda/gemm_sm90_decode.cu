@@ -3,7 +3,7 @@
 //
 // What bounds it is other: weights are read once and used for a few tokens, so the time is that of reading them, if enough of
 // them are on their way at any time and if no chain of dependent steps is longer. Such a chain is a block of 128 inputs: wait,
-// read, widen, four products one after the other, dequantize; some 500 clocks, in which the memory could bring two or three
+// read, widen, four products one after the other, dequantize; some 500 clocks, in which the memory could bring nearly two
 // blocks. So a tile of 64 outputs is one thread block's, and its PARTS warpgroups take every PARTS-th block of inputs each. Their
 // sums are added in shared memory, in a fixed order. Where that leaves multiprocessors without work, two thread blocks in a
 // cluster share a tile, each with every second stage, and the second writes its sums into the first one's shared memory. Sums
