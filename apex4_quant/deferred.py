@@ -42,6 +42,10 @@ class Deferred:
         """Codes and scales. `how`: the arguments of `ops.quantize` behind x."""
         raise NotImplementedError
 
+    def linear(self, *weights_and_how: Any) -> torch.Tensor:
+        """y [M, n]. The arguments of `ops.linear` behind x."""
+        raise NotImplementedError
+
 
 class Normed(Deferred):
     """RMSNorm(x) * (gain + offset), of the module `norm`."""
@@ -54,8 +58,13 @@ class Normed(Deferred):
         return type(self._norm).forward(self._norm, self._x)
 
     def quantize(self, *how: Any) -> Pair:
-        rows = self._x.reshape(-1, self.shape[-1])
-        return ops.rms_norm_quantize(rows, self._norm.weight, self._eps, self._offset, *how)
+        return ops.rms_norm_quantize(*self._operands(), *how)
+
+    def linear(self, *weights_and_how: Any) -> torch.Tensor:
+        return ops.rms_norm_linear(*self._operands(), *weights_and_how)
+
+    def _operands(self) -> tuple[Any, ...]:
+        return self._x.reshape(-1, self.shape[-1]), self._norm.weight, self._eps, self._offset
 
 
 class Gated(Deferred):
@@ -69,8 +78,14 @@ class Gated(Deferred):
         return nn.functional.silu(self._gate) * self._up
 
     def quantize(self, *how: Any) -> Pair:
+        return ops.silu_mul_quantize(*self._operands(), *how)
+
+    def linear(self, *weights_and_how: Any) -> torch.Tensor:
+        return ops.silu_mul_linear(*self._operands(), *weights_and_how)
+
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
         width = self.shape[-1]
-        return ops.silu_mul_quantize(self._gate.reshape(-1, width), self._up.reshape(-1, width), *how)
+        return self._gate.reshape(-1, width), self._up.reshape(-1, width)
 
 
 class Gate:

@@ -88,7 +88,8 @@ class Apex4Linear(nn.Module):
         shared = None if self.shared is None else self.shared.output_of(self, x)
         if shared is not None:
             return shared
-        return self.multiply(self.quantize(x), x)
+        packed, scale = self._operands()
+        return self.quantize_and_multiply(x, packed, scale, self.float_bias, self.out_features)
 
     def computes_with_kernels(self, x: torch.Tensor | Deferred) -> bool:
         if self.kernel is None:
@@ -112,12 +113,28 @@ class Apex4Linear(nn.Module):
 
     def quantize(self, x: torch.Tensor | Deferred) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., K] -> codes and scales in the format of the kernels."""
+        if isinstance(x, Deferred):
+            return x.quantize(*self._how(x))
+        return ops.quantize(x.reshape(-1, x.shape[-1]), *self._how(x))
+
+    def quantize_and_multiply(
+        self, x: torch.Tensor | Deferred, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
+    ) -> torch.Tensor:
+        """y [..., n] of x [..., K], quantized as this linear's input is, and weights in the kernels' layout: this linear's, or
+        those of several that read the same input."""
+        weights = packed, scale, bias, n
+        if isinstance(x, Deferred):
+            y = x.linear(*weights, *self._how(x))
+        else:
+            y = ops.linear(x.reshape(-1, x.shape[-1]), *weights, *self._how(x))
+        return y.view(*x.shape[:-1], n)
+
+    def _how(self, x: torch.Tensor | Deferred) -> tuple[Any, ...]:
+        """How x is quantized: the last arguments of the operators."""
         format = self.format
         hadamard = format.transform == "hadamard128"
-        how = (format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel)
-        if isinstance(x, Deferred):
-            return x.quantize(self._kernel_matrix(x), *how)
-        return ops.quantize(x.reshape(-1, x.shape[-1]), self._kernel_matrix(x), *how)
+        matrix = self._kernel_matrix(x) if format.transform in LEARNED else None
+        return matrix, format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel
 
     def _kernel_matrix(self, x: torch.Tensor | Deferred) -> torch.Tensor | None:
         """The dense transform as the operators read it."""

@@ -24,7 +24,7 @@ linear's parameter is a view: no memory is used twice. Where they cannot, the co
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import prod
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .deferred import Deferred, Deferring, defer_gating, defer_norm
 from .families import Family, InputGroup
-from .kernels import dispatch, ops
+from .kernels import dispatch
 from .linear import Apex4Linear
 from .number_format import LEARNED
 
@@ -55,7 +55,10 @@ class SharedInput:
         self._x: torch.Tensor | Deferred | None = None
         self._version = 0
         self._operands: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._y: torch.Tensor | None = None  # [M, sum of N]
+        self._y: torch.Tensor | None = None  # [..., sum of N]
+        self._starts = tuple(
+            accumulate((member.out_features for member in members), initial=0)
+        )  # and where the last ends
         self._left: tuple[int, ...] = ()  # members whose result nobody has fetched
 
     def attach(self, parent: nn.Module) -> None:
@@ -95,8 +98,7 @@ class SharedInput:
             self._compute(member, x)
         self._left = tuple(other for other in self._left if other != place)
         if self._y is not None:
-            start = sum(other.out_features for other in self.members[:place])
-            y = self._y.narrow(1, start, member.out_features).view(*x.shape[:-1], member.out_features)
+            y = self._y.narrow(-1, self._starts[place], member.out_features)
         else:
             assert self._operands is not None
             y = member.multiply(self._operands, x)
@@ -112,13 +114,10 @@ class SharedInput:
 
     def _compute(self, member: Apex4Linear, x: torch.Tensor | Deferred) -> None:
         self._forget()
-        operands = member.quantize(x)
         if self._fused is None or self.stale:
-            self._operands = operands
+            self._operands = member.quantize(x)
         else:
-            packed, scale, bias = self._fused
-            features = sum(other.out_features for other in self.members)
-            self._y = ops.gemm(*operands, packed, scale, bias, prod(x.shape[:-1]), features, x.dtype)
+            self._y = member.quantize_and_multiply(x, *self._fused, self._starts[-1])
         self._x, self._version = x, _version(x)
         self._left = tuple(range(len(self.members)))
 

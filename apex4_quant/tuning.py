@@ -55,7 +55,7 @@ def plan_forced(plan: GemmPlan) -> Iterator[None]:
     before = os.environ.get("APEX4_GEMM")
     os.environ["APEX4_GEMM"] = plan.label
     choose_gemm.cache_clear()
-    ops._gemm_plan.cache_clear()
+    ops._gemm_launch.cache_clear()
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ def plan_forced(plan: GemmPlan) -> Iterator[None]:
         else:
             os.environ["APEX4_GEMM"] = before
         choose_gemm.cache_clear()
-        ops._gemm_plan.cache_clear()
+        ops._gemm_launch.cache_clear()
 
 
 def winner(times: list[tuple[GemmPlan, float]], heuristic: GemmPlan) -> tuple[GemmPlan, float]:

@@ -101,22 +101,22 @@ class Launch:
         self.counter = torch.zeros(max(1, plan.counters), dtype=torch.int32, device=device)
         self.kernel = launcher.kernel(config.source, config.entry, config.defines, device.index or 0)
         bias = operands.bias.data_ptr() if operands.bias is not None else 0
-        pointers = [self.y.data_ptr(), self.a_codes.data_ptr(), self.a_scale.data_ptr(), self.w_packed.data_ptr()]
-        pointers += [self.w_scale.data_ptr(), bias, self.partial.data_ptr(), self.counter.data_ptr()]
+        self.pointers = [self.y.data_ptr(), self.a_codes.data_ptr(), self.a_scale.data_ptr(), self.w_packed.data_ptr()]
+        self.pointers += [self.w_scale.data_ptr(), bias, self.partial.data_ptr(), self.counter.data_ptr()]
         integers = [m, n, k // BLOCK, operands.blocks_per_group, self.a_scale.shape[1], self.ldy]
-        integers += plan.arguments
-        self.args = [ctypes.c_void_p(pointer) for pointer in pointers] + [ctypes.c_int(value) for value in integers]
+        self.numbers = [ctypes.c_int(value) for value in (*integers, *plan.arguments)]
 
     def run(self, programmatic: bool = False) -> torch.Tensor:
-        self.kernel.launch(
+        launch = self.kernel.bind(
             self.plan.grid,
             self.plan.block,
-            self.args,
+            len(self.pointers),
+            self.numbers,
             shared_bytes=self.plan.config.shared_bytes,
             cluster=self.plan.cluster,
-            stream=torch.cuda.current_stream().cuda_stream,
             programmatic=programmatic,
         )
+        launch(torch.cuda.current_stream().cuda_stream, *self.pointers)
         return self.y[:, : self.operands.shape[1]]
 
 

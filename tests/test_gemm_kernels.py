@@ -3,7 +3,6 @@ the reference (tests/cuda_on_cpu)."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -322,7 +321,7 @@ def problems(case: Case) -> list[str]:
     memory = torch.full((case.m * launch.ldy + 2 * around + case.shift + 8,), UNTOUCHED, dtype=launch.y.dtype)
     first = -(-around // 8) * 8 + case.shift
     launch.y = memory[first : first + case.m * launch.ldy].view(case.m, launch.ldy)
-    launch.args[0] = ctypes.c_void_p(launch.y.data_ptr())
+    launch.pointers[0] = launch.y.data_ptr()
     try:
         y = launch.run().clone()
         again = launch.run() if case.splits > 1 else y

@@ -16,6 +16,8 @@ from apex4_quant.kernels import launcher
 OK = real.CUresult.CUDA_SUCCESS
 REFUSED = real.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
 SIGNATURE = (ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64)
+POINTER = 0x7F0000000010
+launch_config = launcher.launch_config
 
 
 class FakeDriver:
@@ -34,7 +36,7 @@ class FakeDriver:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
             if name == self.refuse:
-                return (REFUSED,) if name in ("cuLaunchKernelEx", "cuFuncSetAttribute") else (REFUSED, None)
+                return (REFUSED,) if name == "cuFuncSetAttribute" else (REFUSED, None)
             return (OK, *getattr(self, f"do_{name}", lambda *_: ())(*arguments))
 
         return call
@@ -71,18 +73,42 @@ class FakeDriver:
     def do_cuModuleGetFunction(self, module: Any, entry: bytes) -> tuple[Any]:
         return (real.CUfunction(0x3000),)
 
-    def do_cuLaunchKernelEx(self, config: Any, function: Any, parameters: int, extra: int) -> tuple[()]:
+
+class FakeLibrary:
+    """libcuda as ctypes has it, beside a FakeDriver."""
+
+    def __init__(self, driver: FakeDriver) -> None:
+        self.driver = driver
+        self.configs: dict[int, Any] = {}  # by address: a structure read back from memory has no attributes
+
+    def config(self, *given: Any) -> Any:
+        """Stands for `launch_config`."""
+        made = launch_config(*given)
+        self.configs[made.getPtr()] = made
+        return made
+
+    def cuCtxGetCurrent(self, found: Any) -> int:
+        self.driver.calls.append(("current",))
+        found._obj.value = self.driver.stack[-1]
+        return 0
+
+    def cuLaunchKernelEx(self, config: int, function: int, parameters: int, extra: None) -> int:
         addresses = (ctypes.c_void_p * len(SIGNATURE)).from_address(parameters)
         values = [kind.from_address(address).value for kind, address in zip(SIGNATURE, addresses, strict=True)]
-        self.calls[-1] = ("cuLaunchKernelEx", config, int(function), values, extra)
-        assert self.stack[-1] == 0x1000 + 100 + 1, "launched in another context"
-        return ()
+        self.driver.calls.append(("cuLaunchKernelEx", self.configs[config], function, values, extra))
+        if self.driver.refuse == "cuLaunchKernelEx":
+            return int(REFUSED)
+        assert self.driver.stack[-1] == 0x1000 + 100 + 1, "launched in another context"
+        return 0
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     fake = FakeDriver()
     monkeypatch.setattr(launcher, "_driver", lambda: fake)
+    library = FakeLibrary(fake)
+    monkeypatch.setattr(launcher, "_library", lambda: library)
+    monkeypatch.setattr(launcher, "launch_config", library.config)
     monkeypatch.setattr(launcher, "_kernels", {})
     cached = (launcher.device_arch, launcher.primary_context)
     for function in cached:
@@ -97,8 +123,8 @@ def kernel(driver: FakeDriver) -> launcher.Kernel:
     return launcher.Kernel("entry of some.cu", b"cubin", "entry", 1)
 
 
-def arguments() -> list[Any]:
-    return [ctypes.c_void_p(0x7F0000000010), ctypes.c_int(-3), ctypes.c_float(0.5), ctypes.c_int64(1 << 40)]
+def bound(kernel: launcher.Kernel, grid: Any = 8, block: int = 128, **rest: Any) -> launcher.Launch:
+    return kernel.bind(grid, block, 1, [ctypes.c_int(-3), ctypes.c_float(0.5), ctypes.c_int64(1 << 40)], **rest)
 
 
 def test_a_kernel_is_compiled_and_loaded_once_for_a_device(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +157,11 @@ def test_device_arch(driver: FakeDriver, capability: tuple[int, int], arch: str)
 
 
 def test_launch_hands_over_values_and_configuration(driver: FakeDriver, kernel: launcher.Kernel) -> None:
-    kernel.launch((2, 3, 4), 256, arguments(), shared_bytes=1024, cluster=2, stream=0x55, programmatic=True)
-    (launch,) = [call for call in driver.calls if call[0] == "cuLaunchKernelEx"]
-    _, config, function, values, extra = launch
-    assert (function, values, extra) == (0x3000, [0x7F0000000010, -3, 0.5, 1 << 40], 0)
+    launch = bound(kernel, (2, 3, 4), 256, shared_bytes=1024, cluster=2, programmatic=True)
+    launch(0x55, POINTER)
+    (launched,) = [call for call in driver.calls if call[0] == "cuLaunchKernelEx"]
+    _, config, function, values, extra = launched
+    assert (function, values, extra) == (0x3000, [POINTER, -3, 0.5, 1 << 40], None)
     assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (2, 3, 4)
     assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (256, 1, 1)
     assert (config.sharedMemBytes, int(config.hStream), config.numAttrs) == (1024, 0x55, 2)
@@ -148,41 +175,66 @@ def test_launch_hands_over_values_and_configuration(driver: FakeDriver, kernel: 
     assert driver.stack == [0]
 
 
-def test_a_null_pointer_and_the_default_stream(driver: FakeDriver, kernel: launcher.Kernel) -> None:
-    kernel.launch(1, 32, [ctypes.c_void_p(None), *arguments()[1:]], stream=0)
-    config, values = driver.calls[-2][1], driver.calls[-2][3]  # the last call pops the context
-    assert values[0] is None and int(config.hStream) == 0
+def test_every_call_has_its_own_pointers_and_stream(driver: FakeDriver, kernel: launcher.Kernel) -> None:
+    launch = bound(kernel)
+    for stream, pointer in ((7, POINTER), (0, 0), (7, POINTER + 8)):
+        launch(stream, pointer)
+    launched = [(int(call[1].hStream), *call[3]) for call in driver.calls if call[0] == "cuLaunchKernelEx"]
+    same = (-3, 0.5, 1 << 40)
+    assert launched == [(7, POINTER, *same), (0, None, *same), (7, POINTER + 8, *same)]
+
+
+def test_threads_do_not_share_parameters(
+    driver: FakeDriver, kernel: launcher.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch in the middle of another one, as another thread may make it."""
+    launch = bound(kernel)
+    seen = []
+    driven = FakeLibrary.cuLaunchKernelEx
+
+    def slow(self: FakeLibrary, config: int, function: int, parameters: int, extra: None) -> int:
+        if not seen:
+            seen.append(parameters)
+            launch(0, POINTER + 1)
+        return driven(self, config, function, parameters, extra)
+
+    monkeypatch.setattr(FakeLibrary, "cuLaunchKernelEx", slow)
+    driver.stack = [0x1000 + 100 + 1]
+    launch(0, POINTER)
+    assert [call[3][0] for call in driver.calls if call[0] == "cuLaunchKernelEx"] == [POINTER + 1, POINTER]
 
 
 def test_what_is_not_asked_for_is_no_attribute(driver: FakeDriver) -> None:
     """sm_80 and sm_86 refuse cluster sizes and programmatic launches, also those that ask for nothing."""
-    config = launcher.launch_config((5, 1, 1), (32, 4, 1), 0, 1, 0, False)
+    config = launch_config((5, 1, 1), (32, 4, 1), 0, 1, 0, False)
     assert (config.numAttrs, config.attrs, config.blockDimY) == (0, [], 4)
-    config = launcher.launch_config(5, 32, 0, (1, 2, 1), 0, False)
+    config = launch_config(5, 32, 0, (1, 2, 1), 0, False)
     assert config.numAttrs == 1 and config.attrs[0].value.clusterDim.y == 2
 
 
 def test_a_second_launch_asks_the_driver_for_nothing_else(driver: FakeDriver, kernel: launcher.Kernel) -> None:
     driver.stack = [0x1000 + 100 + 1]  # as torch leaves it
-    kernel.launch(8, 128, arguments(), shared_bytes=70000, stream=7)
+    launch = bound(kernel, shared_bytes=70000)
+    launch(7, POINTER)
     driver.calls.clear()
-    kernel.launch(8, 128, arguments(), shared_bytes=70000, stream=7)
-    assert driver.names() == ["cuCtxGetCurrent", "cuLaunchKernelEx"]
+    launch(7, POINTER)
+    assert driver.names() == ["current", "cuLaunchKernelEx"]
 
 
 def test_shared_memory_is_allowed_once_and_never_lowered(driver: FakeDriver, kernel: launcher.Kernel) -> None:
     for shared_bytes in (70000, 70000, 0, 80000, 70000):
         for grid in (1, 2):
-            kernel.launch(grid, 128, arguments(), shared_bytes=shared_bytes, stream=0)
+            bound(kernel, grid, shared_bytes=shared_bytes)(0, POINTER)
     attribute = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     allowed = [call[2:] for call in driver.calls if call[0] == "cuFuncSetAttribute"]
     assert allowed == [(attribute, 70000), (attribute, 80000)]
 
 
 def test_configurations_do_not_pile_up(driver: FakeDriver, kernel: launcher.Kernel) -> None:
-    for grid in range(1, 1000):
-        kernel.launch(grid, 128, arguments(), stream=0)
-    assert len(kernel._configs) <= launcher._CONFIGS_KEPT
+    launch = bound(kernel)
+    for stream in range(1, 1000):
+        launch(stream, POINTER)
+    assert len(launch._configs) <= launcher._CONFIGS_KEPT and len(launch._free) == 1
 
 
 REFUSALS = {
@@ -199,9 +251,7 @@ REFUSALS = {
 def test_a_refusal_names_the_kernel_and_the_error(driver: FakeDriver, function: str) -> None:
     driver.refuse = function
     with pytest.raises(Apex4Error) as caught:
-        launcher.Kernel("entry of some.cu", b"cubin", "entry", 1).launch(
-            (8, 2, 1), 128, arguments(), shared_bytes=70000, stream=0
-        )
+        bound(launcher.Kernel("entry of some.cu", b"cubin", "entry", 1), (8, 2, 1), shared_bytes=70000)(0, POINTER)
     why = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (too many resources requested for launch)"
     assert str(caught.value) == f"{REFUSALS[function]} failed: {why}"
     assert driver.stack == [0], "the caller's context is current again"
@@ -211,7 +261,7 @@ def test_a_refused_shared_memory_limit_is_asked_for_again(driver: FakeDriver, ke
     driver.refuse = "cuFuncSetAttribute"
     for _ in range(2):
         with pytest.raises(Apex4Error, match="dynamic shared memory"):
-            kernel.launch(8, 128, arguments(), shared_bytes=70000, stream=0)
+            bound(kernel, shared_bytes=70000)
     assert "cuLaunchKernelEx" not in driver.names()
 
 

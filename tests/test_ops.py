@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,6 +117,22 @@ def test_nothing_to_compute() -> None:
     assert ops.gemm(*operands, packed, scale, None, 0, 64, torch.bfloat16).shape == (0, 64)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_linear_is_its_quantizer_and_the_gemm(format: str) -> None:
+    x, up, gain = (torch.randn(*shape, generator=generator(1)).bfloat16() for shape in ((7, 300), (7, 300), (300,)))
+    how = (None, 384, 128, 0.9, True, format)
+    layout = get_layout(format)
+    weights = layout.pack(random_codes(70, 384)), layout.pack_scales((torch.rand(70, 3) * 0.01).half())
+    bias = torch.randn(70, generator=generator(2))
+    for quantize, linear, inputs in (
+        (ops.quantize, ops.linear, (x,)),
+        (ops.rms_norm_quantize, ops.rms_norm_linear, (x, gain, 1e-5, 1.0)),
+        (ops.silu_mul_quantize, ops.silu_mul_linear, (x, up)),
+    ):
+        expected = ops.gemm(*quantize(*inputs, *how), *weights, bias, 7, 70, torch.bfloat16)
+        assert torch.equal(linear(*inputs, *weights, bias, 70, *how), expected)
+
+
 # ---- as torch sees them ----------------------------------------------------------------------------------------------
 
 
@@ -135,9 +150,12 @@ def samples() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         operands = ops.quantize(x, *how)
         yield ops.gemm, (*operands, *weights, torch.zeros(70), 5, 70, torch.bfloat16)
         yield ops.gemm, (*operands, *weights, None, 5, 70, torch.float16)
+        yield ops.linear, (x, *weights, torch.zeros(70), 70, *how)
+        yield ops.rms_norm_linear, (x, gain, 1e-5, 1.0, *weights, None, 70, *how)
+        yield ops.silu_mul_linear, (x, x + 1, *weights, None, 70, *how)
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(18))
 def test_opcheck(index: int) -> None:
     operator, arguments = list(samples())[index]
     results = torch.library.opcheck(operator, arguments)
@@ -264,22 +282,26 @@ class Launches:
         self.launched: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         monkeypatch.setattr(launcher, "kernel", self.kernel)
         monkeypatch.setattr(ops, "_gpu", lambda index: (90, 132))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=77))
+        monkeypatch.setattr(ops, "_stream", lambda index: 77)
         monkeypatch.setattr(workspace, "counters", lambda index, stream, size: torch.zeros(size, dtype=torch.uint8))
-        ops._gemm_plan.cache_clear()
+        ops._gemm_launch.cache_clear()
 
     def kernel(self, source: str, entry: str, defines: dict[str, Any], device: int) -> Launches:
         self.made.append((source, entry, defines))
         return self
 
-    def launch(self, grid: Any, block: Any, args: Any, **rest: Any) -> None:
-        self.launched.append((tuple(each.value for each in args), rest))
+    def bind(self, grid: Any, block: Any, pointers: int, numbers: Any, **rest: Any) -> Any:
+        def launch(stream: int, *given: int) -> None:
+            assert len(given) == pointers
+            self.launched.append(((*given, *(each.value for each in numbers)), rest | {"stream": stream}))
+
+        return launch
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     yield Launches(monkeypatch)
-    ops._gemm_plan.cache_clear()
+    ops._gemm_launch.cache_clear()
 
 
 @pytest.mark.parametrize("m", [1, 5, 300])
@@ -295,7 +317,7 @@ def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
     plan = choose_gemm(90, 132, m, n, blocks, 2, "fp16")
     assert (source, entry, defines["OUT_BF16"]) == (plan.config.source, "apex4_gemm", 0)
     assert source == ("gemm_sm90.cu" if m == 300 else "gemm_sm90_decode.cu") and rest["cluster"] == plan.cluster
-    assert args[:6] == pointers and [pointer is not None for pointer in args[6:8]] == [plan.parts > 1] * 2
+    assert args[:6] == pointers and [pointer != 0 for pointer in args[6:8]] == [plan.parts > 1] * 2
     assert args[8:] == (m, n, blocks, 2, stride, n, *plan.arguments)
     assert rest["stream"] == 77 and rest["shared_bytes"] > 0
     assert ops._gemm_cuda(codes, scales, packed, scale, None, 0, n, torch.float16).shape == (0, n)
@@ -314,11 +336,49 @@ def test_what_the_quantizers_launch(launches: Launches) -> None:
     assert codes.shape == (4, 16, 128) and scales.shape == (4, 16)
     assert [source for source, _, _ in launches.made] == [*["quantize_rows.cu"] * 3, "row_rms.cu", "quantize_dense.cu"]
     plain, gated, normed, _, dense = (args for args, _ in launches.launched)
-    assert plain[2:4] == (x.data_ptr(), None) and plain[4:10] == (6, 512, 4, 2, 16, 1024)
+    assert plain[2:4] == (x.data_ptr(), 0) and plain[4:10] == (6, 512, 4, 2, 16, 1024)
     assert gated[2:4] == (x.data_ptr(), up.data_ptr()) and gated[4:11] == (6, 512, 4, 1, 16, 1024, 1024)
     assert normed[3] == gain.data_ptr() and dense[2:4] == (x.data_ptr(), gain.data_ptr())
     assert dense[5] == matrix.data_ptr() and codes.data_ptr() == dense[0]
     assert all(rest["stream"] == 77 for _, rest in launches.launched)
+
+
+@pytest.mark.parametrize("m", [3, 300])
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None:
+    """The same as its parts, on codes and scales in memory of its own."""
+    n, k = 130, 512
+    x, up, gain = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((m, k), (m, k), (k,)))
+    packed, scale = torch.zeros(3, 4, 4096, dtype=torch.uint8), torch.zeros(3, 4, 64).half()
+    how = (torch.zeros(4, 128 * 128, dtype=torch.bfloat16) if dense else None, k, 128, 0.7, not dense, "sm90")
+    for quantize, linear, inputs in (
+        (ops._quantize_cuda, ops._linear_cuda, (x,)),
+        (ops._rms_norm_quantize_cuda, ops._rms_norm_linear_cuda, (x, gain, 1e-5, 1.0)),
+        (ops._silu_mul_quantize_cuda, ops._silu_mul_linear_cuda, (x, up)),
+    ):
+        launches.launched.clear()
+        codes, scales = quantize(*inputs, *how)
+        ops._gemm_cuda(codes, scales, packed, scale, None, m, n, x.dtype)
+        apart, launches.launched = launches.launched, []
+        y = linear(*inputs, packed, scale, None, n, *how)
+        assert y.shape == (m, n) and len(launches.launched) == len(apart) == 2 + (
+            dense and quantize is ops._rms_norm_quantize_cuda
+        )
+        multiplied, _ = launches.launched[-1]
+        first, second = launches.launched[-2][0][:2]
+        assert (first, second) == multiplied[1:3], "the GEMM reads what the quantizer has written"
+        assert second - first == codes.numel() and second % 16 == 0
+        assert multiplied[0] == y.data_ptr() and multiplied[3:5] == (packed.data_ptr(), scale.data_ptr())
+        assert multiplied[8:] == apart[-1][0][8:] and launches.launched[-2][0][6:] == apart[-2][0][6:]
+        if len(apart) == 3:
+            (between, *_), _ = launches.launched[0]
+            assert between == second + 4 * scales.numel() == launches.launched[1][0][4], (
+                "inverse_rms, behind the scales"
+            )
+    assert linear(*(each[:0] if each is not gain else each for each in inputs), packed, scale, None, n, *how).shape == (
+        0,
+        n,
+    )
 
 
 def test_one_matrix_for_all_blocks_is_launched_as_one(launches: Launches) -> None:

@@ -7,6 +7,8 @@ and waits for nothing, so it can be captured into a CUDA graph; load and launch 
 from __future__ import annotations
 
 import ctypes
+import struct
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,7 +18,7 @@ from ..errors import Apex4Error
 from .compiler import INSTALL, arch_of, compile_cubin
 
 Dim3 = tuple[int, int, int]
-_CONFIGS_KEPT = 256
+_CONFIGS_KEPT = 64
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 _loading = threading.Lock()
 
@@ -35,7 +37,7 @@ def kernel(source: str, entry: str, defines: Mapping[str, int | str], device: in
 
 
 class Kernel:
-    """One entry of one cubin, on one device. `launch` may be called from several threads."""
+    """One entry of one cubin, on one device."""
 
     def __init__(self, name: str, cubin: bytes, entry: str, device: int) -> None:
         self.name = name
@@ -43,42 +45,27 @@ class Kernel:
         self._driver = _driver()
         self._context, self._context_address = primary_context(device)
         self._shared_bytes = 0  # the dynamic shared memory allowed so far
-        self._configs: dict[tuple[Any, ...], Any] = {}
         with _Current(self._context, self._context_address):
             self._module = _check(f"loading {name}", self._driver.cuModuleLoadData(cubin))
             self._function = _check(f"finding {name}", self._driver.cuModuleGetFunction(self._module, entry.encode()))
 
-    def launch(
+    def bind(
         self,
         grid: int | Dim3,
         block: int | Dim3,
-        args: Sequence[Any],
+        pointers: int,
+        numbers: Sequence[Any],
         *,
         shared_bytes: int = 0,
         cluster: int | Dim3 = 1,
-        stream: int,
         programmatic: bool = False,
-    ) -> None:
-        """Enqueue the kernel on `stream` (a CUstream as an integer). `args` are ctypes values, one for each parameter.
+    ) -> Launch:
+        """The kernel with all that is the same in every call: `numbers` are ctypes values, the parameters behind its
+        `pointers` pointers.
 
         `programmatic` lets it start before the kernel in front of it on the stream has ended (the kernel then waits
         with griddepcontrol.wait). Raises Apex4Error with the kernel's name for what the driver refuses.
         """
-        key = (grid, block, shared_bytes, cluster, stream, programmatic)
-        config = self._configs.get(key)
-        if config is None:
-            config = self._configure(key)
-        # The driver copies the values before it returns; `args` keeps them alive until then.
-        addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
-        with _Current(self._context, self._context_address):
-            (status,) = self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0)
-        if status != 0:
-            _check(
-                f"launching {self.name} (grid {grid}, block {block}, {shared_bytes} bytes of shared memory)", (status,)
-            )
-
-    def _configure(self, key: tuple[Any, ...]) -> Any:
-        grid, block, shared_bytes, cluster, stream, programmatic = key
         if shared_bytes > self._shared_bytes:
             # More than 48 KiB has to be allowed, and allowing what is needed is never wrong.
             attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -88,11 +75,72 @@ class Kernel:
                     self._driver.cuFuncSetAttribute(self._function, attribute, shared_bytes),
                 )
             self._shared_bytes = shared_bytes
-        if len(self._configs) >= _CONFIGS_KEPT:  # shapes and streams come and go in a long-lived process
+        shape = (grid, block, shared_bytes, cluster, programmatic)
+        return Launch(self, shape, pointers, numbers)
+
+
+class Launch:
+    """A kernel that is ready to be launched: called with a stream and its pointers. From several threads, too.
+
+    A model's linears are launched thousands of times a second, and what Python does for each is time in which a GPU with
+    little to do waits. So a launch writes pointers into parameters that stand there already, and calls the driver directly.
+    """
+
+    def __init__(self, kernel: Kernel, shape: tuple[Any, ...], pointers: int, numbers: Sequence[Any]) -> None:
+        self.kernel = kernel
+        self._shape = shape
+        self._library = _library()
+        self._function = int(kernel._function)
+        kinds = [*[ctypes.c_void_p] * pointers, *map(type, numbers)]
+        fields = [(f"parameter_{index}", kind) for index, kind in enumerate(kinds)]
+        layout = type("Parameters", (ctypes.Structure,), {"_fields_": fields})
+        self._template = bytes(layout(*[None] * pointers, *(number.value for number in numbers)))
+        self._offsets = [getattr(layout, name).offset for name, _ in fields]
+        self._write = struct.Struct(f"{pointers}P").pack_into
+        self._free: list[tuple[Any, Any, int]] = []  # sets of parameters that no thread is launching with
+        self._configs: dict[int, tuple[Any, int]] = {}  # by stream; the structure and its address
+
+    def __call__(self, stream: int, *pointers: int) -> None:
+        """Enqueue on `stream` (a CUstream as an integer). Pointers are addresses, 0 where there is none.
+
+        Raises Apex4Error with the kernel's name for what the driver refuses.
+        """
+        config = self._configs.get(stream) or self._configure(stream)
+        # The driver has read the parameters when it returns.
+        try:
+            parameters = self._free.pop()
+        except IndexError:
+            parameters = self._parameters()
+        self._write(parameters[0], 0, *pointers)
+        current = ctypes.c_void_p()
+        self._library.cuCtxGetCurrent(ctypes.byref(current))
+        if current.value == self.kernel._context_address:
+            status = self._library.cuLaunchKernelEx(config[1], self._function, parameters[2], None)
+        else:
+            with _Current(self.kernel._context, self.kernel._context_address):
+                status = self._library.cuLaunchKernelEx(config[1], self._function, parameters[2], None)
+        self._free.append(parameters)
+        if status != 0:
+            grid, block, shared_bytes, *_ = self._shape
+            _check(
+                f"launching {self.kernel.name} (grid {grid}, block {block}, {shared_bytes} bytes of shared memory)",
+                (_driver().CUresult(status),),
+            )
+
+    def _parameters(self) -> tuple[Any, Any, int]:
+        """Their memory, the array of their addresses, and the address of that."""
+        memory = ctypes.create_string_buffer(self._template, len(self._template))
+        start = ctypes.addressof(memory)
+        addresses = (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
+        return memory, addresses, ctypes.addressof(addresses)
+
+    def _configure(self, stream: int) -> tuple[Any, int]:
+        grid, block, shared_bytes, cluster, programmatic = self._shape
+        if len(self._configs) >= _CONFIGS_KEPT:  # streams come and go in a long-lived process
             self._configs.clear()
         config = launch_config(grid, block, shared_bytes, cluster, stream, programmatic)
-        self._configs[key] = config
-        return config
+        self._configs[stream] = config, config.getPtr()
+        return self._configs[stream]
 
 
 def launch_config(
@@ -171,6 +219,16 @@ class _Current:
     def __exit__(self, *_: object) -> None:
         if self._pushed:
             _check("leaving the CUDA context of a device", _driver().cuCtxPopCurrent())
+
+
+@cache
+def _library() -> Any:
+    """libcuda with the functions of every launch. Through cuda.bindings each call costs several microseconds more."""
+    _driver()  # which is loaded, or says what is missing
+    library = ctypes.CDLL("libcuda.so.1") if sys.platform != "win32" else ctypes.WinDLL("nvcuda.dll")
+    library.cuCtxGetCurrent.argtypes = (ctypes.c_void_p,)
+    library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+    return library
 
 
 @cache

@@ -4,6 +4,7 @@
     rms_norm_quantize(x, gain, ...)             -> codes, scales   of RMSNorm(x) * (gain + gain_offset)
     silu_mul_quantize(gate, up, ...)            -> codes, scales   of SiLU(gate) * up
     gemm(codes, scales, weight_packed, ...)     -> y [M, N]
+    linear, rms_norm_linear, silu_mul_linear    -> y [M, N]        the quantizer of that name and the GEMM in one call
 
 Operands are those of operands.py and of the layout of the same name. K is padded with zeros to `k_padded` before the
 transform, which is `matrix` or the Hadamard matrix or none. On a GPU `matrix` is what quantize_configs.prepack_matrix
@@ -14,7 +15,7 @@ with PyTorch, slowly: for tests, and to trace.
 
 from __future__ import annotations
 
-from ctypes import c_int, c_void_p
+from ctypes import c_int
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,14 @@ from ..layouts import get_layout
 from ..number_format import BLOCK
 from . import torch_backend, workspace
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
+from .quantize_launch import Quantizer, quantizer, rows_are_aligned
 
 if TYPE_CHECKING:
     from .gemm_configs import GemmPlan
-    from .launcher import Kernel
+    from .launcher import Launch
 
 _HOW = "Tensor? matrix, int k_padded, int group, float clip, bool hadamard, str format"
+_WEIGHTS = "Tensor weight_packed, Tensor weight_scale, Tensor? bias, int n"
 _library = torch.library.Library("apex4", "DEF")
 for _schema in (
     f"quantize(Tensor x, {_HOW}) -> (Tensor, Tensor)",
@@ -37,6 +40,9 @@ for _schema in (
     f"silu_mul_quantize(Tensor gate, Tensor up, {_HOW}) -> (Tensor, Tensor)",
     "gemm(Tensor codes, Tensor scales, Tensor weight_packed, Tensor weight_scale, Tensor? bias, int m, int n, "
     "ScalarType out) -> Tensor",
+    f"linear(Tensor x, {_WEIGHTS}, {_HOW}) -> Tensor",
+    f"rms_norm_linear(Tensor x, Tensor gain, float eps, float gain_offset, {_WEIGHTS}, {_HOW}) -> Tensor",
+    f"silu_mul_linear(Tensor gate, Tensor up, {_WEIGHTS}, {_HOW}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -44,6 +50,9 @@ quantize = torch.ops.apex4.quantize.default
 rms_norm_quantize = torch.ops.apex4.rms_norm_quantize.default
 silu_mul_quantize = torch.ops.apex4.silu_mul_quantize.default
 gemm = torch.ops.apex4.gemm.default
+linear = torch.ops.apex4.linear.default
+rms_norm_linear = torch.ops.apex4.rms_norm_linear.default
+silu_mul_linear = torch.ops.apex4.silu_mul_linear.default
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,6 +84,21 @@ def _(gate, up, matrix, k_padded, group, clip, hadamard, format):
 @torch.library.register_fake("apex4::gemm", lib=_library)
 def _(codes, scales, weight_packed, weight_scale, bias, m, n, out):
     return codes.new_empty((m, n), dtype=out)
+
+
+@torch.library.register_fake("apex4::linear", lib=_library)
+def _(x, weight_packed, weight_scale, bias, n, *how):
+    return x.new_empty((x.shape[0], n))
+
+
+@torch.library.register_fake("apex4::rms_norm_linear", lib=_library)
+def _(x, gain, eps, gain_offset, weight_packed, weight_scale, bias, n, *how):
+    return x.new_empty((x.shape[0], n))
+
+
+@torch.library.register_fake("apex4::silu_mul_linear", lib=_library)
+def _(gate, up, weight_packed, weight_scale, bias, n, *how):
+    return gate.new_empty((gate.shape[0], n))
 
 
 # ---- CPU -------------------------------------------------------------------------------------------------------------
@@ -131,11 +155,35 @@ def _gemm_cpu(
     return y
 
 
+def _linear_cpu(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int, *how: Any
+) -> torch.Tensor:
+    return _gemm_cpu(*_quantize_cpu(x, *how), packed, scale, bias, x.shape[0], n, x.dtype)
+
+
+def _rms_norm_linear_cpu(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, n: int, *how: Any,
+) -> torch.Tensor:  # fmt: skip
+    operands = _rms_norm_quantize_cpu(x, gain, eps, gain_offset, *how)
+    return _gemm_cpu(*operands, packed, scale, bias, x.shape[0], n, x.dtype)
+
+
+def _silu_mul_linear_cpu(
+    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    *how: Any,
+) -> torch.Tensor:  # fmt: skip
+    return _gemm_cpu(*_silu_mul_quantize_cpu(gate, up, *how), packed, scale, bias, gate.shape[0], n, gate.dtype)
+
+
 for _name, _function in (
     ("quantize", _quantize_cpu),
     ("rms_norm_quantize", _rms_norm_quantize_cpu),
     ("silu_mul_quantize", _silu_mul_quantize_cpu),
     ("gemm", _gemm_cpu),
+    ("linear", _linear_cpu),
+    ("rms_norm_linear", _rms_norm_linear_cpu),
+    ("silu_mul_linear", _silu_mul_linear_cpu),
 ):
     _library.impl(_name, _function, "CPU")
 
@@ -154,29 +202,85 @@ def _gpu(index: int) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def _launch_quantizer(
-    x: torch.Tensor,
-    matrix: torch.Tensor | None,
-    k_padded: int,
-    group: int,
-    clip: float,
-    hadamard: bool,
-    format: str,
-    **operands: Any,
-) -> Pair:
-    from .quantize_launch import run_quantize
+def _stream(index: int) -> int:
+    # What torch's own compiled code asks: a CUstream, without an object around it.
+    return torch._C._cuda_getCurrentRawStream(index)
 
+
+class _Input:
+    """What a quantizer reads: x [M, K] with its rows in one piece each; `second`: the gain, or up [M, K]."""
+
+    def __init__(
+        self,
+        input: str,
+        x: torch.Tensor,
+        second: torch.Tensor | None = None,
+        eps: float = 0.0,
+        gain_offset: bool = False,
+    ) -> None:
+        self.input, self.eps, self.gain_offset = input, eps, gain_offset
+        self.x = x = _with_dense_rows(x)
+        self.second = second = _with_dense_rows(second) if input == "silu_mul" else second  # type: ignore[arg-type]
+        self.ld_second = second.stride(0) if input == "silu_mul" else 0
+        operands = [(x.data_ptr(), x.stride(0))]
+        if second is not None:
+            operands.append((second.data_ptr(), self.ld_second))
+        self.aligned = rows_are_aligned(x.shape[1], *operands)
+
+    def quantizer(
+        self, matrix: torch.Tensor | None, k_padded: int, group: int, clip: float, hadamard: bool, format: str
+    ) -> Quantizer:
+        x = self.x
+        return quantizer(
+            x.device.index, x.shape[0], x.shape[1], k_padded // BLOCK, row_stride(x.shape[0]), x.stride(0), self.ld_second,
+            self.aligned, _NAMES[x.dtype], format, _gpu(x.device.index)[1], group // BLOCK,
+            "dense" if matrix is not None else "hadamard" if hadamard else "none", clip, self.input, self.eps,
+            self.gain_offset, matrix is not None and len(matrix) == 1, 1.0, format == "sm90",
+        )  # fmt: skip
+
+
+def _quantize_with(source: _Input, matrix: torch.Tensor | None, *how: Any) -> Pair:
+    x = source.x
+    k_padded, group, _, _, format = how
     codes, scales = _empty_operands(x, k_padded, group, format)
-    index = x.device.index
-    run_quantize(
-        index, codes=codes.data_ptr(), scales=scales.data_ptr(), x=x.data_ptr(), m=x.shape[0], k=x.shape[1],
-        k_blocks=k_padded // BLOCK, m_stride=codes.shape[1], ldx=x.stride(0), dtype=_NAMES[x.dtype], format=format,
-        stream=torch.cuda.current_stream(index).cuda_stream, sm_count=_gpu(index)[1], blocks_per_group=group // BLOCK,
-        transform="dense" if matrix is not None else "hadamard" if hadamard else "none", clip=clip,
-        matrix=0 if matrix is None else matrix.data_ptr(), matrix_is_shared=matrix is not None and len(matrix) == 1,
-        programmatic=format == "sm90", **operands,
-    )  # fmt: skip
+    if x.shape[0]:
+        # Between the two kernels of a dense transform behind RMSNorm.
+        two = matrix is not None and source.input == "rms_norm"
+        scratch = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if two else None
+        source.quantizer(matrix, *how)(
+            _stream(x.device.index), codes.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(source.second),
+            _address(matrix), _address(scratch),
+        )  # fmt: skip
     return codes, scales
+
+
+def _linear_with(
+    source: _Input, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    matrix: torch.Tensor | None, *how: Any,
+) -> torch.Tensor:  # fmt: skip
+    """As `_quantize_with` and `_gemm_cuda`, with one piece of memory for all that is gone afterwards."""
+    x = source.x
+    m, device = x.shape[0], x.device
+    y = torch.empty((m, n), dtype=x.dtype, device=device)
+    if m == 0:
+        return y
+    k_padded, group, _, _, format = how
+    m_stride = row_stride(m)
+    code_bytes = k_padded // BLOCK * m_stride * ROW_BYTES[format]
+    scale_bytes = 4 * (k_padded // group) * m_stride
+    # Codes of whole blocks and scales of 16 rows each are multiples of 64 bytes: what follows them is aligned.
+    memory = torch.empty(code_bytes + scale_bytes + 4 * m, dtype=torch.uint8, device=device)
+    codes, stream = memory.data_ptr(), _stream(device.index)
+    scales = codes + code_bytes
+    source.quantizer(matrix, *how)(
+        stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes
+    )
+    _launch_gemm(y, codes, scales, packed, scale, bias, k_padded // BLOCK, group // BLOCK, m_stride, stream)
+    return y
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _reads_prepacked(matrix: torch.Tensor | None) -> bool:
@@ -191,7 +295,7 @@ def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
 def _quantize_cuda(x: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Pair:
     if not _reads_prepacked(matrix):
         return _quantize_cpu(x, matrix, *how)
-    return _launch_quantizer(_with_dense_rows(x), matrix, *how)
+    return _quantize_with(_Input("plain", x), matrix, *how)
 
 
 def _rms_norm_quantize_cuda(
@@ -199,34 +303,46 @@ def _rms_norm_quantize_cuda(
 ) -> Pair:
     if not _reads_prepacked(matrix):
         return _rms_norm_quantize_cpu(x, gain, eps, gain_offset, matrix, *how)
-    # Between the two kernels of the dense transform.
-    scratch = None if matrix is None else torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    return _launch_quantizer(
-        _with_dense_rows(x), matrix, *how, input="rms_norm", second=gain.data_ptr(), eps=eps,
-        gain_offset=bool(gain_offset), inverse_rms=0 if scratch is None else scratch.data_ptr(),
-    )  # fmt: skip
+    return _quantize_with(_Input("rms_norm", x, gain, eps, bool(gain_offset)), matrix, *how)
 
 
 def _silu_mul_quantize_cuda(gate: torch.Tensor, up: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Pair:
     if not _reads_prepacked(matrix):
         return _silu_mul_quantize_cpu(gate, up, matrix, *how)
-    up = _with_dense_rows(up)
-    return _launch_quantizer(
-        _with_dense_rows(gate), matrix, *how, input="silu_mul", second=up.data_ptr(), ld_second=up.stride(0)
-    )
+    return _quantize_with(_Input("silu_mul", gate, up), matrix, *how)
 
 
 @lru_cache(maxsize=4096)
-def _gemm_plan(
+def _gemm_launch(
     index: int, m: int, n: int, k_blocks: int, blocks_per_group: int, m_stride: int, out: torch.dtype
-) -> tuple[GemmPlan, Kernel, tuple[Any, ...]]:
-    """The plan, its kernel, and the arguments behind the pointers: the same for every call, and never written to."""
+) -> tuple[GemmPlan, Launch]:
+    """The plan, and its kernel with all but the pointers."""
     from . import launcher
     from .gemm_configs import choose_gemm
 
     plan = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out])
     kernel = launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)
-    return plan, kernel, tuple(map(c_int, (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)))
+    numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)
+    launch = kernel.bind(
+        plan.grid, plan.block, 8, [c_int(number) for number in numbers],
+        shared_bytes=plan.config.shared_bytes, cluster=plan.cluster, programmatic=plan.config.family == "sm90",
+    )  # fmt: skip
+    return plan, launch
+
+
+def _launch_gemm(
+    y: torch.Tensor, codes: int, scales: int, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+    k_blocks: int, blocks_per_group: int, m_stride: int, stream: int,
+) -> None:  # fmt: skip
+    (m, n), device = y.shape, y.device
+    plan, launch = _gemm_launch(device.index, m, n, k_blocks, blocks_per_group, m_stride, y.dtype)
+    partial = counter = 0
+    if plan.parts > 1:
+        # Not kept: what it holds is read by this kernel alone, and the allocator orders its reuse by the stream.
+        sums = torch.empty(plan.workspace_floats, dtype=torch.float32, device=device)
+        partial = sums.data_ptr()
+        counter = workspace.counters(device.index, stream, 4 * plan.counters).data_ptr()
+    launch(stream, y.data_ptr(), codes, scales, packed.data_ptr(), scale.data_ptr(), _address(bias), partial, counter)
 
 
 def _gemm_cuda(
@@ -240,27 +356,43 @@ def _gemm_cuda(
     out: torch.dtype,
 ) -> torch.Tensor:
     y = torch.empty(m, n, dtype=out, device=codes.device)
-    if m == 0:
-        return y
-    index, (k_blocks, m_stride, _) = codes.device.index, codes.shape
-    blocks_per_group = k_blocks // scales.shape[0]
-    plan, kernel, numbers = _gemm_plan(index, m, n, k_blocks, blocks_per_group, m_stride, out)
-    stream = torch.cuda.current_stream(index).cuda_stream
-    partial, counter = None, None
-    if plan.parts > 1:
-        # Not kept: what it holds is read by this kernel alone, and the allocator orders its reuse by the stream.
-        sums = torch.empty(plan.workspace_floats, dtype=torch.float32, device=codes.device)
-        partial, counter = sums.data_ptr(), workspace.counters(index, stream, 4 * plan.counters).data_ptr()
-    pointers = (
-        y.data_ptr(), codes.data_ptr(), scales.data_ptr(), weight_packed.data_ptr(), weight_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(), partial, counter,
-    )  # fmt: skip
-    kernel.launch(
-        plan.grid, plan.block, [*map(c_void_p, pointers), *numbers],
-        shared_bytes=plan.config.shared_bytes, cluster=plan.cluster, stream=stream,
-        programmatic=plan.config.family == "sm90",
-    )  # fmt: skip
+    if m:
+        k_blocks, m_stride, _ = codes.shape
+        _launch_gemm(
+            y, codes.data_ptr(), scales.data_ptr(), weight_packed, weight_scale, bias, k_blocks,
+            k_blocks // scales.shape[0], m_stride, _stream(codes.device.index),
+        )  # fmt: skip
     return y
+
+
+def _linear_cuda(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    matrix: torch.Tensor | None, *how: Any,
+) -> torch.Tensor:  # fmt: skip
+    if not _reads_prepacked(matrix):
+        return _gemm_cuda(*_quantize_cuda(x, matrix, *how), packed, scale, bias, x.shape[0], n, x.dtype)
+    return _linear_with(_Input("plain", x), packed, scale, bias, n, matrix, *how)
+
+
+def _rms_norm_linear_cuda(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: Any,
+) -> torch.Tensor:  # fmt: skip
+    if not _reads_prepacked(matrix):
+        operands = _rms_norm_quantize_cuda(x, gain, eps, gain_offset, matrix, *how)
+        return _gemm_cuda(*operands, packed, scale, bias, x.shape[0], n, x.dtype)
+    source = _Input("rms_norm", x, gain, eps, bool(gain_offset))
+    return _linear_with(source, packed, scale, bias, n, matrix, *how)
+
+
+def _silu_mul_linear_cuda(
+    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    matrix: torch.Tensor | None, *how: Any,
+) -> torch.Tensor:  # fmt: skip
+    if not _reads_prepacked(matrix):
+        operands = _silu_mul_quantize_cuda(gate, up, matrix, *how)
+        return _gemm_cuda(*operands, packed, scale, bias, gate.shape[0], n, gate.dtype)
+    return _linear_with(_Input("silu_mul", gate, up), packed, scale, bias, n, matrix, *how)
 
 
 for _name, _function in (
@@ -268,5 +400,8 @@ for _name, _function in (
     ("rms_norm_quantize", _rms_norm_quantize_cuda),
     ("silu_mul_quantize", _silu_mul_quantize_cuda),
     ("gemm", _gemm_cuda),
+    ("linear", _linear_cuda),
+    ("rms_norm_linear", _rms_norm_linear_cuda),
+    ("silu_mul_linear", _silu_mul_linear_cuda),
 ):
     _library.impl(_name, _function, "CUDA")

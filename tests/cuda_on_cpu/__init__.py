@@ -7,7 +7,7 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,25 @@ class KernelFault(AssertionError):
 
 
 class CpuKernel:
-    """`launch` as `launcher.Kernel.launch` has it; addresses among the arguments are those of the CPU's memory."""
+    """`bind` as `launcher.Kernel.bind` has it; pointers are addresses of the CPU's memory."""
 
     def __init__(self, library: Path) -> None:
         self._launch = ctypes.CDLL(str(library)).launch_on_cpu
         self._launch.restype = ctypes.c_char_p
 
-    def launch(
-        self, grid: tuple[int, int, int], block: int, args: Sequence[Any], *, shared_bytes: int = 0, **_: Any
-    ) -> None:
-        addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
-        fault = self._launch(addresses, (ctypes.c_int * 3)(*grid), block, shared_bytes)
-        if fault is not None:
-            raise KernelFault(fault.decode())
+    def bind(
+        self, grid: tuple[int, int, int], block: int, pointers: int, numbers: Sequence[Any], *, shared_bytes: int = 0,
+        **_: Any,
+    ) -> Callable[..., None]:  # fmt: skip
+        def launch(stream: int, *given: int) -> None:
+            assert len(given) == pointers
+            args = [*map(ctypes.c_void_p, given), *numbers]
+            addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
+            fault = self._launch(addresses, (ctypes.c_int * 3)(*grid), block, shared_bytes)
+            if fault is not None:
+                raise KernelFault(fault.decode())
+
+        return launch
 
 
 def _with_placed_shared_memory(text: str) -> str:
