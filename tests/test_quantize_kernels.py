@@ -369,17 +369,17 @@ def test_the_check_expects_what_the_reference_says(
 
 MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "chunk order": (("index.cuh", "16 * (chunk ^ (row >> 1 & 3))", "16 * (chunk ^ (row & 3))"), ROWS_80),
-    "factor": (("quantize_rows.cu", "0.08838834764831845f", "0.0883885f"), ROWS_80),
+    "factor": (("quantize_slice.cuh", "0.08838834764831845f", "0.0883885f"), ROWS_80),
     "clamp": (("quantize.cuh", "fmaxf(q1, -7.0f)", "fmaxf(q1, -8.0f)"), replace(ROWS_80, transform="none")),
     "floor": (("quantize.cuh", "0x1p-100f", "0x1p-101f"), replace(ROWS_80, data="zero")),
     "sign": (("quantize.cuh", "one * 7u", "one * 3u"), replace(ROWS_90, transform="none")),
     "nibble": (("index.cuh", "2 * (element & 3) + (element >> 2)", "element"), ROWS_90),
-    "shuffle": (("quantize_rows.cu", "lane & mask ? -1.0f : 1.0f", "lane & mask ? 1.0f : -1.0f"), ROWS_80),
+    "shuffle": (("quantize_slice.cuh", "lane & mask ? -1.0f : 1.0f", "lane & mask ? 1.0f : -1.0f"), ROWS_80),
     "tie": (("quantize.cuh", "fmaf(fmaf(-q0, scale, t), reciprocal, q0)", "q0"), replace(ROWS_90, transform="none", data="ties", m=128)),
     "mma word": (("index.cuh", "2 * (step & 1) + half)", "(step & 1) + 2 * half)"), DENSE_80),
     "warp's columns": (("quantize_dense.cu", "dense_output(WARP_TILES * warp, 2", "dense_output(warp, 2"), replace(DENSE_80, m=16)),
     "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_90, m=300, k=1000)),
-    "mean": (("quantize_rows.cu", "__fdiv_rn(squares, static_cast<float>(k))", "__fdiv_rn(squares, 128.0f * ((k + 127) / 128))"),
+    "mean": (("quantize_slice.cuh", "__fdiv_rn(squares, static_cast<float>(k))", "__fdiv_rn(squares, 128.0f * ((k + 127) / 128))"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
 

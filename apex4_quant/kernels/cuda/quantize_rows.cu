@@ -22,15 +22,12 @@
 // Grid: (ceil(k_blocks / blocks_per_cta), row tiles up to 65535, their excess). Rows from m on are not written.
 //
 // Macros: those of quantize.cuh; APEX4_FORM; APEX4_HADAMARD (0, 1).
-#include "quantize.cuh"
+#include "quantize_slice.cuh"
 
 #define APEX4_NARROW 0
 #define APEX4_RESIDENT 1
 #define APEX4_LONG 2
 
-constexpr int LANES = 8;                // of a slice
-constexpr int COLUMNS = BLOCK / LANES;  // of a lane
-constexpr int WORDS = COLUMNS / 2;
 constexpr int MAX_THREADS = APEX4_FORM == APEX4_NARROW ? 256 : APEX4_FORM == APEX4_RESIDENT ? 1024 : 512;
 [[maybe_unused]] constexpr int MIN_CTAS = APEX4_FORM == APEX4_NARROW ? 6 : 1;  // per SM: memory's latency is hidden by many small CTAs
 #if APEX4_FORM == APEX4_RESIDENT && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
@@ -42,130 +39,21 @@ constexpr int GRID_Y = 65535;
 #if APEX4_FORM == APEX4_LONG
 constexpr int MAX_LONG_BLOCKS = 1024;
 #endif
-#if APEX4_HADAMARD
-constexpr float TRANSFORM_FACTOR = 0.08838834764831845f;  // 1 / sqrt(128)
-#endif
-
-__device__ __forceinline__ float sum_of_slice(float value) {
-#pragma unroll
-  for (int mask = 1; mask < LANES; mask *= 2) value += __shfl_xor_sync(FULL_WARP, value, mask);
-  return value;
-}
-
-__device__ __forceinline__ float max_of_slice(float value) {
-#pragma unroll
-  for (int mask = 1; mask < LANES; mask *= 2) value = max_nan(value, __shfl_xor_sync(FULL_WARP, value, mask));
-  return value;
-}
-
-#if APEX4_INPUT == APEX4_RMS_NORM
-__device__ __forceinline__ float sum_of_squares(const unsigned (&pairs)[WORDS]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    sum = fmaf(low_of(pairs[i]), low_of(pairs[i]), sum);
-    sum = fmaf(high_of(pairs[i]), high_of(pairs[i]), sum);
-  }
-  return sum;
-}
-#endif
-
-// A lane's columns in float32, times the unscaled Hadamard matrix.
-__device__ __forceinline__ void transform(float (&y)[COLUMNS], const unsigned (&pairs)[WORDS], int lane) {
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) y[2 * i] = low_of(pairs[i]), y[2 * i + 1] = high_of(pairs[i]);
-#if APEX4_HADAMARD
-#pragma unroll
-  for (int bit = 1; bit < COLUMNS; bit *= 2)
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i)
-      if (!(i & bit)) {
-        const float a = y[i], b = y[i | bit];
-        y[i] = a + b, y[i | bit] = a - b;
-      }
-#pragma unroll
-  for (int mask = 1; mask < LANES; mask *= 2) {
-    const float sign = lane & mask ? -1.0f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) y[i] = fmaf(sign, y[i], __shfl_xor_sync(FULL_WARP, y[i], mask));
-  }
-#endif
-}
-
-// The largest |t| of the block: of its transformed values with the constant factor.
-__device__ __forceinline__ float absmax_of_block(const float (&y)[COLUMNS]) {
-  float absmax = fabsf(y[0]);
-#pragma unroll
-  for (int i = 1; i < COLUMNS; ++i) absmax = max_nan(absmax, fabsf(y[i]));
-#if APEX4_HADAMARD
-  absmax *= TRANSFORM_FACTOR;
-#endif
-  return max_of_slice(absmax);
-}
 
 struct Problem {
   unsigned char* codes;
   float* scales;
-  const unsigned short* x;
-  const unsigned short* second;
-  int m, k, k_blocks, blocks_per_group, m_stride, ldx, ld_second;
+  Input input;
+  int m, k_blocks, blocks_per_group, m_stride;
   float clip_over_7;
-  bool gain_offset, aligned;
-};
-
-// Sixteen columns of a lane: loaded, then finished to what is transformed.
-struct Lane {
-  unsigned pairs[WORDS];
-#if APEX4_INPUT != APEX4_PLAIN
-  unsigned factors[WORDS];  // gain or up
-#endif
-
-  __device__ __forceinline__ void load(const Problem& p, int row, int column, bool active) {
-    load_from(pairs, p.x + static_cast<long long>(row) * p.ldx, p, column, active);
-  }
-
-  __device__ __forceinline__ void load_second(const Problem& p, int row, int column, bool active) {
-#if APEX4_INPUT == APEX4_RMS_NORM
-    load_from(factors, p.second, p, column, active);
-#elif APEX4_INPUT == APEX4_SILU_MUL
-    load_from(factors, p.second + static_cast<long long>(row) * p.ld_second, p, column, active);
-#endif
-  }
-
-  __device__ __forceinline__ void finish(const Problem& p, float inverse_rms) {
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-#if APEX4_INPUT == APEX4_RMS_NORM
-      pairs[i] = normalised(pairs[i], factors[i], inverse_rms, p.gain_offset);
-#elif APEX4_INPUT == APEX4_SILU_MUL
-      pairs[i] = gated(pairs[i], factors[i]);
-#endif
-    }
-  }
-
- private:
-  __device__ __forceinline__ static void load_from(
-      unsigned (&to)[WORDS], const unsigned short* row, const Problem& p, int column, bool active) {
-    load_octet(to, row, column, p.k, active, p.aligned);
-    load_octet(to + 4, row, column + 8, p.k, active, p.aligned);
-  }
 };
 
 // Quantize a lane's columns and store them; the first block of a group stores the group's scale.
 __device__ __forceinline__ void store(
     const Problem& p, const float (&y)[COLUMNS], float absmax, int row, int block, int group, bool first_of_group,
     int lane, bool active) {
-  const float scale = scale_of(absmax, p.clip_over_7);
-#if APEX4_HADAMARD
-  const ShiftedProduct quantized(scale, TRANSFORM_FACTOR);
-#else
-  const ExactQuotient quantized(scale);
-#endif
-  unsigned codes[COLUMNS], words[2 * OCTET_WORDS];
-#pragma unroll
-  for (int i = 0; i < COLUMNS; ++i) codes[i] = quantized(y[i]);
-  pack_octet(words, codes);
-  pack_octet(words + OCTET_WORDS, codes + 8);
+  unsigned words[2 * OCTET_WORDS];
+  const float scale = codes_of(words, y, absmax, p.clip_over_7);
   if (!active) return;
   unsigned char* const slab = p.codes + static_cast<long long>(block) * p.m_stride * ROW_BYTES;
   unsigned char* const where = slab + octet_byte(row, rows_column(lane));
@@ -177,19 +65,13 @@ __device__ __forceinline__ void store(
   if (first_of_group && (lane & (LANES - 1)) == 0) p.scales[static_cast<long long>(group) * p.m_stride + row] = scale;
 }
 
-#if APEX4_INPUT == APEX4_RMS_NORM
-__device__ __forceinline__ float inverse_rms_of(float squares, int k, float eps) {
-  return rsqrtf(__fdiv_rn(squares, static_cast<float>(k)) + eps);
-}
-#endif
-
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, int m, int k, int k_blocks,
     int blocks_per_group, int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float clip_over_7,
     float eps, int gain_offset, int aligned) {
   let_dependents_start();
-  const Problem p{codes, scales, x,         second,      m,           k,       k_blocks, blocks_per_group, m_stride,
-                  ldx,   ld_second, clip_over_7, gain_offset != 0, aligned != 0};
+  const Problem p{codes, scales, {x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0},
+                  m, k_blocks, blocks_per_group, m_stride, clip_over_7};
   const int lane = threadIdx.x & 31, slice = threadIdx.x / LANES;
   [[maybe_unused]] const int in_slice = lane & (LANES - 1);
   const int row_tile = blockIdx.z * GRID_Y + blockIdx.y, first_block = blockIdx.x * blocks_per_cta;
@@ -200,8 +82,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
   const int row = (row_tile << rows_log2) + in_rows, block = first_block + in_blocks;
   const bool active = row < m && in_blocks < blocks_per_cta && block < k_blocks;
   Lane values;
-  values.load(p, row, BLOCK * block + rows_column(lane), active);
-  values.load_second(p, row, BLOCK * block + rows_column(lane), active);
+  values.load(p.input, row, BLOCK * block + rows_column(lane), active);
+  values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
 
   float inverse_rms = 1.0f;
 #if APEX4_INPUT == APEX4_RMS_NORM
@@ -213,7 +95,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
   for (int b = in_slice; b < k_blocks; b += LANES) row_squares += slice_squares[(b << rows_log2) + in_rows];
   inverse_rms = inverse_rms_of(sum_of_slice(row_squares), k, eps);
 #endif
-  values.finish(p, inverse_rms);
+  values.finish(p.input, inverse_rms);
 
   float y[COLUMNS];
   transform(y, values.pairs, lane);
@@ -247,7 +129,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
   float squares = 0.0f;
   for (int round = 0; round < rounds; ++round) {
     const int in_blocks = round * slices + slice, block = first_block + in_blocks;
-    values.load(p, row, BLOCK * block + rows_column(lane), row < m && in_blocks < blocks_per_cta && block < k_blocks);
+    values.load(p.input, row, BLOCK * block + rows_column(lane), row < m && in_blocks < blocks_per_cta && block < k_blocks);
     squares += sum_of_squares(values.pairs);
   }
   squares = sum_of_slice(squares);
@@ -263,9 +145,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
     for (int round = 0; round < rounds; ++round) {
       const int in_blocks = round * slices + slice, block = first_block + in_blocks;
       const bool active = row < m && in_blocks < blocks_per_cta && block < k_blocks;
-      values.load(p, row, BLOCK * block + rows_column(lane), active);
-      values.load_second(p, row, BLOCK * block + rows_column(lane), active);
-      values.finish(p, inverse_rms);
+      values.load(p.input, row, BLOCK * block + rows_column(lane), active);
+      values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
+      values.finish(p.input, inverse_rms);
       float y[COLUMNS];
       transform(y, values.pairs, lane);
       if (pass == 0 || blocks_per_group == 1) {
