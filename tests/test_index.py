@@ -35,6 +35,7 @@ VALUES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "dense_input": [((0, 0), 0), ((0, 9), 3), ((1, 2), 12), ((7, 15), 127), ((2, 6), 56)],
     "dense_output": [((0, 7), 97), ((15, 0), 30), ((3, 5), 71)],
     "dense_fragment_byte": [((0, 0, 31), 496), ((2, 15, 1), 24080)],
+    "sm90_token_byte": [((1, 0, 9), 144), ((3, 2, 5), 272), ((4, 3, 0), 48)],
 }  # fmt: skip
 
 
@@ -48,6 +49,15 @@ def test_values(name: str) -> None:
 
 def test_no_index_function_is_without_values() -> None:
     assert set(index.index_functions()) == set(VALUES)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8])
+def test_tokens_stand_where_the_core_matrices_of_a_descriptor_are(rows: int) -> None:
+    """wgmma reads row r of the core matrix of chunk c at 16 r + c * stride, the stride being that of the descriptor."""
+    row, chunk = np.meshgrid(np.arange(rows), np.arange(64), indexing="ij")
+    bytes_ = index.index_function("sm90_token_byte")(rows, row, chunk)
+    assert (bytes_ == 16 * row + chunk * (16 * rows)).all()
+    assert sorted(bytes_.flatten()) == list(range(0, 16 * rows * 64, 16)), "every 16 bytes have one owner"
 
 
 def read(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:

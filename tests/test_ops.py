@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels import dispatch, launcher, ops, torch_backend, workspace
-from apex4_quant.kernels.gemm_configs import choose_gemm
+from apex4_quant.kernels import dispatch, fused_linear, launcher, ops, torch_backend, workspace
+from apex4_quant.kernels.gemm_configs import SHARED_LIMITS, choose_gemm
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.operands import FORMATS, pack_activations, row_stride, unpack_activations
 from apex4_quant.kernels.quantize_configs import prepack_matrix
@@ -343,7 +343,7 @@ def test_what_the_quantizers_launch(launches: Launches) -> None:
     assert all(rest["stream"] == 77 for _, rest in launches.launched)
 
 
-@pytest.mark.parametrize("m", [3, 300])
+@pytest.mark.parametrize("m", [5, 300])
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None:
     """The same as its parts, on codes and scales in memory of its own."""
@@ -379,6 +379,65 @@ def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None
         0,
         n,
     )
+
+
+def test_few_tokens_on_hopper_are_one_launch(launches: Launches) -> None:
+    m, n, k = 4, 130, 1000
+    wide = torch.zeros(m, 2048, dtype=torch.float16)
+    x, up, gain = wide[:, :k], wide[:, 1024 : 1024 + k], torch.zeros(k, dtype=torch.float16)
+    packed, scale, bias = torch.zeros(3, 8, 4096, dtype=torch.uint8), torch.zeros(3, 8, 64).half(), torch.zeros(n)
+    how = (None, 1024, 128, 0.7, True, "sm90")
+    for input, linear, inputs in (
+        (0, ops._linear_cuda, (x,)),
+        (1, ops._rms_norm_linear_cuda, (x, gain, 1e-5, 1.0)),
+        (2, ops._silu_mul_linear_cuda, (x, up)),
+    ):
+        launches.made.clear(), launches.launched.clear()
+        y = linear(*inputs, packed, scale, bias, n, *how)
+        ((source, entry, defines),), ((args, rest),) = launches.made, launches.launched
+        assert (source, entry, defines["QUANTIZES"]) == ("gemm_sm90_decode.cu", "apex4_linear", 1)
+        assert (defines["APEX4_INPUT"], defines["OUT_BF16"], defines["APEX4_BF16"]) == (input, 0, 0)
+        second = 0 if input == 0 else inputs[1].data_ptr()
+        assert args[:6] == (
+            y.data_ptr(), x.data_ptr(), second, packed.data_ptr(), scale.data_ptr(), bias.data_ptr()
+        )  # fmt: skip
+        assert args[6:14] == (m, n, k, 8, 2048, 2048 if input == 2 else 0, n, 3)
+        assert args[14:] == pytest.approx((1e-5 if input == 1 else 0.0, 0.1, int(input == 1), 1))
+        plan = choose_gemm(90, 132, m, n, 8, 1, "fp16")
+        assert rest["cluster"] == plan.cluster and rest["programmatic"] and rest["stream"] == 77
+        of_stages = -(-8 // (4 * plan.cluster)) * 4
+        assert rest["shared_bytes"] == defines["SHARED_BYTES"] + of_stages * (32 + m * 128) + 128
+
+
+@pytest.mark.parametrize(
+    ("what", "launched"),
+    [
+        ({}, 1), ({"m": 5}, 2), ({"format": "sm80"}, 2), ({"group": 256}, 2), ({"hadamard": False}, 2),
+        ({"k": 8192}, 1), ({"k": 8320}, 2), ({"m": 4, "k": 8192}, 1),
+    ],
+)  # fmt: skip
+def test_what_is_no_one_launch(
+    what: dict[str, Any], launched: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens, another architecture, wide groups, no transform, or a row too long for one round of squares."""
+    m, k, group = what.get("m", 1), what.get("k", 1024), what.get("group", 128)
+    if what.get("format") == "sm80":
+        monkeypatch.setattr(ops, "_gpu", lambda index: (80, 108))
+    x, gain = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(k, dtype=torch.bfloat16)
+    packed, scale = torch.zeros(1, k // 128, 4096, dtype=torch.uint8), torch.zeros(1, k // group, 64).half()
+    how = (None, k, group, 1.0, what.get("hadamard", True), what.get("format", "sm90"))
+    ops._rms_norm_linear_cuda(x, gain, 1e-5, 0.0, packed, scale, None, 64, *how)
+    assert len(launches.launched) == launched
+
+
+def test_shared_memory_of_the_fused_kernel_is_enough_or_it_is_not_taken() -> None:
+    longest = {1: 400, 2: 224, 3: 224, 4: 112, 5: 0}  # blocks of a row, of those that are tried
+    for m, most in longest.items():
+        for k_blocks in (1, 8, 32, 64, 112, 224, 400, 1000):
+            plan = fused_linear.choose_fused(90, 132, m, 4096, k_blocks, "plain", "bfloat16")
+            assert (plan is not None) == (k_blocks <= most), (m, k_blocks)
+            assert plan is None or plan.shared_bytes <= SHARED_LIMITS[90][0]
+    assert fused_linear.choose_fused(80, 108, 1, 4096, 32, "plain", "bfloat16") is None
 
 
 def test_one_matrix_for_all_blocks_is_launched_as_one(launches: Launches) -> None:

@@ -68,7 +68,9 @@ class GemmConfig:
         # The kernel asserts that its own struct has this size.
         common["SHARED_BYTES"] = self.shared_bytes
         if self.family == "sm90":
-            return common | {"PARTS" if self.few_tokens else "CONSUMERS": self.consumers}
+            if self.few_tokens:
+                return common | {"PARTS": self.consumers, "QUANTIZES": 0}
+            return common | {"CONSUMERS": self.consumers}
         return common | {
             "TILE_N": self.tile_n,
             "WARPS_M": self.warps_m,

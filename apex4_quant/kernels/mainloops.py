@@ -36,8 +36,9 @@ class Kernel:
 
 
 def kernels() -> Iterator[Kernel]:
-    """Every GEMM configuration for every architecture with bfloat16 output, and the control kernel."""
-    from .gemm_configs import all_configs
+    """Every GEMM configuration for every architecture with bfloat16 output, those that quantize, and the control kernel."""
+    from . import fused_linear
+    from .gemm_configs import WEIGHT_TILE_N, all_configs
 
     for sm in SMS:
         for config in all_configs(sm):
@@ -56,6 +57,14 @@ def kernels() -> Iterator[Kernel]:
                 config.wide_groups,
                 config.shared_bytes,
             )
+        for fused in fused_linear.all_configs(sm):
+            if fused.dtype == "bfloat16":
+                tile = (fused_linear.TILE_M, WEIGHT_TILE_N)
+                accumulators = fused_linear.TILE_M // 2
+                yield Kernel(
+                    fused.name, arch_of(sm), fused.source, fused.entry, dict(fused.defines), tile, accumulators, False,
+                    fused.shared_bytes,
+                )  # fmt: skip
         if sm < 90:
             yield Kernel("naive_i2f", arch_of(sm), str(CONTROL), "naive_gemm", {}, (128, 128), 64, False, 3 * 17152)
 

@@ -15,6 +15,7 @@ with PyTorch, slowly: for tests, and to trace.
 
 from __future__ import annotations
 
+import os
 from ctypes import c_int
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ import torch
 
 from ..layouts import get_layout
 from ..number_format import BLOCK
-from . import torch_backend, workspace
+from . import launcher, torch_backend, workspace
+from .fused_linear import MOST_TOKENS, fused_launch
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
 from .quantize_launch import Quantizer, quantizer, rows_are_aligned
 
@@ -238,6 +240,17 @@ class _Input:
             self.gain_offset, matrix is not None and len(matrix) == 1, 1.0, format == "sm90",
         )  # fmt: skip
 
+    def fused(self, n: int, k_padded: int, group: int, clip: float, hadamard: bool, format: str) -> Launch | None:
+        """The kernel that quantizes and multiplies, where the shape gets it."""
+        x = self.x
+        if x.shape[0] > MOST_TOKENS or format != "sm90" or group != BLOCK or not hadamard:
+            return None
+        index = x.device.index
+        return fused_launch(
+            launcher.kernel, index, *_gpu(index), x.shape[0], n, x.shape[1], k_padded // BLOCK, x.stride(0), self.ld_second,
+            self.aligned, _NAMES[x.dtype], self.input, self.eps, clip, self.gain_offset, os.environ.get("APEX4_GEMM"),
+        )  # fmt: skip
+
 
 def _quantize_with(source: _Input, matrix: torch.Tensor | None, *how: Any) -> Pair:
     x = source.x
@@ -258,11 +271,24 @@ def _linear_with(
     source: _Input, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
     matrix: torch.Tensor | None, *how: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """As `_quantize_with` and `_gemm_cuda`, with one piece of memory for all that is gone afterwards."""
+    """As `_quantize_with` and `_gemm_cuda`, in one kernel or with one piece of memory for all that is gone afterwards."""
     x = source.x
     m, device = x.shape[0], x.device
     y = torch.empty((m, n), dtype=x.dtype, device=device)
     if m == 0:
+        return y
+    stream = _stream(device.index)
+    fused = source.fused(n, *how) if matrix is None else None
+    if fused is not None:
+        fused(
+            stream,
+            y.data_ptr(),
+            x.data_ptr(),
+            _address(source.second),
+            packed.data_ptr(),
+            scale.data_ptr(),
+            _address(bias),
+        )
         return y
     k_padded, group, _, _, format = how
     m_stride = row_stride(m)
@@ -270,7 +296,7 @@ def _linear_with(
     scale_bytes = 4 * (k_padded // group) * m_stride
     # Codes of whole blocks and scales of 16 rows each are multiples of 64 bytes: what follows them is aligned.
     memory = torch.empty(code_bytes + scale_bytes + 4 * m, dtype=torch.uint8, device=device)
-    codes, stream = memory.data_ptr(), _stream(device.index)
+    codes = memory.data_ptr()
     scales = codes + code_bytes
     source.quantizer(matrix, *how)(
         stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes
@@ -317,7 +343,6 @@ def _gemm_launch(
     index: int, m: int, n: int, k_blocks: int, blocks_per_group: int, m_stride: int, out: torch.dtype
 ) -> tuple[GemmPlan, Launch]:
     """The plan, and its kernel with all but the pointers."""
-    from . import launcher
     from .gemm_configs import choose_gemm
 
     plan = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out])

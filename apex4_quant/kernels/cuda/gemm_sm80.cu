@@ -28,7 +28,6 @@ constexpr int FRAGMENTS_M = TILE_M / WARPS_M / 16;  // m16 fragments of a warp
 constexpr int FRAGMENTS_N = TILE_N / WARPS_N / 8;   // n8 fragments of a warp
 static_assert(TILE_M % (16 * WARPS_M) == 0 && TILE_N % 64 == 0 && TILE_N % (32 * WARPS_N) == 0, "tile of a warp");
 
-constexpr int BLOCK = 128;            // k of one pipeline stage
 constexpr int ROW_BYTES = BLOCK / 2;  // of a_codes
 constexpr int WEIGHT_TILE_N = 64;     // the layout's tile
 constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * ROW_BYTES;

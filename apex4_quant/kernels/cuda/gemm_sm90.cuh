@@ -7,7 +7,6 @@
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
-constexpr int BLOCK = 128;  // k of one scale
 constexpr int WARPGROUP = 128;
 constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: outputs of one wgmma
 constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;

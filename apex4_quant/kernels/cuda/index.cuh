@@ -5,6 +5,8 @@
 // same text in NumPy, so that a simulation of the lanes cannot disagree with the kernel about an address.
 #pragma once
 
+constexpr int BLOCK = 128;  // input features of a block: of a transform, of a tile of weights
+
 #define APEX4_INDEX(name, arguments, expression) \
   __host__ __device__ constexpr int name arguments { return expression; }
 
@@ -32,6 +34,11 @@ APEX4_INDEX(accumulator_column, (int lane, int element), 2 * (lane & 3) + elemen
 APEX4_INDEX(sm90_weight_byte, (int half, int warp, int lane), 2048 * half + 512 * warp + 16 * lane)
 // The pair of float16 scales, of rows r and r + 8 of the warp's sixteen, in a row of 64.
 APEX4_INDEX(sm90_scale_position, (int warp, int lane), 16 * warp + 2 * (lane >> 2))
+
+// Tokens that a thread block quantizes for itself, as wgmma's operand without swizzle: `rows` of them, 16 bytes of each in turn.
+// `chunk` counts 16 input features, through all blocks. A core matrix is eight rows of 16 bytes: with fewer tokens its last
+// rows are the next chunk's.
+APEX4_INDEX(sm90_token_byte, (int rows, int row, int chunk), 16 * (rows * chunk + row))
 
 // ---- activation quantizers --------------------------------------------------------------------------------------------
 // quantize_rows: eight lanes hold a slice, one block of one row; a CTA's slices are numbered rows first.

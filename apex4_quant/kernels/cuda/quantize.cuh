@@ -11,7 +11,6 @@
 #define APEX4_RMS_NORM 1
 #define APEX4_SILU_MUL 2
 
-constexpr int BLOCK = 128;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr float SCALE_FLOOR = 0x1p-100f;
 // Adding 1.5 * 2^23 rounds a small number to an integer, ties to even, and leaves it in the low mantissa bits. The 8 on

@@ -1,0 +1,71 @@
+// The few tokens of a decoding step, quantized by every thread block of the GEMM for itself, into its shared memory: codes and
+// scales are those that quantize_rows.cu makes (group size 128), bit for bit.
+//
+// Eight lanes hold a slice as there. A thread block needs the blocks of inputs that it multiplies: of every `step` blocks, PARTS
+// from `first` on, and its `own` count runs through them.
+//   codes    sm90_token_byte(m, token, 8 own + chunk)   (index.cuh)
+//   scales   float32 [own][TILE_M], of which m are written
+// RMSNorm needs the squares of whole rows, whatever part of them is multiplied here: rows of at most SLICES blocks.
+//
+// Macros: those of quantize_slice.cuh, with APEX4_FORMAT 90. The includer has defined TILE_M and PARTS.
+#pragma once
+
+#include "ptx.cuh"
+#include "quantize_slice.cuh"
+
+constexpr int QUANTIZING_THREADS = 128 * PARTS, SLICES = QUANTIZING_THREADS / LANES;
+constexpr int MOST_TOKENS = 4;  // each costs every thread block as much
+constexpr int CHUNKS = BLOCK / 16;
+static_assert(32 / LANES == PARTS, "all slices of a warp have work or none: there are shuffles in it");
+
+struct TokenQuantizer {
+  Input from;
+  int m, k_blocks, first, step;
+  float eps, clip_over_7;
+  uint8* codes;
+  float* scales;
+
+  // Blocks there is room for: whole stages.
+  __device__ __forceinline__ int owned() const { return (k_blocks - first + step - 1) / step * PARTS; }
+
+  // By QUANTIZING_THREADS threads, which meet at the named barrier `barrier`; then wgmma may read. `squares`: RMS_NORM only.
+  __device__ __forceinline__ void run(int thread, int barrier, float (*squares)[SLICES]) const {
+    const int lane = thread & 31, slice = thread / LANES, in_slice = lane & (LANES - 1);
+#if APEX4_INPUT == APEX4_RMS_NORM
+#pragma unroll 1
+    for (int token = 0; token < m; ++token) {
+      Lane values;
+      values.load(from, token, BLOCK * slice + rows_column(lane), slice < k_blocks);
+      const float of_slice = sum_of_slice(sum_of_squares(values.pairs));
+      if (in_slice == 0) squares[token][slice] = of_slice;
+    }
+    ptx::named_barrier(barrier, QUANTIZING_THREADS);
+#endif
+#pragma unroll 1
+    for (int own = slice; own < owned(); own += SLICES) {
+      const int block = first + own / PARTS * step + own % PARTS;
+#pragma unroll 1
+      for (int token = 0; token < m; ++token) {
+        Lane values;
+        values.load(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
+        values.load_second(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
+        float inverse_rms = 1.0f;
+#if APEX4_INPUT == APEX4_RMS_NORM
+        float of_row = 0.0f;
+        for (int b = in_slice; b < k_blocks; b += LANES) of_row += squares[token][b];
+        inverse_rms = inverse_rms_of(sum_of_slice(of_row), from.k, eps);
+#endif
+        values.finish(from, inverse_rms);
+        float y[COLUMNS];
+        transform(y, values.pairs, lane);
+        unsigned words[2 * OCTET_WORDS];
+        const float scale = codes_of(words, y, absmax_of_block(y), clip_over_7);
+        *reinterpret_cast<uint4*>(codes + sm90_token_byte(m, token, CHUNKS * own + in_slice)) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+        if (in_slice == 0) scales[TILE_M * own + token] = scale;
+      }
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier(barrier, QUANTIZING_THREADS);
+  }
+};

@@ -1,0 +1,128 @@
+"""Checks of the operators that quantize and multiply in one call, on a GPU. Part of scripts/gpu_check.
+
+They must give what the quantizer and the GEMM give one after the other, bit for bit, with the same plan of the GEMM; those are
+checked against the float64 reference. For few tokens on Hopper this is another kernel, which quantizes in shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from apex4_quant.kernels import fused_linear, gemm_configs, ops
+from apex4_quant.layouts import get_layout
+from apex4_quant.number_format import BLOCK, CODE_MAX, round_up
+
+EPS = 1e-5
+# m, n, k: ragged in all three, one block, several rounds of a thread block, tiles that share a thread block, clusters.
+SHAPES = (
+    (1, 64, 128), (1, 4096, 4096), (1, 6144, 4096), (1, 4096, 14336), (1, 8192, 28672), (1, 200, 1000), (1, 9, 8192),
+    (2, 28672, 4096), (2, 1000, 333), (3, 4096, 4096), (3, 200, 584), (4, 10240, 8192), (4, 4096, 14336), (4, 8, 200),
+    (5, 512, 512), (16, 512, 1024), (100, 200, 1000),
+)  # fmt: skip
+
+
+def _inputs(m: int, k: int, input: str, dtype: torch.dtype, generator: torch.Generator, padding: int) -> tuple:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    x = normal(m, k + padding)[:, padding // 2 : padding // 2 + k]
+    if input == "rms_norm":
+        return x, normal(k) + 1, EPS, 0.0
+    return (x, normal(m, k + padding)[:, :k]) if input == "silu_mul" else (x,)
+
+
+OPERATORS = {
+    "plain": (ops.quantize, ops.linear),
+    "rms_norm": (ops.rms_norm_quantize, ops.rms_norm_linear),
+    "silu_mul": (ops.silu_mul_quantize, ops.silu_mul_linear),
+}
+
+
+def _check(
+    m: int, n: int, k: int, input: str, dtype: torch.dtype, format: str, generator: torch.Generator, padding: int = 0,
+    clip: float = 1.0, damage: float | None = None, hadamard: bool = True,
+) -> None:  # fmt: skip
+    layout, padded = get_layout(format), round_up(k, BLOCK)
+    codes = torch.randint(-CODE_MAX, CODE_MAX + 1, (n, padded), generator=generator, device="cuda", dtype=torch.int8)
+    scale = (torch.rand(n, padded // BLOCK, generator=generator, device="cuda") * 0.01 + 1e-4).half()
+    weights = layout.pack(codes), layout.pack_scales(scale)
+    bias = torch.randn(n, generator=generator, device="cuda") if n % 3 else None
+    inputs = _inputs(m, k, input, dtype, generator, padding)
+    if damage is not None:
+        inputs[0][m // 2, k // 3] = damage
+    how = (None, padded, BLOCK, clip, hadamard, format)
+    quantize, linear = OPERATORS[input]
+    plans = [None]
+    if format == "sm90" and m <= fused_linear.MOST_TOKENS:
+        plans = ["sm90_m8n64s10/1", "sm90_m8n64s10/2"]
+    for plan in plans:
+        before = os.environ.pop("APEX4_GEMM", None)
+        if plan:
+            os.environ["APEX4_GEMM"] = plan
+        try:
+            for cached in (gemm_configs.choose_gemm, fused_linear.choose_fused, ops._gemm_launch):
+                cached.cache_clear()
+            poisoned = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+            del poisoned  # what the operators write to next
+            y = linear(*inputs, *weights, bias, n, *how)
+            expected = ops.gemm(*quantize(*inputs, *how), *weights, bias, m, n, dtype)
+        finally:
+            os.environ.pop("APEX4_GEMM", None)
+            if before is not None:
+                os.environ["APEX4_GEMM"] = before
+        same = (y == expected) | (y.isnan() & expected.isnan())
+        assert same.all(), (
+            f"{plan}: {int((~same).sum())} of {y.numel()} outputs differ, by up to {(y - expected).abs().max()}"
+        )
+        if damage is None:
+            assert y.isfinite().all()
+        else:
+            assert y[m // 2].isnan().any() and y[: m // 2].isfinite().all(), "damage reaches its own token"
+
+
+def _check_replay(format: str, generator: torch.Generator) -> None:
+    """A chain of linears, each on the results of the one before, in a CUDA graph: replayed, it gives what eager calls give."""
+    k = 2048
+    layout = get_layout(format)
+    codes = torch.randint(-CODE_MAX, CODE_MAX + 1, (k, k), generator=generator, device="cuda", dtype=torch.int8)
+    weights = layout.pack(codes), layout.pack_scales(torch.full((k, k // BLOCK), 0.002, device="cuda").half())
+    gain = torch.ones(k, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, k, generator=generator, device="cuda").bfloat16()
+    how = (None, k, BLOCK, 1.0, True, format)
+
+    def chain(y: torch.Tensor) -> torch.Tensor:
+        for _ in range(12):
+            z = ops.rms_norm_linear(y, gain, EPS, 0.0, *weights, None, k, *how)
+            y = ops.silu_mul_linear(z, y, *weights, None, k, *how)
+            y = ops.linear(y, *weights, None, k, *how)
+        return y
+
+    expected = chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x)
+    for _ in range(20):
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected), "a replay differs"
+
+
+def checks(sm: int, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    format = "sm90" if sm == 90 else "sm80"
+    generator = torch.Generator("cuda").manual_seed(seed)
+    for input in OPERATORS:
+        for dtype in (torch.bfloat16, torch.float16):
+            name = f"linear {input} {str(dtype).removeprefix('torch.')}"
+            for m, n, k in SHAPES:
+                yield f"{name} {m} x {n} x {k}", lambda a=(m, n, k, input, dtype, format, generator): _check(*a)
+            for m in (1, 4):
+                base = (m, 328, 1000, input, dtype, format, generator)
+                yield f"{name} {m} rows of a wider tensor", lambda a=base: _check(*a, padding=8, clip=0.9)
+                yield f"{name} {m} unaligned rows", lambda a=base: _check(*a, padding=6)
+                yield f"{name} {m} extremes", lambda a=base: _check(*a, damage=float("nan"))
+                yield f"{name} {m} no transform", lambda a=base: _check(*a, hadamard=False)
+    yield "linear graph", lambda: _check_replay(format, generator)
