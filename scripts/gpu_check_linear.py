@@ -19,7 +19,7 @@ EPS = 1e-5
 # m, n, k: ragged in all three, one block, several rounds of a thread block, tiles that share a thread block, clusters.
 SHAPES = (
     (1, 64, 128), (1, 4096, 4096), (1, 6144, 4096), (1, 4096, 14336), (1, 8192, 28672), (1, 200, 1000), (1, 9, 8192),
-    (2, 28672, 4096), (2, 1000, 333), (3, 4096, 4096), (3, 200, 584), (4, 10240, 8192), (4, 4096, 14336), (4, 8, 200),
+    (2, 28672, 4096), (2, 1000, 333), (3, 4096, 4096), (3, 200, 584), (3, 10240, 8192), (3, 4096, 14336), (3, 8, 200), (4, 8, 200),
     (5, 512, 512), (16, 512, 1024), (100, 200, 1000),
 )  # fmt: skip
 
@@ -119,7 +119,7 @@ def checks(sm: int, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"linear {input} {str(dtype).removeprefix('torch.')}"
             for m, n, k in SHAPES:
                 yield f"{name} {m} x {n} x {k}", lambda a=(m, n, k, input, dtype, format, generator): _check(*a)
-            for m in (1, 4):
+            for m in (1, 3):
                 base = (m, 328, 1000, input, dtype, format, generator)
                 yield f"{name} {m} rows of a wider tensor", lambda a=base: _check(*a, padding=8, clip=0.9)
                 yield f"{name} {m} unaligned rows", lambda a=base: _check(*a, padding=6)

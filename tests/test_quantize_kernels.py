@@ -379,7 +379,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "mma word": (("index.cuh", "2 * (step & 1) + half)", "(step & 1) + 2 * half)"), DENSE_80),
     "warp's columns": (("quantize_dense.cu", "dense_output(WARP_TILES * warp, 2", "dense_output(warp, 2"), replace(DENSE_80, m=16)),
     "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_90, m=300, k=1000)),
-    "mean": (("quantize_slice.cuh", "__fdiv_rn(squares, static_cast<float>(k))", "__fdiv_rn(squares, 128.0f * ((k + 127) / 128))"),
+    "mean": (("quantize.cuh", "__fdiv_rn(squares, static_cast<float>(k))", "__fdiv_rn(squares, 128.0f * ((k + 127) / 128))"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
 

@@ -17,8 +17,11 @@ from .gemm_configs import DECODE_PARTS, SHARED_LIMITS, WEIGHT_TILE_N, GemmPlan, 
 from .launcher import Kernel, Launch
 from .quantize_configs import DTYPES, INPUTS
 
-MOST_TOKENS = 4  # of quantize_tokens.cuh
+MOST_TOKENS = (
+    3  # of quantize_tokens.cuh; more take the thread blocks longer than a kernel in front of them (measured, H100)
+)
 SLICES = 64  # likewise: blocks of a row whose squares are added up
+MOST_ROUNDS = 3  # likewise, of SLICES blocks of tokens that a thread block quantizes
 TILE_M, STAGES = 8, 10
 _OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -69,11 +72,14 @@ class FusedPlan:
     gemm: GemmPlan  # grid and cluster
 
     @property
+    def own_blocks(self) -> int:
+        """Blocks of inputs that a thread block multiplies: whole stages."""
+        return -(-self.gemm.k_blocks // (DECODE_PARTS * self.gemm.cluster)) * DECODE_PARTS
+
+    @property
     def shared_bytes(self) -> int:
-        """With the tokens of a thread block: scales and codes of all blocks it multiplies, whole stages of them."""
-        of_stages = -(-self.gemm.k_blocks // (DECODE_PARTS * self.gemm.cluster)) * DECODE_PARTS
-        # 128 bytes more: the last core matrix has eight rows whatever m is.
-        return self.config.shared_bytes + of_stages * (4 * TILE_M + self.gemm.m * BLOCK) + 128
+        """With the scales and codes of its tokens. 128 bytes more: the last core matrix has eight rows whatever m is."""
+        return self.config.shared_bytes + self.own_blocks * (4 * TILE_M + self.gemm.m * BLOCK) + 128
 
 
 @lru_cache(maxsize=4096)
@@ -90,7 +96,8 @@ def choose_fused(
     if chosen.config.tile_m != TILE_M:
         return None
     plan = FusedPlan(fused_config(input, dtype), chosen)
-    return plan if plan.shared_bytes <= SHARED_LIMITS[sm][0] else None
+    fits = plan.shared_bytes <= SHARED_LIMITS[sm][0] and m * plan.own_blocks <= MOST_ROUNDS * SLICES
+    return plan if fits else None
 
 
 @lru_cache(maxsize=4096)

@@ -41,6 +41,7 @@ DENSE_CTAS_PER_SM = 2
 DENSE_MOST_PASSES = 16
 DENSE_MATRIX_COST = 0.5  # loading the matrix, in passes: as many bytes as a pass, but from L2
 FEW_ROWS = 16  # a CTA of the kernel for few rows
+OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..number_format import BLOCK, CODE_MAX
 from . import launcher
 from .launcher import Kernel, Launch
-from .quantize_configs import MATRIX_CHUNKS, QuantizePlan, choose_dense, choose_row_rms, choose_rows
+from .quantize_configs import MATRIX_CHUNKS, OWN_RMS_ROWS, QuantizePlan, choose_dense, choose_row_rms, choose_rows
 
 VECTOR_BYTES = 16  # of the fast loads
 VECTOR_ELEMENTS = 8
@@ -30,7 +30,7 @@ def rows_are_aligned(k: int, *operands: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What quantizes inputs of one shape: the kernel, and for RMSNorm in front of a dense transform one before it."""
+    """What quantizes inputs of one shape: the kernel, and for many rows' RMSNorm in front of a dense transform one before it."""
 
     launch: Launch
     dense: bool
@@ -43,7 +43,8 @@ class Quantizer:
         if self.statistics is not None:
             self.statistics(stream, inverse_rms, x)
         if self.dense:
-            self.launch(stream, codes, scales, x, second, inverse_rms, matrix)
+            given = inverse_rms if self.statistics is not None else 0
+            self.launch(stream, codes, scales, x, second, given, matrix)
         else:
             self.launch(stream, codes, scales, x, second)
 
@@ -102,12 +103,12 @@ def _quantizer(
     if blocks_per_group != 1:
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {blocks_per_group * BLOCK}")
     statistics = None
-    if input == "rms_norm":
+    if input == "rms_norm" and m > OWN_RMS_ROWS:
         statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), _float(eps), _int(aligned))
     plan = choose_dense(m, k_blocks, aligned=aligned, **shape)
     launch = bound(
         plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, 0 if matrix_is_shared else MATRIX_CHUNKS)),
-        _float(matrix_factor), _float(clip / CODE_MAX), _int(gain_offset), _int(aligned),
+        _float(matrix_factor), _float(clip / CODE_MAX), _float(eps), _int(gain_offset), _int(aligned),
     )  # fmt: skip
     return Quantizer(launch, dense=True, statistics=statistics)
 

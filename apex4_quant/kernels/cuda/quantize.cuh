@@ -38,6 +38,11 @@ __device__ __forceinline__ void load_octet(
   }
 }
 
+// Of a row of k columns whose squares have this sum.
+__device__ __forceinline__ float inverse_rms_of(float squares, int k, float eps) {
+  return rsqrtf(__fdiv_rn(squares, static_cast<float>(k)) + eps);
+}
+
 // ---- input stages, rounded as the unfused PyTorch modules round --------------------------------------------------------
 // LlamaRMSNorm: x * inverse_rms is rounded, then the product with the gain is. With gain_offset (GemmaRMSNorm):
 // x * inverse_rms * (1 + gain) in float32, rounded once.

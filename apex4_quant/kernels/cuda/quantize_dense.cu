@@ -17,13 +17,15 @@
 //   scales   float32 [KB, m_stride]
 //   x        T [m, k], row stride ldx elements; SILU_MUL: the gate
 //   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
-//   inverse_rms   RMS_NORM: float32 [m], written by row_rms.cu. Otherwise not read
+//   inverse_rms   RMS_NORM: float32 [m], written by row_rms.cu, or null: a CTA for few rows works out those of its own, of which
+//            there may be OWN_RMS_ROWS. Otherwise not read
 //   matrix   T [KB or 1][16384] in fragment order (quantize_configs.prepack_matrix), 16-byte aligned
 //   m, k, m_stride >= m, ldx, ld_second
 //   rows_per_cta   a multiple of 128; FEW_ROWS: 16
 //   matrix_stride  2048, or 0 if all blocks share one matrix (16-byte units)
 //   matrix_factor  a constant the products are multiplied by; 1 but for a shared matrix of +-1
 //   clip_over_7    float32(clip / 7)
+//   eps            where inverse_rms is null
 //   gain_offset (0 or 1)   RMS_NORM only, see `normalised`
 //   aligned  must be 1 unless FEW_ROWS; see quantize_rows.cu
 // Grid: (KB, runs of rows), 128 threads. Rows from m on are not written.
@@ -113,10 +115,45 @@ __device__ __forceinline__ float max_of_quad(float value) {
 
 constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
 
+#if APEX4_INPUT == APEX4_RMS_NORM
+constexpr int OWN_RMS_ROWS = 4;
+
+// 1 / RMS of all m rows, by all threads. Every CTA reads them whole: less than a kernel in front of this one would cost.
+__device__ __forceinline__ const float* own_inverse_rms(
+    const unsigned short* x, int m, int k, int ldx, float eps, bool aligned) {
+  __shared__ float warp_squares[WARPS][OWN_RMS_ROWS], result[OWN_RMS_ROWS];
+  for (int row = 0; row < m; ++row) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
+      unsigned pairs[4];
+      load_octet(pairs, x + static_cast<long long>(row) * ldx, column, k, true, aligned);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum = fmaf(low_of(pairs[i]), low_of(pairs[i]), sum);
+        sum = fmaf(high_of(pairs[i]), high_of(pairs[i]), sum);
+      }
+    }
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+    if ((threadIdx.x & 31) == 0) warp_squares[threadIdx.x >> 5][row] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < m) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) sum += warp_squares[i][threadIdx.x];
+    result[threadIdx.x] = inverse_rms_of(sum, k, eps);
+  }
+  __syncthreads();
+  return result;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
     const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
-    float matrix_factor, float clip_over_7, int gain_offset, int aligned) {
+    float matrix_factor, float clip_over_7, float eps, int gain_offset, int aligned) {
   __shared__ float warp_absmax[WARPS][ROWS];
   let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x, first = blockIdx.y * rows_per_cta;
@@ -128,6 +165,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
     for (int t = 0; t < WARP_TILES; ++t)
       b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
   wait_for_inputs();
+#if APEX4_INPUT == APEX4_RMS_NORM
+  if (inverse_rms == nullptr) inverse_rms = own_inverse_rms(x, m, k, ldx, eps, aligned != 0);
+#endif
   const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
   unsigned words[HALVES][WORDS];
   input.load(words, first, lane);
@@ -220,7 +260,7 @@ __device__ __forceinline__ void quantize_row(
 extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
     const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
-    float matrix_factor, float clip_over_7, int gain_offset, int) {
+    float matrix_factor, float clip_over_7, float, int gain_offset, int) {
   __shared__ uint4 fragments[MATRIX_CHUNKS];
   let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;

@@ -72,10 +72,6 @@ struct Lane {
 };
 
 #if APEX4_INPUT == APEX4_RMS_NORM
-__device__ __forceinline__ float inverse_rms_of(float squares, int k, float eps) {
-  return rsqrtf(__fdiv_rn(squares, static_cast<float>(k)) + eps);
-}
-
 __device__ __forceinline__ float sum_of_squares(const unsigned (&pairs)[WORDS]) {
   float sum = 0.0f;
 #pragma unroll

@@ -14,9 +14,9 @@
 #include "quantize_slice.cuh"
 
 constexpr int QUANTIZING_THREADS = 128 * PARTS, SLICES = QUANTIZING_THREADS / LANES;
-constexpr int MOST_TOKENS = 4;  // each costs every thread block as much
+constexpr int MOST_TOKENS = 3;
 constexpr int CHUNKS = BLOCK / 16;
-static_assert(32 / LANES == PARTS, "all slices of a warp have work or none: there are shuffles in it");
+static_assert(32 / LANES == PARTS, "all slices of a warp have work or none: there are shuffles in it, and rows are whole PARTS");
 
 struct TokenQuantizer {
   Input from;
@@ -32,38 +32,39 @@ struct TokenQuantizer {
   __device__ __forceinline__ void run(int thread, int barrier, float (*squares)[SLICES]) const {
     const int lane = thread & 31, slice = thread / LANES, in_slice = lane & (LANES - 1);
 #if APEX4_INPUT == APEX4_RMS_NORM
+    const int in_row = (k_blocks + PARTS - 1) / PARTS * PARTS;
 #pragma unroll 1
-    for (int token = 0; token < m; ++token) {
+    for (int i = slice; i < m * in_row; i += SLICES) {
+      const int token = i / in_row, block = i - token * in_row;
       Lane values;
-      values.load(from, token, BLOCK * slice + rows_column(lane), slice < k_blocks);
+      values.load(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
       const float of_slice = sum_of_slice(sum_of_squares(values.pairs));
-      if (in_slice == 0) squares[token][slice] = of_slice;
+      if (in_slice == 0) squares[token][block] = of_slice;
     }
     ptx::named_barrier(barrier, QUANTIZING_THREADS);
 #endif
+    const int of_token = owned();
 #pragma unroll 1
-    for (int own = slice; own < owned(); own += SLICES) {
+    for (int i = slice; i < m * of_token; i += SLICES) {
+      const int token = i / of_token, own = i - token * of_token;
       const int block = first + own / PARTS * step + own % PARTS;
-#pragma unroll 1
-      for (int token = 0; token < m; ++token) {
-        Lane values;
-        values.load(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
-        values.load_second(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
-        float inverse_rms = 1.0f;
+      Lane values;
+      values.load(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
+      values.load_second(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
+      float inverse_rms = 1.0f;
 #if APEX4_INPUT == APEX4_RMS_NORM
-        float of_row = 0.0f;
-        for (int b = in_slice; b < k_blocks; b += LANES) of_row += squares[token][b];
-        inverse_rms = inverse_rms_of(sum_of_slice(of_row), from.k, eps);
+      float of_row = 0.0f;
+      for (int b = in_slice; b < k_blocks; b += LANES) of_row += squares[token][b];
+      inverse_rms = inverse_rms_of(sum_of_slice(of_row), from.k, eps);
 #endif
-        values.finish(from, inverse_rms);
-        float y[COLUMNS];
-        transform(y, values.pairs, lane);
-        unsigned words[2 * OCTET_WORDS];
-        const float scale = codes_of(words, y, absmax_of_block(y), clip_over_7);
-        *reinterpret_cast<uint4*>(codes + sm90_token_byte(m, token, CHUNKS * own + in_slice)) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-        if (in_slice == 0) scales[TILE_M * own + token] = scale;
-      }
+      values.finish(from, inverse_rms);
+      float y[COLUMNS];
+      transform(y, values.pairs, lane);
+      unsigned words[2 * OCTET_WORDS];
+      const float scale = codes_of(words, y, absmax_of_block(y), clip_over_7);
+      *reinterpret_cast<uint4*>(codes + sm90_token_byte(m, token, CHUNKS * own + in_slice)) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+      if (in_slice == 0) scales[TILE_M * own + token] = scale;
     }
     ptx::fence_proxy_async();
     ptx::named_barrier(barrier, QUANTIZING_THREADS);
