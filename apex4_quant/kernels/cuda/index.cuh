@@ -38,6 +38,9 @@ APEX4_INDEX(sm90_scale_position, (int warp, int lane), 16 * warp + 2 * (lane >> 
 APEX4_INDEX(rows_column, (int lane), 16 * (lane & 7))
 APEX4_INDEX(rows_slice_row, (int slice, int rows_log2), slice & ((1 << rows_log2) - 1))
 APEX4_INDEX(rows_slice_block, (int slice, int rows_log2), slice >> rows_log2)
+// STREAM: where an octet of a warp's 512 columns is staged, in 16-byte units. A lane's two octets are a constant apart, and
+// eight lanes that read one each, as eight lanes that copy consecutive ones, touch all 32 banks.
+APEX4_INDEX(staged_octet, (int octet), (octet >> 1) + 36 * (octet & 1))
 // Where a lane's octet (eight codes of consecutive k) stands: the 16-byte chunk and the byte in it, from k in the block.
 APEX4_INDEX(sm80_octet_chunk, (int k), k >> 5)
 APEX4_INDEX(sm80_octet_offset, (int k), k >> 1 & 15)
