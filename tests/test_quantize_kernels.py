@@ -115,6 +115,7 @@ def test_rows_are_streamed_where_there_are_enough_that_allow_it() -> None:
 
     assert choose_rows(8192, 32, 1, input="rms_norm", format="sm90").grid == (1, 6 * 132, 1)
     assert choose_rows(8192, 64, 1, input="rms_norm", format="sm90").grid == (1, 3 * 132, 1)
+    assert choose_rows(8192, 64, 1, input="rms_norm", hadamard=False, format="sm90").grid == (1, 2 * 132, 1)
     assert form(2 * 6 * 132, 32) == "stream" and form(2 * 6 * 132 - 1, 32) == "resident"
     assert form(8192, 32, k=4096) == "stream" and form(8192, 32, k=4088) == "resident"
     assert form(8192, 32, aligned=False) == form(8192, 32, 2) == form(8192, 33) == form(8192, 4) == "resident"
@@ -163,14 +164,18 @@ def test_alignment_is_of_addresses_strides_and_width() -> None:
 
 def test_octets_of_a_row_fill_it() -> None:
     for format, row_bytes, octet_bytes in (("sm80", 64, 4), ("sm90", 128, 8)):
-        chunk, offset = index_function(f"{format}_octet_chunk"), index_function(f"{format}_octet_offset")
-        starts = [16 * chunk(k) + offset(k) for k in range(0, 128, 8)]
-        assert starts == list(range(0, row_bytes, octet_bytes))
+        octet, chunk = index_function(f"{format}_octet_byte"), index_function(f"{format}_activation_byte")
+        for row in range(9):
+            starts = [chunk(row, i) + byte for i in range(row_bytes // 16) for byte in range(0, 16, octet_bytes)]
+            assert [octet(row, k) for k in range(0, 128, 8)] == starts
+            assert all(octet(row, k) ^ row_bytes // 2 == octet(row, k + 64) for k in range(0, 64, 8))
         assert sorted(index_function(f"{format}_octet_nibble")(e) for e in range(8)) == list(range(8))
 
 
 def test_lanes_of_a_slice_cover_the_block() -> None:
     assert [index_function("rows_column")(lane) for lane in range(8)] == list(range(0, 128, 16))
+    transformed = index_function("rows_transformed_column")
+    assert [transformed(lane, half) for half in range(2) for lane in range(8)] == list(range(0, 128, 8))
 
 
 def test_staged_octets_touch_all_banks() -> None:
@@ -290,6 +295,7 @@ def test_every_kernel_compiles_without_a_word_and_without_spills(sm: int) -> Non
         assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0, config.name
         # CTAs that are to share an SM's 65,536 registers
         threads, ctas = THREADS_AND_CTAS.get(config.name.split("_")[2], (256, 4))
+        ctas -= "stream_rms_norm_none" in config.name
         assert -(-resources.registers // 8) * 8 * threads * ctas <= 65536, config.name
 
 
@@ -306,12 +312,13 @@ def opcodes(cubin: bytes, folder: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("sm", "format", "store"), [(80, "sm80", "STG.E.64"), (86, "sm80", "STG.E.64"), (90, "sm90", "STG.E.128")]
+    ("sm", "format", "store"), [(80, "sm80", "STG.E"), (86, "sm80", "STG.E"), (90, "sm90", "STG.E.64")]
 )
 def test_machine_code_of_the_row_quantizer(sm: int, format: str, store: str, tmp_path: Path) -> None:
     counts = opcodes(compiled(rows_config("narrow", "plain", True, "bfloat16", format), sm).cubin, tmp_path)
-    assert counts["LDG.E.128"] == 2 and counts[store] == 1 and counts["STG.E"] == 1  # sixteen columns, codes, the scale
-    assert counts["SHFL.BFLY"] == 3 * 16 + 3  # three butterfly stages, then the largest
+    assert counts["LDG.E.128"] == 2  # sixteen columns
+    assert counts["STG.E"] + counts["STG.E.64"] == 3 and counts[store] >= 2  # two octets of codes and the scale
+    assert counts["SHFL.BFLY"] == 3 * 8 + 3  # halves swapped three times, then the largest
     assert counts["FADD"] + counts["FFMA"] >= 7 * 16
     assert counts["FFMA.SAT"] == 16
     assert not any(name.startswith(("LDL", "STL", "BAR", "F2I", "I2F")) for name in counts)
@@ -442,13 +449,15 @@ def test_the_check_expects_what_the_reference_says(
 
 
 MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
-    "chunk order": (("index.cuh", "16 * (chunk ^ (row >> 1 & 3))", "16 * (chunk ^ (row & 3))"), ROWS_80),
+    "chunk order": (("index.cuh", "(k >> 1 ^ 16 * (row >> 1 & 3))", "(k >> 1 ^ 16 * (row & 3))"), ROWS_80),
     "factor": (("quantize_slice.cuh", "0.08838834764831845f", "0.0883885f"), ROWS_80),
     "clamp": (("quantize.cuh", "fmaxf(q1, -7.0f)", "fmaxf(q1, -8.0f)"), replace(ROWS_80, transform="none")),
     "floor": (("quantize.cuh", "0x1p-100f", "0x1p-101f"), replace(ROWS_80, data="zero")),
-    "sign": (("quantize.cuh", "one * 7u", "one * 3u"), replace(ROWS_90, transform="none")),
+    "negative code": (("quantize.cuh", "one * 7u", "one * 3u"), replace(ROWS_90, transform="none")),
     "nibble": (("index.cuh", "2 * (element & 3) + (element >> 2)", "element"), ROWS_90),
-    "shuffle": (("quantize_slice.cuh", "lane & mask ? -1.0f : 1.0f", "lane & mask ? 1.0f : -1.0f"), ROWS_80),
+    "shuffle": (("quantize_slice.cuh", "lane & bit ? -1.0f : 1.0f", "lane & bit ? 1.0f : -1.0f"), ROWS_80),
+    "sign": (("quantize_slice.cuh", "if (lane & 4) quantized", "if (lane & 2) quantized"), ROWS_90),
+    "moved columns": (("index.cuh", "8 * (lane & 7) + 64 * half", "16 * (lane & 7) + 8 * half"), ROWS_90),
     "tie": (("quantize.cuh", "fmaf(fmaf(-q0, scale, t), reciprocal, q0)", "q0"), replace(ROWS_90, transform="none", data="ties", m=128)),
     "mma word": (("index.cuh", "2 * (step & 1) + half)", "(step & 1) + 2 * half)"), DENSE_80),
     "warp's columns": (("quantize_dense.cu", "dense_output(WARP_TILES * warp, 2", "dense_output(warp, 2"), replace(DENSE_80, m=16)),

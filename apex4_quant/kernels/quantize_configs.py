@@ -36,7 +36,7 @@ SMALL_CTA_SLICES = 8  # where there is too little work for all SMs
 CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes and one sector of scales
 STREAM_MIN_BLOCKS = 8  # shorter rows: several of them to a CTA of the form "resident"
 STREAM_BLOCKS = 4  # whose columns are a warp's
-STREAM_WARPS = 51  # that fit an SM with 40 registers a thread
+STREAM_WARPS = {True: 51, False: 42}  # that fit an SM with 40 registers a thread (with the Hadamard transform) or 48
 STREAM_WARP_BYTES, STREAM_CTA_BYTES = 2 * 68 * 16, 2 * 68 * 16 + 1024  # of shared memory; with what the system takes
 SM_BYTES = {"sm80": 100 << 10, "sm90": 227 << 10}  # of shared memory, the least among the format's architectures
 STREAM_MIN_ROWS = 2  # of a CTA: with fewer there is nothing to overlap
@@ -152,7 +152,7 @@ def choose_rows(
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK} in groups of {blocks_per_group} blocks")
     whole_row = input == "rms_norm"
     if whole_row and blocks_per_group == 1 and aligned and k in (None, k_blocks * BLOCK):
-        ctas = _stream_ctas(m, k_blocks, format, sm_count)
+        ctas = _stream_ctas(m, k_blocks, hadamard, format, sm_count)
         if ctas > 0:
             config = rows_config("stream", input, hadamard, dtype, format)
             warps = k_blocks // STREAM_BLOCKS
@@ -182,14 +182,14 @@ def choose_rows(
     return QuantizePlan(config, grid, block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks)
 
 
-def _stream_ctas(m: int, k_blocks: int, format: str, sm_count: int) -> int:
+def _stream_ctas(m: int, k_blocks: int, hadamard: bool, format: str, sm_count: int) -> int:
     """The grid of the form "stream"; 0 where it is of no use."""
     if not STREAM_MIN_BLOCKS <= k_blocks <= RESIDENT_SLICES or k_blocks % STREAM_BLOCKS:
         return 0
     if k_blocks * round_up(m, 16) * ROW_BYTES[format] >= STREAM_CODE_BYTES:
         return 0
     warps = k_blocks // STREAM_BLOCKS
-    resident = min(STREAM_WARPS // warps, SM_BYTES[format] // (STREAM_WARP_BYTES * warps + STREAM_CTA_BYTES))
+    resident = min(STREAM_WARPS[hadamard] // warps, SM_BYTES[format] // (STREAM_WARP_BYTES * warps + STREAM_CTA_BYTES))
     ctas = sm_count * resident
     return ctas if m >= STREAM_MIN_ROWS * ctas else 0
 

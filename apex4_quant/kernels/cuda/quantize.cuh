@@ -132,9 +132,9 @@ __device__ __forceinline__ void pack_octet(unsigned* words, const unsigned* code
 // The byte of the slab of a block at which the octet of row `row` and columns k .. k + 7 stands.
 __device__ __forceinline__ constexpr int octet_byte(int row, int k) {
 #if APEX4_FORMAT == 80
-  return sm80_activation_byte(row, sm80_octet_chunk(k)) + sm80_octet_offset(k);
+  return sm80_octet_byte(row, k);
 #else
-  return sm90_activation_byte(row, sm90_octet_chunk(k)) + sm90_octet_offset(k);
+  return sm90_octet_byte(row, k);
 #endif
 }
 

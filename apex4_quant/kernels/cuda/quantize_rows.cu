@@ -1,7 +1,6 @@
 // Activation quantizer: [x | RMSNorm(x) gain | SiLU(gate) up] -> [none | Hadamard_128 per block] -> codes and scales.
 //
-// Eight lanes hold a *slice*, one block of 128 of one row: sixteen consecutive columns a lane, so that four butterfly
-// stages are in registers and three are shuffles. A CTA holds 2^rows_log2 rows times blocks_per_cta blocks, numbered rows
+// Eight lanes hold a *slice*, one block of 128 of one row (quantize_slice.cuh). A CTA holds 2^rows_log2 rows times blocks_per_cta blocks, numbered rows
 // first, so that a warp's stores are contiguous in the slab of a block. Four forms, by the macro APEX4_FORM:
 //   NARROW    groups of one block, x or SiLU(gate) up: slices do not know of each other; 256 threads.
 //   RESIDENT  RMSNorm, or groups of several blocks: a slice per eight threads, kept in registers while the CTA agrees on
@@ -38,7 +37,8 @@
 [[maybe_unused]] constexpr int MAX_THREADS = APEX4_FORM == APEX4_NARROW ? 256 : APEX4_FORM == APEX4_LONG ? 512 : 1024;
 [[maybe_unused]] constexpr int MIN_CTAS = APEX4_FORM == APEX4_NARROW ? 6 : 1;  // per SM: memory's latency is hidden by many small CTAs
 #if (APEX4_FORM == APEX4_RESIDENT || APEX4_FORM == APEX4_STREAM) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
-#define APEX4_BOUNDS __maxnreg__(40)  // 1536 threads of an SM, whatever the CTA's size
+// 1536 threads of an SM, whatever the CTA's size; 1280 where 40 registers are not enough.
+#define APEX4_BOUNDS __maxnreg__(APEX4_FORM == APEX4_STREAM && !APEX4_HADAMARD ? 48 : 40)
 #else
 #define APEX4_BOUNDS __launch_bounds__(MAX_THREADS, MIN_CTAS)
 #endif
@@ -60,15 +60,26 @@ struct Problem {
   float clip_over_7;
 };
 
-// Quantize a lane's columns and store them, and the group's scale.
+// Quantize a lane's columns and store them in their slab, and the group's scale.
 __device__ __forceinline__ void store(
-    unsigned char* codes_wr, float* scale_wr, bool with_scale, const float (&y)[COLUMNS], float absmax, float clip_over_7) {
+    unsigned char* slab, int row, float* scale_wr, bool with_scale, const float (&y)[COLUMNS], float absmax,
+    float clip_over_7, int lane) {
   unsigned words[2 * OCTET_WORDS];
-  const float scale = codes_of(words, y, absmax, clip_over_7);
+  const float scale = codes_of(words, y, absmax, clip_over_7, lane);
+  const unsigned low = octet_byte(row, octet_column(lane, 0));
+  unsigned char* const low_wr = slab + low;
+#if APEX4_HADAMARD
+  unsigned char* const high_wr = slab + (low ^ ROW_BYTES / 2);  // octet_column(lane, 1) is 64 columns on
 #if APEX4_FORMAT == 80
-  *reinterpret_cast<uint2*>(codes_wr) = make_uint2(words[0], words[1]);
+  *reinterpret_cast<unsigned*>(low_wr) = words[0], *reinterpret_cast<unsigned*>(high_wr) = words[1];
 #else
-  *reinterpret_cast<uint4*>(codes_wr) = make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint2*>(low_wr) = make_uint2(words[0], words[1]);
+  *reinterpret_cast<uint2*>(high_wr) = make_uint2(words[2], words[3]);
+#endif
+#elif APEX4_FORMAT == 80
+  *reinterpret_cast<uint2*>(low_wr) = make_uint2(words[0], words[1]);
+#else
+  *reinterpret_cast<uint4*>(low_wr) = make_uint4(words[0], words[1], words[2], words[3]);
 #endif
   if (with_scale) *scale_wr = scale;
 }
@@ -79,8 +90,8 @@ __device__ __forceinline__ void store(
     int lane, bool active) {
   if (!active) return;
   unsigned char* const slab = p.codes + static_cast<long long>(block) * p.m_stride * ROW_BYTES;
-  store(slab + octet_byte(row, rows_column(lane)), p.scales + static_cast<long long>(group) * p.m_stride + row,
-        first_of_group && (lane & (LANES - 1)) == 0, y, absmax, p.clip_over_7);
+  store(slab, row, p.scales + static_cast<long long>(group) * p.m_stride + row,
+        first_of_group && (lane & (LANES - 1)) == 0, y, absmax, p.clip_over_7, lane);
 }
 
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
@@ -154,8 +165,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
     float y[COLUMNS];
     transform(y, values.pairs, lane_now);
     const float absmax = absmax_of_block(y);
-    store(codes + static_cast<unsigned>(octet_byte(in_slabs, rows_column(lane_now))),
-          scales + static_cast<unsigned>(in_slabs), (lane_now & (LANES - 1)) == 0, y, absmax, clip_over_7);
+    store(codes, in_slabs, scales + static_cast<unsigned>(in_slabs), (lane_now & (LANES - 1)) == 0, y, absmax, clip_over_7,
+          lane_now);
     octets_wr += to_other_stage, octets_rd += to_other_stage, squares_rd += to_other_stage;
     squares_wr += 4 * to_other_stage;
     to_other_stage = -to_other_stage;
