@@ -1,7 +1,8 @@
 // Activation quantizer: [x | RMSNorm(x) gain | SiLU(gate) up] -> [none | Hadamard_128 per block] -> codes and scales.
 //
-// Eight lanes hold a *slice*, one block of 128 of one row (quantize_slice.cuh). A CTA holds 2^rows_log2 rows times blocks_per_cta blocks, numbered rows
-// first, so that a warp's stores are contiguous in the slab of a block. Four forms, by the macro APEX4_FORM:
+// Eight lanes hold a *slice*, one block of 128 of one row (quantize_slice.cuh). A CTA holds 2^rows_log2 rows times
+// blocks_per_cta blocks, numbered rows first, so that a warp's stores are contiguous in the slab of a block. Four forms, by
+// the macro APEX4_FORM:
 //   NARROW    groups of one block, x or SiLU(gate) up: slices do not know of each other; 256 threads.
 //   RESIDENT  RMSNorm, or groups of several blocks: a slice per eight threads, kept in registers while the CTA agrees on
 //             one number per row or group through shared memory; up to 1024 threads.
@@ -17,8 +18,8 @@
 //   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
 //   m, k, k_blocks >= ceil(k / 128), blocks_per_group dividing k_blocks (NARROW: 1), m_stride >= m, ldx, ld_second
 //   rows_log2, blocks_per_cta: the CTA's tile, blockDim.x = 8 * 2^rows_log2 * blocks_per_cta rounded up to warps (LONG:
-//            any number of warps, rows_log2 = 0); blocks_per_cta is a multiple of blocks_per_group, for RMS_NORM k_blocks.
-//            STREAM: neither is read, blockDim.x = 8 * k_blocks
+//            any number of warps, rows_log2 = 0); blocks_per_cta is a multiple of blocks_per_group, for RMS_NORM it is
+//            k_blocks. STREAM: neither is read, blockDim.x = 8 * k_blocks
 //   clip_over_7   float32(clip / 7)
 //   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   RMS_NORM only, see `inverse_rms_of` and `normalised`
 //   aligned  1: x and second (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, slower.
@@ -106,7 +107,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
 
 #if APEX4_FORM == APEX4_STREAM
   extern __shared__ uint4 staged[];                // [warps][STAGES][STAGE]
-  __shared__ float4 slice_squares[STAGES][STAGE];  // of slices i, i + 8, i + 16, i + 24 at [i] for i < 8, and so on from [8] on
+  // Of slices i, i + 8, i + 16 and i + 24 at [i] for i < 8, and so on: [8] is of slices 32, 40, 48 and 56.
+  __shared__ float4 slice_squares[STAGES][STAGE];
   // Of a warp's 64 octets a lane copies lane and lane + 32, so that a warp's copies are contiguous, and reads its own two.
   uint4 *octets_wr = staged + STAGES * STAGE * (threadIdx.x >> 5), *octets_rd = octets_wr + staged_octet(2 * lane);
   octets_wr += staged_octet(lane);
