@@ -402,7 +402,7 @@ def test_few_tokens_on_hopper_are_one_launch(launches: Launches) -> None:
             y.data_ptr(), x.data_ptr(), second, packed.data_ptr(), scale.data_ptr(), bias.data_ptr()
         )  # fmt: skip
         assert args[6:14] == (m, n, k, 8, 2048, 2048 if input == 2 else 0, n, 3)
-        assert args[14:] == pytest.approx((1e-5 if input == 1 else 0.0, 0.1, int(input == 1), 1))
+        assert args[14:] == pytest.approx((1 / k, 1e-5 if input == 1 else 0.0, 0.1, int(input == 1), 1))
         plan = choose_gemm(90, 132, m, n, 8, 1, "fp16")
         assert rest["cluster"] == plan.cluster and rest["programmatic"] and rest["stream"] == 77
         of_stages = -(-8 // (4 * plan.cluster)) * 4

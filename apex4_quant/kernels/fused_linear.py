@@ -118,7 +118,14 @@ def fused_launch(
         grid.grid,
         grid.block - 64,  # one warp copies, not three
         6,
-        [*map(c_int, numbers), c_float(eps), c_float(clip / CODE_MAX), c_int(gain_offset), c_int(aligned)],
+        [
+            *map(c_int, numbers),
+            c_float(1 / k),
+            c_float(eps),
+            c_float(clip / CODE_MAX),
+            c_int(gain_offset),
+            c_int(aligned),
+        ],
         shared_bytes=plan.shared_bytes,
         cluster=grid.cluster,
         programmatic=True,

@@ -49,8 +49,11 @@ def _with_placed_shared_memory(text: str) -> str:
     static = re.findall(r"^ *__shared__ (\w+) \w+;$", text, re.MULTILINE)
     sizes = " + ".join(["0", *(f"sizeof({type})" for type in static)])
     return re.sub(
-        r"extern __shared__ __align__\((\d+)\) uint8 (\w+)\[\];",
-        rf"uint8* const \2 = cpu::dynamic_shared(\1, {sizes});",
+        r"extern __shared__ (?:__align__\((\d+)\) )?(\w+) (\w+)\[\];",
+        lambda found: (
+            f"{found[2]}* const {found[3]} = reinterpret_cast<{found[2]}*>"
+            f"(cpu::dynamic_shared({found[1] or f'alignof({found[2]})'}, {sizes}));"
+        ),
         text,
     )
 

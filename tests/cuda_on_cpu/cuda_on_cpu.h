@@ -40,7 +40,7 @@ namespace cpu {
 constexpr int LANES_OF_WARP = 32;
 constexpr size_t STACK = 256 * 1024;
 struct Barrier { int arrived = 0, generation = 0; };
-struct Copy { unsigned to; const void* from; };  // 16 bytes, into shared memory
+struct Copy { void* to; const void* from; };  // 16 bytes, into shared memory
 struct Fiber {
   ucontext_t context;  // where it starts
   jmp_buf place;       // where it goes on
@@ -115,6 +115,32 @@ inline unsigned char* at_shared(unsigned address, unsigned bytes) {
   else return window + address;
   return nowhere;
 }
+
+// Asynchronous copies. PTX promises only that they have landed after the wait: those of even warps land as late as that
+// allows, those of odd warps at once.
+inline void land(const Copy& copy) {
+  const auto to = reinterpret_cast<uintptr_t>(copy.to), start = reinterpret_cast<uintptr_t>(window);
+  if (reinterpret_cast<uintptr_t>(copy.from) % 16 != 0) return fail("a global address is not aligned");
+  if (to % 16 != 0) return fail("a shared address is not aligned");
+  if (to >= start && to < start + WINDOW &&
+      (to < start + dynamic_start || to + 16 > start + dynamic_start + dynamic_bytes))
+    return fail("a shared address is outside");
+  std::memcpy(copy.to, copy.from, 16);
+}
+inline void copy_later(void* to, const void* from) {
+  if (current / LANES_OF_WARP % 2 == 1) return land({to, from});
+  fibers[current].open.push_back({to, from});
+}
+inline void commit_group() {
+  Fiber& fiber = fibers[current];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+inline void wait_for_groups(size_t pending) {
+  auto& groups = fibers[current].groups;
+  for (; groups.size() > pending; groups.pop_front())
+    for (const Copy& copy : groups.front()) land(copy);
+}
 }  // namespace cpu
 
 #define threadIdx (cpu::fibers[cpu::current].thread)
@@ -132,6 +158,7 @@ inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* from) { return *from; }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
+inline void __syncwarp() { cpu::meet_warp(); }
 inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x, [] {}); }
 inline int __syncthreads_or(int predicate) {
   cpu::any_of_cta |= predicate;
@@ -181,8 +208,14 @@ inline unsigned pair_product(unsigned a, unsigned b) {
 }
 inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
-inline void copy_async(uint4* shared, const uint4* from) { *shared = *from; }
-inline void wait_for_copies() {}
+inline void copy_async(uint4* shared, const uint4* from) { cpu::copy_later(shared, from); }
+inline void commit_copies() { cpu::commit_group(); }
+template <int PENDING>
+void wait_for_copies() { cpu::wait_for_groups(PENDING); }
+inline void wait_for_copies() {
+  cpu::commit_group();
+  cpu::wait_for_groups(0);
+}
 inline void let_dependents_start() {}
 inline void wait_for_inputs() {}
 

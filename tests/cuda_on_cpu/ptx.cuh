@@ -40,28 +40,12 @@ inline uint32 shared_address(const void* pointer) {
 }
 
 // ---- asynchronous copies ----------------------------------------------------------------------------------------------
-// PTX promises only that they have landed after the wait: those of even warps land as late as that allows, those of odd
-// warps at once.
-inline void land(const cpu::Copy& copy) {
-  if (reinterpret_cast<uintptr_t>(copy.from) % 16 != 0) return cpu::fail("a global address is not aligned");
-  std::memcpy(cpu::at_shared(copy.to, 16), copy.from, 16);
-}
 inline void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
-  const cpu::Copy copy = {shared_wr, gmem_rd};
-  if (cpu::current / cpu::LANES_OF_WARP % 2 == 1) return land(copy);
-  cpu::fibers[cpu::current].open.push_back(copy);
+  cpu::copy_later(cpu::at_shared(shared_wr, 16), gmem_rd);
 }
-inline void cp_async_commit() {
-  cpu::Fiber& fiber = cpu::fibers[cpu::current];
-  fiber.groups.push_back(std::move(fiber.open));
-  fiber.open.clear();
-}
+inline void cp_async_commit() { cpu::commit_group(); }
 template <int pending>
-void cp_async_wait() {
-  auto& groups = cpu::fibers[cpu::current].groups;
-  for (; groups.size() > pending; groups.pop_front())
-    for (const cpu::Copy& copy : groups.front()) land(copy);
-}
+void cp_async_wait() { cpu::wait_for_groups(pending); }
 
 // ---- shared-memory reads ----------------------------------------------------------------------------------------------
 template <class T>

@@ -17,7 +17,7 @@
 //
 // Operands of apex4_linear (type T: that of y, and of x):
 //   y, w_packed, w_scale, bias, m <= MOST_TOKENS, n, k_blocks, ldy, tiles_n    as in gemm_sm90.cu; groups of one block
-//   x, second, k, ldx, ld_second, eps, clip_over_7, gain_offset, aligned       as in quantize_rows.cu
+//   x, second, k, ldx, ld_second, one_over_k, eps, clip_over_7, gain_offset, aligned   as in quantize_rows.cu
 //   dynamic shared memory: struct Shared, and behind it, for each of TokenQuantizer::owned() blocks,
 //                            TILE_M scales and m rows of codes, and 128 bytes
 //
@@ -316,8 +316,8 @@ __device__ __forceinline__ void leave(const Share& share) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_linear(void* y, const unsigned short* x, const unsigned short* second, const uint8* w_packed, const __half* w_scale,
-                 const float* bias, int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy, int tiles_n, float eps,
-                 float clip_over_7, int gain_offset, int aligned) {
+                 const float* bias, int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy, int tiles_n,
+                 float one_over_k, float eps, float clip_over_7, int gain_offset, int aligned) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
@@ -329,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4 * PARTS) {
     TokenQuantizer quantizer = {{x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0},
-                                m, k_blocks, share.first_block(), share.step(), eps, clip_over_7, nullptr, nullptr};
+                                m, k_blocks, share.first_block(), share.step(), one_over_k, eps, clip_over_7, nullptr, nullptr};
     // Behind the scales come the codes: the last core matrix reaches past them.
     quantizer.scales = reinterpret_cast<float*>(shared_memory + sizeof(Shared));
     quantizer.codes = shared_memory + sizeof(Shared) + 4 * TILE_M * quantizer.owned();

@@ -43,13 +43,17 @@ APEX4_INDEX(sm90_token_byte, (int rows, int row, int chunk), 16 * (rows * chunk 
 // ---- activation quantizers --------------------------------------------------------------------------------------------
 // quantize_rows: eight lanes hold a slice, one block of one row; a CTA's slices are numbered rows first.
 APEX4_INDEX(rows_column, (int lane), 16 * (lane & 7))
+// After the Hadamard transform, of the first or second octet.
+APEX4_INDEX(rows_transformed_column, (int lane, int half), 8 * (lane & 7) + 64 * half)
 APEX4_INDEX(rows_slice_row, (int slice, int rows_log2), slice & ((1 << rows_log2) - 1))
 APEX4_INDEX(rows_slice_block, (int slice, int rows_log2), slice >> rows_log2)
-// Where a lane's octet (eight codes of consecutive k) stands: the 16-byte chunk and the byte in it, from k in the block.
-APEX4_INDEX(sm80_octet_chunk, (int k), k >> 5)
-APEX4_INDEX(sm80_octet_offset, (int k), k >> 1 & 15)
-APEX4_INDEX(sm90_octet_chunk, (int k), k >> 4)
-APEX4_INDEX(sm90_octet_offset, (int k), k & 15)
+// STREAM: where an octet of a warp's 512 columns is staged, in 16-byte units. A lane's two octets are a constant apart, and
+// eight lanes that read one each, as eight lanes that copy consecutive ones, touch all 32 banks.
+APEX4_INDEX(staged_octet, (int octet), (octet >> 1) + 36 * (octet & 1))
+// Where an octet (eight codes of consecutive k) stands, from k in the block: sm80_activation_byte and sm90_activation_byte
+// with the place in the chunk.
+APEX4_INDEX(sm80_octet_byte, (int row, int k), 64 * row + (k >> 1 ^ 16 * (row >> 1 & 3)))
+APEX4_INDEX(sm90_octet_byte, (int row, int k), 128 * row + (k ^ 16 * (row & 7)))
 // The nibble in which code `element` of an octet is collected. For sm90 a code and the one four further share a byte, so
 // that the low nibbles are the bytes of the first four codes and the high nibbles those of the last four.
 APEX4_INDEX(sm80_octet_nibble, (int element), element)

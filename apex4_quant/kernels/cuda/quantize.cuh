@@ -38,9 +38,9 @@ __device__ __forceinline__ void load_octet(
   }
 }
 
-// Of a row of k columns whose squares have this sum.
-__device__ __forceinline__ float inverse_rms_of(float squares, int k, float eps) {
-  return rsqrtf(__fdiv_rn(squares, static_cast<float>(k)) + eps);
+// Of a row whose squares have this sum; one_over_k: of its columns.
+__device__ __forceinline__ float inverse_rms_of(float squares, float one_over_k, float eps) {
+  return rsqrtf(fmaf(squares, one_over_k, eps));
 }
 
 // ---- input stages, rounded as the unfused PyTorch modules round --------------------------------------------------------
@@ -67,6 +67,12 @@ __device__ __forceinline__ float scale_of(float absmax, float clip_over_7) {
   return max_nan(clip_over_7 * absmax, SCALE_FLOOR);
 }
 
+// Correctly rounded, as __frcp_rn is and in the same way; without its slow path for numbers that `scale_of` does not return.
+__device__ __forceinline__ float reciprocal_of(float scale) {
+  const float near = approximate_reciprocal(scale);
+  return fmaf(fmaf(-near, scale, 1.0f), near, near);
+}
+
 // Codes come as the bits of float(code) + ROUND_BIASED. Two ways to them:
 //
 // Untransformed values: the quotient t / s is correctly rounded, so that codes equal torch_backend's bit for bit, ties
@@ -75,7 +81,7 @@ __device__ __forceinline__ float scale_of(float absmax, float clip_over_7) {
 // (tests/test_quantize_kernels.py, quotient_codes_differ, which takes a minute for all of them).
 struct ExactQuotient {
   float scale, reciprocal;
-  __device__ __forceinline__ explicit ExactQuotient(float scale) : scale(scale), reciprocal(__frcp_rn(scale)) {}
+  __device__ __forceinline__ explicit ExactQuotient(float scale) : scale(scale), reciprocal(reciprocal_of(scale)) {}
   __device__ __forceinline__ unsigned operator()(float t) const {
     const float q0 = t * reciprocal;
     const float q1 = fmaf(fmaf(-q0, scale, t), reciprocal, q0);
@@ -87,7 +93,7 @@ struct ExactQuotient {
 // that of a reciprocal. Shifted to [0, 1], the clamp to +-7 is the saturation of a fused multiply-add and costs nothing.
 struct ShiftedProduct {
   float reciprocal;
-  __device__ __forceinline__ ShiftedProduct(float scale, float factor) : reciprocal(__fdiv_rn(factor / 14.0f, scale)) {}
+  __device__ __forceinline__ ShiftedProduct(float scale, float factor) : reciprocal(factor / 14.0f * reciprocal_of(scale)) {}
   __device__ __forceinline__ unsigned operator()(float y) const {
     const float shifted = __saturatef(fmaf(y, reciprocal, 0.5f));  // (t / s + 7) / 14
     return __float_as_uint(fmaf(shifted, 14.0f, ROUND_BIASED - 7.0f));
@@ -130,9 +136,9 @@ __device__ __forceinline__ void pack_octet(unsigned* words, const unsigned* code
 // The byte of the slab of a block at which the octet of row `row` and columns k .. k + 7 stands.
 __device__ __forceinline__ constexpr int octet_byte(int row, int k) {
 #if APEX4_FORMAT == 80
-  return sm80_activation_byte(row, sm80_octet_chunk(k)) + sm80_octet_offset(k);
+  return sm80_octet_byte(row, k);
 #else
-  return sm90_activation_byte(row, sm90_octet_chunk(k)) + sm90_octet_offset(k);
+  return sm90_octet_byte(row, k);
 #endif
 }
 

@@ -143,7 +143,7 @@ __device__ __forceinline__ const float* own_inverse_rms(
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum += warp_squares[i][threadIdx.x];
-    result[threadIdx.x] = inverse_rms_of(sum, k, eps);
+    result[threadIdx.x] = inverse_rms_of(sum, __frcp_rn(static_cast<float>(k)), eps);
   }
   __syncthreads();
   return result;

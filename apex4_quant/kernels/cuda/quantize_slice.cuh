@@ -1,5 +1,6 @@
-// A slice, one block of 128 of one row, held by eight lanes: sixteen consecutive columns a lane, so that four butterfly stages
-// of the Hadamard transform are in registers and three are shuffles.
+// A slice, one block of 128 of one row, held by eight lanes, sixteen columns each. Four butterfly stages of the Hadamard
+// transform are in a lane's registers. For each of the others two lanes swap halves of what they have, which costs half the
+// shuffles of one stage between lanes, and leaves a lane with other columns (`octet_column`).
 //
 // Macros: those of quantize.cuh; APEX4_HADAMARD (0, 1).
 #pragma once
@@ -44,6 +45,12 @@ struct Lane {
     load_from(pairs, from.x + static_cast<long long>(row) * from.ldx, from, column, active);
   }
 
+  // The same of two octets, from shared memory.
+  __device__ __forceinline__ void set(const uint4& low, const uint4& high) {
+    pairs[0] = low.x, pairs[1] = low.y, pairs[2] = low.z, pairs[3] = low.w;
+    pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
+  }
+
   __device__ __forceinline__ void load_second(const Input& from, int row, int column, bool active) {
 #if APEX4_INPUT == APEX4_RMS_NORM
     load_from(factors, from.second, from, column, active);
@@ -83,13 +90,26 @@ __device__ __forceinline__ float sum_of_squares(const unsigned (&pairs)[WORDS]) 
 }
 #endif
 
-// A lane's columns in float32, times the unscaled Hadamard matrix.
+#if APEX4_HADAMARD
+__device__ __forceinline__ float sign_of(int lane, int bit) { return lane & bit ? -1.0f : 1.0f; }
+#endif
+
+// The first column, in its block, of the octets of codes that a lane ends with. It starts with those of rows_column.
+__device__ __forceinline__ int octet_column(int lane, int half) {
+#if APEX4_HADAMARD
+  return rows_transformed_column(lane, half);
+#else
+  return rows_column(lane) + 8 * half;
+#endif
+}
+
+// A lane's columns in float32, times the unscaled Hadamard matrix, which moves them and may change their signs: see codes_of.
 __device__ __forceinline__ void transform(float (&y)[COLUMNS], const unsigned (&pairs)[WORDS], int lane) {
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) y[2 * i] = low_of(pairs[i]), y[2 * i + 1] = high_of(pairs[i]);
 #if APEX4_HADAMARD
 #pragma unroll
-  for (int bit = 1; bit < COLUMNS; bit *= 2)
+  for (int bit = 1; bit < COLUMNS / 2; bit *= 2)
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i)
       if (!(i & bit)) {
@@ -98,9 +118,17 @@ __device__ __forceinline__ void transform(float (&y)[COLUMNS], const unsigned (&
       }
 #pragma unroll
   for (int mask = 1; mask < LANES; mask *= 2) {
-    const float sign = lane & mask ? -1.0f : 1.0f;
+    const float sign = sign_of(lane, mask);
 #pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) y[i] = fmaf(sign, y[i], __shfl_xor_sync(FULL_WARP, y[i], mask));
+    for (int i = 0; i < COLUMNS / 2; ++i) {  // the sum stays and the difference goes, or the other way round
+      const float a = y[i], b = y[i + COLUMNS / 2];
+      y[i] = fmaf(sign, b, a), y[i + COLUMNS / 2] = __shfl_xor_sync(FULL_WARP, fmaf(-sign, b, a), mask);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; ++i) {
+    const float a = y[i], b = y[i + COLUMNS / 2];
+    y[i] = a + b, y[i + COLUMNS / 2] = a - b;
   }
 #endif
 }
@@ -118,16 +146,22 @@ __device__ __forceinline__ float absmax_of_block(const float (&y)[COLUMNS]) {
 
 // A lane's two octets, packed as in the activation format, with the scale of the group's `absmax`. Returns the scale.
 __device__ __forceinline__ float codes_of(
-    unsigned (&words)[2 * OCTET_WORDS], const float (&y)[COLUMNS], float absmax, float clip_over_7) {
+    unsigned (&words)[2 * OCTET_WORDS], const float (&y)[COLUMNS], float absmax, float clip_over_7, int lane) {
   const float scale = scale_of(absmax, clip_over_7);
 #if APEX4_HADAMARD
-  const ShiftedProduct quantized(scale, TRANSFORM_FACTOR);
+  // A lane that has the second of two numbers takes their difference with the wrong sign. So have, after each stage, the
+  // differences; and after the next one the lanes that have kept them, in all they have then.
+  ShiftedProduct quantized(scale, TRANSFORM_FACTOR);
+  if (lane & 2) quantized.reciprocal *= sign_of(lane, 1);
+  if (lane & 4) quantized.reciprocal *= sign_of(lane, 2);
+  ShiftedProduct of_differences = quantized;
+  of_differences.reciprocal *= sign_of(lane, 4);
 #else
-  const ExactQuotient quantized(scale);
+  const ExactQuotient quantized(scale), of_differences = quantized;
 #endif
   unsigned codes[COLUMNS];
 #pragma unroll
-  for (int i = 0; i < COLUMNS; ++i) codes[i] = quantized(y[i]);
+  for (int i = 0; i < COLUMNS; ++i) codes[i] = i < COLUMNS / 2 ? quantized(y[i]) : of_differences(y[i]);
   pack_octet(words, codes);
   pack_octet(words + OCTET_WORDS, codes + 8);
   return scale;

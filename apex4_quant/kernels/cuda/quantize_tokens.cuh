@@ -21,7 +21,7 @@ static_assert(32 / LANES == PARTS, "all slices of a warp have work or none: ther
 struct TokenQuantizer {
   Input from;
   int m, k_blocks, first, step;
-  float eps, clip_over_7;
+  float one_over_k, eps, clip_over_7;
   uint8* codes;
   float* scales;
 
@@ -55,15 +55,19 @@ struct TokenQuantizer {
 #if APEX4_INPUT == APEX4_RMS_NORM
       float of_row = 0.0f;
       for (int b = in_slice; b < k_blocks; b += LANES) of_row += squares[token][b];
-      inverse_rms = inverse_rms_of(sum_of_slice(of_row), from.k, eps);
+      inverse_rms = inverse_rms_of(sum_of_slice(of_row), one_over_k, eps);
 #endif
       values.finish(from, inverse_rms);
       float y[COLUMNS];
       transform(y, values.pairs, lane);
       unsigned words[2 * OCTET_WORDS];
-      const float scale = codes_of(words, y, absmax_of_block(y), clip_over_7);
-      *reinterpret_cast<uint4*>(codes + sm90_token_byte(m, token, CHUNKS * own + in_slice)) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      const float scale = codes_of(words, y, absmax_of_block(y), clip_over_7, lane);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = octet_column(lane, half);
+        uint8* const where = codes + sm90_token_byte(m, token, CHUNKS * own + (column >> 4)) + (column & 15);
+        *reinterpret_cast<uint2*>(where) = make_uint2(words[OCTET_WORDS * half], words[OCTET_WORDS * half + 1]);
+      }
       if (in_slice == 0) scales[TILE_M * own + token] = scale;
     }
     ptx::fence_proxy_async();

@@ -32,5 +32,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < THREADS / 32; ++i) sum += warp_sums[i];
-  inverse_rms[row] = inverse_rms_of(sum, k, eps);
+  inverse_rms[row] = inverse_rms_of(sum, __frcp_rn(static_cast<float>(k)), eps);
 }
