@@ -333,6 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // Behind the scales come the codes: the last core matrix reaches past them.
     quantizer.scales = reinterpret_cast<float*>(shared_memory + sizeof(Shared));
     quantizer.codes = shared_memory + sizeof(Shared) + 4 * TILE_M * quantizer.owned();
+    quantizer.prefetch_gain(ptx::thread());
     ptx::wait_for_predecessor();
     quantizer.run(ptx::thread(), QUANTIZED, s.squares);
     Consumer(s, warp / 4, Tokens(quantizer, warp / 4)).run(given, s, share);

@@ -164,6 +164,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
 #pragma unroll
     for (int t = 0; t < WARP_TILES; ++t)
       b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
+#if APEX4_INPUT == APEX4_RMS_NORM
+  if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
+#endif
   wait_for_inputs();
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (inverse_rms == nullptr) inverse_rms = own_inverse_rms(x, m, k, ldx, eps, aligned != 0);

@@ -81,6 +81,9 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Asks for the line of `from`, which is read soon.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
+
 // Programmatic dependent launch; both are without effect in an ordinary launch.
 __device__ __forceinline__ void let_dependents_start() {
 #if __CUDA_ARCH__ >= 900

@@ -176,16 +176,16 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
 
 #elif APEX4_FORM != APEX4_LONG
   const int row_tile = blockIdx.z * GRID_Y + blockIdx.y, first_block = blockIdx.x * blocks_per_cta;
-  wait_for_inputs();
   const int in_rows = rows_slice_row(slice, rows_log2), in_blocks = rows_slice_block(slice, rows_log2);
   const int row = (row_tile << rows_log2) + in_rows, block = first_block + in_blocks;
   const bool active = row < m && in_blocks < blocks_per_cta && block < k_blocks;
   Lane values;
-  values.load(p.input, row, BLOCK * block + rows_column(lane), active);
-  values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
-
   float inverse_rms = 1.0f;
 #if APEX4_INPUT == APEX4_RMS_NORM
+  // The gain is no output of the kernel before: no need to wait for that one.
+  values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
+  wait_for_inputs();
+  values.load(p.input, row, BLOCK * block + rows_column(lane), active);
   __shared__ float slice_squares[MAX_THREADS / LANES];
   const float squares = sum_of_slice(sum_of_squares(values.pairs));
   if (in_slice == 0) slice_squares[slice] = squares;
@@ -193,6 +193,10 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
   float row_squares = 0.0f;
   for (int b = in_slice; b < k_blocks; b += LANES) row_squares += slice_squares[(b << rows_log2) + in_rows];
   inverse_rms = inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);
+#else
+  wait_for_inputs();
+  values.load(p.input, row, BLOCK * block + rows_column(lane), active);
+  values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
 #endif
   values.finish(p.input, inverse_rms);
 

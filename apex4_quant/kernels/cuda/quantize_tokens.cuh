@@ -28,6 +28,14 @@ struct TokenQuantizer {
   // Blocks there is room for: whole stages.
   __device__ __forceinline__ int owned() const { return (k_blocks - first + step - 1) / step * PARTS; }
 
+  // The gain is no output of the kernel before, and comes from memory: asked for before that one has ended.
+  __device__ __forceinline__ void prefetch_gain(int thread) const {
+#if APEX4_INPUT == APEX4_RMS_NORM
+    const int column = COLUMNS * thread;
+    if (column < from.k) prefetch(from.second + column);
+#endif
+  }
+
   // By QUANTIZING_THREADS threads, which meet at the named barrier `barrier`; then wgmma may read. `squares`: RMS_NORM only.
   __device__ __forceinline__ void run(int thread, int barrier, float (*squares)[SLICES]) const {
     const int lane = thread & 31, slice = thread / LANES, in_slice = lane & (LANES - 1);
