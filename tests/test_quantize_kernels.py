@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels import launcher, quantize_configs, reference, sass
+from apex4_quant.kernels import launcher, quantize_configs, reference
 from apex4_quant.kernels.compiler import arch_of, compile_kernel
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize_configs import (
@@ -84,16 +84,11 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
             plan = choose_rows(m, k_blocks, blocks_per_group, input=input)
             form = plan.config.name.split("_")[2]
             unit = k_blocks if input == "rms_norm" else blocks_per_group
+            assert plan.blocks_per_cta % unit == 0 or plan.blocks_per_cta == k_blocks
             assert plan.grid[1] <= 65535 and plan.block % 32 == 0
-            assert form == "stream" or plan.blocks_per_cta % unit == 0 or plan.blocks_per_cta == k_blocks
             if form == "long":
                 assert unit > 128 and plan.rows_log2 == 0 and plan.block <= 512
                 assert plan.grid[0] * plan.blocks_per_cta == k_blocks and plan.grid[1] * plan.grid[2] == m
-                continue
-            if form == "stream":  # every row has one CTA, and a CTA every block of it
-                assert input == "rms_norm" and blocks_per_group == 1 and plan.block == 8 * k_blocks <= 1024
-                assert plan.grid[0] == plan.grid[2] == 1 and 2 * plan.grid[1] <= m
-                assert plan.shared_bytes == plan.block // 32 * 2 * 68 * 16
                 continue
             assert plan.block <= {"narrow": 256, "resident": 1024}[form]
             assert (form == "narrow") == (unit == 1 and input != "rms_norm")
@@ -106,21 +101,6 @@ def test_more_row_tiles_than_a_grid_has_in_y() -> None:
     plan = choose_rows(200_000, 40, 40)  # one row a CTA
     assert plan.rows_log2 == 0 and plan.grid == (1, 65535, 4)
     assert 65535 * 4 >= 200_000
-
-
-def test_rows_are_streamed_where_there_are_enough_that_allow_it() -> None:
-    def form(m: int, k_blocks: int, blocks_per_group: int = 1, **how: Any) -> str:
-        plan = choose_rows(m, k_blocks, blocks_per_group, input=how.pop("input", "rms_norm"), format="sm90", **how)
-        return plan.config.name.split("_")[2]
-
-    assert choose_rows(8192, 32, 1, input="rms_norm", format="sm90").grid == (1, 6 * 132, 1)
-    assert choose_rows(8192, 64, 1, input="rms_norm", format="sm90").grid == (1, 3 * 132, 1)
-    assert choose_rows(8192, 64, 1, input="rms_norm", hadamard=False, format="sm90").grid == (1, 2 * 132, 1)
-    assert form(2 * 6 * 132, 32) == "stream" and form(2 * 6 * 132 - 1, 32) == "resident"
-    assert form(8192, 32, k=4096) == "stream" and form(8192, 32, k=4088) == "resident"
-    assert form(8192, 32, aligned=False) == form(8192, 32, 2) == form(8192, 33) == form(8192, 4) == "resident"
-    assert form(2**21, 8) == "resident"  # 2 GiB of codes
-    assert form(8192, 128) == "stream" and form(8192, 132) == "long" and form(8192, 32, input="plain") == "narrow"
 
 
 def test_plans_refuse_what_the_kernels_cannot_do() -> None:
@@ -176,16 +156,6 @@ def test_lanes_of_a_slice_cover_the_block() -> None:
     assert [index_function("rows_column")(lane) for lane in range(8)] == list(range(0, 128, 16))
     transformed = index_function("rows_transformed_column")
     assert [transformed(lane, half) for half in range(2) for lane in range(8)] == list(range(0, 128, 8))
-
-
-def test_staged_octets_touch_all_banks() -> None:
-    octet = index_function("staged_octet")
-    assert len({octet(o) for o in range(64)}) == 64 and octet(63) < 68
-    assert {octet(2 * lane + 1) - octet(2 * lane) for lane in range(32)} == {octet(1)}
-    assert {octet(lane + 32) - octet(lane) for lane in range(32)} == {octet(32)}
-    for first in range(0, 32, 8):  # lanes that are served at once; a unit is four banks
-        for octets in (range(first, first + 8), range(2 * first, 2 * first + 16, 2)):
-            assert {octet(o) % 8 for o in octets} == set(range(8))
 
 
 def test_prepacked_order_is_a_permutation() -> None:
@@ -273,14 +243,7 @@ def compiled(config: Any, sm: int) -> Any:
         raise
 
 
-THREADS_AND_CTAS = {
-    "narrow": (256, 6),
-    "resident": (1024, 1),
-    "long": (512, 1),
-    "stream": (256, 6),
-    "many": (128, 2),
-    "few": (128, 2),
-}
+THREADS_AND_CTAS = {"narrow": (256, 6), "resident": (1024, 1), "long": (512, 1), "many": (128, 2), "few": (128, 2)}
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90])
@@ -322,17 +285,6 @@ def test_machine_code_of_the_row_quantizer(sm: int, format: str, store: str, tmp
     assert counts["FADD"] + counts["FFMA"] >= 7 * 16
     assert counts["FFMA.SAT"] == 16
     assert not any(name.startswith(("LDL", "STL", "BAR", "F2I", "I2F")) for name in counts)
-
-
-@pytest.mark.parametrize(("sm", "format"), [(80, "sm80"), (89, "sm80"), (90, "sm90")])
-def test_the_loop_over_rows_waits_for_no_load(sm: int, format: str) -> None:
-    cubin = compiled(rows_config("stream", "rms_norm", True, "bfloat16", format), sm).cubin
-    (function,) = sass.parse(sass.disassemble(cubin)).values()
-    loop = max(sass.loops(function), key=len)
-    counts = Counter(instruction.name for instruction in loop)
-    assert counts["LDGSTS"] == 2 and counts["LDGDEPBAR"] == 1 and counts["DEPBAR"] == 1
-    assert counts["BAR"] == 1 and counts["STS"] == 1
-    assert not {"LDG", "LDL", "STL", "FCHK"} & set(counts)
 
 
 @pytest.mark.parametrize(("sm", "format"), [(80, "sm80"), (86, "sm80"), (89, "sm80"), (90, "sm90")])
@@ -378,15 +330,6 @@ def variants(base: Any) -> list[Any]:
 ROWS_80 = Case(1, 1, format="sm80", dtype="bfloat16")
 ROWS_90 = Case(1, 1, format="sm90", dtype="float16")
 DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
-RMS_80, RMS_90 = replace(ROWS_80, input="rms_norm"), replace(ROWS_90, input="rms_norm")
-STREAMED = [
-    replace(RMS_80, m=32, k=4096),  # just enough rows: two a CTA
-    replace(RMS_80, m=53, k=4608, clip=0.9, padding=24, gain_offset=True, seed=1),
-    replace(RMS_90, m=237, k=1024, seed=2),
-    replace(RMS_90, m=41, k=5120, transform="none", seed=3),
-    replace(RMS_90, m=11, k=16384, seed=4),
-    *(replace(RMS_80, m=43, k=4096, data=data, seed=5) for data in ("extreme", "zero", "nan", "infinity", "ties")),
-]
 FAMILIES: dict[str, list[Any]] = {
     "hadamard, sm80": variants(ROWS_80),
     "hadamard, sm90": variants(ROWS_90),
@@ -397,7 +340,6 @@ FAMILIES: dict[str, list[Any]] = {
     "silu, groups": [replace(ROWS_80, input="silu_mul", m=9, k=1100, group=256, seed=5)],
     "rms": [*variants(replace(ROWS_80, input="rms_norm")), replace(ROWS_80, input="rms_norm", m=11, k=1400, group="channel")],
     "rms, none": [replace(ROWS_90, input="rms_norm", transform="none", m=6, k=900, gain_offset=offset) for offset in (False, True)],
-    "stream": STREAMED,
     "long": [replace(ROWS_80, m=2, k=17000, group="channel"), replace(ROWS_80, m=2, k=16520, group="channel", data="infinity")],
     "long, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="rms_norm") for group in (128, "channel")],
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
@@ -413,23 +355,6 @@ def test_kernels_equal_the_reference(family: str, cpu_launcher: Any, monkeypatch
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     for case in FAMILIES[family]:
         assert gpu_check.check(case, CPU) == [], case
-
-
-def test_streamed_rows_are_those_of_the_resident_form(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = []
-
-    def noting(source: str, entry: str, defines: dict[str, int], device: int) -> Any:
-        forms.append(quantize_configs.FORMS[defines["APEX4_FORM"]])
-        return cpu_launcher.kernel(source, entry, defines, device)
-
-    monkeypatch.setattr(launcher, "kernel", noting)
-    for case in STREAMED:
-        results = [gpu_check.run(each, gpu_check.make_operands(each, CPU)) for each in (case, replace(case, offset=1))]
-        assert forms[-2:] == ["stream", "resident"], case
-        (codes, scales, _), (expected_codes, expected_scales, _) = results
-        assert torch.equal(codes, expected_codes) and torch.equal(
-            scales.view(torch.int32), expected_scales.view(torch.int32)
-        )
 
 
 @pytest.mark.parametrize("transform", ["none", "hadamard"])
@@ -462,12 +387,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "mma word": (("index.cuh", "2 * (step & 1) + half)", "(step & 1) + 2 * half)"), DENSE_80),
     "warp's columns": (("quantize_dense.cu", "dense_output(WARP_TILES * warp, 2", "dense_output(warp, 2"), replace(DENSE_80, m=16)),
     "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_90, m=300, k=1000)),
-    "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"), RMS_80),
-    "copies waited for": (("quantize_rows.cu", "wait_for_copies<STAGES - 1>()", "wait_for_copies<STAGES>()"), STREAMED[0]),
-    "copies of other lanes": (("quantize_rows.cu", "wait_for_copies<STAGES - 1>();\n    __syncwarp();", "wait_for_copies<STAGES - 1>();"), STREAMED[0]),
-    "copies over what is read": (("quantize_rows.cu", "__syncwarp();  // other", "// other"), STREAMED[1]),
-    "stage of a copy": (("quantize_rows.cu", "octets_wr -= STAGE;", ""), STREAMED[1]),
-    "sums of a long row": (("quantize_rows.cu", "4 * LANES * i >= k_blocks", "8 * LANES * i >= k_blocks"), STREAMED[1]),
+    "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
+             replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
 
 
@@ -483,19 +404,17 @@ def test_a_changed_constant_is_noticed(
     try:
         assert gpu_check.check(case, CPU) != []
     except cuda_on_cpu.KernelFault:
-        assert name in ("warp's columns", "stage of a copy")  # not aligned; outside
+        assert name == "warp's columns"  # which then are not aligned
 
 
 def test_configurations_are_named_after_the_header() -> None:
     text = (ROOT / "apex4_quant" / "kernels" / "cuda" / "quantize.cuh").read_text()
     rows = (ROOT / "apex4_quant" / "kernels" / "cuda" / "quantize_rows.cu").read_text()
 
-    def number(source: str, name: str, form: str = "#define APEX4_{} ") -> int:
-        return int(re.search(rf"{form.format(name)}(\d+)", source)[1])
+    def number(source: str, name: str) -> int:
+        return int(re.search(rf"#define APEX4_{name} (\d+)", source)[1])
 
     assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2]
-    assert [number(rows, form.upper()) for form in quantize_configs.FORMS] == [0, 1, 2, 3]
-    warp_bytes = number(rows, "STAGES", "constexpr int {} = ") * number(rows, "STAGE", "constexpr int {} = ") * 16
-    assert warp_bytes == quantize_configs.STREAM_WARP_BYTES == quantize_configs.STREAM_CTA_BYTES - 1024
+    assert [number(rows, form.upper()) for form in quantize_configs.FORMS] == [0, 1, 2]
     assert f"MAX_LONG_BLOCKS = {quantize_configs.LONG_BLOCKS};" in rows
     assert f"GRID_Y = {quantize_configs.GRID_Y};" in rows

@@ -1,7 +1,6 @@
 """A linear of very few tokens as one kernel, that quantizes its own input: which shapes get it, and its launch. Torch-free.
 
-The kernel is apex4_linear of cuda/gemm_sm90_decode.cu: inputs as quantize_rows.cu has them with the Hadamard transform,
-groups of 128. What its thread blocks do with their tiles is what the GEMM for 8 tokens does, so that choose_gemm decides
+The kernel is apex4_linear of cuda/gemm_sm90_decode.cu: x or SiLU(gate) * up, the Hadamard transform, groups of 128. What its thread blocks do with their tiles is what the GEMM for 8 tokens does, so that choose_gemm decides
 about it, and its results are those of quantizer and GEMM, bit for bit.
 """
 
@@ -17,18 +16,17 @@ from .gemm_configs import DECODE_PARTS, SHARED_LIMITS, WEIGHT_TILE_N, GemmPlan, 
 from .launcher import Kernel, Launch
 from .quantize_configs import DTYPES, INPUTS
 
-MOST_TOKENS = (
-    3  # of quantize_tokens.cuh; more take the thread blocks longer than a kernel in front of them (measured, H100)
-)
-SLICES = 64  # likewise: blocks of a row whose squares are added up
-MOST_ROUNDS = 3  # likewise, of SLICES blocks of tokens that a thread block quantizes
+FUSED_INPUTS = ("plain", "silu_mul")  # RMSNorm needs sums over rows first: in a model that cost more (measured, H100)
+MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of them (measured, H100)
+SLICES = 64  # of quantize_tokens.cuh: blocks of tokens that are quantized at a time
+MOST_ROUNDS = 3  # of these, likewise
 TILE_M, STAGES = 8, 10
 _OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """One cubin: `input` is plain, rms_norm or silu_mul, `dtype` that of x and y."""
+    """One cubin: `input` is plain or silu_mul, `dtype` that of x and y."""
 
     input: str
     dtype: str
@@ -45,7 +43,7 @@ class FusedConfig:
         """Of struct Shared; the kernel asserts it."""
         stage = round_up(DECODE_PARTS * (WEIGHT_TILE_N * BLOCK // 2 + 2 * WEIGHT_TILE_N) + 16, 128)
         output = TILE_M * WEIGHT_TILE_N * (2 + 4 * DECODE_PARTS) + 16
-        return round_up(STAGES * stage + output + 4 * MOST_TOKENS * SLICES, 128)
+        return round_up(STAGES * stage + output, 128)
 
     @cached_property
     def defines(self) -> dict[str, int]:
@@ -63,7 +61,7 @@ def fused_config(input: str, dtype: str) -> FusedConfig:
 
 
 def all_configs(sm: int) -> list[FusedConfig]:
-    return [fused_config(input, dtype) for dtype in DTYPES for input in INPUTS] if sm == 90 else []
+    return [fused_config(input, dtype) for dtype in DTYPES for input in FUSED_INPUTS] if sm == 90 else []
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def choose_fused(
 
     `gemm` stands for APEX4_GEMM, which choose_gemm reads: with one that names another tile nothing is fused.
     """
-    if sm != 90 or not 1 <= m <= MOST_TOKENS or (input == "rms_norm" and k_blocks > SLICES):
+    if sm != 90 or not 1 <= m <= MOST_TOKENS or input not in FUSED_INPUTS:
         return None
     chosen = choose_gemm(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype])
     if chosen.config.tile_m != TILE_M:
@@ -103,7 +101,7 @@ def choose_fused(
 @lru_cache(maxsize=4096)
 def fused_launch(
     kernel: Callable[..., Kernel], device: int, sm: int, sm_count: int, m: int, n: int, k: int, k_blocks: int, ldx: int,
-    ld_second: int, aligned: bool, dtype: str, input: str, eps: float, clip: float, gain_offset: bool, gemm: str | None,
+    ld_second: int, aligned: bool, dtype: str, input: str, clip: float, gemm: str | None,
 ) -> Launch | None:  # fmt: skip
     """The kernel of a shape with all but its pointers, which are y, x, second, w_packed, w_scale and bias; None: see above.
 
@@ -118,14 +116,7 @@ def fused_launch(
         grid.grid,
         grid.block - 64,  # one warp copies, not three
         6,
-        [
-            *map(c_int, numbers),
-            c_float(1 / k),
-            c_float(eps),
-            c_float(clip / CODE_MAX),
-            c_int(gain_offset),
-            c_int(aligned),
-        ],
+        [*map(c_int, numbers), c_float(clip / CODE_MAX), c_int(aligned)],
         shared_bytes=plan.shared_bytes,
         cluster=grid.cluster,
         programmatic=True,

@@ -248,7 +248,7 @@ class _Input:
         index = x.device.index
         return fused_launch(
             launcher.kernel, index, *_gpu(index), x.shape[0], n, x.shape[1], k_padded // BLOCK, x.stride(0), self.ld_second,
-            self.aligned, _NAMES[x.dtype], self.input, self.eps, clip, self.gain_offset, os.environ.get("APEX4_GEMM"),
+            self.aligned, _NAMES[x.dtype], self.input, clip, os.environ.get("APEX4_GEMM"),
         )  # fmt: skip
 
 

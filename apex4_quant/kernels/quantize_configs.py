@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
-from ..number_format import BLOCK, round_up
+from ..number_format import BLOCK
 from .index import index_function
 
 if TYPE_CHECKING:
     import torch
 
 INPUTS = ("plain", "rms_norm", "silu_mul")  # APEX4_INPUT is the position
-FORMS = ("narrow", "resident", "long", "stream")  # APEX4_FORM, likewise
-FORMS_OF = {input: FORMS[:3] for input in INPUTS} | {"rms_norm": FORMS[1:]}  # RMSNorm needs a whole row: never narrow
+FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
 FORMATS = {"sm80": 80, "sm90": 90}  # activation format -> APEX4_FORMAT
 
@@ -34,14 +33,6 @@ LONG_THREADS = 512
 CTA_SLICES = 32  # 256 threads: six such CTAs fill an SM
 SMALL_CTA_SLICES = 8  # where there is too little work for all SMs
 CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes and one sector of scales
-STREAM_MIN_BLOCKS = 8  # shorter rows: several of them to a CTA of the form "resident"
-STREAM_BLOCKS = 4  # whose columns are a warp's
-STREAM_WARPS = {True: 51, False: 42}  # that fit an SM with 40 registers a thread (with the Hadamard transform) or 48
-STREAM_WARP_BYTES, STREAM_CTA_BYTES = 2 * 68 * 16, 2 * 68 * 16 + 1024  # of shared memory; with what the system takes
-SM_BYTES = {"sm80": 100 << 10, "sm90": 227 << 10}  # of shared memory, the least among the format's architectures
-STREAM_MIN_ROWS = 2  # of a CTA: with fewer there is nothing to overlap
-STREAM_CODE_BYTES = 1 << 31  # offsets are 32 bit
-ROW_BYTES = {"sm80": BLOCK // 2, "sm90": BLOCK}  # of a block's codes
 GRID_Y = 65535  # the largest grid in y; row tiles go on in z
 
 DENSE_THREADS = 128
@@ -126,7 +117,7 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
     for dtype in dtypes:
         for input in INPUTS:
             for hadamard in (False, True):
-                for form in FORMS_OF[input]:
+                for form in FORMS[input == "rms_norm" :]:  # RMSNorm needs a whole row: never narrow
                     yield rows_config(form, input, hadamard, dtype, format)
             for few_rows in (False, True):
                 yield dense_config(few_rows, input, dtype, format)
@@ -139,25 +130,16 @@ def choose_rows(
     k_blocks: int,
     blocks_per_group: int,
     *,
-    k: int | None = None,
     input: str = "plain",
     hadamard: bool = True,
-    aligned: bool = True,
     dtype: str = "bfloat16",
     format: str = "sm80",
     sm_count: int = 132,
 ) -> QuantizePlan:
-    """The launch of quantize_rows.cu for m rows of k_blocks blocks, groups of blocks_per_group blocks. `k`: of the rows as
-    they are given, if they are padded."""
+    """The launch of quantize_rows.cu for m rows of k_blocks blocks, groups of blocks_per_group blocks."""
     if m < 1 or k_blocks < 1 or blocks_per_group < 1 or k_blocks % blocks_per_group:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK} in groups of {blocks_per_group} blocks")
     whole_row = input == "rms_norm"
-    if whole_row and blocks_per_group == 1 and aligned and k in (None, k_blocks * BLOCK):
-        ctas = _stream_ctas(m, k_blocks, hadamard, format, sm_count)
-        if ctas > 0:
-            config = rows_config("stream", input, hadamard, dtype, format)
-            warps = k_blocks // STREAM_BLOCKS
-            return QuantizePlan(config, (1, ctas, 1), WARP * warps, shared_bytes=STREAM_WARP_BYTES * warps)
     unit = k_blocks if whole_row else blocks_per_group  # blocks that a CTA must have together
     if unit > RESIDENT_SLICES:
         if unit > LONG_BLOCKS:
@@ -181,18 +163,6 @@ def choose_rows(
     grid = (-(-k_blocks // blocks), min(tiles, GRID_Y), -(-tiles // GRID_Y))
     config = rows_config(form, input, hadamard, dtype, format)
     return QuantizePlan(config, grid, block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks)
-
-
-def _stream_ctas(m: int, k_blocks: int, hadamard: bool, format: str, sm_count: int) -> int:
-    """The grid of the form "stream"; 0 where it is of no use."""
-    if not STREAM_MIN_BLOCKS <= k_blocks <= RESIDENT_SLICES or k_blocks % STREAM_BLOCKS:
-        return 0
-    if k_blocks * round_up(m, 16) * ROW_BYTES[format] >= STREAM_CODE_BYTES:
-        return 0
-    warps = k_blocks // STREAM_BLOCKS
-    resident = min(STREAM_WARPS[hadamard] // warps, SM_BYTES[format] // (STREAM_WARP_BYTES * warps + STREAM_CTA_BYTES))
-    ctas = sm_count * resident
-    return ctas if m >= STREAM_MIN_ROWS * ctas else 0
 
 
 def _power_of_two_up_to(limit: int) -> int:

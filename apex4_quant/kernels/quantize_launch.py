@@ -96,9 +96,7 @@ def _quantizer(
     if transform not in ("none", "hadamard", "dense"):
         raise ValueError(f"transform {transform!r} is not none, hadamard or dense")
     if transform != "dense":
-        plan = choose_rows(
-            m, k_blocks, blocks_per_group, k=k, aligned=aligned, hadamard=transform == "hadamard", **shape
-        )
+        plan = choose_rows(m, k_blocks, blocks_per_group, hadamard=transform == "hadamard", **shape)
         integers = (m, k, k_blocks, blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta)
         behind = _float(clip / CODE_MAX), _float(eps), _float(1 / k), _int(gain_offset), _int(aligned)
         return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)

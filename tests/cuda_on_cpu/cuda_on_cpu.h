@@ -210,9 +210,6 @@ inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b 
 inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline void prefetch(const void*) {}
 inline void copy_async(uint4* shared, const uint4* from) { cpu::copy_later(shared, from); }
-inline void commit_copies() { cpu::commit_group(); }
-template <int PENDING>
-void wait_for_copies() { cpu::wait_for_groups(PENDING); }
 inline void wait_for_copies() {
   cpu::commit_group();
   cpu::wait_for_groups(0);

@@ -16,8 +16,8 @@
 // Clusters of one or two thread blocks.
 //
 // Operands of apex4_linear (type T: that of y, and of x):
-//   y, w_packed, w_scale, bias, m <= MOST_TOKENS, n, k_blocks, ldy, tiles_n    as in gemm_sm90.cu; groups of one block
-//   x, second, k, ldx, ld_second, one_over_k, eps, clip_over_7, gain_offset, aligned   as in quantize_rows.cu
+//   y, w_packed, w_scale, bias, m <= TILE_M, n, k_blocks, ldy, tiles_n    as in gemm_sm90.cu; groups of one block
+//   x, second, k, ldx, ld_second, clip_over_7, aligned                         as in quantize_rows.cu
 //   dynamic shared memory: struct Shared, and behind it, for each of TokenQuantizer::owned() blocks,
 //                            TILE_M scales and m rows of codes, and 128 bytes
 //
@@ -34,6 +34,7 @@ constexpr int VECTORS = SUMS / 4;
 // Named barriers: of the first warpgroup alone; sums of the others are written; and have been read.
 constexpr int FIRST_MEETS = 1, WRITTEN = 2, READ = 3;
 [[maybe_unused]] constexpr int QUANTIZED = 4;  // QUANTIZES: all warpgroups
+constexpr int PREPARED = 5;                    // all threads: the other barriers
 
 // PARTS consecutive blocks of 128 inputs, one for each warpgroup.
 struct Stage {
@@ -53,9 +54,6 @@ struct Shared {
   float4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
   float4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
   uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
-#if QUANTIZES
-  float squares[MOST_TOKENS][SLICES];
-#endif
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 
@@ -288,8 +286,14 @@ struct Consumer {
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prepare(Shared& s) {
-  if (threadIdx.x == 0) {
+// The warp that copies weights makes the barriers and goes on; the others wait for it.
+__device__ __forceinline__ void prepare(Shared& s, int warp) {
+  ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
+  if (warp != 4 * PARTS + WEIGHTS) {
+    ptx::named_barrier(PREPARED, THREADS);
+    return;
+  }
+  if (ptx::elect_one()) {
     for (int stage = 0; stage < STAGES; ++stage) {
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), COPYING_WARPS);
       ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * PARTS);  // a warp each
@@ -298,8 +302,8 @@ __device__ __forceinline__ void prepare(Shared& s) {
     ptx::barrier_init(ptx::shared_address(&s.taken), WARPGROUP);
     ptx::fence_barrier_init();
   }
-  ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
-  __syncthreads();
+  __syncwarp();
+  ptx::named_barrier_arrive(PREPARED, THREADS);
 }
 
 // What the other block of a cluster may write here, it has written before this returns.
@@ -317,25 +321,24 @@ __device__ __forceinline__ void leave(const Share& share) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_linear(void* y, const unsigned short* x, const unsigned short* second, const uint8* w_packed, const __half* w_scale,
                  const float* bias, int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy, int tiles_n,
-                 float one_over_k, float eps, float clip_over_7, int gain_offset, int aligned) {
+                 float clip_over_7, int aligned) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
   const Problem given = {static_cast<Out*>(y), nullptr, nullptr, w_packed, w_scale, bias, nullptr, nullptr,
                          m, n, k_blocks, 1, m, ldy, 0, 1, tiles_n};
-  prepare(s);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  prepare(s, warp);
   const Share share;
   if (share.ranks > 1) ptx::cluster_arrive();
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4 * PARTS) {
-    TokenQuantizer quantizer = {{x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0},
-                                m, k_blocks, share.first_block(), share.step(), one_over_k, eps, clip_over_7, nullptr, nullptr};
+    TokenQuantizer quantizer = {{x, second, k, ldx, ld_second, false, aligned != 0},
+                                m, k_blocks, share.first_block(), share.step(), clip_over_7, nullptr, nullptr};
     // Behind the scales come the codes: the last core matrix reaches past them.
     quantizer.scales = reinterpret_cast<float*>(shared_memory + sizeof(Shared));
     quantizer.codes = shared_memory + sizeof(Shared) + 4 * TILE_M * quantizer.owned();
-    quantizer.prefetch_gain(ptx::thread());
     ptx::wait_for_predecessor();
-    quantizer.run(ptx::thread(), QUANTIZED, s.squares);
+    quantizer.run(ptx::thread(), QUANTIZED);
     Consumer(s, warp / 4, Tokens(quantizer, warp / 4)).run(given, s, share);
   } else {
     Producer<WEIGHTS>{Ring(s)}.run(given, share);
@@ -356,12 +359,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
   const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, partial, counter,
                          m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n};
-  prepare(s);
-  const Share share;
-  if (share.ranks > 1) ptx::cluster_arrive();
-
   // The same in all lanes, also for the compiler, which then addresses with uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  prepare(s, warp);
+  const Share share;
+  if (share.ranks > 1) ptx::cluster_arrive();
   if (warp < 4 * PARTS) {
     Consumer(s, warp / 4, Tokens(warp / 4)).run(given, s, share);
   } else {

@@ -47,9 +47,6 @@ APEX4_INDEX(rows_column, (int lane), 16 * (lane & 7))
 APEX4_INDEX(rows_transformed_column, (int lane, int half), 8 * (lane & 7) + 64 * half)
 APEX4_INDEX(rows_slice_row, (int slice, int rows_log2), slice & ((1 << rows_log2) - 1))
 APEX4_INDEX(rows_slice_block, (int slice, int rows_log2), slice >> rows_log2)
-// STREAM: where an octet of a warp's 512 columns is staged, in 16-byte units. A lane's two octets are a constant apart, and
-// eight lanes that read one each, as eight lanes that copy consecutive ones, touch all 32 banks.
-APEX4_INDEX(staged_octet, (int octet), (octet >> 1) + 36 * (octet & 1))
 // Where an octet (eight codes of consecutive k) stands, from k in the block: sm80_activation_byte and sm90_activation_byte
 // with the place in the chunk.
 APEX4_INDEX(sm80_octet_byte, (int row, int k), 64 * row + (k >> 1 ^ 16 * (row >> 1 & 3)))

@@ -45,12 +45,6 @@ struct Lane {
     load_from(pairs, from.x + static_cast<long long>(row) * from.ldx, from, column, active);
   }
 
-  // The same of two octets, from shared memory.
-  __device__ __forceinline__ void set(const uint4& low, const uint4& high) {
-    pairs[0] = low.x, pairs[1] = low.y, pairs[2] = low.z, pairs[3] = low.w;
-    pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
-  }
-
   __device__ __forceinline__ void load_second(const Input& from, int row, int column, bool active) {
 #if APEX4_INPUT == APEX4_RMS_NORM
     load_from(factors, from.second, from, column, active);

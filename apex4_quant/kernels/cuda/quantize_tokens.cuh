@@ -5,7 +5,7 @@
 // from `first` on, and its `own` count runs through them.
 //   codes    sm90_token_byte(m, token, 8 own + chunk)   (index.cuh)
 //   scales   float32 [own][TILE_M], of which m are written
-// RMSNorm needs the squares of whole rows, whatever part of them is multiplied here: rows of at most SLICES blocks.
+// Not for RMSNorm, which needs the squares of whole rows first: there a kernel in front costs less (kernels/README.md).
 //
 // Macros: those of quantize_slice.cuh, with APEX4_FORMAT 90. The includer has defined TILE_M and PARTS.
 #pragma once
@@ -14,43 +14,23 @@
 #include "quantize_slice.cuh"
 
 constexpr int QUANTIZING_THREADS = 128 * PARTS, SLICES = QUANTIZING_THREADS / LANES;
-constexpr int MOST_TOKENS = 3;
 constexpr int CHUNKS = BLOCK / 16;
-static_assert(32 / LANES == PARTS, "all slices of a warp have work or none: there are shuffles in it, and rows are whole PARTS");
+static_assert(32 / LANES == PARTS, "all slices of a warp have work or none: there are shuffles in it");
+static_assert(APEX4_INPUT != APEX4_RMS_NORM, "see above");
 
 struct TokenQuantizer {
   Input from;
   int m, k_blocks, first, step;
-  float one_over_k, eps, clip_over_7;
+  float clip_over_7;
   uint8* codes;
   float* scales;
 
   // Blocks there is room for: whole stages.
   __device__ __forceinline__ int owned() const { return (k_blocks - first + step - 1) / step * PARTS; }
 
-  // The gain is no output of the kernel before, and comes from memory: asked for before that one has ended.
-  __device__ __forceinline__ void prefetch_gain(int thread) const {
-#if APEX4_INPUT == APEX4_RMS_NORM
-    const int column = COLUMNS * thread;
-    if (column < from.k) prefetch(from.second + column);
-#endif
-  }
-
-  // By QUANTIZING_THREADS threads, which meet at the named barrier `barrier`; then wgmma may read. `squares`: RMS_NORM only.
-  __device__ __forceinline__ void run(int thread, int barrier, float (*squares)[SLICES]) const {
+  // By QUANTIZING_THREADS threads, which meet at the named barrier `barrier`; then wgmma may read.
+  __device__ __forceinline__ void run(int thread, int barrier) const {
     const int lane = thread & 31, slice = thread / LANES, in_slice = lane & (LANES - 1);
-#if APEX4_INPUT == APEX4_RMS_NORM
-    const int in_row = (k_blocks + PARTS - 1) / PARTS * PARTS;
-#pragma unroll 1
-    for (int i = slice; i < m * in_row; i += SLICES) {
-      const int token = i / in_row, block = i - token * in_row;
-      Lane values;
-      values.load(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
-      const float of_slice = sum_of_slice(sum_of_squares(values.pairs));
-      if (in_slice == 0) squares[token][block] = of_slice;
-    }
-    ptx::named_barrier(barrier, QUANTIZING_THREADS);
-#endif
     const int of_token = owned();
 #pragma unroll 1
     for (int i = slice; i < m * of_token; i += SLICES) {
@@ -59,13 +39,7 @@ struct TokenQuantizer {
       Lane values;
       values.load(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
       values.load_second(from, token, BLOCK * block + rows_column(lane), block < k_blocks);
-      float inverse_rms = 1.0f;
-#if APEX4_INPUT == APEX4_RMS_NORM
-      float of_row = 0.0f;
-      for (int b = in_slice; b < k_blocks; b += LANES) of_row += squares[token][b];
-      inverse_rms = inverse_rms_of(sum_of_slice(of_row), one_over_k, eps);
-#endif
-      values.finish(from, inverse_rms);
+      values.finish(from, 1.0f);
       float y[COLUMNS];
       transform(y, values.pairs, lane);
       unsigned words[2 * OCTET_WORDS];
