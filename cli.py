@@ -191,7 +191,7 @@ def gpus(as_json: bool) -> None:
     help="For all: hadamard128, dense128 or none.  [default: hadamard128 and dense128 if the recipe has that]",
 )
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
-@click.option("--samples", default=16, show_default=True, help="Calibration windows.")
+@click.option("--samples", type=int, help="Calibration windows.  [default: 8192 tokens]")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")
 @click.option("--seed", default=0, show_default=True, help="Which windows of the text are drawn.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")

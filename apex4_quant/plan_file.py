@@ -180,17 +180,21 @@ def require_plan_path(path: Path) -> None:
         raise UsageError(f"plan file {path} cannot be written, its folder does not exist: make it first")
 
 
-def plan_file_text(header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], notes: dict[str, str]) -> str:
-    """The YAML of a plan. `groups`: for every shared input, entries by name; `notes`: comments by name."""
+def plan_file_text(
+    header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], comments: list[str], notes: dict[str, str]
+) -> str:
+    """The YAML of a plan. `groups`: for every shared input, entries by name; `comments`: on each; `notes`: by name."""
     lines = [
         "# Change group_size to 128, 256, 512, ... or channel, and transform to hadamard128, none or dense128 (learned,",
         "# with group_size 128 only), then: apex4 quantize MODEL -o OUT --plan THIS_FILE",
         "# Linears that read the same input (no empty line between them) must have the same group_size and transform.",
+        "# Predicted: loss of the input in 1/1000 nat a token (divergence from the original), relative error of the linear.",
         f"apex4_plan: {PLAN_VERSION}",
         *(f"{key}: {_flow(value)}" for key, value in header.items()),
         "linears:",
     ]
-    for group in groups:
+    for group, comment in zip(groups, comments, strict=True):
+        lines.append(f"  # {comment}")
         lines += [f"  {_flow(name)}: {_flow(entry)}  # {notes[name]}" for name, entry in group.items()]
         lines.append("")
     return "\n".join(lines)

@@ -50,6 +50,7 @@ from .storage import write_bytes
 
 MODES = ("auto", "mixed", "g128")
 PLANNED_TRANSFORMS = (HADAMARD, DENSE, NO_TRANSFORM)  # those whose errors are predicted
+TOKENS = 8192  # of calibration text, unless told otherwise: the hidden states entering every layer are kept
 _SLACK = 1 + 1e-9  # bounds are met up to rounding
 
 
@@ -210,7 +211,7 @@ class PlanSettings:
     mainloop: str = OURS.name
     transform: str | None = None
     calib: str = "bundled"
-    samples: int = 16
+    samples: int | None = None  # None: as many as TOKENS tokens are
     seq_len: int = 2048
     seed: int = 0
     device: str = "auto"
@@ -250,7 +251,8 @@ class QuantizationPlan:
         }
 
     def linears(self) -> list[dict[str, Any]]:
-        """One entry per linear; its time includes an equal share of transforming and quantizing the input."""
+        """One entry per linear: its relative errors, the losses of its whole input, and its time, which includes an equal
+        share of transforming and quantizing the input."""
         entries = []
         tokens = self.settings.tokens
         for group, option in zip(self.groups, self.chosen, strict=True):
@@ -266,6 +268,7 @@ class QuantizationPlan:
                         "shape": [group.outputs[index], group.in_features],
                         **option.choice._asdict(),
                         "predicted_error": {choice.label: errors[index] for choice, errors in group.errors.items()},
+                        "predicted_loss": {choice.label: loss for choice, loss in group.losses.items()},
                         "predicted_microseconds": round(1e6 * (gemms[index] + shared), 3),
                     }
                 )
@@ -296,12 +299,17 @@ class QuantizationPlan:
             for group in self.groups
         ]
         notes = {
-            name: "predicted error "
-            + ", ".join(f"{label}: {error:.4f}" for label, error in entry["predicted_error"].items())
+            name: "error " + ", ".join(f"{label}: {error:.4f}" for label, error in entry["predicted_error"].items())
             for name, entry in entries.items()
         }
+        losses = [
+            "loss " + ", ".join(f"{choice.label}: {1000 * loss:.3f}" for choice, loss in group.losses.items())
+            for group in self.groups
+        ]
         header = self.header() | {"predicted": self.predicted()}
-        text = plan_file_json(header, groups) if path.suffix == ".json" else plan_file_text(header, groups, notes)
+        text = (
+            plan_file_json(header, groups) if path.suffix == ".json" else plan_file_text(header, groups, losses, notes)
+        )
         write_bytes(path, text.encode())
 
     def as_text(self) -> str:
@@ -312,19 +320,27 @@ class QuantizationPlan:
         labels = [*map(str, LADDER if exact else ()), *(set(self.transforms) - set(exact))]
         lines = [
             f"{self.source.describe()} on {self.gpu.name}, {self.settings.tokens} tokens, mode {self.settings.mode}, "
-            f"mainloop {self.mainloop.name}: errors and times are predicted",
+            f"mainloop {self.mainloop.name}: losses and times are predicted",
             f"  {'linear':{width}}  {'shape':>13}  {'group':>8} "
-            + "".join(f"{'err@' + label[:5]:>10}" for label in labels)
+            + "".join(f"{'@' + label:>10}" for label in labels)
             + f"  {'us':>9}",
         ]
-        choices = [option.choice for group, option in zip(self.groups, self.chosen, strict=True) for _ in group.linears]
-        for entry, choice in zip(entries, choices, strict=True):
-            errors = (entry["predicted_error"].get(label) for label in labels)
+        choices = {
+            name: (option.choice, name == group.linears[0])
+            for group, option in zip(self.groups, self.chosen, strict=True)
+            for name in group.linears
+        }
+        for entry in entries:
+            choice, first = choices[entry["name"]]
+            losses = (entry["predicted_loss"].get(label) if first else None for label in labels)
             lines.append(
                 f"  {entry['name']:{width}}  {' x '.join(map(str, entry['shape'])):>13}  {choice.label:>8} "
-                + "".join(f"{'-' if error is None else f'{error:.5f}':>10}" for error in errors)
+                + "".join(f"{'' if loss is None else f'{1000 * loss:.3f}':>10}" for loss in losses)
                 + f"  {entry['predicted_microseconds']:9.2f}"
             )
+        lines.append(
+            "  @: predicted loss of all linears that read the input, divergence from the original in 1/1000 nat a token"
+        )
         if exact:
             lines.append(f"  128, 256, 512, channel: group sizes, transform {exact[0]}")
         if len(exact) < len(self.transforms):
@@ -334,7 +350,7 @@ class QuantizationPlan:
             f"  all linears: {total['microseconds']:.1f} us predicted, {total['of_fastest']:.2f}x the fastest plan, "
             f"{total['speedup_over_fp16']:.2f}x as fast as FP16 ({total['fp16_microseconds']:.1f} us)"
         )
-        lines.append(f"  predicted loss {total['loss']:.5f}, {total['of_least_loss']:.2f}x the least there is")
+        lines.append(f"  predicted loss {1000 * total['loss']:.3f}, {total['of_least_loss']:.2f}x the least there is")
         return "\n".join(lines)
 
 
@@ -349,12 +365,18 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
     if out is not None:
         require_plan_path(out)
     source = ModelSource(settings.model)
-    names = ("model", "recipe", "target", "calib", "samples", "seq_len", "seed", "device", "dtype")
+    names = ("model", "recipe", "target", "calib", "seq_len", "seed", "device", "dtype")
     # Under a learned transform as many rows would be collected as a run learns from; these are learned for less.
-    run = QuantizeSettings(**{name: getattr(settings, name) for name in names}, transform=HADAMARD).resolve(source)
+    run = QuantizeSettings(
+        **{name: getattr(settings, name) for name in names},
+        samples=1 if settings.samples is None else settings.samples,
+        transform=HADAMARD,
+    ).resolve(source)
+    if settings.samples is None:
+        run = replace(run, samples=max(1, TOKENS // run.seq_len))
     samples = draw_calibration(source, run, settings.seq_len, progress)
     runner = LayerRunner(source, run.device, DTYPES[run.dtype])
-    groups = measure_sensitivity(source, runner, samples, plan_of(source, run).linears, transforms, progress)
+    groups = measure_sensitivity(source, runner, samples, plan_of(source, run).linears, transforms, run.seed, progress)
     options = [group_options(group, gpu, settings.tokens, mainloop) for group in groups]
     chosen = choose(options, settings.mode, settings.budget, settings.max_loss)
     plan = QuantizationPlan(settings, transforms, source, gpu, mainloop, tuple(groups), tuple(options), tuple(chosen))

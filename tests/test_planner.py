@@ -1,4 +1,4 @@
-"""The planner: the knapsack against brute force, what modes choose, the measured errors, plan files, their use."""
+"""The planner: the knapsack against brute force, what modes choose, plan files, their use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,12 @@ from apex4_quant.cost_model import activation_seconds
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.gpus import GPUS
 from apex4_quant.knapsack import pareto_front
-from apex4_quant.layouts import get_layout
-from apex4_quant.linear import Apex4Linear
 from apex4_quant.number_format import DENSE, HADAMARD
 from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.plan_file import read_plan_file
 from apex4_quant.planner import GroupOptions, Option, PlanSettings, choose, group_options, make_plan
-from apex4_quant.quant_config import LinearFormat
-from apex4_quant.sensitivity import (
-    CLIP_RATIOS,
-    ROWS,
-    Choice,
-    GroupSensitivity,
-    choices_of,
-    ladder_of,
-    losses_of,
-    relative_errors,
-    split_rows,
-)
+from apex4_quant.sensitivity import Choice, GroupSensitivity, choices_of
 from apex4_quant.source import ModelSource
-from apex4_quant.weight_quantizer import quantize_weight_rtn
 
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -186,54 +171,7 @@ def test_bounds_that_make_no_sense() -> None:
             choose(groups, **arguments)
 
 
-# What is measured
-
-
-def test_ladder() -> None:
-    assert ladder_of(4096) == (128, 256, 512, "channel")
-    assert ladder_of(768) == (128, 256, 512, "channel")
-    assert ladder_of(300) == (128, 256, "channel")
-    assert ladder_of(256) == (128, "channel")
-    assert ladder_of(100) == (128,)
-
-
-@pytest.mark.parametrize("size", [128, 512, "channel"])
-def test_relative_error_is_that_of_the_quantized_linear(size: int | str) -> None:
-    """Errors of weight and activation are independent to first order: the sum predicts the real linear's."""
-    torch.manual_seed(0)
-    rows, weight = torch.randn(256, 600) * torch.rand(600) * 3, torch.randn(96, 600) / 25
-    format = LinearFormat(96, 600, size, get_layout("rowmajor"), "hadamard128", 1.0)
-    (predicted,) = relative_errors(rows, [weight], format)
-    codes, scales = quantize_weight_rtn("w", weight, format)
-    exact = rows @ weight.t()
-
-    def real(clip: float) -> float:
-        linear = Apex4Linear.from_codes(replace(format, activation_clip=clip), codes, scales, None)
-        return float((linear(rows) - exact).square().sum() / exact.square().sum())
-
-    assert predicted == pytest.approx(min(map(real, CLIP_RATIOS)), rel=0.04)
-
-
-def test_losses_are_means_that_never_fall() -> None:
-    """With coarser groups, under the same transform."""
-    of_sizes = {128: (0.1, 0.3), 256: (0.1, 0.2), "channel": (0.5, 0.7)}
-    errors = {Choice(size, HADAMARD): error for size, error in of_sizes.items()} | {Choice(128, DENSE): (0.05, 0.15)}
-    assert list(losses_of(errors).values()) == pytest.approx([0.2, 0.2, 0.6, 0.1])
-
-
-def test_choices() -> None:
-    """Kernels have learned transforms with groups of 128 only."""
-    assert choices_of(256, (HADAMARD, DENSE)) == [(128, HADAMARD), ("channel", HADAMARD), (128, DENSE)]
-    assert choices_of(4096, (DENSE,)) == [(128, DENSE)]
-    assert [choice.label for choice in choices_of(256, (HADAMARD, DENSE))] == ["128", "channel", DENSE]
-
-
-@pytest.mark.parametrize(("count", "measured"), [(1, 1), (64, 32), (1500, 750), (4096, 1024), (5000, 1024)])
-def test_a_transform_is_not_measured_on_what_it_was_learned_from(count: int, measured: int) -> None:
-    rows, others = split_rows(torch.arange(count)[:, None])
-    assert len(rows) == measured <= ROWS
-    assert len(others) == max(1, count - measured)
-    assert count == 1 or not set(rows.flatten().tolist()) & set(others.flatten().tolist())
+# Options and their times
 
 
 def test_a_dense_transform_costs_its_time_once_an_input() -> None:
@@ -246,9 +184,7 @@ def test_a_dense_transform_costs_its_time_once_an_input() -> None:
     assert seconds[128, DENSE] - seconds[128, HADAMARD] == pytest.approx(more) and more > 0
 
 
-def test_dead_input_has_no_error() -> None:
-    format = LinearFormat(8, 128, 128, get_layout("rowmajor"), "none", 1.0)
-    assert relative_errors(torch.zeros(4, 128), [torch.randn(8, 128)], format) == (0.0,)
+# From the command line
 
 
 @pytest.fixture
@@ -293,6 +229,9 @@ def test_plan_json_and_file_agree(model: Path, calib: Path, tmp_path: Path, invo
     ]  # mixed: no other transform
     errors = list(result["linears"][6]["predicted_error"].values())
     assert errors == sorted(errors) and 0 < errors[0] < errors[-1] < 0.2
+    losses = [linear["predicted_loss"] for linear in result["linears"]]
+    assert losses[0] == losses[1] == losses[2] != losses[3]  # q, k and v read one input
+    assert result["predicted"]["loss"] == pytest.approx(sum(losses[i]["128"] for i in (0, 3, 4, 6, 7, 10, 11, 13)))
     assert result["linears"][0]["shape"] == [128, 128]
     total = sum(linear["predicted_microseconds"] for linear in result["linears"])
     assert total == pytest.approx(result["predicted"]["microseconds"], rel=1e-3)
@@ -328,8 +267,11 @@ def test_transforms_from_the_command_line(plan_of: Call, tmp_path: Path) -> None
     assert transforms("--mode", "mixed", "--budget", 9, name="f.yaml") == {HADAMARD}
     assert transforms("--transform", DENSE, "--recipe", "rtn", name="g.yaml") == {DENSE}
     assert set(sizes(tmp_path / "g.yaml").values()) == {128}
-    line = next(line for line in (tmp_path / "a.yaml").read_text().splitlines() if DOWN.format(0) in line)
-    assert all(f"{label}: 0." in line.partition("#")[2] for label in ("128", "256", "512", "channel", DENSE))
+    lines = (tmp_path / "a.yaml").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if DOWN.format(0) in line)
+    for label in ("128", "256", "512", "channel", DENSE):
+        assert f"{label}: 0." in lines[place].partition("# error")[2] and f"{label}: " in lines[place - 1]
+    assert "# loss" in lines[place - 1] and lines[place - 2] == ""
     content = yaml.safe_load((tmp_path / "e.yaml").read_text())
     assert content["recipe"] == "gptq" and content["predicted"]["of_least_loss"] == 1
 
