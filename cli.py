@@ -79,7 +79,7 @@ def cli() -> None:
     help="apex4, apex4-gptaq, apex4-shared, apex4-hadamard, quarot-128g, gptq, rtn, or a YAML file.",
 )
 @click.option("--group-size", default="128", show_default=True, help="128, 256, 512, ... or 'channel'.")
-@click.option("--plan", metavar="FILE", help="Group size of every linear, from 'apex4 plan'; not with --group-size.")
+@click.option("--plan", metavar="FILE", help="Group size and transform of every linear, from 'apex4 plan'.")
 @click.option("--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto.")
 @click.option("--layout", help="Order of the packed codes: rowmajor, sm80 or sm90.  [default: what the target reads]")
 @click.option("--transform", help="Group transform: hadamard128, dense128, shared128 or none.  [default: the recipe's]")
@@ -173,17 +173,25 @@ def gpus(as_json: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Plan file to write: .yaml, .yml or .json.")
-@click.option("--target", default="auto", show_default=True, help="GPU of 'apex4 gpus', or auto.")
-@click.option("--mode", default="auto", show_default=True, help="auto, mixed (down_proj at 128) or g128.")
 @click.option(
-    "--budget", type=float, help="Time allowed, in multiples of the fastest plan's.  [default: 1.05 for auto]"
+    "--recipe", default="apex4", show_default=True, help="That of 'apex4 quantize': what transforms there are."
 )
-@click.option("--max-loss", type=float, help="Loss allowed, in multiples of g128's; then time is minimised.")
+@click.option("--target", default="auto", show_default=True, help="GPU of 'apex4 gpus', or auto.")
+@click.option(
+    "--mode", default="auto", show_default=True, help="auto, g128 (transforms only), mixed (128 for down_proj only)."
+)
+@click.option(
+    "--budget", type=float, help="Time allowed, in multiples of the fastest plan's.  [default: 1.05; mixed: any]"
+)
+@click.option("--max-loss", type=float, help="Loss allowed, in multiples of the least; then time is minimised.")
 @click.option("--tokens", default=2048, show_default=True, help="Tokens a step, for predicted times.")
 @click.option("--mainloop", default="two-ffma", show_default=True, help="two-ffma, or naive to compare.")
-@click.option("--transform", help="Errors are measured under: hadamard128 (also for learned ones) or none.")
+@click.option(
+    "--transform",
+    help="For all: hadamard128, dense128 or none.  [default: hadamard128 and dense128 if the recipe has that]",
+)
 @click.option("--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set.")
-@click.option("--samples", default=16, show_default=True, help="Calibration windows.")
+@click.option("--samples", type=int, help="Calibration windows.  [default: 8192 tokens]")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens a window, at most the model's context.")
 @click.option("--seed", default=0, show_default=True, help="Which windows of the text are drawn.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
@@ -191,7 +199,7 @@ def gpus(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
 @_reports_errors
 def plan(out: Path | None, as_json: bool, **options: Any) -> None:
-    """Choose a group size for every linear of MODEL on a GPU, from predicted loss and predicted time."""
+    """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
     from apex4_quant.planner import PlanSettings, make_plan
 
     result = make_plan(PlanSettings(**options), out, _progress(as_json))

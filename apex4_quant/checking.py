@@ -88,13 +88,20 @@ def _config_of_report(checkpoint: Checkpoint) -> str:
             f"the transform is {quant.transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
         )
     for entry in checkpoint.report["quantized"]:
+        transform = quant.transform_of(entry["name"])
+        decided = entry.get("transform", transform)
+        if decided != transform:
+            raise Apex4Error(
+                f"{entry['name']} has transform {transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+            )
         clip = quant.modules.get(entry["name"], {}).get("activation_clip", quant.activation_clip)
         decided = entry.get("activation_clip", clip)
         if decided != clip:
             raise Apex4Error(
                 f"{entry['name']} has activation_clip {clip!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
             )
-    return f"transform {quant.transform} and all activation clips as in the report"
+    found = sorted({quant.transform_of(entry["name"]) for entry in checkpoint.report["quantized"]})
+    return f"transform {' and '.join(found)} and all activation clips as in the report"
 
 
 def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:

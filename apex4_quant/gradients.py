@@ -10,6 +10,9 @@ of activations, whoever reads them; the diagonal of that of an output for the ro
 are independent. This counts what a norm of W does not know: that an error of q or k passes a softmax, one of v a mean
 over tokens, one of gate and up the other's factor. Signs instead of Gaussians have the least variance (Hutchinson, 1989).
 
+`gradients_through` takes the gradients of the model's predictions instead of random signs, layer after layer from the last
+to the first: errors are then measured by what they do to these (sensitivity.py).
+
 One backward pass through the layer, before it is quantized, on some windows of the calibration text as they come from the
 quantized layers before. Attention is computed by plain products: other implementations add gradients up in any order, and
 a resumed run has to write the same bytes.
@@ -24,6 +27,7 @@ import torch
 from torch import nn
 
 from .calib.probes import InputProbe
+from .errors import Apex4Error
 from .layer_runner import LayerRunner
 
 TOKENS = 8192  # gradients are taken of so many, in whole windows
@@ -31,7 +35,10 @@ TOKENS = 8192  # gradients are taken of so many, in whole windows
 
 @dataclass
 class InputGradients:
-    """Of a tensor that linears read: `rows` float32 [R, K], E[g g^T] = rows^T rows, and by linear E[g^2], float32 [N]."""
+    """Of a tensor that linears read: `rows` float32 [R, K], E[g g^T] = rows^T rows, and by linear E[g^2], float32 [N].
+
+    Means over all tokens: those that do not reach a linear, of an expert, count as zero.
+    """
 
     rows: torch.Tensor
     outputs: dict[str, torch.Tensor]
@@ -40,6 +47,7 @@ class InputGradients:
 @dataclass
 class _Seen:
     probe: InputProbe
+    tokens: int = 0
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -54,10 +62,42 @@ def input_gradients(
     windows = min(len(hidden), max(1, -(-TOKENS // hidden.shape[1])))
     chosen = hidden[torch.arange(windows) * len(hidden) // windows]
     generator = torch.Generator().manual_seed(seed)
+
+    def signs(_: int, result: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 2, result.shape, generator=generator).mul_(2).sub_(1)
+
+    return _backward(runner, layer, groups, chosen, signs)[0]
+
+
+def gradients_through(
+    runner: LayerRunner, layer: int, groups: Iterable[tuple[str, ...]], hidden: torch.Tensor, leaving: torch.Tensor
+) -> tuple[dict[str, InputGradients], torch.Tensor]:
+    """The same for `leaving` float32 [S, L, H], the gradients of something behind the layer with respect to what leaves
+    it, instead of random signs; and the gradients with respect to what enters it, float32 [S, L, H] on the CPU.
+
+    All windows are run. Raises Apex4Error if those are not finite.
+    """
+    found, entering = _backward(runner, layer, groups, hidden, lambda window, _: leaving[window : window + 1])
+    if not bool(torch.isfinite(entering).all()):
+        dtype = str(runner.dtype).removeprefix("torch.")
+        raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: try --dtype float32")
+    return found, entering
+
+
+def _backward(
+    runner: LayerRunner,
+    layer: int,
+    groups: Iterable[tuple[str, ...]],
+    hidden: torch.Tensor,
+    leaving: Callable[[int, torch.Tensor], torch.Tensor],
+) -> tuple[dict[str, InputGradients], torch.Tensor]:
+    """Window by window of hidden [S, L, H], from `leaving(window, output)` backwards."""
     groups = list(groups)
-    seen = {group[0]: _Seen(InputProbe(chosen.shape[0] * chosen.shape[1])) for group in groups}
+    tokens = hidden.shape[0] * hidden.shape[1]
+    seen = {group[0]: _Seen(InputProbe(tokens)) for group in groups}
+    entering = []
     with runner.widened(layer) as module:
-        for states in chosen.split(1):
+        for window, states in enumerate(hidden.split(1)):
             inputs: dict[str, torch.Tensor] = {}
             outputs: dict[str, torch.Tensor] = {}
             handles = [
@@ -66,30 +106,30 @@ def input_gradients(
                 for name in group
             ]
             try:
-                result = runner.run_with_graph(layer, states)
+                batch, result = runner.run_with_graph(layer, states)
             finally:
                 for handle in handles:
                     handle.remove()
-            signs = torch.randint(0, 2, result.shape, generator=generator).mul_(2).sub_(1)
-            result.backward(signs.to(result.device, result.dtype))
+            result.backward(leaving(window, result).to(result.device, result.dtype))
+            entering.append(batch.grad.float().cpu())
             for first, x in inputs.items():
                 if x.grad is not None:
                     seen[first].probe.add(x.grad)
+                    seen[first].tokens += x.grad.numel() // x.grad.shape[-1]
             for group in groups:
                 for name in group:
                     if name in outputs and outputs[name].grad is not None:
                         squares = outputs[name].grad.float().flatten(0, -2).square().sum(0)
                         seen[group[0]].squares[name] = seen[group[0]].squares.get(name, 0) + squares
-    tokens = windows * hidden.shape[1]
     found = {}
     for group in groups:
         squares = {name: square / tokens for name, square in seen[group[0]].squares.items()}
         if len(squares) == len(group) and all(_usable(square) for square in squares.values()):
             rows = seen[group[0]].probe.rows().float()
-            rows /= len(rows) ** 0.5
+            rows /= (len(rows) * (tokens / seen[group[0]].tokens)) ** 0.5
             if _usable(rows):
                 found[group[0]] = InputGradients(rows, squares)
-    return found
+    return found, torch.cat(entering)
 
 
 def _keeper(

@@ -61,6 +61,7 @@ def inspect(path: str) -> dict[str, Any]:
                 "quantized": packed is not None,
                 "shape": shape,
                 "group_size": override.get("group_size", checkpoint.quant.group_size) if packed else None,
+                "transform": checkpoint.quant.transform_of(name) if packed else None,
                 "bytes": sum(info.bytes for info in stored),
                 "error": of_run.get("error"),
             }
@@ -91,12 +92,12 @@ def inspection_as_text(result: dict[str, Any]) -> str:
     width = max(len(linear["name"]) for linear in result["linears"])
     for linear in result["linears"]:
         shape = " x ".join(map(str, linear["shape"] or ()))
-        how = f"group {linear['group_size']}" if linear["quantized"] else "not quantized"
+        how = f"group {linear['group_size']} {linear['transform']}" if linear["quantized"] else "not quantized"
         error = f"output error {linear['error']:.4f}" if linear["error"] is not None else ""
         if "fallback" in linear:
             error += f"  {linear['fallback']} ({linear['calibration_tokens']} tokens of its own)"
         lines.append(
-            f"  {linear['name']:{width}}  {shape:>15}  {how:13}  {format_bytes(linear['bytes']):>9}  {error}".rstrip()
+            f"  {linear['name']:{width}}  {shape:>15}  {how:21}  {format_bytes(linear['bytes']):>9}  {error}".rstrip()
         )
     lines.append(f"  everything else: {format_bytes(result['bytes_other'])}")
     shared = sum("fallback" in linear for linear in result["linears"])

@@ -24,6 +24,7 @@ from .source import ModelSource
 
 # Of short windows so many go through a layer at once; of long ones, one. More would only take more memory.
 BATCH_TOKENS = 2048
+HEAD_TOKENS = 512  # whose logits are there at once
 
 
 class _Recorder(nn.Module):
@@ -167,8 +168,9 @@ class LayerRunner:
                 done += len(batch)
         return out
 
-    def run_with_graph(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [S, L, H] through the layer -> the same shape, on the device, with what a backward pass needs.
+    def run_with_graph(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [S, L, H] through the layer -> what enters and what leaves it, both of that shape and on the device, with
+        what a backward pass from the second to the first needs.
 
         Attention by plain products: its gradients are the same in every run. Memory is for all of `hidden` at once.
         """
@@ -177,7 +179,34 @@ class LayerRunner:
         calls = tree_map(lambda value: _in_dtype(value, dtype), self._calls[index])
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             result = self._layers[index](batch, **calls)
-        return result[0] if isinstance(result, tuple) else result
+        return batch, result[0] if isinstance(result, tuple) else result
+
+    def output_gradients(self, hidden: torch.Tensor, tensors: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+        """hidden [S, L, H] leaving the last layer -> of the same shape, float32 on the CPU, the gradient of -log p(y) with
+        respect to them, y drawn for every token from the model's own distribution p.
+
+        `tensors` are the final norm's and the head's (the embedding, where they are tied). Its mean square is the Fisher
+        information: KL(p, p of hidden + e) = E (g . e)^2 / 2 to second order.
+        """
+        family, generator = self._family, torch.Generator().manual_seed(seed)
+        norm = self._get(family.final_norm)
+        weight = tensors.get(f"{family.head}.weight", tensors.get(f"{family.embedding}.weight"))
+        assert weight is not None
+        weight, cap = weight.to(self.device).float(), getattr(self.config, "final_logit_softcapping", None)
+        norm.load_state_dict({"weight": tensors[f"{family.final_norm}.weight"].to(self.device).float()}, assign=True)
+        gradients = []
+        for states in hidden.flatten(0, 1).split(HEAD_TOKENS):
+            states = states.to(self.device).float().requires_grad_()
+            with torch.enable_grad():
+                logits = nn.functional.linear(norm(states), weight)
+                if cap is not None:
+                    logits = cap * torch.tanh(logits / cap)
+                chance = torch.rand(len(states), 1, generator=generator).to(self.device)
+                drawn = (logits.detach().softmax(-1).cumsum(-1) < chance).sum(-1).clamp_max(logits.shape[-1] - 1)
+                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            gradients.append(states.grad.cpu())
+        norm.to("meta")
+        return torch.cat(gradients).view(hidden.shape)
 
     @contextlib.contextmanager
     def widened(self, index: int) -> Iterator[nn.Module]:

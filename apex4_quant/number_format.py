@@ -25,7 +25,8 @@ ACTIVATION_SCALE_MIN = 2.0**-100  # floor of s_a: an all-zero group gives zeros,
 # input, or one for all of them.
 DENSE, SHARED = "dense128", "shared128"
 LEARNED = (DENSE, SHARED)
-TRANSFORMS = ("hadamard128", *LEARNED, "none")
+HADAMARD, NO_TRANSFORM = "hadamard128", "none"
+TRANSFORMS = (HADAMARD, *LEARNED, NO_TRANSFORM)
 
 GroupSize = int | str
 

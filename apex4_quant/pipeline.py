@@ -43,7 +43,7 @@ from .linear import Apex4Linear
 from .loading import REPORT_NAME
 from .number_format import LEARNED, SHARED, TRANSFORMS, GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
-from .plan_file import plan_of_sizes, read_plan_file
+from .plan_file import plan_given, read_plan_file
 from .progress import Progress
 from .quant_config import QuantConfig
 from .recipes import DEFAULT_RECIPE, GRADIENTS, get_recipe, named_recipes
@@ -66,13 +66,14 @@ COMPANION_PATTERNS = (
 class QuantizeSettings:
     """What the user asks for. `auto` and None are decided by `resolve`, and the decision is what is recorded.
 
-    `plan` is the path of a plan file; resolved, it is what the file says: group sizes by full module name.
+    `plan` is the path of a plan file; resolved, it is what the file says by full module name: {"group_size": ...} and,
+    where the file names one, "transform". From Python it may also be given so, or as group sizes alone.
     """
 
     model: str
     recipe: str | dict[str, Any] = DEFAULT_RECIPE
     group_size: GroupSize = 128
-    plan: str | dict[str, GroupSize] | None = None
+    plan: str | dict[str, Any] | None = None
     target: str = "auto"
     layout: str | None = None
     transform: str | None = None
@@ -100,8 +101,13 @@ class QuantizeSettings:
         if plan is not None and parse_group_size(self.group_size) != 128:
             raise UsageError("--plan decides every group size: leave --group-size away")
         if plan is not None:
-            read = read_plan_file(Path(plan).expanduser()) if isinstance(plan, str) else plan_of_sizes(plan)
-            plan = read.for_model(source)
+            read = read_plan_file(Path(plan).expanduser()) if isinstance(plan, str) else plan_given(plan)
+            # Resolved once, the transform is the recipe's and the plan no path any more.
+            if read.names_transforms and self.transform not in (None, *([] if read.is_file else [recipe.transform])):
+                raise UsageError(
+                    f"plan {read.path} decides transforms: leave --transform away, or remove them from the plan"
+                )
+            plan = read.for_model(source, transform)
         return replace(
             self,
             # A file may change before a resume: its content is what is recorded.
@@ -177,7 +183,7 @@ def plan_of(source: ModelSource, settings: QuantizeSettings) -> Plan:
         layout=settings.layout or target.layout,
         target={"gpu": target.gpu, "arch": target.arch},
         ignore=settings.ignore,
-        group_sizes=settings.plan if isinstance(settings.plan, dict) else None,
+        entries=settings.plan if isinstance(settings.plan, dict) else None,
     )
 
 
@@ -201,7 +207,8 @@ def settings_to_resume(out: Path, asked: dict[str, Any]) -> QuantizeSettings:
     first = QuantizeSettings(**known | {"ignore": tuple(stored.get("ignore", ()))})
     # `auto` was decided by the first run; everything else is compared as the first run decided it.
     asked = {name: value for name, value in asked.items() if value != "auto"}
-    again = replace(first, **asked)
+    # Beside a plan --transform is an option of its own only if it is given.
+    again = replace(first, **({"transform": None} if "plan" in asked else {}) | asked)
     if again.model == first.model:
         again = again.resolve(ModelSource(first.model))
     for name, value in asked.items():

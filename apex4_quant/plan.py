@@ -75,9 +75,10 @@ def build_plan(
     layout: str,
     target: dict[str, str | None],
     ignore: tuple[str, ...],
-    group_sizes: Mapping[str, GroupSize] | None = None,
+    entries: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
-    """Decide every linear of `source`. `group_sizes` of a plan file override `group_size`, by full module name.
+    """Decide every linear of `source`. `entries` of a plan file (PlanFile.for_model) override `group_size` and, where they
+    name one, `transform`, by full module name.
 
     Raises UsageError if an --ignore pattern matches nothing, or everything does, or a plan misses a linear.
     """
@@ -98,13 +99,16 @@ def build_plan(
                     ignored.append(name)
                     continue
                 out_features, in_features = source.infos[f"{name}.weight"].shape
-                if group_sizes is not None and name not in group_sizes:
+                if entries is not None and name not in entries:
                     raise UsageError(f"the plan says nothing of {name}: add it, or keep it with --ignore")
-                size = group_size if group_sizes is None else group_sizes[name]
                 format = replace(
-                    base, out_features=out_features, in_features=in_features, group_size=size, transform_from=owner
+                    base,
+                    out_features=out_features,
+                    in_features=in_features,
+                    transform_from=owner,
+                    **({} if entries is None else entries[name]),
                 )
-                if transform in LEARNED:
+                if format.transform in LEARNED:
                     owner = owner or name
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
@@ -136,18 +140,20 @@ def build_plan(
         transform=transform,
         activation_clip=asked.activation_clip,
         target=target,
-        modules={linear.name: entry for linear in linears if (entry := _override(linear.format, group_size))},
+        modules={linear.name: entry for linear in linears if (entry := _override(linear.format, base))},
         modules_to_not_convert=[family.head, *ignored],
         recipe=asked.name,
     )
     return Plan(tuple(linears), kept, config, asked)
 
 
-def _override(format: LinearFormat, group_size: GroupSize) -> dict[str, Any]:
+def _override(format: LinearFormat, base: LinearFormat) -> dict[str, Any]:
     """What config.json says of this linear alone."""
     entry: dict[str, Any] = {}
-    if format.group_size != group_size:
+    if format.group_size != base.group_size:
         entry["group_size"] = format.group_size
+    if format.transform != base.transform:
+        entry["transform"] = format.transform
     if format.is_padded:
         entry["shape"] = [format.out_features, format.in_features]
     if format.transform_from is not None:
@@ -174,13 +180,13 @@ def estimate_peak_memory(
         working += (
             (4 if plan.recipe.refinement else 3) * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
         )
-    if plan.config.transform in LEARNED:  # rows of inputs and weights, twice, and a dozen matrices
+    learned = [linear.format for linear in plan.linears if linear.format.transform in LEARNED]
+    if learned:  # rows of inputs and weights, twice, and a dozen matrices
         from .learned_transform import WEIGHT_SAMPLE
 
         rows = 2 * (2 * WEIGHT_SAMPLE) + 12 * BLOCK
         working += max(
-            4 * linear.format.padded_k * (rows + 2 * min(tokens, rows_to_learn_from(linear.format.in_features)))
-            for linear in plan.linears
+            4 * format.padded_k * (rows + 2 * min(tokens, rows_to_learn_from(format.in_features))) for format in learned
         )
     if plan.recipe.importance == GRADIENTS:  # rows by input group, and what a backward pass of one window needs
         inputs = {(linear.layer, linear.input_group): linear.format.padded_k for linear in plan.linears}
@@ -248,11 +254,12 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     # A linear is run again for every later input group of its layer and once at the end: three times on average.
     multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
-    if plan.config.transform in LEARNED:
+    learned = {(p.layer, p.input_group): p.format.padded_k for p in plan.linears if p.format.transform in LEARNED}
+    if learned:
         from .learned_transform import ROWS, WEIGHT_ROWS
 
         multiplies += (
-            plan.recipe.transform_steps * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(inputs.values())
+            plan.recipe.transform_steps * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(learned.values())
         )
     if plan.recipe.importance == GRADIENTS:
         from .gradients import TOKENS
@@ -279,6 +286,7 @@ def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:
                 "name": linear.name,
                 "shape": [linear.format.out_features, linear.format.in_features],
                 "group_size": linear.format.group_size,
+                "transform": linear.format.transform,
                 "bytes": linear.format.stored_bytes,
             }
             for linear in plan.linears
@@ -298,7 +306,7 @@ def plan_as_text(plan: Plan, source: ModelSource) -> str:
         shape = f"{linear.format.out_features} x {linear.format.in_features}"
         padded = " (padded)" if linear.format.is_padded else ""
         lines.append(
-            f"  {linear.name:{width}}  {shape:>15}  group {linear.format.group_size}  "
+            f"  {linear.name:{width}}  {shape:>15}  group {linear.format.group_size}  {linear.format.transform}  "
             f"{format_bytes(linear.format.stored_bytes):>9}{padded}"
         )
     reasons: dict[str, list[KeptTensor]] = {}

@@ -1,12 +1,14 @@
-"""The plan file: one group size per linear, written by `apex4 plan`, edited by people, read by `apex4 quantize --plan`.
+"""The plan file: group size and transform of every linear, written by `apex4 plan`, edited by people, read by
+`apex4 quantize --plan`.
 
     apex4_plan: 1
     architecture: LlamaForCausalLM
     linears:
-      model.layers.0.self_attn.q_proj: {group_size: 128, shape: [4096, 4096]}
+      model.layers.0.self_attn.q_proj: {group_size: 128, transform: dense128, shape: [4096, 4096]}
 
-YAML, or JSON if the name ends so (which is YAML too). Everything else at the top (model, target, mode, ...) says how
-the plan came about and binds nobody. Linears that read one input quantize it once, so they must have one group size.
+YAML, or JSON if the name ends so (which is YAML too). `transform` may be left away: the run's is used then. Everything
+else at the top (model, target, mode, ...) says how the plan came about and binds nobody. Linears that read one input
+transform and quantize it once, so they must have one group size and one transform.
 """
 
 from __future__ import annotations
@@ -20,21 +22,26 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .errors import UsageError
-from .number_format import GroupSize, parse_group_size
+from .number_format import BLOCK, LEARNED, TRANSFORMS, GroupSize, parse_group_size
 
 if TYPE_CHECKING:
     from .source import ModelSource
 
 PLAN_VERSION = 1
 SUFFIXES = (".yaml", ".yml", ".json")
-_INFORMATIVE = ("model", "target", "mode", "mainloop", "tokens", "budget", "max_loss", "predicted")
-_ENTRY_KEYS = ("group_size", "shape")
+_INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "budget", "max_loss", "predicted")
+_ENTRY_KEYS = ("group_size", "transform", "shape")
 
 
 @dataclass(frozen=True)
 class PlanEntry:
     group_size: GroupSize
-    shape: tuple[int, int] | None  # [out, in] as the file claims it
+    transform: str | None = None  # None: that of the run
+    shape: tuple[int, int] | None = None  # [out, in] as the file claims it
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the run records, and what build_plan takes."""
+        return {"group_size": self.group_size} | ({} if self.transform is None else {"transform": self.transform})
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,17 @@ class PlanFile:
     path: Path
     architecture: str | None
     linears: Mapping[str, PlanEntry]
+    is_file: bool = True  # else it came from Python, or from a run's settings
 
-    def for_model(self, source: ModelSource) -> dict[str, GroupSize]:
-        """Group size by full module name. Raises UsageError where the plan is not one of this model."""
+    @property
+    def names_transforms(self) -> bool:
+        return any(entry.transform is not None for entry in self.linears.values())
+
+    def for_model(self, source: ModelSource, transform: str) -> dict[str, dict[str, Any]]:
+        """PlanEntry.as_dict by full module name; `transform` is that of linears for which the plan names none.
+
+        Raises UsageError where the plan is not one of this model.
+        """
         if self.architecture not in (None, source.family.architecture):
             raise UsageError(
                 f"plan {self.path} is for {self.architecture} and {source.name} is {source.family.architecture}: "
@@ -61,12 +76,16 @@ class PlanFile:
                 planned.update(names)
                 listed = [name for name in names if name in self.linears]
                 for name in listed[1:]:
-                    first, other = self.linears[listed[0]].group_size, self.linears[name].group_size
-                    if other != first:
-                        raise UsageError(
-                            f"plan {self.path} has group size {first} for {listed[0]} and {other} for {name}, which "
-                            "read the same input: give both the same"
-                        )
+                    first, other = self.linears[listed[0]], self.linears[name]
+                    for what, of_first, of_other in (
+                        ("group size", first.group_size, other.group_size),
+                        ("transform", first.transform or transform, other.transform or transform),
+                    ):
+                        if of_other != of_first:
+                            raise UsageError(
+                                f"plan {self.path} has {what} {of_first} for {listed[0]} and {of_other} for {name}, "
+                                "which read the same input: give both the same"
+                            )
         for name, entry in self.linears.items():
             if name not in planned:
                 raise UsageError(f"plan {self.path} names {name}, which is no linear of {source.name}: remove it")
@@ -75,13 +94,17 @@ class PlanFile:
                     f"plan {self.path} has {entry.shape[0]} x {entry.shape[1]} for {name}, which is "
                     f"{known[name][0]} x {known[name][1]} in {source.name}: it is the plan of another model"
                 )
-        return {name: entry.group_size for name, entry in self.linears.items()}
+        return {name: entry.as_dict() for name, entry in self.linears.items()}
 
 
-def plan_of_sizes(group_sizes: Mapping[str, GroupSize]) -> PlanFile:
-    """A plan that never was a file. Raises UsageError for an illegal size."""
-    entries = {name: PlanEntry(parse_group_size(size), None) for name, size in group_sizes.items()}
-    return PlanFile(Path("given"), None, entries)
+def plan_given(linears: Mapping[str, GroupSize | Mapping[str, Any]]) -> PlanFile:
+    """A plan that is no file: group sizes, or entries as in a file, by name. Raises UsageError for an illegal one."""
+    path = Path("given")
+    entries = {
+        name: _read_entry(path, name, dict(entry) if isinstance(entry, Mapping) else {"group_size": entry})
+        for name, entry in linears.items()
+    }
+    return PlanFile(path, None, entries, is_file=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,7 +159,15 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
         group_size = parse_group_size(entry["group_size"])
     except UsageError as error:
         raise UsageError(f"plan {path}, {name}: {error}") from error
-    return PlanEntry(group_size, None if shape is None else (shape[0], shape[1]))
+    transform = entry.get("transform")
+    if transform is not None and transform not in TRANSFORMS:
+        raise UsageError(f"plan {path} has transform {transform!r} for {name}: give one of {', '.join(TRANSFORMS)}")
+    if transform in LEARNED and group_size != BLOCK:
+        raise UsageError(
+            f"plan {path} has transform {transform} and group size {group_size} for {name}, and kernels have a learned "
+            f"transform with groups of {BLOCK} only: change one of them"
+        )
+    return PlanEntry(group_size, transform, None if shape is None else (shape[0], shape[1]))
 
 
 def require_plan_path(path: Path) -> None:
@@ -149,16 +180,21 @@ def require_plan_path(path: Path) -> None:
         raise UsageError(f"plan file {path} cannot be written, its folder does not exist: make it first")
 
 
-def plan_file_text(header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], notes: dict[str, str]) -> str:
-    """The YAML of a plan. `groups`: for every shared input, group_size and shape by name; `notes`: comments by name."""
+def plan_file_text(
+    header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], comments: list[str], notes: dict[str, str]
+) -> str:
+    """The YAML of a plan. `groups`: for every shared input, entries by name; `comments`: on each; `notes`: by name."""
     lines = [
-        "# Change group_size to 128, 256, 512, ... or channel, then: apex4 quantize MODEL -o OUT --plan THIS_FILE",
-        "# Linears that read the same input (no empty line between them) must have the same group_size.",
+        "# Change group_size to 128, 256, 512, ... or channel, and transform to hadamard128, none or dense128 (learned,",
+        "# with group_size 128 only), then: apex4 quantize MODEL -o OUT --plan THIS_FILE",
+        "# Linears that read the same input (no empty line between them) must have the same group_size and transform.",
+        "# Predicted: loss of the input in 1/1000 nat a token (divergence from the original), relative error of the linear.",
         f"apex4_plan: {PLAN_VERSION}",
         *(f"{key}: {_flow(value)}" for key, value in header.items()),
         "linears:",
     ]
-    for group in groups:
+    for group, comment in zip(groups, comments, strict=True):
+        lines.append(f"  # {comment}")
         lines += [f"  {_flow(name)}: {_flow(entry)}  # {notes[name]}" for name, entry in group.items()]
         lines.append("")
     return "\n".join(lines)

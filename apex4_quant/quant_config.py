@@ -24,6 +24,7 @@ from .number_format import (
 
 QUANT_METHOD = "apex4"
 FORMAT_VERSION = 1
+_OVERRIDES = ("group_size", "transform", "activation_clip", "shape", "transform_from")  # the keys of a `modules` entry
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def _check_clip(name: str, value: Any) -> None:
 
 @dataclass
 class QuantConfig:
-    """Field by field the JSON object. `modules` holds what differs for single linears:
-    `group_size`, `activation_clip`, `transform_from` (the linear that stores the dense transform of the input both read),
-    and `shape` [out, in] where the stored tensors are padded."""
+    """Field by field the JSON object. `modules` holds what differs for single linears: `group_size`, `transform`,
+    `activation_clip`, `transform_from` (the linear that stores the dense transform of the input both read), and `shape`
+    [out, in] where the stored tensors are padded."""
 
     group_size: GroupSize = 128
     layout: str = "rowmajor"
@@ -141,26 +142,41 @@ class QuantConfig:
         for name, override in config.modules.items():
             if not isinstance(override, dict):
                 raise Apex4Error(f"quantization_config.modules[{name!r}] is {override!r} and must be an object")
+        for name, override in config.modules.items():
             if not isinstance(override.get("shape", []), list):
                 raise Apex4Error(f"quantization_config.modules[{name!r}] has a shape that is not a list of two numbers")
             _check_clip(f"modules[{name!r}].activation_clip", override.get("activation_clip", config.activation_clip))
-            unknown = sorted(set(override) - {"group_size", "activation_clip", "shape", "transform_from"})
+            unknown = sorted(set(override) - set(_OVERRIDES))
             if unknown:
                 raise Apex4Error(
                     f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}: use a newer apex4"
                 )
             parse_group_size(override.get("group_size", config.group_size))
-            owner = override.get("transform_from")
-            if owner is not None and (
-                config.transform not in LEARNED
-                or not isinstance(owner, str)
-                or "transform_from" in config.modules.get(owner, {})
-            ):
+            if config.transform_of(name) not in TRANSFORMS:
                 raise Apex4Error(
-                    f"quantization_config.modules[{name!r}] takes its transform from {owner!r}, which stores none: "
-                    "config.json is damaged"
+                    f"quantization_config.modules[{name!r}] has an unknown transform {config.transform_of(name)!r}: "
+                    "use a newer apex4"
+                )
+            owner = override.get("transform_from")
+            if owner is not None and not config._stores_transform_of(name, owner):
+                raise Apex4Error(
+                    f"quantization_config.modules[{name!r}] takes its transform from {owner!r}, which stores none "
+                    "of its kind: config.json is damaged"
                 )
         return config
+
+    def transform_of(self, name: str) -> str:
+        """The group transform of one linear."""
+        return self.modules.get(name, {}).get("transform", self.transform)
+
+    def _stores_transform_of(self, name: str, owner: Any) -> bool:
+        """Whether the linear `owner` stores a learned transform of the kind that `name` has."""
+        return (
+            isinstance(owner, str)
+            and self.transform_of(name) in LEARNED
+            and self.transform_of(owner) == self.transform_of(name)
+            and "transform_from" not in self.modules.get(owner, {})
+        )
 
     def linear_format(self, name: str, out_features: int, in_features: int) -> LinearFormat:
         """The format of one linear of true shape [out_features, in_features].
@@ -176,7 +192,7 @@ class QuantConfig:
             in_features=in_features,
             group_size=parse_group_size(override.get("group_size", self.group_size)),
             layout=get_layout(self.layout),
-            transform=self.transform,
+            transform=self.transform_of(name),
             activation_clip=float(override.get("activation_clip", self.activation_clip)),
             transform_from=override.get("transform_from"),
         )

@@ -115,11 +115,14 @@ def _overrides(checkpoint: Checkpoint, after: dict[str, LinearFormat]) -> dict[s
     stored = checkpoint.quant.modules
     planned: dict[str, dict[str, Any]] = {}
     for name, format in after.items():
-        entry = {key: value for key, value in stored.get(name, {}).items() if key in ("group_size", "transform_from")}
+        entry = dict(stored.get(name, {}))
         if format.is_padded:
             entry["shape"] = [format.out_features, format.in_features]
-        if entry:
-            planned[name] = {key: entry[key] for key in ("group_size", "shape", "transform_from") if key in entry}
+        else:
+            entry.pop("shape", None)
+        order = ("group_size", "transform", "shape", "transform_from")
+        if kept := {key: entry[key] for key in order if key in entry}:
+            planned[name] = kept
     for name in after:
         if "activation_clip" in stored.get(name, {}):
             planned.setdefault(name, {})["activation_clip"] = stored[name]["activation_clip"]

@@ -161,6 +161,7 @@ def test_dry_run(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) ->
         "name": "model.layers.0.self_attn.k_proj",
         "shape": [64, 128],
         "group_size": 128,
+        "transform": "dense128",
         "bytes": 64 * 64 + 2 * 64,
     }
     reasons = {entry["name"]: entry["reason"] for entry in plan["kept"]}

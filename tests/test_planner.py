@@ -1,4 +1,4 @@
-"""The planner: the knapsack against brute force, what modes choose, the measured errors, plan files, their use."""
+"""The planner: the knapsack against brute force, what modes choose, plan files, their use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,38 @@ import pytest
 import torch
 import yaml
 
+from apex4_quant.cost_model import activation_seconds
 from apex4_quant.errors import Stopped, UsageError
+from apex4_quant.gpus import GPUS
 from apex4_quant.knapsack import pareto_front
-from apex4_quant.layouts import get_layout
-from apex4_quant.linear import Apex4Linear
+from apex4_quant.number_format import DENSE, HADAMARD
 from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.plan_file import read_plan_file
-from apex4_quant.planner import GroupOptions, Option, PlanSettings, choose, make_plan
-from apex4_quant.quant_config import LinearFormat
-from apex4_quant.sensitivity import CLIP_RATIOS, ladder_of, losses_of, relative_errors
+from apex4_quant.planner import GroupOptions, Option, PlanSettings, choose, group_options, make_plan
+from apex4_quant.sensitivity import Choice, GroupSensitivity, choices_of
 from apex4_quant.source import ModelSource
-from apex4_quant.weight_quantizer import quantize_weight_rtn
 
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
 SMALL = ("--samples", 2, "--seq-len", 32)
 
 
+def option(size: int | str, seconds: float, loss: float, transform: str = HADAMARD) -> Option:
+    return Option(Choice(size, transform), seconds, loss)
+
+
 def random_groups(seed: int, count: int) -> list[GroupOptions]:
-    """Finest first: slower and better, now and then also slower and worse."""
+    """Finest first: slower and better, now and then also slower and worse. Half of them may have a dense transform."""
     rng = random.Random(seed)
     groups = []
     for _ in range(count):
         seconds, loss, options = rng.uniform(3, 5), rng.uniform(0, 1), []
+        dense = option(128, seconds * rng.uniform(1, 1.1), loss * rng.uniform(0.3, 1.1), DENSE)
         for size in (128, 256, 512, "channel")[: rng.randint(1, 4)]:
-            options.append(Option(size, seconds, loss))
+            options.append(option(size, seconds, loss))
             seconds -= rng.uniform(-0.1, 1)
             loss += rng.choice((0.0, rng.uniform(0, 1)))
+        options += [dense] * rng.randint(0, 1)
         groups.append(GroupOptions(tuple(options), writes=rng.random() < 0.4))
     return groups
 
@@ -58,7 +62,7 @@ def totals(options: Any) -> tuple[float, float]:
 def test_auto_is_the_optimum_of_brute_force(seed: int) -> None:
     groups = random_groups(seed, 1 + seed % 6)
     every = [totals(selection) for selection in itertools.product(*(group.options for group in groups))]
-    fastest, least = min(seconds for seconds, _ in every), totals(group.options[0] for group in groups)[1]
+    fastest, least = min(seconds for seconds, _ in every), min(loss for _, loss in every)
     for factor in (1.0, 1.02, 1.1, 1.25, 1.5, 3.0):
         seconds, loss = totals(choose(groups, budget=factor))
         assert seconds <= fastest * factor * (1 + 1e-6)
@@ -94,20 +98,58 @@ def test_thinning_loses_little_and_a_large_model_takes_seconds() -> None:
 
 
 def test_auto_gives_g128_where_it_costs_nothing() -> None:
-    """Even if a coarser size happens to measure the same loss."""
-    group = GroupOptions((Option(128, 1.04, 0.5), Option(256, 1.0, 0.5), Option("channel", 1.0, 0.9)))
-    assert [option.group_size for option in choose([group] * 3)] == [128] * 3
-    assert [option.group_size for option in choose([group] * 3, budget=1.0)] == [256] * 3
+    """Even if a coarser size, or a dense transform, happens to measure the same loss."""
+    options = (
+        option(128, 1.04, 0.5),
+        option(256, 1.0, 0.5),
+        option("channel", 1.0, 0.9),
+        option(128, 1.045, 0.5, DENSE),
+    )
+    group = GroupOptions(options)
+    assert [chosen.choice for chosen in choose([group] * 3)] == [(128, HADAMARD)] * 3
+    assert [chosen.choice for chosen in choose([group] * 3, budget=1.0)] == [(256, HADAMARD)] * 3
+
+
+def test_a_dense_transform_goes_where_its_time_saves_most() -> None:
+    """Two inputs, one second too few for both: the one that saves more gets it; with enough time both, with none neither;
+    never where it saves nothing."""
+
+    def group(saved: float) -> GroupOptions:
+        return GroupOptions((option(128, 10, 1.0), option("channel", 10, 1.5), option(128, 11, 1.0 - saved, DENSE)))
+
+    groups = [group(0.2), group(0.5), group(-0.1)]
+
+    def dense(mode: str, **bounds: float) -> list[int]:
+        chosen = choose(groups, mode, **bounds)
+        assert {each.choice.group_size for each in chosen} == {128}
+        return [i for i, each in enumerate(chosen) if each.choice.transform == DENSE]
+
+    for mode in ("auto", "g128"):
+        assert dense(mode) == [1]  # within 1.05 x 30
+        assert dense(mode, budget=1) == []
+        assert dense(mode, budget=1.07) == [0, 1]
+        assert dense(mode, max_loss=1) == [0, 1]
+        assert dense(mode, max_loss=1.1) == [1]
+    assert [each.choice for each in choose(groups, "mixed")] == [("channel", HADAMARD)] * 3
+
+
+def test_g128_has_no_other_size() -> None:
+    """Its budget is one of the fastest plan of 128 everywhere, however fast others are."""
+    group = GroupOptions((option(128, 10, 1.0), option("channel", 1, 1.1), option(128, 10.2, 0.5, DENSE)))
+    assert [chosen.choice for chosen in choose([group], "g128")] == [(128, DENSE)]
+    assert [chosen.choice for chosen in choose([group], "g128", budget=1)] == [(128, HADAMARD)]
+    assert [chosen.choice for chosen in choose([group])] == [("channel", HADAMARD)]
 
 
 def test_mixed() -> None:
     def group(writes: bool, gain: float, cost: float) -> GroupOptions:
-        return GroupOptions((Option(128, 1 + cost, 1.0), Option("channel", 1.0, 1 + gain)), writes)
+        dense = option(128, 1, 0.1, DENSE)  # never taken: the paper has none
+        return GroupOptions((option(128, 1 + cost, 1.0), option("channel", 1.0, 1 + gain), dense), writes)
 
     groups = [group(False, 9, 1), group(True, 1, 1), group(False, 8, 0.5), group(True, 2, 1)]
 
     def at_128(**bounds: float) -> list[int]:
-        return [i for i, option in enumerate(choose(groups, "mixed", **bounds)) if option.group_size == 128]
+        return [i for i, each in enumerate(choose(groups, "mixed", **bounds)) if each.choice.group_size == 128]
 
     assert at_128() == [1, 3]
     assert at_128(budget=1.25) == [3]  # down_proj first, the one that gains most
@@ -124,48 +166,25 @@ def test_bounds_that_make_no_sense() -> None:
         ({"budget": 0.9}, "--budget is 0.9"),
         ({"max_loss": float("nan")}, "--max-loss is nan"),
         ({"budget": 2.0, "max_loss": 2.0}, "--budget and --max-loss"),
-        ({"mode": "g128", "budget": 2.0}, "--mode g128"),
     ):
         with pytest.raises(UsageError, match=noun):
             choose(groups, **arguments)
 
 
-# What is measured
+# Options and their times
 
 
-def test_ladder() -> None:
-    assert ladder_of(4096) == (128, 256, 512, "channel")
-    assert ladder_of(768) == (128, 256, 512, "channel")
-    assert ladder_of(300) == (128, 256, "channel")
-    assert ladder_of(256) == (128, "channel")
-    assert ladder_of(100) == (128,)
+def test_a_dense_transform_costs_its_time_once_an_input() -> None:
+    """q, k and v read one input: its transform is computed once, whatever it is that reads it."""
+    gpu = GPUS["RTX 3090"]
+    losses = {choice: 0.1 for choice in choices_of(4096, (HADAMARD, DENSE))}
+    of_input = GroupSensitivity(0, 0, ("q", "k", "v"), (4096, 1024, 1024), 4096, False, {}, losses)
+    seconds = {each.choice: each.seconds for each in group_options(of_input, gpu, 8192).options}
+    more = activation_seconds(gpu, 8192, 4096, 128, dense=True) - activation_seconds(gpu, 8192, 4096, 128)
+    assert seconds[128, DENSE] - seconds[128, HADAMARD] == pytest.approx(more) and more > 0
 
 
-@pytest.mark.parametrize("size", [128, 512, "channel"])
-def test_relative_error_is_that_of_the_quantized_linear(size: int | str) -> None:
-    """Errors of weight and activation are independent to first order: the sum predicts the real linear's."""
-    torch.manual_seed(0)
-    rows, weight = torch.randn(256, 600) * torch.rand(600) * 3, torch.randn(96, 600) / 25
-    format = LinearFormat(96, 600, size, get_layout("rowmajor"), "hadamard128", 1.0)
-    (predicted,) = relative_errors(rows, [weight], format)
-    codes, scales = quantize_weight_rtn("w", weight, format)
-    exact = rows @ weight.t()
-
-    def real(clip: float) -> float:
-        linear = Apex4Linear.from_codes(replace(format, activation_clip=clip), codes, scales, None)
-        return float((linear(rows) - exact).square().sum() / exact.square().sum())
-
-    assert predicted == pytest.approx(min(map(real, CLIP_RATIOS)), rel=0.04)
-
-
-def test_losses_are_means_that_never_fall() -> None:
-    errors = {128: (0.1, 0.3), 256: (0.1, 0.2), "channel": (0.5, 0.7)}
-    assert losses_of(errors) == pytest.approx({128: 0.2, 256: 0.2, "channel": 0.6})
-
-
-def test_dead_input_has_no_error() -> None:
-    format = LinearFormat(8, 128, 128, get_layout("rowmajor"), "none", 1.0)
-    assert relative_errors(torch.zeros(4, 128), [torch.randn(8, 128)], format) == (0.0,)
+# From the command line
 
 
 @pytest.fixture
@@ -191,33 +210,70 @@ def plan_of(model: Path, calib: Path, tmp_path: Path, invoke: Call) -> Call:
 DOWN = "model.layers.{}.mlp.down_proj"
 
 
+def column(path: Path, key: str) -> dict[str, int | str]:
+    return {name: entry[key] for name, entry in yaml.safe_load(path.read_text())["linears"].items()}
+
+
 def sizes(path: Path) -> dict[str, int | str]:
-    return {name: entry["group_size"] for name, entry in yaml.safe_load(path.read_text())["linears"].items()}
+    return column(path, "group_size")
 
 
 def test_plan_json_and_file_agree(model: Path, calib: Path, tmp_path: Path, invoke: Call) -> None:
     options = ("--target", "RTX 3090", "--calib", calib, *SMALL, "--json", "--tokens", 4096, "--mode", "mixed")
     result = json.loads(invoke("plan", model, *options, "-o", tmp_path / "plan.json").stdout)
-    assert list(result["linears"][6]["predicted_error"]) == ["128", "256", "512", "channel"]
+    assert list(result["linears"][6]["predicted_error"]) == [
+        "128",
+        "256",
+        "512",
+        "channel",
+    ]  # mixed: no other transform
     errors = list(result["linears"][6]["predicted_error"].values())
     assert errors == sorted(errors) and 0 < errors[0] < errors[-1] < 0.2
+    losses = [linear["predicted_loss"] for linear in result["linears"]]
+    assert losses[0] == losses[1] == losses[2] != losses[3]  # q, k and v read one input
+    assert result["predicted"]["loss"] == pytest.approx(sum(losses[i]["128"] for i in (0, 3, 4, 6, 7, 10, 11, 13)))
     assert result["linears"][0]["shape"] == [128, 128]
     total = sum(linear["predicted_microseconds"] for linear in result["linears"])
     assert total == pytest.approx(result["predicted"]["microseconds"], rel=1e-3)
     assert result["predicted"]["of_fastest"] >= 1 and result["predicted"]["of_least_loss"] == 1
-    written = read_plan_file(tmp_path / "plan.json").for_model(ModelSource(str(model)))
-    assert written == {linear["name"]: linear["group_size"] for linear in result["linears"]}
-    assert set(written.values()) == {128}
+    written = read_plan_file(tmp_path / "plan.json").for_model(ModelSource(str(model)), DENSE)
+    keys = ("group_size", "transform")
+    assert written == {linear["name"]: {key: linear[key] for key in keys} for linear in result["linears"]}
+    assert all(entry == {"group_size": 128, "transform": HADAMARD} for entry in written.values())
 
 
 def test_modes_and_bounds_from_the_command_line(plan_of: Call, tmp_path: Path) -> None:
     g128 = sizes(plan_of("--mode", "g128", name="a.yaml"))
     assert set(g128.values()) == {128} and len(g128) == 14
-    fast = sizes(plan_of("--budget", 1, name="b.yaml"))
+    hadamard = ("--transform", HADAMARD)
+    fast = sizes(plan_of(*hadamard, "--budget", 1, name="b.yaml"))
     assert {name for name, size in fast.items() if size != 128} == {DOWN.format(0), DOWN.format(1)}
     loss = yaml.safe_load((tmp_path / "b.yaml").read_text())["predicted"]["of_least_loss"]
-    between = sizes(plan_of("--max-loss", (1 + loss) / 2, "--tokens", 4096, name="c.yml"))
+    between = sizes(plan_of(*hadamard, "--max-loss", (1 + loss) / 2, "--tokens", 4096, name="c.yml"))
     assert between not in (g128, fast)
+
+
+def test_transforms_from_the_command_line(plan_of: Call, tmp_path: Path) -> None:
+    """The planner chooses unless told otherwise, and a recipe without a learned transform leaves it nothing to choose."""
+
+    def transforms(*options: object, name: str) -> set[int | str]:
+        return set(column(plan_of(*options, name=name), "transform").values())
+
+    assert transforms("--mode", "g128", "--budget", 9, name="a.yaml") == {DENSE}
+    assert transforms("--budget", 1, name="b.yaml") == {HADAMARD}
+    assert transforms("--transform", HADAMARD, name="c.yaml") == {HADAMARD}
+    assert transforms("--transform", "none", name="d.yaml") == {"none"}
+    assert transforms("--recipe", "gptq", "--budget", 9, name="e.yaml") == {HADAMARD}
+    assert transforms("--mode", "mixed", "--budget", 9, name="f.yaml") == {HADAMARD}
+    assert transforms("--transform", DENSE, "--recipe", "rtn", name="g.yaml") == {DENSE}
+    assert set(sizes(tmp_path / "g.yaml").values()) == {128}
+    lines = (tmp_path / "a.yaml").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if DOWN.format(0) in line)
+    for label in ("128", "256", "512", "channel", DENSE):
+        assert f"{label}: 0." in lines[place].partition("# error")[2] and f"{label}: " in lines[place - 1]
+    assert "# loss" in lines[place - 1] and lines[place - 2] == ""
+    content = yaml.safe_load((tmp_path / "e.yaml").read_text())
+    assert content["recipe"] == "gptq" and content["predicted"]["of_least_loss"] == 1
 
 
 def test_table_for_people(model: Path, calib: Path, invoke: Call) -> None:
@@ -230,10 +286,11 @@ def test_table_for_people(model: Path, calib: Path, invoke: Call) -> None:
 
 
 def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path) -> None:
-    settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=2, seq_len=32, device="cpu")
+    settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=2, seq_len=32, device="cpu", budget=9)
     first, second = make_plan(settings), make_plan(settings)
     assert first.as_dict() == second.as_dict()
-    assert {option.group_size for option in first.chosen} == {128}
+    assert {each.choice for each in first.chosen} == {(128, DENSE)}
+    assert first.predicted()["of_least_loss"] == 1
 
 
 def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
@@ -248,6 +305,14 @@ def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: 
         (("--target", "A100", "-o", tmp_path / "plan.txt"), ("plan.txt", ".yaml")),
         (("--target", "A100", "-o", tmp_path / "no" / "plan.yaml"), ("no/plan.yaml", "folder")),
         (("--target", "A100", "--samples", "0"), ("--samples is 0",)),
+        (("--target", "A100", "--transform", "wush"), ("'wush'", HADAMARD, DENSE)),
+        (("--target", "A100", "--transform", "shared128"), ("'shared128'", "no predicted errors")),
+        (("--target", "A100", "--recipe", "apex4-shared"), ("'shared128'", "--transform")),
+        (("--target", "A100", "--recipe", "best"), ("'best'",)),
+        (("--target", "A100", "--mode", "mixed", "--transform", DENSE), ("--mode mixed", DENSE, "128")),
+        (("--target", "A100", "--transform", DENSE, "--budget", "2"), (DENSE, "nothing to choose", "--budget")),
+        (("--target", "A100", "--mode", "g128", "--recipe", "rtn", "--max-loss", "2"), (HADAMARD, "--max-loss")),
+        (("--target", "A100", "--mode", "g128", "--transform", "none", "--budget", "2"), ("none", "--budget")),
     ):
         one_sentence(invoke("plan", model, *options), USAGE, *nouns)
     assert (tmp_path / "there.yaml").read_text() == "edited"
@@ -270,6 +335,20 @@ BAD_PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = 
     "size that is a list": (lambda p: p["linears"][UP].update(group_size=[128]), (UP, "[128]")),
     "unknown key": (lambda p: p.update(groupsize=1), ("unknown key 'groupsize'",)),
     "unknown key of a linear": (lambda p: p["linears"][UP].update(bits=8), (UP, "unknown key 'bits'")),
+    "unknown transform": (lambda p: p["linears"][UP].update(transform="wush"), (UP, "'wush'", HADAMARD, DENSE)),
+    "transform that is a list": (lambda p: p["linears"][UP].update(transform=[DENSE]), (UP, "['dense128']")),
+    "dense transform of large groups": (
+        lambda p: p["linears"][DOWN.format(1)].update(transform=DENSE, group_size=256),
+        (DOWN.format(1), DENSE, "256", "groups of 128 only"),
+    ),
+    "transforms that disagree": (
+        lambda p: p["linears"][UP].update(transform="none"),
+        ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", "and none", "read the same input"),
+    ),
+    "a transform for one of two": (  # the other has the run's, dense128
+        lambda p: p["linears"][UP].pop("transform"),
+        ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", "and dense128", "read the same input"),
+    ),
     "no size": (lambda p: p["linears"][UP].pop("group_size"), (UP, "no group_size")),
     "bare size": (lambda p: p["linears"].update({UP: 128}), (UP, "{group_size: 128}")),
     "another shape": (
@@ -293,7 +372,7 @@ def test_bad_plan(
     what: str, model: Path, plan_of: Call, quantize_badly: Call, one_sentence: Call, monkeypatch: Any
 ) -> None:
     change, nouns = BAD_PLANS[what]
-    path = edited(plan_of(), change)
+    path = edited(plan_of("--transform", HADAMARD, "--mode", "g128"), change)
     monkeypatch.setattr("apex4_quant.pipeline.LayerRunner", None)  # the model is not loaded for this
     one_sentence(quantize_badly(model, "--plan", path), USAGE, "plan", *nouns)
 
@@ -329,6 +408,8 @@ def test_bad_plan_from_python(model: Path) -> None:
         ({UP: 64}, "64"),
         ({"lm_head": 128}, "lm_head.*no linear"),
         ({UP: 128, UP[:-7] + "gate_proj": 256}, "same input"),
+        ({UP: {"group_size": 128, "transform": "wush"}}, "'wush'"),
+        ({UP: {"transform": DENSE}}, "no group_size"),
     ):
         with pytest.raises(UsageError, match=noun):
             QuantizeSettings(str(model), plan=plan).resolve(source)
@@ -348,7 +429,7 @@ def test_quantize_with_mixed_sizes_loads_and_computes(
         for part in ("gate_proj", "up_proj"):
             plan["linears"][f"model.layers.0.mlp.{part}"]["group_size"] = 256
 
-    path, out = edited(plan_of("--mode", "g128"), change), tmp_path / "out"
+    path, out = edited(plan_of("--mode", "g128", "--recipe", "gptq"), change), tmp_path / "out"
     command = ("quantize", model, "-o", out, "--plan", path, "--calib", calib, *SMALL, "--target", "none", "--json")
     command += ("--recipe", "gptq")
     dry = json.loads(invoke(*command, "--dry-run").stdout)
@@ -360,7 +441,10 @@ def test_quantize_with_mixed_sizes_loads_and_computes(
     assert modules[DOWN.format(1)] == {"group_size": "channel", "shape": [128, 600]}
     assert modules["model.layers.0.mlp.up_proj"] == {"group_size": 256, "shape": [600, 128]}
     assert "model.layers.1.mlp.up_proj" not in modules
-    assert json.loads((out / "apex4_report.json").read_text())["settings"]["plan"][DOWN.format(0)] == 512
+    assert json.loads((out / "apex4_report.json").read_text())["settings"]["plan"][DOWN.format(0)] == {
+        "group_size": 512,
+        "transform": HADAMARD,
+    }
     assert invoke("check", out, "--json").exit_code == 0
     loaded, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (out, model))
     down = loaded.get_submodule(DOWN.format(0))

@@ -35,7 +35,13 @@ FULL: dict[str, Any] = {
     "transform": "none",
     "activation_clip": 0.9,
     "target": {"gpu": "RTX 3090", "arch": "sm_86"},
-    "modules": {"a.down": {"group_size": 128, "activation_clip": 0.8, "shape": [70, 200]}, "a.up": {"group_size": "channel"}},
+    "modules": {
+        "a.down": {"group_size": 128, "activation_clip": 0.8, "shape": [70, 200]},
+        "a.up": {"group_size": "channel"},
+        "b.up": {"transform": "dense128"},
+        "b.gate": {"transform": "dense128", "transform_from": "b.up"},
+        "b.down": {"transform": "shared128"},
+    },
     "modules_to_not_convert": ["lm_head"],
     "recipe": "rtn",
 }  # fmt: skip
@@ -117,7 +123,13 @@ def test_legal_group_sizes(text: int | str, size: int | str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    [{"bits": 8}, {"group_size": 128, "layout": "sm80"}, {"transform": "none"}, {"group_size": 100}],
+    [
+        {"bits": 8},
+        {"group_size": 128, "layout": "sm80"},
+        {"transform": "wush"},
+        {"transform": ["none"]},
+        {"group_size": 100},
+    ],
 )
 def test_bad_override_is_refused(override: dict[str, Any]) -> None:
     message = refusal({**GOLDEN, "modules": {"a.up": override}})
@@ -149,6 +161,9 @@ def test_overrides_reach_the_format_of_their_linear_only() -> None:
     other = config.linear_format("a.gate", 64, 512)
     assert (other.group_size, other.activation_clip, other.groups, other.is_padded) == (256, 0.9, 2, False)
     assert other.stored_bytes == 64 * 512 // 2 + 2 * 64 * 2
+    dense, borrowed, shared = (config.linear_format(f"b.{name}", 64, 512) for name in ("up", "gate", "down"))
+    assert [each.transform for each in (dense, borrowed, shared)] == ["dense128", "dense128", "shared128"]
+    assert [each.transform_shape for each in (dense, borrowed, shared)] == [(4, 128, 128), None, (1, 128, 128)]
     rowmajor = QuantConfig(modules={"b": {"activation_clip": 0.7}}).linear_format("b", 70, 200)
     assert (rowmajor.group_size, rowmajor.activation_clip, rowmajor.transform) == (128, 0.7, "hadamard128")
     assert (rowmajor.packed_shape, rowmajor.scale_shape) == ((70, 2, 64), (70, 2, 1))
