@@ -275,7 +275,7 @@ def _bf16(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
 
 
 def _apex4(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
-    from .kernels import ops  # noqa: F401  (registers torch.ops.apex4)
+    from .kernels import ops
     from .kernels.configurations import kernel_family
     from .kernels.hadamard import apply_block_hadamard
     from .layouts import get_layout
@@ -295,17 +295,13 @@ def _apex4(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
     packed, scales = layout.pack(codes).contiguous(), layout.pack_scales(scale).contiguous()
     del codes
 
-    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.apex4.quantize(x, None, padded, BLOCK, 1.0, True, name)
-
-    def gemm(codes: torch.Tensor, factors: torch.Tensor, m: int) -> torch.Tensor:
-        return torch.ops.apex4.gemm(codes, factors, packed, scales, None, m, n, torch.bfloat16)
+    how = (None, padded, BLOCK, 1.0, True, name)
 
     def alone(x: torch.Tensor) -> Call:
-        quantized = quantize(x)
-        return lambda: gemm(*quantized, len(x))
+        codes, factors = ops.quantize(x, *how)
+        return lambda: ops.gemm(codes, factors, packed, scales, None, len(x), n, x.dtype)
 
-    return {"apex4": alone, "apex4+q": lambda x: lambda: gemm(*quantize(x), len(x))}
+    return {"apex4": alone, "apex4+q": lambda x: lambda: ops.linear(x, packed, scales, None, n, *how)}
 
 
 def _fp8(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
