@@ -38,6 +38,25 @@ __device__ __forceinline__ void load_octet(
   }
 }
 
+// Of a row of k columns that `THREADS` threads read: the sum of a warp's, in all its lanes. `UNROLL` loads are on their way.
+template <int THREADS, int UNROLL>
+__device__ __forceinline__ float squares_of_warp(const unsigned short* row, int k, bool aligned) {
+  float sum = 0.0f;
+#pragma unroll UNROLL
+  for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
+    unsigned pairs[4];
+    load_octet(pairs, row, column, k, true, aligned);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum = fmaf(low_of(pairs[i]), low_of(pairs[i]), sum);
+      sum = fmaf(high_of(pairs[i]), high_of(pairs[i]), sum);
+    }
+  }
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+  return sum;
+}
+
 // Of a row whose squares have this sum; one_over_k: of its columns.
 __device__ __forceinline__ float inverse_rms_of(float squares, float one_over_k, float eps) {
   return rsqrtf(fmaf(squares, one_over_k, eps));

@@ -123,19 +123,7 @@ __device__ __forceinline__ const float* own_inverse_rms(
     const unsigned short* x, int m, int k, int ldx, float eps, bool aligned) {
   __shared__ float warp_squares[WARPS][OWN_RMS_ROWS], result[OWN_RMS_ROWS];
   for (int row = 0; row < m; ++row) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
-      unsigned pairs[4];
-      load_octet(pairs, x + static_cast<long long>(row) * ldx, column, k, true, aligned);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum = fmaf(low_of(pairs[i]), low_of(pairs[i]), sum);
-        sum = fmaf(high_of(pairs[i]), high_of(pairs[i]), sum);
-      }
-    }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+    const float sum = squares_of_warp<THREADS, 4>(x + static_cast<long long>(row) * ldx, k, aligned);
     if ((threadIdx.x & 31) == 0) warp_squares[threadIdx.x >> 5][row] = sum;
   }
   __syncthreads();

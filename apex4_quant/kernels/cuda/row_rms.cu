@@ -13,19 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   wait_for_inputs();
   const int row = blockIdx.x;
   if (row >= m) return;
-  float sum = 0.0f;
-#pragma unroll 2
-  for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
-    unsigned pairs[4];
-    load_octet(pairs, x + static_cast<long long>(row) * ldx, column, k, true, aligned);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum = fmaf(low_of(pairs[i]), low_of(pairs[i]), sum);
-      sum = fmaf(high_of(pairs[i]), high_of(pairs[i]), sum);
-    }
-  }
-#pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+  float sum = squares_of_warp<THREADS, 2>(x + static_cast<long long>(row) * ldx, k, aligned);
   if ((threadIdx.x & 31) == 0) warp_sums[threadIdx.x >> 5] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
