@@ -135,14 +135,15 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     source = tmp_path / "toy.cu"
     source.write_text('extern "C" __global__ void toy(int* p) { p[threadIdx.x] = VALUE; }')
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
-    for name, each in zip(("gemm_configs", "quantize_configs"), made, strict=True):
-        module = SimpleNamespace(all_configs=lambda sm, each=each: [each])
+    of_modules = {"gemm_configs": made[:1], "fused_linear": [], "quantize_configs": made[1:]}
+    for name, configs in of_modules.items():
+        module = SimpleNamespace(all_configs=lambda sm, configs=configs: configs)
         monkeypatch.setitem(sys.modules, f"apex4_quant.kernels.{name}", module)
         monkeypatch.setattr(kernels, name, module, raising=False)
     return made
 
 
-def test_configurations_are_those_of_both_modules(toy: list[Configuration]) -> None:
+def test_configurations_are_those_of_all_modules(toy: list[Configuration]) -> None:
     assert configurations("sm_86") == toy and configurations("sm_90") == toy
 
 
