@@ -9,7 +9,8 @@
 Operands are those of operands.py and of the layout of the same name. K is padded with zeros to `k_padded` before the
 transform, which is `matrix` or the Hadamard matrix or none. On a GPU `matrix` is what quantize_configs.prepack_matrix
 makes, of x's dtype, where groups are of 128; otherwise, and on a CPU, float16 [k_padded / 128, 128, 128] as stored.
-On a GPU they launch the kernels on the current stream and wait for nothing. On a CPU they compute the same operands
+On a GPU they launch the kernels on the current stream and wait for nothing. Weights, gains and matrices may be read before
+the kernel in front has ended: they must not be what that one writes. On a CPU they compute the same operands
 with PyTorch, slowly: for tests, and to trace.
 """
 
@@ -257,12 +258,13 @@ def _quantize_with(source: _Input, matrix: torch.Tensor | None, *how: Any) -> Pa
     k_padded, group, _, _, format = how
     codes, scales = _empty_operands(x, k_padded, group, format)
     if x.shape[0]:
-        # Between the two kernels of a dense transform behind RMSNorm.
-        two = matrix is not None and source.input == "rms_norm"
-        scratch = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if two else None
-        source.quantizer(matrix, *how)(
+        run = source.quantizer(matrix, *how)
+        between = (
+            torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if run.statistics is not None else None
+        )  # its two kernels
+        run(
             _stream(x.device.index), codes.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(source.second),
-            _address(matrix), _address(scratch),
+            _address(matrix), _address(between),
         )  # fmt: skip
     return codes, scales
 
