@@ -8,10 +8,18 @@ the block's largest value. To first order the expected squared output error of a
 with A = E[x^T x] and B = W^T W of the block: how far the largest value of a token sticks out, times how much the weights
 amplify an error, and the same with the sides exchanged. Under a Gaussian model the best T is known in closed form (WUSH,
 arXiv 2512.00956) and makes both sides equally spread; here the largest values are those of real rows, which T can make
-rarer than a Gaussian's. The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the
-gradient written out: blocks are independent, and a step costs four products of [rows, 128] with [128, 128]. Where
-gradients through the layer are known (gradients.py), B = E[g^T g] of the input's and rows of W scaled by their outputs'
-say the same of the decoder layer's output instead of the linears' own.
+rarer than a Gaussian's. Where gradients of the model's predictions are known (gradients.py), B = E[g^T g] of the input's
+and rows of W scaled by their outputs' say the same of these predictions instead of the linears' own outputs.
+
+The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the gradient written out. A step
+is T <- T (I + S), and gradients are by S: with y = x T and v = w T^-T, of the logarithm of the error above,
+
+    y^T dx tr(B') - dw^T v tr(A') + 2 max_w A' - 2 max_x B',     A' = T^T A T,  B' = T^-1 B T^-T
+
+over the error, where dx holds twice the largest value of each row of y over the number of rows, dw that of v, and max_x
+and max_w are the two means of largest squares. So coordinates are always those of the codes, and the inverse can follow: (I + S)^-1 = I - S + S^2. Of a row only one
+value has a slope, so going back costs an addition of rows where the usual chain rule would take a product. What is left of
+the noise is that of the rows drawn: twice as many rows for half as many steps end at the same error (docs/log.md).
 
 One matrix can also be learned for all blocks of an input, by the sum of their errors. It starts from the Hadamard matrix
 and is best given inputs and weights that a diagonal has balanced already (model_transform.py): that of a block alone
@@ -28,15 +36,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .kernels.hadamard import apply_block_hadamard
 from .number_format import BLOCK
 from .threads import few_threads
 
 STEPS = 100
-LEARNING_RATE = 0.01  # of T = T_0 (I + D); falls to zero along a cosine
-BETAS, EPSILON = (0.9, 0.95), 1e-8
-ROWS, WEIGHT_ROWS = 512, 256  # looked at in one step, drawn anew for each
+LEARNING_RATE = 0.02  # of S; falls to zero along a cosine
+WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one size, which may add up to more than I
+EXACT_INVERSE = 20  # steps from one computed inverse to the next
+BETAS, EPSILON = (0.8, 0.9), 1e-8
+ROWS, WEIGHT_ROWS = 1024, 512  # looked at in one step; others in the next
 COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
 WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
 SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
@@ -44,7 +55,8 @@ SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: f
 
 @dataclass
 class _Blocks:
-    """Everything by block: rows [G, T, 128] of the input, weights [G, N', 128] that stand for N rows, A and B."""
+    """Everything by block: rows [G, T, 128] of the input and weights [G, N', 128] that stand for N rows, both shuffled,
+    A and B."""
 
     x: torch.Tensor
     w: torch.Tensor
@@ -56,7 +68,8 @@ class _Blocks:
     def of(
         cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
     ) -> _Blocks:
-        x = _by_block(inputs)
+        generator = torch.Generator().manual_seed(0)
+        x = _by_block(inputs, _shuffled(len(inputs), generator, inputs.device))
         b = torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
         total, stride = 0, 1
         kept = b.new_zeros(len(x), 0, BLOCK)
@@ -68,15 +81,25 @@ class _Blocks:
             kept = torch.cat([kept, w[:, ::stride]], dim=1)
             while kept.shape[1] > 2 * WEIGHT_SAMPLE:  # every row stands for as many
                 kept, stride = kept[:, ::2].contiguous(), 2 * stride
+        order = _shuffled(kept.shape[1], generator, kept.device)
+        for block in kept:
+            block.copy_(block[order])
         if gradients is not None:
             g = _by_block(gradients)
             b.baddbmm_(g.transpose(1, 2), g)
         return cls(x, kept, total, x.transpose(1, 2) @ x / x.shape[1], b)
 
 
-def _by_block(matrix: torch.Tensor) -> torch.Tensor:
-    """[R, K] -> [K / 128, R, 128]."""
-    return matrix.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
+def _shuffled(rows: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    return torch.randperm(rows, generator=generator).to(device)
+
+
+def _by_block(matrix: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+    """[R, K] -> [K / 128, R, 128], rows in the given order; without a second copy, which may be a gigabyte."""
+    blocks = matrix.new_empty(matrix.shape[1] // BLOCK, len(matrix), BLOCK)
+    for block, columns in zip(blocks, matrix.split(BLOCK, dim=1), strict=True):
+        block.copy_(columns if order is None else columns[order])
+    return blocks
 
 
 def learn_transform(
@@ -116,67 +139,86 @@ def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
 
 
 def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
-    identity = torch.eye(BLOCK, device=start.device)
-    change = torch.zeros_like(start)  # D
-    first, second = torch.zeros_like(change), torch.zeros_like(change)
-    generator = torch.Generator().manual_seed(0)
+    transform, inverse = start, torch.linalg.inv(start)
+    first, second = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
-        x, w = _draw(blocks.x, ROWS, generator), _draw(blocks.w, WEIGHT_ROWS, generator)
-        transform = start @ (identity + change)
-        gradient = start.transpose(1, 2) @ _gradient(blocks, transform, x, w)
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.lerp_(gradient.square(), 1 - BETAS[1])
-        rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        slope = _slope(blocks, transform, inverse, _window(blocks.x, ROWS, step), _window(blocks.w, WEIGHT_ROWS, step))
+        first.lerp_(slope, 1 - BETAS[0])
+        second.lerp_(slope.square_(), 1 - BETAS[1])
+        rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
         size = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
-        change.addcdiv_(first, size, value=-rate / (1 - BETAS[0] ** (step + 1)))
-    return start @ (identity + change)
+        change = first / size * (-rate / (1 - BETAS[0] ** (step + 1)))  # S
+        transform = torch.baddbmm(transform, transform, change)
+        if step % EXACT_INVERSE == EXACT_INVERSE - 1:
+            inverse = torch.linalg.inv(transform)
+        else:
+            linear = torch.baddbmm(inverse, change, inverse, alpha=-1)
+            inverse = torch.baddbmm(inverse, change, linear, alpha=-1)
+    return transform
 
 
-def _draw(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    if rows.shape[1] <= count:
-        return rows
-    chosen = torch.randint(rows.shape[1], (count,), generator=generator).to(rows.device)  # a permutation takes longer
-    return rows.index_select(1, chosen)
+def _window(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
+    """`count` of the shuffled rows [G, R, 128], in every step the next ones; all, if there are no more."""
+    first = step * count % rows.shape[1]
+    return rows[:, max(0, min(first, rows.shape[1] - count)) :][:, :count]
 
 
 def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """values [G, R, 128] -> per block the mean over rows of the largest square, and its gradient by the values."""
-    sizes = values.abs()
-    largest = sizes.amax(-1, keepdim=True)
-    # A comparison is several times faster than an argmax and a scatter; ties are as good as never.
-    gradient = torch.where(sizes == largest, values * (2 / values.shape[1]), 0.0)
-    return largest.square().mean((1, 2)), gradient
+    """values y float32 [G, R, 128] -> per block the mean over rows of the largest square, and d^T y, [G, 128, 128], with d
+    its gradient by y."""
+    blocks, rows, _ = values.shape
+    # The place of the largest size, by a maximum of integers: floats compare like their bits, whose lowest seven are
+    # exchanged for the place. Several times faster than a maximum that returns places; almost equal sizes are as good.
+    places = torch.arange(BLOCK, dtype=torch.int32, device=values.device)
+    keys = values.view(torch.int32).bitwise_and(0x7FFFFF80).bitwise_or_(places)
+    place = keys.amax(-1).bitwise_and_(BLOCK - 1).long()
+    largest = values.gather(-1, place[..., None])
+    scaled = values * (largest * (2 / rows))
+    if values.is_cuda:  # adds rows up in any order there, and a resumed run has to write the same bytes
+        back = nn.functional.one_hot(place, BLOCK).to(values.dtype).transpose(1, 2) @ scaled
+    else:
+        place += BLOCK * torch.arange(blocks)[:, None]
+        back = values.new_zeros(blocks * BLOCK, BLOCK).index_add_(0, place.flatten(), scaled.flatten(0, 1))
+    return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
 
 
-def _gradient(blocks: _Blocks, transform: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Of the logarithm of every block's error with respect to its T, [G, 128, 128]; of their sum, if one T is for all."""
-    inverse = torch.linalg.inv(transform)
+def _slope(
+    blocks: _Blocks, transform: torch.Tensor, inverse: torch.Tensor, x: torch.Tensor, w: torch.Tensor
+) -> torch.Tensor:
+    """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
+    all."""
     turned = inverse.transpose(1, 2)
-    x_peak, x_slope = _peaks(x @ transform)
-    w_peak, w_slope = _peaks(w @ turned)
-    w_peak, w_slope = w_peak * blocks.weight_rows, w_slope * blocks.weight_rows
-    inverse_b = inverse @ blocks.b
-    a_transform = blocks.a @ transform
-    b_trace = (inverse_b * inverse).sum((1, 2))
-    a_trace = (a_transform * transform).sum((1, 2))
-    by_inverse = w_slope.transpose(1, 2) @ w * a_trace[:, None, None] + inverse_b * (2 * x_peak)[:, None, None]
-    slope = x.transpose(1, 2) @ x_slope * b_trace[:, None, None] + a_transform * (2 * w_peak)[:, None, None]
-    slope -= turned @ by_inverse @ turned  # d(T^-1) = -T^-1 dT T^-1
+    x_peak, x_back = _peaks(x @ transform)
+    w_peak, w_back = _peaks(w @ turned)
+    w_peak, w_back = w_peak * blocks.weight_rows, w_back * blocks.weight_rows
+    a = transform.transpose(1, 2) @ (blocks.a @ transform)
+    b = inverse @ blocks.b @ turned
+    a_trace, b_trace = _trace(a), _trace(b)
+    slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
+    slope += a * (2 * w_peak)[:, None, None] - b * (2 * x_peak)[:, None, None]
     error = x_peak * b_trace + w_peak * a_trace
     if len(transform) == 1:
         slope, error = slope.sum(0, keepdim=True), error.sum(0, keepdim=True)
     return torch.where(error[:, None, None] > 0, slope / error.clamp_min(1e-30)[:, None, None], 0.0)
 
 
+def _trace(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
+
+
 def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
     """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
     inverse = torch.linalg.inv(transform)
-    x_peak, _ = _peaks(blocks.x[:, :: -(-blocks.x.shape[1] // COMPARED_ROWS)] @ transform)
-    w_peak, _ = _peaks(blocks.w @ inverse.transpose(1, 2))
+    x_peak = _mean_peak(blocks.x[:, :COMPARED_ROWS] @ transform)
+    w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
     error = x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
     return error.sum(0, keepdim=True) if len(transform) == 1 else error
+
+
+def _mean_peak(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().amax(-1).square().mean(1)
 
 
 def _storable(transform: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from .errors import Apex4Error, Stopped, UsageError
 from .families import expert_of
 from .gptq import drift_correction, inverse_factor, quantize_weight_gptq
 from .gpus import resolve_target
-from .gradients import InputGradients, input_gradients
+from .gradients import InputGradients, gradients_through
 from .importance import scale_by_readers
 from .layer_runner import LayerRunner
 from .layouts import get_layout
@@ -44,6 +44,7 @@ from .loading import REPORT_NAME
 from .number_format import LEARNED, SHARED, TRANSFORMS, GroupSize, parse_group_size
 from .plan import Plan, PlannedLinear, build_plan, estimate_peak_memory, estimate_seconds, plan_as_dict
 from .plan_file import plan_given, read_plan_file
+from .predictions import LeavingGradients, disk_bytes
 from .progress import Progress
 from .quant_config import QuantConfig
 from .recipes import DEFAULT_RECIPE, GRADIENTS, get_recipe, named_recipes
@@ -242,7 +243,10 @@ def quantize(
     samples = draw_calibration(source, settings, asked_seq_len, progress)
     hidden_bytes = samples.numel() * int(source.config["hidden_size"]) * DTYPES[settings.dtype].itemsize
     if not resume:
-        require_free_space(out, plan.bytes_after + (4 if plan.recipe.gptaq else 2) * hidden_bytes)
+        needed = plan.bytes_after + (4 if plan.recipe.gptaq else 2) * hidden_bytes
+        if plan.recipe.importance == GRADIENTS:
+            needed += disk_bytes(source, samples.shape, DTYPES[settings.dtype])
+        require_free_space(out, needed)
     runner = LayerRunner(source, settings.device, DTYPES[settings.dtype])
     with progress.stage("checking weights", source.total_bytes, "B") as advance:
         digests = source.verify(advance)
@@ -319,6 +323,8 @@ class _Run:
         self.original = LayerRunner(source, settings.device, runner.dtype) if self.recipe.gptaq else None
         self.collector = Collector(runner, self.family, source.config, gptq, progress.line, self.original)
         self.rewriter = Rewriter(source, runner, self.recipe, settings.seed, progress.line)
+        by_gradients = self.recipe.importance == GRADIENTS
+        self.predictions = LeavingGradients(source, runner, state, samples) if by_gradients else None
 
     def execute(self) -> QuantizeResult:
         for runner in filter(None, (self.runner, self.original)):
@@ -331,13 +337,18 @@ class _Run:
             self.state.save_hidden(0, Streams(embedded, embedded.clone() if self.original else None))
             del tensors, embedded
             self._commit(1, [])
+        layers = range(self.source.num_layers)
+        if self.predictions is not None:
+            first = next((layer for layer in layers if self.state.record(layer + 2) is None), len(layers))
+            self.predictions.take(first, self.settings.seed, self.progress, self.should_stop)
+            _return_free_memory()
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:
             streams: Streams | None = None
-            for layer in range(self.source.num_layers):
+            for layer in layers:
                 if self.state.record(layer + 2) is not None:
                     advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
-                    self.state.drop_hidden(layer)
+                    self.state.drop_all(layer)
                     continue
                 if self.should_stop():
                     raise Stopped(
@@ -358,7 +369,7 @@ class _Run:
         if self.original is not None:
             self.original.load_layer(layer, stored)
         planned = self.plan.of_layer(layer)
-        self.gradients = self._gradients(layer, streams.hidden) if self.recipe.importance == GRADIENTS else {}
+        self.gradients = self._gradients(layer, streams.hidden)
         records: dict[str, dict[str, Any]] = {}
         for group in self.collector.groups_of(layer, module, planned, streams):
             matrix = self._dense_transform(layer, group, stored)
@@ -403,7 +414,7 @@ class _Run:
             after = after._replace(original=self.original.run_layer(layer, streams.original))
         self.state.save_hidden(layer + 1, after)
         self._commit(layer + 2, [records[linear.name] for linear in planned if linear.name in records])
-        self.state.drop_hidden(layer)
+        self.state.drop_all(layer)
         for runner in filter(None, (self.runner, self.original)):
             runner.drop_layer(layer)
         _return_free_memory()
@@ -415,6 +426,8 @@ class _Run:
         Experts see too few of the tokens for gradients of their own, and those whose gradients say nothing are left away
         too: the weights that read them have to do.
         """
+        if self.predictions is None:
+            return {}
         prefix = self.family.layer_prefix(layer)
         planned = {linear.name for linear in self.plan.of_layer(layer)}
         groups = [
@@ -423,7 +436,8 @@ class _Run:
             if (names := tuple(name for name in group.linears if prefix + name in planned))
             and expert_of(names[0]) is None
         ]
-        found = input_gradients(self.runner, layer, groups, hidden, self.settings.seed)
+        leaving = self.rewriter.stream_gradients(self.predictions.leaving(layer))
+        found, _ = gradients_through(self.runner, layer, groups, hidden[self.predictions.windows], leaving)
         for names in groups:
             if names[0] not in found:
                 self.progress.line(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")

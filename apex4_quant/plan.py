@@ -189,8 +189,11 @@ def estimate_peak_memory(
             4 * format.padded_k * (rows + 2 * min(tokens, rows_to_learn_from(format.in_features))) for format in learned
         )
     if plan.recipe.importance == GRADIENTS:  # rows by input group, and what a backward pass of one window needs
+        from .predictions import windows_of
+
         inputs = {(linear.layer, linear.input_group): linear.format.padded_k for linear in plan.linears}
         rows = sum(inputs.values()) // source.num_layers * min(tokens, PROBE_ROWS)
+        working += 12 * windows_of(tokens // seq_len, seq_len) * seq_len * hidden  # leaving, entering, its parts
         heads = int(source.config.get("num_attention_heads") or 1)
         working += 4 * rows + compute_bytes * (4 * heads * seq_len**2 + 16 * seq_len * widest)
     rewriting = 0
@@ -262,9 +265,10 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
             plan.recipe.transform_steps * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(learned.values())
         )
     if plan.recipe.importance == GRADIENTS:
-        from .gradients import TOKENS
+        from .predictions import TOKENS
 
-        multiplies += 3 * min(tokens, TOKENS) * sum(linear.elements for linear in plan.linears)
+        # Forwards; back through every layer, for what enters it and for its linears: each again forwards, and two products.
+        multiplies += 7 * min(tokens, TOKENS) * sum(linear.elements for linear in plan.linears)
     if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
         multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)

@@ -63,6 +63,10 @@ class Rewriter:
                 self._by_rows(weight, self._stream.apply)
         return tensors
 
+    def stream_gradients(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Gradients by states of the source's residual stream, float32 [..., hidden], as those by the rewritten one's."""
+        return self._stream.apply(gradients) if self._rotation else gradients
+
     def outer(self, tensors: Tensors) -> Tensors:
         """Everything outside the layers but the embedding; a head that was the embedding is added."""
         if not self._rotation:

@@ -4,6 +4,7 @@
     OUT/.apex4-run/settings.json     the settings of the first run; a restart refuses others
     OUT/.apex4-run/shard-00003.json  a finished shard: checksum, size, per-linear errors. Writing it is the commit.
     OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3
+    OUT/.apex4-run/entering-00003.safetensors, gradients-00003.safetensors   of the float model, see predictions.py
 
 Order per layer: the shard, the next hidden states, then the record. A kill between them repeats the layer, which gives
 the same bytes again. config.json is written last of all, so an unfinished OUT loads nowhere.
@@ -24,6 +25,8 @@ from .errors import Apex4Error, UsageError
 from .storage import RUN_FOLDER, read_json, remove_temporaries, sha256, write_json, write_tensors
 
 _SETTINGS = "settings.json"
+_HIDDEN = "hidden"
+ENTERING, GRADIENTS = "entering", "gradients"  # kinds of tensors that are kept for a layer
 
 
 class Streams(NamedTuple):
@@ -113,24 +116,52 @@ class RunState:
         tensors = {"hidden_states": streams.hidden}
         if streams.original is not None:
             tensors["original_hidden_states"] = streams.original
-        write_tensors(self._hidden_path(layer), tensors)
+        write_tensors(self._path(_HIDDEN, layer), tensors)
 
     def load_hidden(self, layer: int, original: bool) -> Streams:
         """What `save_hidden` wrote; `original`: whether both streams must be there. Raises Apex4Error."""
-        path = self._hidden_path(layer)
+        tensors = self._load(_HIDDEN, layer)
+        try:
+            return Streams(tensors["hidden_states"], tensors["original_hidden_states"] if original else None)
+        except KeyError as error:
+            raise self._damaged(_HIDDEN, layer, error) from error
+
+    def save(self, kind: str, layer: int, tensor: torch.Tensor) -> None:
+        """Keep one tensor for a layer, ENTERING or GRADIENTS."""
+        write_tensors(self._path(kind, layer), {kind: tensor})
+
+    def load(self, kind: str, layer: int) -> torch.Tensor:
+        """What `save` kept. Raises Apex4Error."""
+        tensors = self._load(kind, layer)
+        if kind not in tensors:
+            raise self._damaged(kind, layer, KeyError(kind))
+        return tensors[kind]
+
+    def has(self, kind: str, layer: int) -> bool:
+        return self._path(kind, layer).is_file()
+
+    def drop(self, kind: str, layer: int) -> None:
+        self._path(kind, layer).unlink(missing_ok=True)
+
+    def drop_all(self, layer: int) -> None:
+        """What was kept for a layer that is finished."""
+        for kind in (_HIDDEN, ENTERING, GRADIENTS):
+            self.drop(kind, layer)
+
+    def _load(self, kind: str, layer: int) -> dict[str, torch.Tensor]:
+        path = self._path(kind, layer)
         if not path.is_file():
             raise Apex4Error(f"{path} is missing: {self.out} cannot be resumed, begin again in a new folder")
         try:
-            tensors = load_file(path)
-            return Streams(tensors["hidden_states"], tensors["original_hidden_states"] if original else None)
-        except (SafetensorError, OSError, KeyError) as error:
-            raise Apex4Error(f"{path} is damaged ({error}): {self.out} cannot be resumed, begin again") from error
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(kind, layer, error) from error
 
-    def drop_hidden(self, layer: int) -> None:
-        self._hidden_path(layer).unlink(missing_ok=True)
+    def _damaged(self, kind: str, layer: int, error: Exception) -> Apex4Error:
+        return Apex4Error(f"{self._path(kind, layer)} is damaged ({error}): {self.out} cannot be resumed, begin again")
 
-    def _hidden_path(self, layer: int) -> Path:
-        return self.folder / f"hidden-{layer:05}.safetensors"
+    def _path(self, kind: str, layer: int) -> Path:
+        return self.folder / f"{kind}-{layer:05}.safetensors"
 
 
 def other_setting(out: Path, name: str, first: Any, now: Any) -> UsageError:

@@ -1,9 +1,8 @@
 """What each group size and transform would cost in accuracy, measured in two passes over the float decoder layers.
 
 The loss is the Kullback-Leibler divergence of the quantized model's predictions from the original's, in nats a token, to
-second order in the errors: with y drawn from the model's prediction p and g the gradient of -log p(y), errors e that are
-added to a tensor of the model give KL = E (g . e)^2 / 2, as E g g^T is the Fisher information. Errors of different inputs,
-weight rows and tokens are taken as independent, so those of an input group add up: for linears y_i = x W_i^T that read x,
+second order in the errors, by gradients g of the predictions (gradients.py). Errors of different inputs, weight rows and
+tokens are taken as independent, so those of an input group add up: for linears y_i = x W_i^T that read x,
 
     KL = 1/2 E (g_x . (Q(x) - x))^2  +  1/2 sum_i sum_n E (x . (Q(W_i) - W_i)_n)^2 E (g_i)_n^2
 
@@ -39,6 +38,7 @@ from .layouts import get_layout
 from .learned_transform import learn_transform
 from .number_format import BLOCK, CHANNEL, LEARNED, SHARED, GroupSize, round_up
 from .plan import PlannedLinear
+from .predictions import gradients_of_predictions
 from .progress import Progress
 from .quant_config import LinearFormat
 from .run_state import Streams
@@ -166,21 +166,11 @@ def measure_sensitivity(
     Raises Apex4Error, naming linear or layer, for weights, inputs or gradients that are not finite.
     """
     runner.prepare(samples.shape[1])
-    outer = source.read(source.outer_tensors)
-    hidden = runner.embed(samples, outer[f"{source.family.embedding}.weight"])
     entering: list[torch.Tensor] = []
     with progress.stage("running", source.num_layers, " layers") as advance:
-        for layer in range(source.num_layers):
-            entering.append(hidden)
-            runner.load_layer(layer, source.read(source.layer_tensors(layer)))
-            hidden = runner.run_layer(layer, hidden)
-            runner.drop_layer(layer)
-            advance(1)
-    gradients = runner.output_gradients(hidden, outer, seed)
-    del outer
-    # Layers may compute in float16, which has no room for small ones.
-    size = float(gradients.square().mean().sqrt())
-    gradients /= size
+        gradients, size = gradients_of_predictions(
+            source, runner, samples, seed, lambda _, states: entering.append(states), advance
+        )
     collector = Collector(runner, source.family, source.config, hessians=False, say=progress.line)
     found: list[GroupSensitivity] = []
     with progress.stage("measuring", sum(linear.elements for linear in planned), "w") as advance:

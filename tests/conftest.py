@@ -167,3 +167,8 @@ def one_sentence() -> Callable[..., str]:
         return lines[0]
 
     return check
+
+
+def stop_after(layers: int, out: Path) -> Callable[[], bool]:
+    """A `should_stop` for a run into `out`: as soon as so many decoder layers are written, and the embedding."""
+    return lambda: len(list(out.glob("model-*.safetensors"))) > layers

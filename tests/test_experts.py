@@ -33,6 +33,8 @@ from apex4_quant.progress import Progress
 from apex4_quant.run_state import Streams
 from apex4_quant.source import DEMO_PATH, ModelSource
 
+from .conftest import stop_after
+
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 128,
@@ -318,9 +320,8 @@ def test_rows_of_an_input_of_unknown_length_stay_evenly_spaced() -> None:
 def test_a_stopped_run_goes_on_to_the_same_bytes(moe: Callable[..., Path], tmp_path: Path) -> None:
     settings = settings_for(moe("qwen3moe"))
     quantize(settings, tmp_path / "whole")
-    calls = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, tmp_path / "parts", should_stop=lambda: next(calls))
+        quantize(settings, tmp_path / "parts", should_stop=stop_after(1, tmp_path / "parts"))
     quantize(settings, tmp_path / "parts", resume=True)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "parts").iterdir())

@@ -58,15 +58,35 @@ def output_error(x: torch.Tensor, w: torch.Tensor, format: LinearFormat, matrix:
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradient_is_that_of_the_objective(shared: bool) -> None:
     x, w = inputs_and_weight(48, 256, tokens=64)
-    blocks = learned_transform._Blocks.of(x.double(), [w.double()])
+    blocks = learned_transform._Blocks.of(x, [w])
     torch.manual_seed(0)
-    start = learned_transform._balanced_hadamard(blocks).double()[: 1 if shared else None]
+    start = learned_transform._balanced_hadamard(blocks)[: 1 if shared else None]
     transform = start + 0.01 * torch.randn_like(start)
     direction = torch.randn_like(start)
-    slope = (learned_transform._gradient(blocks, transform, blocks.x, blocks.w) * direction).sum((1, 2))
-    step = 1e-6
-    up, down = (learned_transform._error(blocks, transform + s * direction).log() for s in (step, -step))
-    torch.testing.assert_close(slope, (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
+    slope = learned_transform._slope(blocks, transform, torch.linalg.inv(transform), blocks.x, blocks.w)
+    exact = learned_transform._Blocks.of(x.double(), [w.double()])
+    at, step = transform.double(), 1e-6
+    up, down = (learned_transform._error(exact, at + s * at @ direction.double()).log() for s in (step, -step))
+    torch.testing.assert_close((slope * direction).sum((1, 2)).double(), (up - down) / (2 * step), rtol=1e-3, atol=1e-4)
+
+
+def test_on_a_gpu_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(3, 50, 128)
+    values[1, 4] = 0.0
+    values[2, 7, 5] = values[2, 7].abs().max() * -2
+    mean, back = learned_transform._peaks(values)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    other_mean, other_back = learned_transform._peaks(values)
+    torch.testing.assert_close(other_back, back)
+    assert torch.equal(other_mean, mean)
+    torch.testing.assert_close(mean, values.abs().amax(-1).square().mean(1), rtol=1e-4, atol=0)
+
+
+def test_every_row_is_looked_at_before_one_is_again() -> None:
+    rows = torch.arange(10.0).view(1, 10, 1).expand(2, -1, 128)
+    seen = [learned_transform._window(rows, 4, step)[0, :, 0].tolist() for step in range(4)]
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7, 8, 9], [2, 3, 4, 5]]
+    assert learned_transform._window(rows, 20, 3).shape == (2, 10, 128)
 
 
 @pytest.mark.parametrize(("n", "k", "outliers"), [(192, 256, False), (64, 384, True), (300, 200, False)])

@@ -22,6 +22,8 @@ from apex4_quant.number_format import DENSE, HADAMARD
 from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.source import ModelSource
 
+from .conftest import stop_after
+
 Call = Callable[..., Any]  # the fixtures of conftest.py
 FAILED, USAGE = 1, 2
 ATTENTION, MLP = "model.layers.{}.self_attn.{}_proj", "model.layers.{}.mlp.{}_proj"
@@ -177,9 +179,8 @@ def test_a_transform_of_another_kind_cannot_be_taken_over(out: Path, invoke: Cal
 
 def test_a_resumed_run_writes_the_same_bytes(settings: QuantizeSettings, out: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    answers = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, again, should_stop=lambda: next(answers))
+        quantize(settings, again, should_stop=stop_after(1, again))
     quantize(settings, again, resume=True)
     assert files_of(again) == files_of(out)
 
@@ -236,9 +237,8 @@ def test_resume_with_the_same_plan_file(
     settings = QuantizeSettings(
         str(model), "apex4-fast", plan=str(plan), calib=str(calib), samples=2, seq_len=32, target="none"
     )
-    answers = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, out, should_stop=lambda: next(answers))
+        quantize(settings, out, should_stop=stop_after(1, out))
     shutil.copytree(out, tmp_path / "copy")
     other = tmp_path / "other.json"
     other.write_text(plan.read_text().replace('"none"', '"hadamard128"'))

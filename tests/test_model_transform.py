@@ -30,6 +30,8 @@ from apex4_quant.rewriting import Rewriter, mean_squares
 from apex4_quant.source import ModelSource
 from apex4_quant.storage import sha256
 
+from .conftest import stop_after
+
 
 def _zoo() -> ModuleType:
     """The models of test_families.py; under --import-mode=importlib test files do not see each other."""
@@ -380,9 +382,8 @@ def test_resumed_runs_write_the_same_bytes(layers: int, recipe_both: Recipe, tmp
     ZOO.write_model(tmp_path / "model", "llama tied")
     settings = QuantizeSettings(str(tmp_path / "model"), recipe="both", target="none", samples=2, seq_len=32)
     quantize(settings, tmp_path / "whole")
-    answers = iter([False] * layers + [True])
     with pytest.raises(Stopped):
-        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+        quantize(settings, tmp_path / "out", should_stop=stop_after(layers, tmp_path / "out"))
     quantize(settings, tmp_path / "out", resume=True)
     whole, out = ({path.name: sha256(path) for path in (tmp_path / run).iterdir()} for run in ("whole", "out"))
     assert whole == out

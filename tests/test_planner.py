@@ -25,6 +25,8 @@ from apex4_quant.planner import GroupOptions, Option, PlanSettings, choose, grou
 from apex4_quant.sensitivity import Choice, GroupSensitivity, choices_of
 from apex4_quant.source import ModelSource
 
+from .conftest import stop_after
+
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
 SMALL = ("--samples", 2, "--seq-len", 32)
@@ -468,9 +470,8 @@ def test_resume_refuses_another_plan(
     first, out = plan_of("--budget", 1, name="first.yaml"), tmp_path / "out"
     other = plan_of("--mode", "g128", name="other.yaml")
     settings = QuantizeSettings(str(model), plan=str(first), calib=str(calib), samples=2, seq_len=32, target="none")
-    answers = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, out, should_stop=lambda: next(answers))
+        quantize(settings, out, should_stop=stop_after(1, out))
     resume = ("quantize", "--resume", "-o", out, "--json")
     one_sentence(invoke(*resume, "--plan", other), USAGE, "was begun with plan", "other.yaml", "first run's settings")
     one_sentence(invoke(*resume, "--group-size", 256), USAGE, "--plan", "--group-size")

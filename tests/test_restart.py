@@ -26,6 +26,8 @@ from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.recipes import named_recipes
 from apex4_quant.storage import RUN_FOLDER, sha256
 
+from .conftest import stop_after
+
 FAILED, USAGE, STOPPED = 1, 2, 75
 RECIPES = ("apex4", "apex4-gptaq")  # one stream of hidden states, and two
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -64,9 +66,8 @@ class Job:
 
     def stop_after(self, layers: int) -> None:
         """Begin the run in `out` and stop it as a signal would, after `layers` decoder layers."""
-        answers = iter([False] * layers + [True])
         with pytest.raises(Stopped, match="--resume"):
-            quantize(self.settings, self.out, should_stop=lambda: next(answers))
+            quantize(self.settings, self.out, should_stop=stop_after(layers, self.out))
 
 
 @pytest.fixture
@@ -319,5 +320,6 @@ def test_disk_full_at_every_write(make_job: Callable[..., Job], monkeypatch: pyt
             assert "no space left to write" in str(error)
             assert not list(job.out.rglob("*.tmp"))
         resume = (job.out / RUN_FOLDER / "settings.json").exists()
-    assert {"settings.json", "shard-00002.json", "hidden-00001.safetensors", "config.json"} < failed
+    kept = {f"{kind}-00001.safetensors" for kind in ("hidden", "entering", "gradients")}
+    assert {"settings.json", "shard-00002.json", "config.json"} | kept < failed
     assert snapshot(job.out) == job.whole

@@ -18,6 +18,8 @@ from apex4_quant.pipeline import QuantizeSettings, quantize
 from apex4_quant.recipes import named_recipes
 from apex4_quant.storage import RUN_FOLDER
 
+from .conftest import stop_after
+
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
 COMMON = ("--samples", 3, "--seq-len", 32, "--target", "none")
@@ -27,9 +29,8 @@ COMMON = ("--samples", 3, "--seq-len", 32, "--target", "none")
 def stopped(tiny_model: Call, calib: Path, tmp_path: Path) -> Path:
     """The folder of a run that stopped after its first layer."""
     settings = QuantizeSettings(model=str(tiny_model()), calib=str(calib), samples=3, seq_len=32, target="none")
-    answers = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+        quantize(settings, tmp_path / "out", should_stop=stop_after(1, tmp_path / "out"))
     return tmp_path / "out"
 
 
@@ -90,9 +91,8 @@ def stopped_with_file(tiny_model: Call, calib: Path, tmp_path: Path) -> tuple[Pa
     settings = QuantizeSettings(
         str(tiny_model()), recipe=str(recipe), calib=str(calib), samples=3, seq_len=32, target="none"
     )
-    answers = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+        quantize(settings, tmp_path / "out", should_stop=stop_after(1, tmp_path / "out"))
     return tmp_path / "out", recipe
 
 
@@ -217,9 +217,8 @@ def test_lost_hidden_states_of_the_original_model(
     settings = QuantizeSettings(
         str(tiny_model()), recipe="apex4-gptaq", calib=str(calib), samples=3, seq_len=32, target="none"
     )
-    answers = iter([False, True])
     with pytest.raises(Stopped):
-        quantize(settings, tmp_path / "out", should_stop=lambda: next(answers))
+        quantize(settings, tmp_path / "out", should_stop=stop_after(1, tmp_path / "out"))
     hidden = tmp_path / "out" / RUN_FOLDER / "hidden-00001.safetensors"
     streams = load_file(hidden)
     assert streams["hidden_states"].shape == streams["original_hidden_states"].shape
