@@ -33,8 +33,9 @@ class Shape:
         }  # fmt: skip
 
 
-def write_model(folder: Path, layers: int, shape: Shape) -> int:
-    """bf16, a shard for each layer, the same weights for the same layer in every run. Returns the bytes of all tensors."""
+def write_model(folder: Path, layers: int, shape: Shape, device: str = "cpu") -> int:
+    """bf16, a shard for each layer. Returns the bytes of all tensors. Weights are made on `device`, which is to save time: the
+    same in every run, others on another device."""
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"], vocab_size=shape.vocabulary, hidden_size=shape.hidden,
         intermediate_size=shape.intermediate, num_hidden_layers=layers, num_attention_heads=shape.heads,
@@ -44,10 +45,10 @@ def write_model(folder: Path, layers: int, shape: Shape) -> int:
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_PATH / name, folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return (torch.randn(size, generator=generator) * 0.02).bfloat16()
+        return (torch.randn(size, generator=generator, device=device) * 0.02).bfloat16().cpu()
 
     parts = [{"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}]
     parts += [{f"model.layers.{i}.{n}.weight": s for n, s in shape.linears().items()} for i in range(layers)]

@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ if not {"cuda", "--device=cuda"} & set(sys.argv):
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
+from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -167,6 +168,7 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
     started = time.perf_counter()
     # "auto": the dtype of the checkpoint, as `apex4 eval` computes in it.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    layers_done = mark_layers(model, device)
     windows = [{"input_ids": window} for window in ids["calibration"].split(batch)]
     oneshot(
         model=model,
@@ -180,6 +182,7 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {
         "seconds": seconds,
+        "layers_done": [each - started for each in layers_done],
         "finished": time.time(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
@@ -195,6 +198,25 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
     # Scales in bfloat16 cost something that a kernel with float32 scales would not: show the rival without it too.
     result["perplexity_float32"] = measure_perplexity(model.float(), ids["heldout"])
     return result
+
+
+def mark_layers(model: torch.nn.Module, device: str) -> list[float]:
+    """To be filled with when the last linear of each decoder layer was quantized, by recipes that go layer by layer."""
+    times: list[float] = []
+    linears = {module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)}
+    plain = LifecycleCallbacks.sequential_epoch_end
+
+    def marked(modules: Iterable[torch.nn.Module], **kwargs: Any) -> Any:
+        modules = list(modules)
+        done = plain(modules, **kwargs)
+        if 0 < len(linears.intersection(modules)) < len(linears):  # all at once: a modifier that needs no data
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+        return done
+
+    LifecycleCallbacks.sequential_epoch_end = marked
+    return times
 
 
 def quantizes_both_sides(module: torch.nn.Module) -> bool:
