@@ -1,4 +1,4 @@
-"""Checks of what quantizes weights on a GPU: GPTQ's rounding, descent on its codes. Part of scripts/gpu_check.
+"""Checks of what quantizes weights on a GPU: GPTQ's rounding, descent on its codes, Hessians. Part of scripts/gpu_check.
 
 Kernels are held against what operations of PyTorch make of the same tensors. Sums are in another order there, so that a value
 next to a tie may fall to the other side, and what follows in its row then differs: few codes may, and the loss must not.
@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 
+from apex4_quant.calib.hessian import HessianAccumulator
 from apex4_quant.code_refinement import refine_codes
 from apex4_quant.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.kernels import column_sweeps
@@ -86,7 +87,28 @@ def check(n: int, k: int, group: GroupSize, device: torch.device, seed: int) -> 
     assert torch.equal(refined[:, DEAD], expected[0][:, DEAD]), "a dead column was moved"
 
 
+def check_hessian(dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    """16-bit inputs are multiplied on tensor cores, and nothing is lost but what sums in float32 lose."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(4096, 640, generator=generator, device=device) * torch.linspace(2, 0.01, 640, device=device)
+    x, y = x.to(dtype), (x + 0.1 * torch.randn(x.shape, generator=generator, device=device)).to(dtype)
+    before = torch.get_float32_matmul_precision()
+    for others in (None, y):
+        moments = HessianAccumulator()
+        for part in range(0, 4096, 1024):
+            given = slice(part, part + 1024)
+            moments.add(x[given], None if others is None else others[given])
+        left = (x if others is None else others).double()
+        expected = left.t() @ x.double() / len(x)
+        scale = (left.square().mean(0).sqrt()[:, None] * x.double().square().mean(0).sqrt()).clamp_min(1e-30)
+        error = float(((moments.take_matrix() - expected).abs() / scale).max())
+        assert error <= 1e-4, f"an entry is off by {error:.1e} of what the inputs' sizes allow"
+    assert torch.get_float32_matmul_precision() == before, "the precision of products stays changed"
+
+
 def checks(seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
     device = torch.device("cuda", torch.cuda.current_device())
     for shape in SHAPES:
         yield f"sweeps {shape}", lambda shape=shape: check(*shape, device, seed)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield f"Hessian of {dtype}", lambda dtype=dtype: check_hessian(dtype, device, seed)

@@ -83,6 +83,11 @@ def test_kernels_do_what_operations_of_pytorch_do(
     assert sources == ["gptq_sweep.cu"] * 2 * blocks + ["descent_sweep.cu"] * 3 * blocks
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_check_of_hessians_passes_on_a_cpu(dtype: torch.dtype) -> None:
+    gpu_check.check_hessian(dtype, CPU, seed=1)
+
+
 MUTATIONS = {
     "another column's error": ("gptq_sweep.cu", "subtract(w, u, error)", "subtract(w, u, code)"),
     "owner": ("gptq_sweep.cu", "__shfl_sync(ALL_LANES, w[c], owner)", "__shfl_sync(ALL_LANES, w[c], 31 - owner)"),
