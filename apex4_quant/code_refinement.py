@@ -6,14 +6,16 @@ stored as v is (w - v) H (w - v)^T, and in one column k, all others kept, its le
     q_k  =  clamp( round( v_k / s_k + ((w - v) H)_k / (H_kk s_k) ) )
 
 Columns are visited in order, a few times over. No step makes the error larger, so neither do all of them. Within a group
-the gradient (w - v) H is kept up to date column by column, outside it by one matrix product a group.
+the gradient (w - v) H is kept up to date column by column, outside it by one matrix product a group. On a GPU with kernels
+that is every 128 columns, which are one kernel (kernels/column_sweeps.py).
 """
 
 from __future__ import annotations
 
 import torch
 
-from .number_format import CODE_MAX
+from .kernels import column_sweeps
+from .number_format import BLOCK, CODE_MAX
 from .threads import few_threads
 
 
@@ -34,10 +36,13 @@ def refine_codes(
     gradient = (hessian @ error).add_(error, alpha=float(added))  # [K, N]
     del error
     curvature = (diagonal + added).masked_fill(diagonal == 0, torch.inf)
+    kernels = column_sweeps.run_on(code.device)
+    visit, width = (_visit_in_a_kernel, BLOCK) if kernels else (_visit, group)
+    damped = float(added)
     with few_threads(2.0 * group * code.numel()):
         for _ in range(sweeps):
-            for start in range(0, len(code), group):
-                _visit(code, gradient, hessian, curvature, float(added), step[start // group], start, start + group)
+            for start in range(0, len(code), width):
+                visit(code, gradient, hessian, curvature, damped, step[start // group], start, start + width)
     return code.t().contiguous().to(torch.int8)
 
 
@@ -60,6 +65,26 @@ def _visit(
         best = (code[column] + slope[row] / (curvature[column] * step)).round_().clamp_(-CODE_MAX, CODE_MAX)
         slope.addr_(coupling, (best - code[column]).mul_(step), alpha=-1)
         code[column] = best
-    change = (code[start:stop] - before).mul_(step)
-    for others in (slice(0, start), slice(stop, len(code))):
+    _follow(gradient, hessian, (code[start:stop] - before).mul_(step), start, stop)
+
+
+def _visit_in_a_kernel(
+    code: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    curvature: torch.Tensor,
+    added: float,
+    step: torch.Tensor,
+    start: int,
+    stop: int,
+) -> None:
+    here = slice(start, stop)
+    change = torch.empty_like(code[here])
+    column_sweeps.descend_columns(code[here], change, gradient[here], hessian[here, here], curvature[here], step, added)
+    _follow(gradient, hessian, change, start, stop)
+
+
+def _follow(gradient: torch.Tensor, hessian: torch.Tensor, change: torch.Tensor, start: int, stop: int) -> None:
+    """What the columns outside the visited ones see of `change`, that of the values stored in these."""
+    for others in (slice(0, start), slice(stop, len(gradient))):
         gradient[others].addmm_(hessian[others, start:stop], change, alpha=-1)

@@ -3,7 +3,8 @@
 With H = E[x x^T] and H^-1 = U^T U, U upper triangular, columns are rounded in order; the error of column i, divided by
 U_ii, times row i of U is taken from the columns after it. Which columns wait for which is only a matter of when the
 products are done: here a block is split in halves, the left half rounded, its errors applied to the right half in one
-matrix product, then the right half, and so on down to single columns. All work but the rounding is in matrix products.
+matrix product, then the right half, and so on down to single columns, or on a GPU with kernels to 128 of them, which are one
+kernel (kernels/column_sweeps.py). All work but the rounding is in matrix products.
 
 The factor comes from one Cholesky decomposition: with J the reversal of rows, J H J = L L^T gives H = R R^T with
 R = J L J upper triangular, hence U = R^-1.
@@ -27,11 +28,12 @@ import torch
 
 from .code_refinement import refine_codes
 from .errors import Apex4Error
-from .number_format import CODE_MAX
+from .kernels import column_sweeps
+from .number_format import BLOCK, CODE_MAX, round_up
 from .quant_config import LinearFormat
 from .threads import few_threads
 from .transforms import transform_weight
-from .weight_quantizer import require_quantizable, search_scales
+from .weight_quantizer import CLIP_RATIOS, require_quantizable, search_scales
 
 DAMPING = 0.01  # of the mean of H's diagonal: the value of the paper's code
 DAMPING_STEP, DAMPING_MAX = 10.0, 10.0
@@ -131,10 +133,18 @@ def _round_groups(
 ) -> None:
     """The sweep over all columns, group by group; `scales` gets one [N] per group."""
     cost = factor.diagonal().square().reciprocal()
+    kernels = column_sweeps.run_on(pending.device)
     for start in range(0, len(pending), group):
         stop = start + group
-        scale = search_scales(pending[start:stop].t().contiguous(), group, cost[start:stop])[:, 0]
-        _sweep(pending, codes, errors, factor, scale, start, stop)
+        if kernels and group == BLOCK:
+            here = slice(start, stop)
+            scale = torch.empty_like(pending[start])
+            column_sweeps.round_columns(
+                pending[here], codes[here], errors[here], scale, factor[here, here], CLIP_RATIOS
+            )
+        else:
+            scale = search_scales(pending[start:stop].t().contiguous(), group, cost[start:stop])[:, 0].contiguous()
+            _sweep(pending, codes, errors, factor, scale, start, stop, kernels)
         if stop < len(pending):
             pending[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
         scales.append(scale)
@@ -148,14 +158,21 @@ def _sweep(
     scale: torch.Tensor,
     start: int,
     stop: int,
+    kernels: bool,
 ) -> None:
     """Round columns start..stop-1, each corrected by those before it within the range."""
+    if kernels and stop - start == BLOCK:
+        here = slice(start, stop)
+        column_sweeps.round_columns(pending[here], codes[here], errors[here], scale, factor[here, here])
+        return
     if stop - start == 1:
         code = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
         codes[start] = code
         errors[start] = (pending[start] - code * scale) / factor[start, start]
         return
     middle = (start + stop) // 2
-    _sweep(pending, codes, errors, factor, scale, start, middle)
+    if kernels:
+        middle = round_up(middle, BLOCK)
+    _sweep(pending, codes, errors, factor, scale, start, middle, kernels)
     pending[middle:stop].addmm_(factor[start:middle, middle:stop].t(), errors[start:middle], alpha=-1)
-    _sweep(pending, codes, errors, factor, scale, middle, stop)
+    _sweep(pending, codes, errors, factor, scale, middle, stop, kernels)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .errors import CalibrationError
@@ -20,7 +23,8 @@ class HessianAccumulator:
         others = rows if y is None else y.reshape(-1, y.shape[-1]).float()
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        self._sum.addmm_(others.t(), rows)
+        with _products_of(x, x if y is None else y):
+            self._sum.addmm_(others.t(), rows)
         self._tokens += len(rows)
 
     def take_matrix(self) -> torch.Tensor:
@@ -34,3 +38,20 @@ class HessianAccumulator:
         if not bool(torch.isfinite(mean).all()):
             raise CalibrationError("the calibration inputs hold NaN or infinity")
         return mean
+
+
+@contextmanager
+def _products_of(*inputs: torch.Tensor) -> Iterator[None]:
+    """Multiply on a GPU's tensor cores, in TF32, what was in 16 bits: TF32 holds such numbers exactly, and sums are float32.
+
+    For a float32 input it would not be exact, and a CPU may take another meaning from the setting.
+    """
+    if not all(each.is_cuda and each.dtype in (torch.bfloat16, torch.float16) for each in inputs):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,9 +1,10 @@
 """One rival recipe on one model, in the rivals' environment: quantize, measure, print JSON in the last line.
 
     rivals_worker.py --list
-    rivals_worker.py RECIPE MODEL IDS
+    rivals_worker.py RECIPE MODEL IDS [--device cpu] [--batch 8]
 
-scripts/bench_rivals starts it. IDS is a file of token windows (`calibration`, `heldout`) that apex4's own code drew.
+scripts/bench_rivals and scripts/bench_gpu_quantize start it. IDS is a file of token windows (`calibration`, and `heldout`
+if perplexity is to be measured) that apex4's own code drew.
 The model stays in memory as llm-compressor leaves it, which is how that library simulates the quantized model: weights
 and activations are rounded to their grids and computed in floating point.
 """
@@ -16,20 +17,27 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+if not {"cuda", "--device=cuda"} & set(sys.argv):
+    # llm-compressor takes any GPU that torch sees, and does not ask.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
+from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modifiers.autoround import AutoRoundModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import AWQModifier, QuIPModifier, SmoothQuantModifier, SpinQuantModifier
+from loguru import logger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -37,7 +45,6 @@ from transformers import AutoModelForCausalLM
 from apex4_quant.evaluate import measure_perplexity
 
 GROUP = 128
-BATCH = 8
 
 if not torch.accelerator.is_available():
     # AWQ pins memory for a GPU without looking whether there is one, and would not run here.
@@ -152,11 +159,17 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def run(name: str, folder: Path, ids: dict[str, torch.Tensor]) -> dict[str, Any]:
+def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batch: int) -> dict[str, Any]:
+    fallbacks: list[str] = []
+    # It goes on with rounding to nearest where GPTQ fails, which would be another recipe.
+    logger.add(
+        fallbacks.append, level="WARNING", format="{message}", filter=lambda each: "inversion" in each["message"]
+    )
     started = time.perf_counter()
     # "auto": the dtype of the checkpoint, as `apex4 eval` computes in it.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
-    windows = [{"input_ids": window} for window in ids["calibration"].split(BATCH)]
+    layers_done = mark_layers(model, device)
+    windows = [{"input_ids": window} for window in ids["calibration"].split(batch)]
     oneshot(
         model=model,
         recipe=RECIPES[name].modifiers(),
@@ -164,18 +177,46 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor]) -> dict[str, Any]
         num_calibration_samples=len(ids["calibration"]),
         max_seq_length=ids["calibration"].shape[1],
     )
+    if device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {
         "seconds": seconds,
+        "layers_done": [each - started for each in layers_done],
         "finished": time.time(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "quantized_linears": sum(quantizes_both_sides(module) for module in model.modules()),
+        "fallbacks": fallbacks,
+        "versions": {name: version(name) for name in ("llmcompressor", "torch", "transformers")},
     }
+    if "heldout" not in ids:
+        return result
     model.eval()
     result["perplexity"] = measure_perplexity(model, ids["heldout"])
     # Scales in bfloat16 cost something that a kernel with float32 scales would not: show the rival without it too.
     result["perplexity_float32"] = measure_perplexity(model.float(), ids["heldout"])
     return result
+
+
+def mark_layers(model: torch.nn.Module, device: str) -> list[float]:
+    """To be filled with when the last linear of each decoder layer was quantized, by recipes that go layer by layer."""
+    times: list[float] = []
+    linears = {module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)}
+    plain = LifecycleCallbacks.sequential_epoch_end
+
+    def marked(modules: Iterable[torch.nn.Module], **kwargs: Any) -> Any:
+        modules = list(modules)
+        done = plain(modules, **kwargs)
+        if 0 < len(linears.intersection(modules)) < len(linears):  # all at once: a modifier that needs no data
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+        return done
+
+    LifecycleCallbacks.sequential_epoch_end = marked
+    return times
 
 
 def quantizes_both_sides(module: torch.nn.Module) -> bool:
@@ -189,6 +230,8 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", choices=RECIPES)
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("ids", nargs="?", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=8, help="windows that go through the model at once")
     parser.add_argument("--list", action="store_true", help="print the recipes as JSON and stop")
     args = parser.parse_args()
     if args.list:
@@ -198,7 +241,9 @@ def main() -> None:
     if args.ids is None:
         parser.error("RECIPE, MODEL and IDS are needed")
     torch.manual_seed(0)
-    print(json.dumps(run(args.recipe, args.model, load_file(args.ids))))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("RuntimeError: torch finds no CUDA GPU in the rivals' environment")
+    print(json.dumps(run(args.recipe, args.model, load_file(args.ids), args.device, args.batch)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 def test_the_measuring_process_stays_small() -> None:
     """A child's peak memory starts at its parent's, so torch there would be counted for every recipe."""
     code = f"import runpy, sys; runpy.run_path({str(SCRIPTS / 'bench_rivals')!r}); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS.parent, capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), str(SCRIPTS)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "False"
 
 

@@ -135,7 +135,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     source = tmp_path / "toy.cu"
     source.write_text('extern "C" __global__ void toy(int* p) { p[threadIdx.x] = VALUE; }')
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
-    of_modules = {"gemm_configs": made[:1], "fused_linear": [], "quantize_configs": made[1:]}
+    of_modules = {
+        "gemm_configs": made[:1], "fused_linear": [], "quantize_configs": made[1:], "column_sweep_configs": [],
+    }  # fmt: skip
     for name, configs in of_modules.items():
         module = SimpleNamespace(all_configs=lambda sm, configs=configs: configs)
         monkeypatch.setitem(sys.modules, f"apex4_quant.kernels.{name}", module)

@@ -38,12 +38,12 @@ def sm_of(arch: str) -> int:
 
 def configurations(arch: str) -> list[Configuration]:
     """All kernels of `arch` ("sm_86", "sm_90a"). Raises UsageError for an architecture without kernels."""
-    from . import fused_linear, gemm_configs, quantize_configs
+    from . import column_sweep_configs, fused_linear, gemm_configs, quantize_configs
 
     sm = sm_of(arch)
     found = [
         Configuration(each.name, each.source, each.entry, dict(each.defines))
-        for module in (gemm_configs, fused_linear, quantize_configs)
+        for module in (gemm_configs, fused_linear, quantize_configs, column_sweep_configs)
         for each in module.all_configs(sm)
     ]
     names = [each.name for each in found]

@@ -177,6 +177,15 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   cpu::meet_warp();
   return value;
 }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) == 4, "one register");
+  std::memcpy(cpu::mine(), &value, 4);
+  cpu::meet_warp();
+  std::memcpy(&value, cpu::of_lane(lane), 4);
+  cpu::meet_warp();
+  return value;
+}
 
 // ---- quantize_ptx.cuh -------------------------------------------------------------------------------------------------
 #if APEX4_BF16
