@@ -17,9 +17,10 @@ is T <- T (I + S), and gradients are by S: with y = x T and v = w T^-T, of the l
     y^T dx tr(B') - dw^T v tr(A') + 2 max_w A' - 2 max_x B',     A' = T^T A T,  B' = T^-1 B T^-T
 
 over the error, where dx holds twice the largest value of each row of y over the number of rows, dw that of v, and max_x
-and max_w are the two means of largest squares. So coordinates are always those of the codes, and the inverse can follow: (I + S)^-1 = I - S + S^2. Of a row only one
-value has a slope, so going back costs an addition of rows where the usual chain rule would take a product. What is left of
-the noise is that of the rows drawn: twice as many rows for half as many steps end at the same error (docs/log.md).
+and max_w are the two means of largest squares. So coordinates are always those of the codes, and the inverse can follow:
+(I + S)^-1 = I - S + S^2. Of a row only one value has a slope, so going back costs an addition of rows where the usual
+chain rule would take a product. What is left of the noise is that of the rows looked at: twice as many of them for half as
+many steps end at the same error (docs/log.md).
 
 One matrix can also be learned for all blocks of an input, by the sum of their errors. It starts from the Hadamard matrix
 and is best given inputs and weights that a diagonal has balanced already (model_transform.py): that of a block alone
@@ -36,7 +37,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from .kernels.hadamard import apply_block_hadamard
 from .number_format import BLOCK
@@ -175,7 +175,7 @@ def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = values.gather(-1, place[..., None])
     scaled = values * (largest * (2 / rows))
     if values.is_cuda:  # adds rows up in any order there, and a resumed run has to write the same bytes
-        back = nn.functional.one_hot(place, BLOCK).to(values.dtype).transpose(1, 2) @ scaled
+        back = (place[..., None] == places).to(values.dtype).transpose(1, 2) @ scaled
     else:
         place += BLOCK * torch.arange(blocks)[:, None]
         back = values.new_zeros(blocks * BLOCK, BLOCK).index_add_(0, place.flatten(), scaled.flatten(0, 1))

@@ -49,7 +49,7 @@ from .weight_quantizer import require_quantizable, round_to_codes, search_scales
 LADDER: tuple[GroupSize, ...] = (128, 256, 512, CHANNEL)
 ROWS = 1024  # probe rows per input: errors are sums over rows and outputs, and need no more to be ranked
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76)
-LEARNING_STEPS = 25  # of the 400 that the default recipe takes
+LEARNING_STEPS = 25  # of the 200 that the default recipe takes
 
 
 class Choice(NamedTuple):
