@@ -14,6 +14,7 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
 * RMSNorm and SiLU round to 16 bits on the way. Where float32's own error (relative 2^-19 of a normalised value, 2^-20 of a
   SiLU) leaves two possible results, their distance d_i counts as an error of x_i, and e grows by sum d_i |T_ij|.
 * A scale is off by at most clip / 7 times the largest e of its group, and 4 u of itself.
+* RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
 
 Prints "N passed, N failed"; the last line is JSON. The checks take tensors anywhere; tests/test_quantize_kernels.py runs
@@ -39,7 +40,7 @@ except ImportError:  # a checkout that is not installed
 
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.index import index_function
-from apex4_quant.kernels.quantize_configs import prepack_matrix
+from apex4_quant.kernels.quantize_configs import board_bytes, prepack_matrix
 from apex4_quant.kernels.quantize_launch import run_quantize
 from apex4_quant.learned_transform import _storable
 from apex4_quant.number_format import (
@@ -142,6 +143,16 @@ def make_operands(case: Case, device: torch.device) -> Operands:
     return Operands(_strided(x, case, device), second, matrix, factor)
 
 
+_boards: dict[torch.device, torch.Tensor] = {}
+
+
+def board(m: int, device: torch.device) -> torch.Tensor:
+    """For kernels that need one: the same for all cases, as a stream's is for all its launches."""
+    if device not in _boards or _boards[device].numel() < board_bytes(m):
+        _boards[device] = torch.zeros(board_bytes(max(m, 2048)), dtype=torch.uint8, device=device)
+    return _boards[device]
+
+
 def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Codes as stored [KB, m_stride, bytes] and scales [G, m_stride], and what was written that should not have been."""
     x, device = operands.x, operands.x.device
@@ -178,6 +189,7 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
         gain_offset=case.gain_offset,
         matrix=0 if matrix is None else matrix.data_ptr(),
         inverse_rms=inverse_rms.data_ptr(),
+        board=board(case.m, device).data_ptr(),
         matrix_is_shared=case.shared_matrix,
         matrix_factor=operands.factor,
     )
@@ -344,6 +356,7 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                     if input == "rms_norm":
                         yield replace(small, gain_offset=True)
                         yield replace(small, gain_offset=True, k=4096, m=700)
+                        yield replace(small, k=1000, m=2100)
                     if transform != "dense":  # rows longer than a CTA holds
                         yield replace(small, m=5, k=20000, group="channel")
                         yield replace(small, m=5, k=53248, group="channel")

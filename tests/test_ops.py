@@ -243,7 +243,7 @@ def test_the_variable(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             dispatch.kernel_format(device)
 
 
-# ---- counters of shared tiles ----------------------------------------------------------------------------------------
+# ---- memory that kernels find as they have left it -------------------------------------------------------------------
 
 
 def test_counters_per_stream_and_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,10 +265,13 @@ def test_counters_per_stream_and_during_a_capture(monkeypatch: pytest.MonkeyPatc
     assert captured is not larger and workspace.counters(0, 33, 4) is captured
     with pytest.raises(Apex4Error, match="capture"):
         workspace.counters(0, 44, 16)
+    board = workspace.board(0, 44, 16)  # another piece, with a spare one of its own
+    assert workspace.board(0, 44, 64) is board and workspace.counters(0, 33, 4) is captured
     capturing = False
     workspace.counters(0, 44, 16)
     capturing = True
     assert workspace.counters(0, 55, 16) is not None
+    assert any(first is each for each in workspace._replaced), "a graph may still have it"
 
 
 # ---- launches, without a GPU -----------------------------------------------------------------------------------------
@@ -284,6 +287,8 @@ class Launches:
         monkeypatch.setattr(ops, "_gpu", lambda index: (90, 132))
         monkeypatch.setattr(ops, "_stream", lambda index: 77)
         monkeypatch.setattr(workspace, "counters", lambda index, stream, size: torch.zeros(size, dtype=torch.uint8))
+        self.board = torch.zeros(1 << 17, dtype=torch.uint8)
+        monkeypatch.setattr(workspace, "board", lambda index, stream, size: self.board[:size])
         ops._gemm_launch.cache_clear()
 
     def kernel(self, source: str, entry: str, defines: dict[str, Any], device: int) -> Launches:
@@ -379,6 +384,21 @@ def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None
         0,
         n,
     )
+
+
+def test_many_rows_of_a_norm_in_front_of_a_dense_transform_are_one_launch(launches: Launches) -> None:
+    m, n, k = 9000, 130, 512
+    x, gain = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(k, dtype=torch.bfloat16)
+    matrix = torch.zeros(4, 128 * 128, dtype=torch.bfloat16)
+    packed, scale = torch.zeros(3, 4, 4096, dtype=torch.uint8), torch.zeros(3, 4, 64).half()
+    how = (matrix, k, 128, 0.7, False, "sm90")
+    ops._rms_norm_quantize_cuda(x, gain, 1e-5, 0.0, *how)
+    ops._rms_norm_linear_cuda(x, gain, 1e-5, 0.0, packed, scale, None, n, *how)
+    assert [source for source, _, _ in launches.made[:1]] == ["quantize_dense_sm90.cu"]
+    assert len(launches.launched) == 3  # the quantizer; the quantizer and the GEMM
+    for args, rest in launches.launched[:2]:
+        assert args[2:6] == (x.data_ptr(), gain.data_ptr(), launches.board.data_ptr(), matrix.data_ptr())
+        assert args[6:8] == (m, k) and rest["shared_bytes"] > 0
 
 
 def test_few_tokens_on_hopper_are_one_launch(launches: Launches) -> None:

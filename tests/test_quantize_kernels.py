@@ -3,6 +3,7 @@ run on a CPU against the float64 reference (tests/cuda_on_cpu)."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -27,7 +28,9 @@ from apex4_quant.kernels.quantize_configs import (
     INPUTS,
     QuantizePlan,
     all_configs,
+    board_bytes,
     choose_dense,
+    choose_row_rms,
     choose_rows,
     dense_config,
     fragment_order,
@@ -132,6 +135,26 @@ def test_a_grid_of_the_dense_kernel_covers_every_row_once(k: int) -> None:
     assert choose_dense(8192, 32).defines["APEX4_FEW_ROWS"] == 0
 
 
+@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
+    k_blocks, sm_count = -(-k // 128), 132
+    for m in (*ROWS, 700, 4100, 131072):
+        plan = choose_dense(m, k_blocks, input=input, format="sm90", sm_count=sm_count)
+        assert plan.grid[0] == k_blocks
+        assert (plan.grid[1] - 1) * plan.rows_per_cta < m <= plan.grid[1] * plan.rows_per_cta
+        if plan.config.source == "quantize_dense.cu":
+            assert plan.defines["APEX4_FEW_ROWS"] == 1 and not plan.needs_board and plan.shared_bytes == 0
+            assert -(-m // 128) * k_blocks < sm_count or m <= 16 or (input == "rms_norm" and k_blocks > sm_count)
+            continue
+        assert plan.config.source == "quantize_dense_sm90.cu" and plan.needs_board == (input == "rms_norm")
+        assert plan.rows_per_cta % (64 if plan.needs_board else 128) == 0
+        if plan.needs_board:  # all thread blocks there at once
+            assert plan.grid[0] * plan.grid[1] <= sm_count and plan.block == 512
+        ctas = 1 if plan.needs_board else 2
+        assert ctas * (plan.shared_bytes + 1024 + 128) <= 228 * 1024
+
+
 def test_alignment_is_of_addresses_strides_and_width() -> None:
     assert rows_are_aligned(4096, (256, 4096), (512, 8192))
     assert not rows_are_aligned(4097, (256, 4104))
@@ -196,6 +219,17 @@ def test_renamed_mma_is_the_product() -> None:
     assert (first == 32 * q[:4] + 2 * np.arange(16)[:, None]).all()
 
 
+def test_core_matrices_are_those_of_wgmma() -> None:
+    """K-major, without swizzle: eight columns by 16 bytes along k stand together, at the strides of the descriptor."""
+    word = index_function("dense_core_word")
+    step, k, n = np.ix_(np.arange(8), np.arange(16), np.arange(128))
+    lane = 4 * (n & 7) + (k >> 1 & 3)  # which has k and n in its B register k >> 3 of tile n >> 3
+    byte = 4 * word(step, n >> 3, k >> 3, lane) + 2 * (k & 1)
+    k_stride, n_stride = 4 * word(0, 0, 1, 0), 4 * word(0, 1, 0, 0)
+    at = 4 * word(step, 0, 0, 0) + k_stride * (k >> 3) + n_stride * (n >> 3) + 16 * (n & 7) + 2 * (k & 7)
+    assert (byte == at).all() and sorted(byte.flatten()) == list(range(0, 2 * 128 * 128, 2))
+
+
 # ---- the correctly rounded quotient ---------------------------------------------------------------------------------
 
 
@@ -258,6 +292,8 @@ def test_every_kernel_compiles_without_a_word_and_without_spills(sm: int) -> Non
         assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0, config.name
         # CTAs that are to share an SM's 65,536 registers
         threads, ctas = THREADS_AND_CTAS.get(config.name.split("_")[2], (256, 4))
+        if config.source == "quantize_dense_sm90.cu":
+            threads, ctas = (512, 1) if "rms_norm" in config.name else (256, 2)
         ctas -= "stream_rms_norm_none" in config.name
         assert -(-resources.registers // 8) * 8 * threads * ctas <= 65536, config.name
 
@@ -293,11 +329,19 @@ def test_machine_code_of_the_dense_quantizer(sm: int, format: str, tmp_path: Pat
         return sum(count for name, count in counts.items() if name.startswith("HMMA.16816.F32"))
 
     many = opcodes(compiled(dense_config(False, "plain", "bfloat16", format), sm).cubin, tmp_path)
-    assert hmma(many) == 2 * 16 * 8  # row tiles, column tiles, steps
-    assert many["LDS.128"] == 16 * 4  # a fragment of the matrix is read once for two products of each of two row tiles
-    assert many["LDG.E.128"] == 2 * 16  # the first rows and the next ones
-    assert many["STG.E.128"] == 4 * (1 if format == "sm80" else 2)
-    assert sum(count for name, count in many.items() if name.startswith("LDGSTS")) == 16
+    copies = sum(count for name, count in many.items() if name.startswith("LDGSTS"))
+    if format == "sm80":
+        assert hmma(many) == 2 * 16 * 8  # row tiles, column tiles, steps
+        assert many["LDS.128"] == 16 * 4  # a fragment is read once for two products of each of two row tiles
+        assert many["LDG.E.128"] == 2 * 16  # the first rows and the next ones
+        assert many["STG.E.128"] == 4
+        assert copies == 16
+    else:
+        assert hmma(many) == 0 and many["HGMMA.64x128x16.F32.BF16"] == 8
+        assert many["LDS.128"] == 8 and copies == 3 * 8  # two rows; for two stages, and again in the loop
+        assert many["LDG.E.128"] == 8  # the matrix
+        assert many["STG.E.128"] == 4
+        assert many["WARPGROUP.ARRIVE"] == 1  # no product waits for the one before
     few = opcodes(compiled(dense_config(True, "plain", "bfloat16", format), sm).cubin, tmp_path)
     assert hmma(few) == 4 * 8
     for counts in (many, few):
@@ -346,6 +390,11 @@ FAMILIES: dict[str, list[Any]] = {
     "dense, many rows": [replace(DENSE_90, m=150, k=640), replace(DENSE_90, m=300, k=1000), replace(DENSE_90, m=150, k=640, data="nan")],
     "dense, many rows, sm80": [replace(DENSE_80, m=161, k=520, clip=0.9)],
     "dense, rms": [replace(DENSE_90, m=m, k=520, input="rms_norm", gain_offset=m > 16) for m in (7, 140)],
+    "dense, rms on a board": [
+        *(replace(DENSE_90, m=m, k=504, input="rms_norm", gain_offset=m > 200, dtype=dtype)
+          for m, dtype in ((140, "float16"), (321, "bfloat16"))),
+        replace(DENSE_90, m=700, k=128, input="rms_norm", data="nan"),
+    ],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip
 
@@ -355,6 +404,28 @@ def test_kernels_equal_the_reference(family: str, cpu_launcher: Any, monkeypatch
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     for case in FAMILIES[family]:
         assert gpu_check.check(case, CPU) == [], case
+
+
+def test_a_board_serves_one_launch_after_the_other(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is posted on it is, bit for bit, what row_rms.cu works out; what was posted before is not taken for it.
+
+    On a CPU one CTA runs after the other: all but the last find rows that nobody has posted, and work them out themselves.
+    """
+    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
+    board, k = torch.zeros(board_bytes(1100) // 8, dtype=torch.int64), 248
+    for launch, m in enumerate((1100, 500, 640), 1):
+        case = replace(DENSE_90, m=m, k=k, input="rms_norm", seed=launch)
+        monkeypatch.setattr(gpu_check, "board", lambda m, device: board)
+        assert gpu_check.check(case, CPU) == [], case
+        assert board[:2].view(torch.int32).tolist() == [launch, 0, 0, 0]
+        posts = board[2 : 2 + m].view(torch.int32).unflatten(0, (m, 2))
+        assert (posts[:, 1] == launch).all()
+        x, expected = gpu_check.make_operands(case, CPU).x, torch.empty(m)
+        plan = choose_row_rms(m, dtype=case.dtype)
+        kernel = cpu_launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, 0)
+        numbers = (*map(ctypes.c_int, (m, k, x.stride(0))), ctypes.c_float(gpu_check.EPS), ctypes.c_int(1))
+        kernel.bind(plan.grid, plan.block, 2, numbers)(0, expected.data_ptr(), x.data_ptr())
+        assert torch.equal(posts[:, 0].view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize("transform", ["none", "hadamard"])
@@ -386,7 +457,12 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "tie": (("quantize.cuh", "fmaf(fmaf(-q0, scale, t), reciprocal, q0)", "q0"), replace(ROWS_90, transform="none", data="ties", m=128)),
     "mma word": (("index.cuh", "2 * (step & 1) + half)", "(step & 1) + 2 * half)"), DENSE_80),
     "warp's columns": (("quantize_dense.cu", "dense_output(WARP_TILES * warp, 2", "dense_output(warp, 2"), replace(DENSE_80, m=16)),
-    "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_90, m=300, k=1000)),
+    "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_80, m=300, k=1000)),
+    "passes, sm90": (("quantize_dense_sm90.cu", "first += PASS_ROWS", "first += 2 * PASS_ROWS"), replace(DENSE_90, m=300, k=1000)),
+    "core matrix": (("quantize_dense_sm90.cu", "= b.z,", "= b.x,"), replace(DENSE_90, m=300, k=1000)),
+    "stores together": (("quantize_dense.cuh", "odd ? packed[i] : packed[4 + i], 1", "odd ? packed[4 + i] : packed[i], 1"), replace(DENSE_90, m=300, k=1000)),
+    "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
+                         replace(DENSE_90, m=400, k=504, input="rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
@@ -397,7 +473,12 @@ def test_a_changed_constant_is_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_launcher: Any
 ) -> None:
     edit, base = MUTATIONS[name]
-    case = replace(base, m=20 if base.m == 1 else base.m, k=max(base.k, 584), clip=1.0 if base.data == "ties" else 0.9)
+    case = replace(
+        base,
+        m=20 if base.m == 1 else base.m,
+        k=584 if base.k == 1 else base.k,
+        clip=1.0 if base.data == "ties" else 0.9,
+    )
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     assert gpu_check.check(case, CPU) == []
     monkeypatch.setattr(launcher, "kernel", cuda_on_cpu.CpuLauncher(tmp_path, [edit]).kernel)

@@ -262,9 +262,10 @@ def _quantize_with(source: _Input, matrix: torch.Tensor | None, *how: Any) -> Pa
         between = (
             torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if run.statistics is not None else None
         )  # its two kernels
+        stream = _stream(x.device.index)
         run(
-            _stream(x.device.index), codes.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(source.second),
-            _address(matrix), _address(between),
+            stream, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(source.second), _address(matrix),
+            _address(between), _board(run, x.device.index, stream),
         )  # fmt: skip
     return codes, scales
 
@@ -300,11 +301,17 @@ def _linear_with(
     memory = torch.empty(code_bytes + scale_bytes + 4 * m, dtype=torch.uint8, device=device)
     codes = memory.data_ptr()
     scales = codes + code_bytes
-    source.quantizer(matrix, *how)(
-        stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes
-    )
+    run = source.quantizer(matrix, *how)
+    run(
+        stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes,
+        _board(run, device.index, stream),
+    )  # fmt: skip
     _launch_gemm(y, codes, scales, packed, scale, bias, k_padded // BLOCK, group // BLOCK, m_stride, stream)
     return y
+
+
+def _board(run: Quantizer, index: int, stream: int) -> int:
+    return workspace.board(index, stream, run.board_bytes).data_ptr() if run.board_bytes else 0
 
 
 def _address(tensor: torch.Tensor | None) -> int:

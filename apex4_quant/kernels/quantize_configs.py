@@ -1,8 +1,8 @@
 """Which quantizer kernel runs for which input, and with what grid. Knows no torch (but for `prepack_matrix`) and no CUDA.
 
 The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_dense.cu (a dense matrix
-per block; group size 128) and row_rms.cu, which the dense one needs for RMSNorm. Their headers say what they do; here are
-the numbers that depend on shapes. None of them changes a result.
+per block; group size 128), quantize_dense_sm90.cu (the same for many rows on Hopper) and row_rms.cu, which quantize_dense.cu
+needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes 
 GRID_Y = 65535  # the largest grid in y; row tiles go on in z
 
 DENSE_THREADS = 128
-DENSE_CTA_ROWS = 128  # a pass of the kernel for many rows
+DENSE_CTA_ROWS = 128  # a pass of the kernels for many rows
 DENSE_CTAS_PER_SM = 2
 DENSE_MOST_PASSES = 16
 DENSE_MATRIX_COST = 0.5  # loading the matrix, in passes: as many bytes as a pass, but from L2
 FEW_ROWS = 16  # a CTA of the kernel for few rows
 OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
+# quantize_dense_sm90.cu, by input: threads, and stages of rows in shared memory.
+DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 4 * 192)}
+DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
+BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class QuantizePlan:
     rows_log2: int = 0  # quantize_rows
     blocks_per_cta: int = 0  # quantize_rows
     rows_per_cta: int = 0  # quantize_dense
+    needs_board: bool = False  # quantize_dense_sm90 with RMSNorm
 
     @property
     def defines(self) -> dict[str, int]:
@@ -94,12 +99,25 @@ def rows_config(form: str, input: str, hadamard: bool, dtype: str, format: str) 
 def dense_config(few_rows: bool, input: str, dtype: str, format: str) -> QuantizeConfig:
     name = f"quantize_dense_{'few' if few_rows else 'many'}_{input}_{dtype}_{format}"
     macros = (
-        ("APEX4_FEW_ROWS", int(few_rows)),
         ("APEX4_INPUT", INPUTS.index(input)),
         ("APEX4_BF16", DTYPES.index(dtype)),
         ("APEX4_FORMAT", FORMATS[format]),
     )
+    if format == "sm90" and not few_rows:
+        return QuantizeConfig(name, "quantize_dense_sm90.cu", "apex4_quantize_dense", macros)
+    macros = (("APEX4_FEW_ROWS", int(few_rows)), *macros)
     return QuantizeConfig(name, "quantize_dense.cu", "apex4_quantize_dense", macros)
+
+
+def dense_sm90_shared_bytes(input: str) -> int:
+    """SHARED_BYTES of quantize_dense_sm90.cu: the matrix, the gain and the stages."""
+    gain = 2 * BLOCK if input == "rms_norm" else 0
+    return 16 * MATRIX_CHUNKS + gain + 2 * BLOCK * DENSE_SM90[input][1]
+
+
+def board_bytes(m: int) -> int:
+    """Of the memory in which thread blocks of quantize_dense_sm90.cu tell each other the RMS of m rows."""
+    return BOARD_HEAD_BYTES + BOARD_POST_BYTES * m
 
 
 @cache
@@ -184,14 +202,20 @@ def choose_dense(
     if m < 1 or k_blocks < 1:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
     runs = -(-m // DENSE_CTA_ROWS)
-    if not aligned or m <= FEW_ROWS or runs * k_blocks < sm_count:
+    slots = DENSE_CTAS_PER_SM * sm_count
+    # With RMSNorm on Hopper thread blocks of the same rows wait for each other: all are there at the same time, one on a
+    # multiprocessor.
+    together = input == "rms_norm" and format == "sm90"
+    if not aligned or m <= FEW_ROWS or runs * k_blocks < sm_count or (together and k_blocks > sm_count):
         rows = FEW_ROWS
         if -(-m // rows) > GRID_Y:
             raise UsageError(
                 f"{m} rows that do not start on 16 bytes are more than the quantizer takes: use fewer tokens"
             )
+    elif together:
+        tiles = -(-m // DENSE_SM90_TILE_ROWS)
+        rows = DENSE_SM90_TILE_ROWS * -(-tiles // min(sm_count // k_blocks, tiles))
     else:
-        slots = DENSE_CTAS_PER_SM * sm_count
 
         def cost(passes: int) -> float:
             return -(-(-(-runs // passes) * k_blocks) // slots) * (passes + DENSE_MATRIX_COST)
@@ -199,7 +223,11 @@ def choose_dense(
         least = -(-runs // GRID_Y)
         rows = DENSE_CTA_ROWS * min(range(least, max(least, min(DENSE_MOST_PASSES, runs)) + 1), key=cost)
     config = dense_config(rows == FEW_ROWS, input, dtype, format)
-    return QuantizePlan(config, (k_blocks, -(-m // rows), 1), DENSE_THREADS, rows_per_cta=rows)
+    grid = k_blocks, -(-m // rows), 1
+    if config.source == "quantize_dense.cu":
+        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows)
+    shared = dense_sm90_shared_bytes(input)
+    return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
 
 
 @lru_cache(maxsize=4096)

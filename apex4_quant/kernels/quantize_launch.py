@@ -14,7 +14,15 @@ from typing import Any
 from ..number_format import BLOCK, CODE_MAX
 from . import launcher
 from .launcher import Kernel, Launch
-from .quantize_configs import MATRIX_CHUNKS, OWN_RMS_ROWS, QuantizePlan, choose_dense, choose_row_rms, choose_rows
+from .quantize_configs import (
+    MATRIX_CHUNKS,
+    OWN_RMS_ROWS,
+    QuantizePlan,
+    board_bytes,
+    choose_dense,
+    choose_row_rms,
+    choose_rows,
+)
 
 VECTOR_BYTES = 16  # of the fast loads
 VECTOR_ELEMENTS = 8
@@ -30,20 +38,25 @@ def rows_are_aligned(k: int, *operands: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What quantizes inputs of one shape: the kernel, and for many rows' RMSNorm in front of a dense transform one before it."""
+    """What quantizes inputs of one shape: the kernel, and for RMSNorm in front of a dense transform perhaps one before it.
+
+    With `statistics`, the kernel before, it needs `inverse_rms`; otherwise, where `board_bytes` is not 0, the `board`.
+    """
 
     launch: Launch
     dense: bool
     statistics: Launch | None = None
+    board_bytes: int = 0
 
     def __call__(
-        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, inverse_rms: int = 0
-    ) -> None:
+        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, inverse_rms: int = 0,
+        board: int = 0,
+    ) -> None:  # fmt: skip
         """Pointers, 0 where there is none: see `run_quantize`."""
         if self.statistics is not None:
             self.statistics(stream, inverse_rms, x)
         if self.dense:
-            given = inverse_rms if self.statistics is not None else 0
+            given = inverse_rms if self.statistics is not None else board if self.board_bytes else 0
             self.launch(stream, codes, scales, x, second, given, matrix)
         else:
             self.launch(stream, codes, scales, x, second)
@@ -103,14 +116,14 @@ def _quantizer(
     if blocks_per_group != 1:
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {blocks_per_group * BLOCK}")
     statistics = None
-    if input == "rms_norm" and m > OWN_RMS_ROWS:
-        statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), _float(eps), _int(aligned))
     plan = choose_dense(m, k_blocks, aligned=aligned, **shape)
+    if input == "rms_norm" and m > OWN_RMS_ROWS and not plan.needs_board:
+        statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), _float(eps), _int(aligned))
     launch = bound(
         plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, 0 if matrix_is_shared else MATRIX_CHUNKS)),
         _float(matrix_factor), _float(clip / CODE_MAX), _float(eps), _int(gain_offset), _int(aligned),
     )  # fmt: skip
-    return Quantizer(launch, dense=True, statistics=statistics)
+    return Quantizer(launch, True, statistics, board_bytes(m) if plan.needs_board else 0)
 
 
 def run_quantize(
@@ -128,12 +141,14 @@ def run_quantize(
     ld_second: int = 0,
     matrix: int = 0,
     inverse_rms: int = 0,
+    board: int = 0,
     **how: Any,
 ) -> None:
     """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
 
     transform: "none", "hadamard", or "dense", which needs the prepacked `matrix` (one for all blocks, times
-    `matrix_factor`, if matrix_is_shared) and, with input "rms_norm", float32 [m] of scratch memory at `inverse_rms`.
+    `matrix_factor`, if matrix_is_shared) and, with input "rms_norm", memory: float32 [m] at `inverse_rms`, for this call
+    alone, and `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
     input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half.
     `how`: what else `quantizer` takes.
     """
@@ -144,4 +159,4 @@ def run_quantize(
         operands.append((second, ld_second if input == "silu_mul" else 0))
     aligned = rows_are_aligned(k, *operands)
     run = quantizer(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
-    run(stream, codes, scales, x, second, matrix, inverse_rms)
+    run(stream, codes, scales, x, second, matrix, inverse_rms, board)

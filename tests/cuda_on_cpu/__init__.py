@@ -75,7 +75,8 @@ class CpuLauncher:
                     assert text.count(old) == 1, (name, old)
                     text = text.replace(old, new)
             (folder / path.name).write_text(_with_placed_shared_memory(text))
-        shutil.copy(HERE / "ptx.cuh", folder)
+        for name in ("ptx.cuh", "quantize_wgmma.cuh"):
+            shutil.copy(HERE / name, folder)
         (folder / "quantize_ptx.cuh").write_text("#pragma once\n")  # cuda_on_cpu.h has it
 
     def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:

@@ -40,7 +40,7 @@ namespace cpu {
 constexpr int LANES_OF_WARP = 32;
 constexpr size_t STACK = 256 * 1024;
 struct Barrier { int arrived = 0, generation = 0; };
-struct Copy { void* to; const void* from; };  // 16 bytes, into shared memory
+struct Copy { void* to; const void* from; };  // 16 bytes, into shared memory; from null: zeros
 struct Fiber {
   ucontext_t context;  // where it starts
   jmp_buf place;       // where it goes on
@@ -55,7 +55,7 @@ struct Fiber {
 inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline std::vector<Barrier> warps;
-inline Barrier cta;
+inline Barrier cta, named[16];
 inline jmp_buf scheduler;
 inline int current;
 inline uint32_t exchange[64][LANES_OF_WARP][8], results[64][LANES_OF_WARP][4];
@@ -125,7 +125,8 @@ inline void land(const Copy& copy) {
   if (to >= start && to < start + WINDOW &&
       (to < start + dynamic_start || to + 16 > start + dynamic_start + dynamic_bytes))
     return fail("a shared address is outside");
-  std::memcpy(copy.to, copy.from, 16);
+  if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
+  else std::memset(copy.to, 0, 16);
 }
 inline void copy_later(void* to, const void* from) {
   if (current / LANES_OF_WARP % 2 == 1) return land({to, from});
@@ -187,6 +188,24 @@ T __shfl_sync(unsigned, T value, int lane) {
   return value;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) == 4, "one register");
+  std::memcpy(cpu::mine(), &value, 4);
+  cpu::meet_warp();
+  std::memcpy(&value, cpu::of_lane(lane), 4);
+  cpu::meet_warp();
+  return value;
+}
+inline int __all_sync(unsigned, int predicate) {
+  cpu::mine()[0] = predicate != 0;
+  cpu::meet_warp();
+  int all = 1;
+  for (int lane = 0; lane < cpu::LANES_OF_WARP; ++lane) all &= cpu::of_lane(lane)[0];
+  cpu::meet_warp();
+  return all;
+}
+
 // ---- quantize_ptx.cuh -------------------------------------------------------------------------------------------------
 #if APEX4_BF16
 inline float half_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
@@ -219,10 +238,21 @@ inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b 
 inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline void prefetch(const void*) {}
 inline void copy_async(uint4* shared, const uint4* from) { cpu::copy_later(shared, from); }
+inline void copy_async_or_zero(uint4* shared, const void* from, bool there) {
+  cpu::copy_later(shared, there ? from : nullptr);
+}
 inline void wait_for_copies() {
   cpu::commit_group();
   cpu::wait_for_groups(0);
 }
+inline void commit_copies() { cpu::commit_group(); }
+template <int pending>
+void wait_for_copies_but() { cpu::wait_for_groups(pending); }
+template <int id, int threads>
+void named_barrier() { cpu::meet(cpu::named[id], threads, [] {}); }
+template <class T>
+T load_relaxed(const T* from) { return *from; }
+inline void store_relaxed(unsigned long long* to, unsigned long long value) { *to = value; }
 inline void let_dependents_start() {}
 inline void wait_for_inputs() {}
 
@@ -268,6 +298,7 @@ inline void run_cta(int threads) {
   fibers.assign(threads, {});
   warps.assign((threads + LANES_OF_WARP - 1) / LANES_OF_WARP, {});
   cta = {};
+  std::fill(named, named + 16, Barrier{});
   any_of_cta = 0;
   std::fill(window, window + WINDOW, 0xff);  // NaN, of every size
   stacks.resize(STACK * threads);

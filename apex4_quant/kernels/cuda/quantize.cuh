@@ -38,6 +38,10 @@ __device__ __forceinline__ void load_octet(
   }
 }
 
+__device__ __forceinline__ void unpack(unsigned* pairs, uint4 octet) {
+  pairs[0] = octet.x, pairs[1] = octet.y, pairs[2] = octet.z, pairs[3] = octet.w;
+}
+
 // Of a row of k columns that `THREADS` threads read: the sum of a warp's, in all its lanes. `UNROLL` loads are on their way.
 template <int THREADS, int UNROLL>
 __device__ __forceinline__ float squares_of_warp(const unsigned short* row, int k, bool aligned) {

@@ -31,22 +31,10 @@
 // Grid: (KB, runs of rows), 128 threads. Rows from m on are not written.
 //
 // Macros: those of quantize.cuh, APEX4_FEW_ROWS.
-#include "quantize.cuh"
-
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int STEPS = BLOCK / 16, PAIRS = STEPS / 2;  // k16 steps of an mma
-constexpr int TILES = BLOCK / 8;                      // n8 tiles
-constexpr int PIECES = 4, PIECE_WORDS = 4;            // of a row: eight columns a lane each
-constexpr int WORDS = PIECES * PIECE_WORDS;           // registers of a row
-constexpr int HALVES = 2;                             // rows r and r + 8 of an m16 tile
+#include "quantize_dense.cuh"
 
-// d += a b, sixteen rows; `lower`, `upper`: the words of rows r and r + 8.
-__device__ __forceinline__ void multiply(
-    float (&d)[4], const unsigned (&lower)[WORDS], const unsigned (&upper)[WORDS], int step, unsigned b0, unsigned b1) {
-  const int word0 = PIECE_WORDS * (step >> 1) + dense_piece_word(step, 0);
-  const int word1 = PIECE_WORDS * (step >> 1) + dense_piece_word(step, 1);
-  multiply_16x8x16(d, lower[word0], upper[word0], lower[word1], upper[word1], b0, b1);
-}
+constexpr int WORDS = PIECES * PIECE_WORDS;  // registers of a row
 
 struct Input {
   const unsigned short* x;
@@ -105,12 +93,6 @@ struct Input {
   }
 };
 
-// The larger of the four lanes that share a row.
-__device__ __forceinline__ float max_of_quad(float value) {
-  value = max_nan(value, __shfl_xor_sync(FULL_WARP, value, 1));
-  return max_nan(value, __shfl_xor_sync(FULL_WARP, value, 2));
-}
-
 #if APEX4_FEW_ROWS
 
 constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
@@ -168,8 +150,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
   for (int pair = 0; pair < PAIRS; ++pair)
 #pragma unroll
     for (int t = 0; t < WARP_TILES; ++t) {
-      multiply(y[t], words[0], words[1], 2 * pair, b[pair][t].x, b[pair][t].y);
-      multiply(y[t], words[0], words[1], 2 * pair + 1, b[pair][t].z, b[pair][t].w);
+      multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 0, b[pair][t].x, b[pair][t].y);
+      multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 1, b[pair][t].z, b[pair][t].w);
     }
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
@@ -208,7 +190,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
 #else
 
 constexpr int M_TILES = 2, WARP_ROWS = 16 * M_TILES, CTA_ROWS = WARP_ROWS * WARPS;
-constexpr int MATRIX_CHUNKS = BLOCK * BLOCK / 8;  // 16 bytes each
 
 __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
 #pragma unroll
@@ -216,36 +197,6 @@ __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
     const int at = threadIdx.x + i * THREADS;
     copy_async(shared + at, from + at);
   }
-}
-
-// One row, of which this lane has the 32 columns from 32 q: scale, codes, stores.
-__device__ __forceinline__ void quantize_row(
-    unsigned char* slab, float* block_scales, const float (&y)[M_TILES][TILES][4], int m_tile, int half, int row, int m,
-    float matrix_factor, float clip_over_7, int lane) {
-  float absmax = 0.0f;
-#pragma unroll
-  for (int t = 0; t < TILES; ++t)
-    absmax = max_nan(absmax, max_nan(fabsf(y[m_tile][t][2 * half]), fabsf(y[m_tile][t][2 * half + 1])));
-  const float scale = scale_of(max_of_quad(absmax) * matrix_factor, clip_over_7);
-  const ShiftedProduct quantized(scale, matrix_factor);
-  const int column = dense_output(0, 2 * (lane & 3));
-  constexpr int CHUNK_OCTETS = 4 / OCTET_WORDS;
-#pragma unroll
-  for (int chunk = 0; chunk < 4 / CHUNK_OCTETS; ++chunk) {
-    unsigned packed[4];
-#pragma unroll
-    for (int i = 0; i < CHUNK_OCTETS; ++i) {
-      unsigned octet[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        octet[e] = quantized(y[m_tile][4 * (CHUNK_OCTETS * chunk + i) + (e >> 1)][2 * half + (e & 1)]);
-      pack_octet(packed + OCTET_WORDS * i, octet);
-    }
-    if (row < m)
-      *reinterpret_cast<uint4*>(slab + octet_byte(row, column + 8 * CHUNK_OCTETS * chunk)) =
-          make_uint4(packed[0], packed[1], packed[2], packed[3]);
-  }
-  if (row < m && (lane & 3) == 0) block_scales[row] = scale;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
@@ -277,16 +228,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
         const uint4 b = fragments[dense_fragment_byte(pair, t, lane) / 16];
-        multiply(y[0][t], words[0], words[1], 2 * pair, b.x, b.y);
-        multiply(y[1][t], words[2], words[3], 2 * pair, b.x, b.y);
-        multiply(y[0][t], words[0], words[1], 2 * pair + 1, b.z, b.w);
-        multiply(y[1][t], words[2], words[3], 2 * pair + 1, b.z, b.w);
+        const int at = PIECE_WORDS * pair;
+        multiply(y[0][t], words[0] + at, words[1] + at, 0, b.x, b.y);
+        multiply(y[1][t], words[2] + at, words[3] + at, 0, b.x, b.y);
+        multiply(y[0][t], words[0] + at, words[1] + at, 1, b.z, b.w);
+        multiply(y[1][t], words[2] + at, words[3] + at, 1, b.z, b.w);
       }
     const int next = first + CTA_ROWS;
     if (next < end) input.load(words, next, lane);
 #pragma unroll
     for (int i = 0; i < M_TILES * HALVES; ++i)
-      quantize_row(slab, block_scales, y, i / HALVES, i % HALVES, first + accumulator_row(lane, i), m, matrix_factor,
+      quantize_row(slab, block_scales, y[i / HALVES], i % HALVES, first + accumulator_row(lane, i), m, matrix_factor,
                    clip_over_7, lane);
   }
 }
