@@ -159,15 +159,14 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batch: int) -> dict[str, Any]:
+def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batch: int, dtype: str) -> dict[str, Any]:
     fallbacks: list[str] = []
     # It goes on with rounding to nearest where GPTQ fails, which would be another recipe.
     logger.add(
         fallbacks.append, level="WARNING", format="{message}", filter=lambda each: "inversion" in each["message"]
     )
     started = time.perf_counter()
-    # "auto": the dtype of the checkpoint, as `apex4 eval` computes in it.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     layers_done = mark_layers(model, device)
     windows = [{"input_ids": window} for window in ids["calibration"].split(batch)]
     oneshot(
@@ -232,6 +231,8 @@ def main() -> None:
     parser.add_argument("ids", nargs="?", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=8, help="windows that go through the model at once")
+    # "auto": the dtype of the checkpoint, as `apex4 eval` computes in it.
+    parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="that the model computes in")
     parser.add_argument("--list", action="store_true", help="print the recipes as JSON and stop")
     args = parser.parse_args()
     if args.list:
@@ -243,7 +244,7 @@ def main() -> None:
     torch.manual_seed(0)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("RuntimeError: torch finds no CUDA GPU in the rivals' environment")
-    print(json.dumps(run(args.recipe, args.model, load_file(args.ids), args.device, args.batch)))
+    print(json.dumps(run(args.recipe, args.model, load_file(args.ids), args.device, args.batch, args.dtype)))
 
 
 if __name__ == "__main__":
