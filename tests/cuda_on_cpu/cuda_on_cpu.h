@@ -188,15 +188,6 @@ T __shfl_sync(unsigned, T value, int lane) {
   return value;
 }
 
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  static_assert(sizeof(T) == 4, "one register");
-  std::memcpy(cpu::mine(), &value, 4);
-  cpu::meet_warp();
-  std::memcpy(&value, cpu::of_lane(lane), 4);
-  cpu::meet_warp();
-  return value;
-}
 inline int __all_sync(unsigned, int predicate) {
   cpu::mine()[0] = predicate != 0;
   cpu::meet_warp();
