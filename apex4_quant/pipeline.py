@@ -1,5 +1,6 @@
 """`apex4 quantize`: one decoder layer at a time, restartable after each. DESIGN §4.
 
+where the recipe asks for it, gradients of the float model's predictions by what leaves each layer (predictions.py)
 source shards -> load one layer, rewritten as the recipe wants it (rewriting.py)
 -> for every input group, in the order the layer computes them:
     run the calibration hidden states up to it (through what is already quantized; collecting.py)

@@ -196,10 +196,21 @@ def estimate_peak_memory(
         working += 12 * windows_of(tokens // seq_len, seq_len) * seq_len * hidden  # leaving, entering, its parts
         heads = int(source.config.get("num_attention_heads") or 1)
         working += 4 * rows + compute_bytes * (4 * heads * seq_len**2 + 16 * seq_len * widest)
+    predicting = 0
+    if (
+        plan.recipe.importance == GRADIENTS
+    ):  # the head as stored and in float32, and logits with what goes back through them
+        from .layer_runner import HEAD_TOKENS
+
+        head = int(source.config["vocab_size"]) * hidden
+        predicting = outer + 4 * head + 16 * HEAD_TOKENS * int(source.config["vocab_size"])
     rewriting = 0
     if plan.recipe.rotation or plan.recipe.diagonal:  # the layer in float32, before anything is collected, and loaded
         rewriting = 3 * layer + 16 * seq_len * widest
-    return max(working + _collected_bytes(source, plan, compute_bytes, hessians), rewriting, 2 * outer) + states
+    return (
+        max(working + _collected_bytes(source, plan, compute_bytes, hessians), rewriting, predicting, 2 * outer)
+        + states
+    )
 
 
 def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int, hessians: bool) -> int:

@@ -38,14 +38,18 @@ def gradients_of_predictions(
     `keep` is given the states [S, L, H] that enter each layer, `advance` the layers done. The runner must be prepared for
     L tokens. Raises Apex4Error if a gradient is not finite.
     """
-    outer = source.read(source.outer_tensors)
-    hidden = runner.embed(samples, outer[f"{source.family.embedding}.weight"])
+    embedding, head = f"{source.family.embedding}.weight", f"{source.family.head}.weight"
+    hidden = runner.embed(samples, source.read([embedding])[embedding])
     for layer in range(source.num_layers):
         keep(layer, hidden)
         runner.load_layer(layer, source.read(source.layer_tensors(layer)))
         hidden = runner.run_layer(layer, hidden)
         runner.drop_layer(layer)
         advance(1)
+    # Neither matrix is there while the layers run, and the embedding only where it is the head too.
+    outer = source.read(
+        [name for name in source.outer_tensors if name != embedding or head not in source.outer_tensors]
+    )
     return _normalized(runner.output_gradients(hidden, outer, seed), source.name, runner.dtype)
 
 
@@ -68,13 +72,10 @@ class LeavingGradients:
         self._samples = samples[self.windows]
 
     def take(self, first: int, seed: int, progress: Progress, should_stop: Callable[[], bool]) -> None:
-        """Have those of layer `first` and all behind it on disk. Raises Stopped or Apex4Error.
-
-        They are written from the last layer to the first, so that where one is, all behind it are.
-        """
-        if first == self._source.num_layers or self._state.has(GRADIENTS, first):
-            return
+        """Have those of layer `first` and all behind it on disk. Raises Stopped or Apex4Error."""
         layers = self._source.num_layers
+        if all(self._state.has(GRADIENTS, layer) for layer in range(first, layers)):
+            return
 
         def go_on() -> None:
             if should_stop():

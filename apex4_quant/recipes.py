@@ -29,8 +29,8 @@ class Recipe:
     through quantized layers, to what it makes of the original model's (0: not at all, 1: all the way; gptq.py).
     `importance` is how outputs and inputs are weighed where a transform and a clip ratio are chosen: "readers", by the
     weights that read them (importance.py), or "gradients", by what their errors do to the model's predictions
-    (gradients.py; experts keep the first). `transform_steps` is how long a transform is learned, `refinement` how often the codes of
-    GPTQ are gone over again (code_refinement.py).
+    (gradients.py; experts keep the first). `transform_steps` is how long a transform is learned, `refinement` how often
+    the codes of GPTQ are gone over again (code_refinement.py).
     """
 
     name: str

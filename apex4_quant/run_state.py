@@ -151,14 +151,19 @@ class RunState:
     def _load(self, kind: str, layer: int) -> dict[str, torch.Tensor]:
         path = self._path(kind, layer)
         if not path.is_file():
-            raise Apex4Error(f"{path} is missing: {self.out} cannot be resumed, begin again in a new folder")
+            raise Apex4Error(f"{path} is missing: {self._advice(kind)}")
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise self._damaged(kind, layer, error) from error
 
     def _damaged(self, kind: str, layer: int, error: Exception) -> Apex4Error:
-        return Apex4Error(f"{self._path(kind, layer)} is damaged ({error}): {self.out} cannot be resumed, begin again")
+        return Apex4Error(f"{self._path(kind, layer)} is damaged ({error}): {self._advice(kind)}")
+
+    def _advice(self, kind: str) -> str:
+        if kind == _HIDDEN:
+            return f"{self.out} cannot be resumed, begin again in a new folder"
+        return f"remove it, 'apex4 quantize --resume -o {self.out}' makes it again"
 
     def _path(self, kind: str, layer: int) -> Path:
         return self.folder / f"{kind}-{layer:05}.safetensors"

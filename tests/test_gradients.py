@@ -206,6 +206,9 @@ def test_they_are_taken_again_only_where_they_are_gone(taken: tuple[LeavingGradi
     state.drop(GRADIENTS, 0)
     leaving.take(0, 5, Progress(), lambda: False)
     assert files == {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
+    state.drop(GRADIENTS, 1)  # also one that is not needed first
+    leaving.take(0, 5, Progress(), lambda: False)
+    assert files == {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
     state.drop(GRADIENTS, 0)
     state.drop(GRADIENTS, 1)
     leaving.take(1, 5, Progress(), lambda: False)  # of a run whose first layer is finished
@@ -231,8 +234,13 @@ def test_damaged_ones_are_a_sentence(taken: tuple[LeavingGradients, RunState, Pa
     leaving.take(0, 5, Progress(), lambda: False)
     path = state.folder / "gradients-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(Apex4Error, match=r"gradients-00001\.safetensors is damaged"):
+    with pytest.raises(
+        Apex4Error, match=r"gradients-00001\.safetensors is damaged .*: remove it, 'apex4 quantize --resume"
+    ):
         leaving.leaving(1)
+    path.unlink()
+    leaving.take(0, 5, Progress(), lambda: False)
+    assert leaving.leaving(1).shape == (3, 24, 128)
 
 
 def test_what_they_need_on_disk(taken: tuple[LeavingGradients, RunState, Path]) -> None:
