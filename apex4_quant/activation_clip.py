@@ -12,12 +12,11 @@ CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(13))  # 1.00 ... 0.76
 ROWS = 1024  # calibration tokens looked at: the error is a sum over tokens and needs no more to rank the ratios
 
 
-def search_activation_clip(inputs: torch.Tensor, weights: Iterable[torch.Tensor], group: int) -> float:
-    """The ratio with the least output error sum ||(Q(x) - x) W^T||^2 over the linears that read `inputs`.
+def search_activation_clip(rows: torch.Tensor, weights: Iterable[torch.Tensor], group: int) -> float:
+    """The ratio with the least output error sum ||(Q(x) - x) W^T||^2 over the linears that read the input.
 
-    inputs float32 [T, K] and weights float32 [N_i, K], all in the quantization basis; K a multiple of `group`.
+    rows float32 [T, K] of the input (ROWS of them suffice) and weights float32 [N_i, K], all in the quantization basis; K a multiple of `group`.
     """
-    rows = inputs[:: max(1, len(inputs) // ROWS)][:ROWS]
     gram = sum(weight.t() @ weight for weight in weights)  # [K, K]: ||d W^T||^2 = d (W^T W) d^T
     best_ratio, best_error = 1.0, float("inf")
     for ratio in CLIP_RATIOS:

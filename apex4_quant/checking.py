@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .calib.finite import all_finite
 from .devices import DTYPES, resolve_dtype
 from .errors import Apex4Error
 from .inspection import Checkpoint
@@ -154,7 +155,7 @@ def _values(checkpoint: Checkpoint) -> str:
         elif name.endswith(".weight_scale"):
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 raise Apex4Error(f"{name} in {info.file} holds a zero, negative, NaN or infinite scale")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        elif tensor.is_floating_point() and not all_finite(tensor):
             raise Apex4Error(f"{name} in {info.file} holds NaN or infinity")
     return f"{elements} codes in -7..7, all scales positive, everything finite"
 

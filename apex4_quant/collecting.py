@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .calib.errors import CalibrationError
+from .calib.finite import all_finite
 from .calib.hessian import HessianAccumulator
 from .calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
 from .errors import Apex4Error
@@ -70,7 +71,7 @@ class Statistics:
         """The rows kept, float32 [T, K]. Raises Apex4Error if one is not finite."""
         if self._inputs is None:
             self._inputs = self._probe.rows().float()
-            if not bool(torch.isfinite(self._inputs).all()):
+            if not all_finite(self._inputs):
                 dtype = str(self._dtype).removeprefix("torch.")
                 raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: try --dtype float32")
         return self._inputs
@@ -152,6 +153,7 @@ class Collector:
         self._runner, self._family, self._config = runner, family, config
         self._hessians, self._say, self._original = hessians, say, original
         self._settled: tuple[str, ...] = ()
+        self._last = False
 
     def groups_of(
         self, layer: int, module: nn.Module, planned: list[PlannedLinear], streams: Streams
@@ -169,6 +171,8 @@ class Collector:
         for number, stage in enumerate(stages):
             # Parts of the layer (self_attn) whose linears are all behind us: they need not be computed again.
             self._settled = tuple(sorted(_modules(stages[:number]) - _modules(stages[number:])))
+            # Of this module only what is quantized now will change.
+            self._last = not _modules(stages[number : number + 1]) & _modules(stages[number + 1 :])
             wanted = [by_group[first + i] for i in range(len(stage)) if first + i in by_group]
             first += len(stage)
             if not wanted:
@@ -188,21 +192,23 @@ class Collector:
         return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
 
     def _calls(
-        self, layer: int, module: str, streams: Streams
+        self, layer: int, module: str, streams: Streams, last: bool = False
     ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
         """What `module` is called with (LayerRunner.calls_of), beside what it is called with in the original model."""
-        calls = self._runner.calls_of(layer, module, streams.hidden, self._settled)
+        calls = self._runner.calls_of(layer, module, streams.hidden, self._settled, last)
         if self._original is None or streams.original is None:
             yield from ((call, None) for call in calls)
         else:
-            yield from zip(calls, self._original.calls_of(layer, module, streams.original, self._settled), strict=True)
+            others = self._original.calls_of(layer, module, streams.original, self._settled, last)
+            yield from zip(calls, others, strict=True)
 
     def _dense(self, layer: int, group: InputGroup, planned: list[PlannedLinear], streams: Streams) -> CollectedGroup:
         reader = self._family.layer_prefix(layer) + group.linears[0]
         format = planned[0].format
         rows = rows_to_learn_from(format.in_features) if format.transform in LEARNED else PROBE_ROWS
         statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
-        for (x,), original in self._calls(layer, group.linears[0], streams):
+        last = self._last and len(group.linears) == 1
+        for (x,), original in self._calls(layer, group.linears[0], streams, last):
             statistics.add(x, original and original[0])
         return CollectedGroup(statistics, [Part(reader, planned, statistics)])
 

@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 import torch
 
+from .calib.finite import all_finite
 from .code_refinement import refine_codes
 from .errors import Apex4Error
 from .kernels import column_sweeps
@@ -65,7 +66,7 @@ def inverse_factor(
             del lower
             factor = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
-            if bool(torch.isfinite(factor).all()):
+            if all_finite(factor):
                 return factor
         damping *= DAMPING_STEP
         warn(f"{name}: the Hessian is not positive definite, damping is now {damping:g}")
@@ -78,7 +79,7 @@ def drift_correction(name: str, drift: torch.Tensor, factor: torch.Tensor, alpha
     Raises Apex4Error, naming the input, if P is not finite.
     """
     correction = torch.mm(torch.mm(drift, factor.t()), factor, out=drift).mul_(alpha)
-    if not bool(torch.isfinite(correction).all()):
+    if not all_finite(correction):
         raise Apex4Error(f"{name}: the original model's inputs lead to targets that are not finite: use --recipe apex4")
     return correction
 

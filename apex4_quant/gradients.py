@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .calib.finite import all_finite
 from .calib.probes import InputProbe
 from .errors import Apex4Error
 from .layer_runner import LayerRunner
@@ -94,7 +95,7 @@ def gradients_through(
             if _usable(rows):
                 found[group[0]] = InputGradients(rows, squares)
     gradients = torch.cat(entering)
-    if not bool(torch.isfinite(gradients).all()):
+    if not all_finite(gradients):
         dtype = str(runner.dtype).removeprefix("torch.")
         raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: try --dtype float32")
     return found, gradients
@@ -114,4 +115,4 @@ def _keeper(
 
 
 def _usable(values: torch.Tensor) -> bool:
-    return bool(torch.isfinite(values).all()) and bool((values != 0).any())
+    return all_finite(values) and bool((values != 0).any())

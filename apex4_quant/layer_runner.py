@@ -7,7 +7,7 @@ yields what every layer is called with (rotary embeddings, masks, positions) wit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .devices import multiplies_fast, multiply_in_float32
 from .errors import Apex4Error
 from .expert_tensors import published_name
 from .experts import unfuse_experts
+from .replaying import KEPT_BYTES, Replaying
 from .source import ModelSource
 
 # Of short windows so many go through a layer at once; of long ones, one. More would only take more memory.
@@ -41,13 +42,6 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs, self.hidden_states = kwargs, hidden_states
         return hidden_states
-
-
-def _moved(output: Any, device: torch.device) -> Any:
-    """What a module returned, on `device`. Of a tuple only the first is kept: the rest are attention weights."""
-    if isinstance(output, tuple):
-        return (output[0].to(device), *[None] * (len(output) - 1))
-    return output.to(device)
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
@@ -89,7 +83,7 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, nn.Module]:
 
 
 class LayerRunner:
-    """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype."""
+    """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype (`resting`)."""
 
     def __init__(self, source: ModelSource, device: str, dtype: torch.dtype) -> None:
         self._family = source.family
@@ -100,7 +94,7 @@ class LayerRunner:
         self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))
         self._layers: nn.ModuleList = self._get(self._family.layers)
         self._calls: list[dict[str, Any]] = []
-        self._outputs: dict[str, list[Any]] = {}  # of modules of the loaded layer that will not change any more
+        self._replaying = Replaying(remembering=self.device.type == "cpu")
 
     def _get(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -112,14 +106,21 @@ class LayerRunner:
     def embed(self, samples: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """Token windows int64 [S, L] and the embedding matrix -> hidden states entering layer 0, [S, L, hidden]."""
         weight = embedding.to(self.device, self.dtype)
-        states = []
-        for ids in samples:
+        states = self.resting((*samples.shape, self.config.hidden_size))
+        for rest, ids in zip(states, samples, strict=True):
             embedded = nn.functional.embedding(ids[None].to(self.device), weight)
             if self._family.scaled_embedding:
                 # In this order and precision, as the class does it: the scale is rounded before it is applied.
                 embedded = embedded * torch.tensor(self.config.hidden_size**0.5, device=self.device).to(self.dtype)
-            states.append(self._run_recorders(embedded).cpu())
-        return torch.cat(states)
+            rest.copy_(self._run_recorders(embedded)[0])
+        return states
+
+    def resting(self, shape: Sequence[int]) -> torch.Tensor:
+        """Room on the CPU for hidden states. A GPU copies such memory without the CPU, while both go on, if it may be pinned."""
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # the system may allow less pinned memory than this
+                return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        return torch.empty(shape, dtype=self.dtype)
 
     @torch.no_grad()
     def prepare(self, seq_len: int) -> None:
@@ -144,7 +145,7 @@ class LayerRunner:
         """Decoder layer `index` on the device, made of the source's tensors of that layer (checked by `_skeleton`)."""
         prefix = self._family.layer_prefix(index)
         layer = self._layers[index]
-        self._outputs.clear()
+        self._replaying.forget()
         state = {n.removeprefix(prefix): t.to(self.device, self.dtype) for n, t in tensors.items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
@@ -154,18 +155,21 @@ class LayerRunner:
 
     def drop_layer(self, index: int) -> None:
         self._layers[index].to("meta")
-        self._outputs.clear()
+        self._replaying.forget()
 
     @torch.no_grad()
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [S, L, H] through the layer as it is now -> the same shape. Known outputs of `calls_of` are used."""
-        out = torch.empty_like(hidden)
+        """hidden [S, L, H] through the layer as it is now -> the same shape. What `calls_of` remembers is used."""
+        out = self.resting(hidden.shape)
         done = 0
-        with self._replaying(index, tuple(self._outputs)):
+        with self._replaying.during(self._layers[index]):
             for batch in self._batches(hidden):
                 result = self._layers[index](batch, **self._calls[index])
-                out[done : done + len(batch)] = (result[0] if isinstance(result, tuple) else result).cpu()
+                result = result[0] if isinstance(result, tuple) else result
+                out[done : done + len(batch)].copy_(result, non_blocking=True)
                 done += len(batch)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # until then it is on its way
         return out
 
     def run_with_graph(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,53 +231,21 @@ class LayerRunner:
             for tensor, data in kept:
                 tensor.data = data
 
-    @contextlib.contextmanager
-    def _replaying(self, index: int, settled: tuple[str, ...]) -> Iterator[None]:
-        """During one pass over the hidden states, modules of the layer that are settled are run once and remembered.
-
-        The outputs rest on the CPU, as the hidden states do.
-        """
-        modules = [self._layers[index].get_submodule(name) for name in settled]
-        for name, module in zip(settled, modules, strict=True):
-            module.forward = self._replay(name) if name in self._outputs else self._record(name, module.forward)
-        try:
-            yield
-        except BaseException:
-            for name in settled:  # a pass that broke off has not seen everything
-                self._outputs.pop(name, None)
-            raise
-        finally:
-            for module in modules:
-                del module.forward
-
-    def _record(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        outputs = self._outputs[name] = []
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            outputs.append(_moved(output, torch.device("cpu")))
-            return output
-
-        return record
-
-    def _replay(self, name: str) -> Callable[..., Any]:
-        outputs = iter(self._outputs[name])
-        return lambda *args, **kwargs: _moved(next(outputs), self.device)
-
     def _batches(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """hidden [S, L, H] by a few windows at a time, on the device."""
         for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
-            yield batch.to(self.device)
+            yield batch.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def calls_of(
-        self, index: int, module: str, hidden: torch.Tensor, settled: tuple[str, ...] = ()
+        self, index: int, module: str, hidden: torch.Tensor, settled: tuple[str, ...] = (), last: bool = False
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """What `module` of the layer is called with, a few windows at a time. The rest of the layer is not computed.
 
         For a linear that is one tensor [B, L, K], for experts their hidden_states [B L, H] and routing (experts.py).
         `settled` are modules of the layer that run before it and will not change until the next layer is loaded: they
-        are computed in the first pass that names them only. The iterator must be exhausted.
+        are computed in the first pass that names them only. `last`: nothing but `module`, a linear, will change in the
+        module that holds it (replaying.py). The iterator must be exhausted.
         """
         seen: list[tuple[torch.Tensor, ...]] = []
 
@@ -283,12 +255,17 @@ class LayerRunner:
 
         handle = self._layers[index].get_submodule(module).register_forward_pre_hook(stop)
         try:
-            with self._replaying(index, settled):
+            with self._replaying.during(self._layers[index], settled):
+                if last:
+                    self._replaying.begin_keeping(module, max(KEPT_BYTES, hidden.nbytes))
                 for batch in self._batches(hidden):
                     try:
                         self._layers[index](batch, **self._calls[index])
                     except _InputSeen:
-                        yield seen.pop()
+                        call = seen.pop()
+                        if last:
+                            self._replaying.keep(call[0])
+                        yield call
                     else:
                         raise Apex4Error(f"{self._family.layer_prefix(index)}{module} is never run by its layer")
         finally:

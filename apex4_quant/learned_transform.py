@@ -46,6 +46,7 @@ STEPS = 100
 LEARNING_RATE = 0.02  # of S; falls to zero along a cosine
 WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one size, which may add up to more than I
 EXACT_INVERSE = 20  # steps from one computed inverse to the next
+SAME_MOMENTS = 2  # steps that go by the same A' and B', which change slowly
 BETAS, EPSILON = (0.8, 0.9), 1e-8
 ROWS, WEIGHT_ROWS = 1024, 512  # looked at in one step; others in the next
 COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
@@ -55,8 +56,8 @@ SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: f
 
 @dataclass
 class _Blocks:
-    """Everything by block: rows [G, T, 128] of the input and weights [G, N', 128] that stand for N rows, both shuffled,
-    A and B."""
+    """Everything by block: rows [G, T, 128] of the input and weights [G, N', 128] that stand for N rows, both views of
+    matrices [T, K], and A and B."""
 
     x: torch.Tensor
     w: torch.Tensor
@@ -68,38 +69,31 @@ class _Blocks:
     def of(
         cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
     ) -> _Blocks:
-        generator = torch.Generator().manual_seed(0)
-        x = _by_block(inputs, _shuffled(len(inputs), generator, inputs.device))
-        b = torch.zeros_like(x[:, :1, :1]).expand(-1, BLOCK, BLOCK).clone()
+        x = _by_block(inputs)
+        b = x.new_zeros(len(x), BLOCK, BLOCK)
         total, stride = 0, 1
-        kept = b.new_zeros(len(x), 0, BLOCK)
+        kept = inputs.new_zeros(0, inputs.shape[1])
         for weight in weights:
-            w = _by_block(weight)
             if gradients is None:
-                b.baddbmm_(w.transpose(1, 2), w)
-            total += w.shape[1]
-            kept = torch.cat([kept, w[:, ::stride]], dim=1)
-            while kept.shape[1] > 2 * WEIGHT_SAMPLE:  # every row stands for as many
-                kept, stride = kept[:, ::2].contiguous(), 2 * stride
-        order = _shuffled(kept.shape[1], generator, kept.device)
-        for block in kept:
-            block.copy_(block[order])
+                _add_products(b, _by_block(weight))
+            total += len(weight)
+            kept = torch.cat([kept, weight[::stride]])
+            while len(kept) > 2 * WEIGHT_SAMPLE:  # every row stands for as many
+                kept, stride = kept[::2].clone(), 2 * stride
         if gradients is not None:
-            g = _by_block(gradients)
-            b.baddbmm_(g.transpose(1, 2), g)
-        return cls(x, kept, total, x.transpose(1, 2) @ x / x.shape[1], b)
+            _add_products(b, _by_block(gradients))
+        a = _add_products(torch.zeros_like(b), x).div_(len(inputs))
+        return cls(x, _by_block(kept), total, a, b)
 
 
-def _shuffled(rows: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    return torch.randperm(rows, generator=generator).to(device)
+def _by_block(matrix: torch.Tensor) -> torch.Tensor:
+    """[R, K] -> [K / 128, R, 128], the same memory."""
+    return matrix.unflatten(1, (-1, BLOCK)).transpose(0, 1)
 
 
-def _by_block(matrix: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-    """[R, K] -> [K / 128, R, 128], rows in the given order; without a second copy, which may be a gigabyte."""
-    blocks = matrix.new_empty(matrix.shape[1] // BLOCK, len(matrix), BLOCK)
-    for block, columns in zip(blocks, matrix.split(BLOCK, dim=1), strict=True):
-        block.copy_(columns if order is None else columns[order])
-    return blocks
+def _add_products(sums: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Add r^T r of rows r [G, R, 128] to sums [G, 128, 128], which are returned."""
+    return sums.baddbmm_(rows.transpose(1, 2), rows)
 
 
 def learn_transform(
@@ -142,7 +136,10 @@ def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
     transform, inverse = start, torch.linalg.inv(start)
     first, second = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
-        slope = _slope(blocks, transform, inverse, _window(blocks.x, ROWS, step), _window(blocks.w, WEIGHT_ROWS, step))
+        if step % SAME_MOMENTS == 0:
+            moments = _moments(blocks, transform, inverse)
+        x, w = _window(blocks.x, ROWS, step), _window(blocks.w, WEIGHT_ROWS, step)
+        slope = _slope(blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1)
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
         rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
@@ -158,9 +155,10 @@ def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def _window(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
-    """`count` of the shuffled rows [G, R, 128], in every step the next ones; all, if there are no more."""
-    first = step * count % rows.shape[1]
-    return rows[:, max(0, min(first, rows.shape[1] - count)) :][:, :count]
+    """About `count` of the rows [G, R, 128], evenly spaced, in every step others until all have come; all, if there are no
+    more."""
+    stride = -(-rows.shape[1] // count)
+    return rows[:, step % stride :: stride]
 
 
 def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,22 +180,24 @@ def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
 
 
+def _moments(blocks: _Blocks, transform: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and B', [G, 128, 128]."""
+    return transform.transpose(1, 2) @ (blocks.a @ transform), inverse @ blocks.b @ inverse.transpose(1, 2)
+
+
 def _slope(
-    blocks: _Blocks, transform: torch.Tensor, inverse: torch.Tensor, x: torch.Tensor, w: torch.Tensor
+    weight_rows: int, y: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, shared: bool
 ) -> torch.Tensor:
     """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
-    all."""
-    turned = inverse.transpose(1, 2)
-    x_peak, x_back = _peaks(x @ transform)
-    w_peak, w_back = _peaks(w @ turned)
-    w_peak, w_back = w_peak * blocks.weight_rows, w_back * blocks.weight_rows
-    a = transform.transpose(1, 2) @ (blocks.a @ transform)
-    b = inverse @ blocks.b @ turned
+    all. y [G, R, 128] and v [G, R', 128] are rows of the input and of the weights in the basis of T."""
+    x_peak, x_back = _peaks(y)
+    w_peak, w_back = _peaks(v)
+    w_peak, w_back = w_peak * weight_rows, w_back * weight_rows
     a_trace, b_trace = _trace(a), _trace(b)
     slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
     slope += a * (2 * w_peak)[:, None, None] - b * (2 * x_peak)[:, None, None]
     error = x_peak * b_trace + w_peak * a_trace
-    if len(transform) == 1:
+    if shared:
         slope, error = slope.sum(0, keepdim=True), error.sum(0, keepdim=True)
     return torch.where(error[:, None, None] > 0, slope / error.clamp_min(1e-30)[:, None, None], 0.0)
 
@@ -209,7 +209,7 @@ def _trace(matrices: torch.Tensor) -> torch.Tensor:
 def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
     """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
     inverse = torch.linalg.inv(transform)
-    x_peak = _mean_peak(blocks.x[:, :COMPARED_ROWS] @ transform)
+    x_peak = _mean_peak(_window(blocks.x, COMPARED_ROWS, 0) @ transform)
     w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))

@@ -7,6 +7,7 @@ is saved is always what config.json says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +84,11 @@ class Apex4Linear(nn.Module):
     def forward(self, x: torch.Tensor | Deferred) -> torch.Tensor:
         if self._prepared_on != x.device:
             self._prepare_late(x.device)
-        if not self.computes_with_kernels(x):
-            return self.reference(x.tensor() if isinstance(x, Deferred) else x)
         shared = None if self.shared is None else self.shared.output_of(self, x)
         if shared is not None:
             return shared
+        if not self.computes_with_kernels(x):
+            return self.reference(x.tensor() if isinstance(x, Deferred) else x)
         packed, scale = self._operands()
         return self.quantize_and_multiply(x, packed, scale, self.float_bias, self.out_features)
 
@@ -101,11 +102,13 @@ class Apex4Linear(nn.Module):
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         """The layer by PyTorch operations, on any device and in any float dtype."""
-        return torch_backend.linear(
+        return self.references(x, (self,))[0]
+
+    def references(self, x: torch.Tensor, readers: Sequence[Apex4Linear]) -> list[torch.Tensor]:
+        """What `readers`, which quantize x as this linear does, make of it; it is quantized once."""
+        return torch_backend.linears(
             x,
-            self.codes(),
-            self.scales(),
-            self.bias,
+            [(reader.codes(), reader.scales(), reader.bias) for reader in readers],
             clip=self.format.activation_clip,
             hadamard=self.format.transform == "hadamard128",
             matrix=self.transform_matrix(),

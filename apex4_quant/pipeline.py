@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from . import __version__
+from .activation_clip import ROWS as CLIP_ROWS
 from .activation_clip import search_activation_clip
 from .calib.errors import CalibrationError
-from .calib.probes import PROBE_ROWS
+from .calib.probes import evenly_spaced
 from .calib.samples import draw_samples
 from .calib.text import load_text
 from .collecting import CollectedGroup, Collector
@@ -51,11 +52,14 @@ from .quant_config import QuantConfig
 from .recipes import DEFAULT_RECIPE, GRADIENTS, get_recipe, named_recipes
 from .rewriting import Rewriter, require_rotatable
 from .run_state import RunState, Streams, other_setting, require_empty, stored_settings
+from .shared_input import share_input
 from .source import INDEX_NAME, ModelSource
 from .storage import copy_file, require_free_space, sha256, write_json, write_tensors
 from .tokenizers import load_tokenizer
 from .transforms import pad_input_features, transform_input, transform_weight
 from .weight_quantizer import quantize_weight_rtn, require_quantizable
+
+MEASURED_ROWS = 1024  # of an input, to tell a linear's error
 
 # What a quantized model takes over unchanged from the original's folder, besides config.json.
 COMPANION_PATTERNS = (
@@ -378,6 +382,7 @@ class _Run:
             _return_free_memory()
             # The linear that stores the transform comes first: the others use it from there.
             group.parts.sort(key=lambda part: part.planned[0].format.transform_from is not None)
+            readers = tuple(linear.name[len(prefix) :] for part in group.parts for linear in part.planned)
             first: Apex4Linear | None = None
             for part in group.take_parts():
                 inputs, hessian = part.statistics.inputs(), part.statistics.take_hessian(matrix)
@@ -408,6 +413,7 @@ class _Run:
                     records[linear.name] = record | part.record_of(linear)
                     advance(linear.elements)
                 hessian = factor = correction = None  # not while the next inputs are collected
+            share_input(module, readers)
         self._write_shard(layer + 2, stored)
         del stored
         after = Streams(self.runner.run_layer(layer, streams.hidden))
@@ -456,12 +462,13 @@ class _Run:
             weight = pad_input_features(stored[f"{linear.name}.weight"].to(self.runner.device), linear.format)
             require_quantizable(linear.name, weight)
             if gradients is not None:
-                yield weight.mul_(gradients.outputs[linear.name[len(prefix) :]].sqrt()[:, None])
+                yield weight * gradients.outputs[linear.name[len(prefix) :]].sqrt()[:, None]
                 continue
             for produced in self.family.groups(self.source.config, layer):
                 if produced.producer is not None and prefix + produced.producer.linear == linear.name:
                     readers = [stored[f"{prefix}{name}.weight"].to(self.runner.device) for name in produced.linears]
                     heads = self.source.config.get("num_key_value_heads") or self.source.config["num_attention_heads"]
+                    weight = weight.clone()  # it may be what is stored
                     scale_by_readers(weight, produced.producer, readers, heads)
             yield weight
 
@@ -486,7 +493,7 @@ class _Run:
         found = self._gradients_of(group)
         amplifying = self._weighed(layer, group, stored) if found is None else [found.rows]  # an error of the input
         bases = (transform_weight(weight, format, matrix) for weight in amplifying)
-        inputs = transform_input(group.statistics.inputs(), format, matrix)
+        inputs = transform_input(evenly_spaced(group.statistics.inputs(), CLIP_ROWS), format, matrix)
         return search_activation_clip(inputs, bases, format.group_length)
 
     def _quantize(
@@ -514,7 +521,7 @@ class _Run:
 
         The error is that of the linear alone, also where GPTAQ aims at what the original model computes.
         """
-        inputs = inputs[:: -(-len(inputs) // PROBE_ROWS)]
+        inputs = evenly_spaced(inputs, MEASURED_ROWS)
         exact = inputs @ weight.float().t()
         if quantized.bias is not None:
             exact += quantized.bias.float()

@@ -24,7 +24,6 @@ linear's parameter is a view: no memory is used twice. Where they cannot, the co
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +45,9 @@ FUSED_TILE = 64  # output features of a tile in the layouts that kernels read
 class SharedInput:
     """The linears `members` of one parent module, which quantize their common input in the same way."""
 
-    def __init__(self, members: tuple[Apex4Linear, ...]) -> None:
-        self.members = members
+    def __init__(self, members: tuple[Apex4Linear, ...], fusing: bool = True) -> None:
+        """Without `fusing` the members' tensors are left as they are: only the input is quantized once."""
+        self.members, self._fusing = members, fusing
         self.stale = True  # the members' tensors are not, or not any more, views of the fused ones
         self._fused: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         self._hooks: tuple[RemovableHandle, ...] = ()
@@ -55,10 +55,7 @@ class SharedInput:
         self._x: torch.Tensor | Deferred | None = None
         self._version = 0
         self._operands: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._y: torch.Tensor | None = None  # [..., sum of N]
-        self._starts = tuple(
-            accumulate((member.out_features for member in members), initial=0)
-        )  # and where the last ends
+        self._outputs: list[torch.Tensor | None] = []  # of the members, until they are fetched
         self._left: tuple[int, ...] = ()  # members whose result nobody has fetched
 
     def attach(self, parent: nn.Module) -> None:
@@ -86,25 +83,30 @@ class SharedInput:
         self._forget()
 
     def _forget(self) -> None:
-        self._x = self._operands = self._y = None
+        self._x = self._operands = None
+        self._outputs = []
         self._left = ()
 
     def output_of(self, member: Apex4Linear, x: torch.Tensor | Deferred) -> torch.Tensor | None:
         """What `member` returns for x, or None if it has to compute that alone."""
-        if not self._open:
+        if not self._open or not self._can_compute(member, x):
             return None
         place = self._place(member)
         if x is not self._x or place not in self._left or _version(x) != self._version:
             self._compute(member, x)
         self._left = tuple(other for other in self._left if other != place)
-        if self._y is not None:
-            y = self._y.narrow(-1, self._starts[place], member.out_features)
+        if self._outputs:
+            y, self._outputs[place] = self._outputs[place], None
         else:
             assert self._operands is not None
             y = member.multiply(self._operands, x)
         if not self._left:
             self._forget()
         return y
+
+    def _can_compute(self, member: Apex4Linear, x: torch.Tensor | Deferred) -> bool:
+        """By PyTorch operations only with all members' tensors at hand: accelerate may have offloaded the others'."""
+        return member.computes_with_kernels(x) or all(other.weight_packed.device == x.device for other in self.members)
 
     def _place(self, member: Apex4Linear) -> int:
         for place, other in enumerate(self.members):
@@ -114,10 +116,13 @@ class SharedInput:
 
     def _compute(self, member: Apex4Linear, x: torch.Tensor | Deferred) -> None:
         self._forget()
-        if self._fused is None or self.stale:
+        if not member.computes_with_kernels(x):
+            self._outputs = [*member.references(x.tensor() if isinstance(x, Deferred) else x, self.members)]
+        elif self._fused is None or self.stale:
             self._operands = member.quantize(x)
         else:
-            self._y = member.quantize_and_multiply(x, *self._fused, self._starts[-1])
+            y = member.quantize_and_multiply(x, *self._fused, sum(other.out_features for other in self.members))
+            self._outputs = [*y.split([other.out_features for other in self.members], -1)]
         self._x, self._version = x, _version(x)
         self._left = tuple(range(len(self.members)))
 
@@ -125,6 +130,8 @@ class SharedInput:
     def fuse(self) -> None:
         """Put the members' tensors one behind the other, as far as that can be done. Idempotent."""
         self.stale, self._fused = False, None
+        if not self._fusing:
+            return
         first = self.members[0]
         weights = [member.weight_packed for member in self.members]
         if (
@@ -165,7 +172,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Of a copy of the model the parameters are tensors of their own: it is fused again when it is called.
-        idle = {"stale": True, "_fused": None, "_open": False, "_x": None, "_operands": None, "_y": None, "_left": ()}
+        idle = {"stale": True, "_fused": None, "_open": False, "_x": None, "_operands": None, "_outputs": [], "_left": ()}
         return self.__dict__ | idle
 
 
@@ -222,6 +229,12 @@ def prepare_model(model: PreTrainedModel, family: Family | None, kernel: str | N
                 defer_norm(layer, group.norm, family.norm_offset, readers)
             elif group.producer is not None and group.producer.linear.endswith("up_proj"):
                 defer_gating(layer.get_submodule(group.linears[0].rpartition(".")[0]))
+
+
+def share_input(layer: nn.Module, linears: tuple[str, ...]) -> None:
+    """Let `linears` of a decoder layer, which read one tensor, quantize it once. Their own tensors stay as they are."""
+    for parent, members in _readers_of_one_tensor(layer, [InputGroup(linears)]):
+        SharedInput(members, fusing=False).attach(parent)
 
 
 def _readers_of_one_tensor(

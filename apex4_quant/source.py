@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .calib.finite import all_finite
 from .errors import Apex4Error, UsageError
 from .expert_tensors import published_name, unfused
 from .families import RECOMPUTED_SUFFIXES, Family, family_of
@@ -246,7 +247,7 @@ class ModelSource:
         digests = {path.name: _verified(path, known) for path in self.files()}
         for name, info in self.infos.items():
             tensor = self.read([name])[name]
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise Apex4Error(
                     f"{info.stored or name} in {info.file} holds NaN or infinity: the model is damaged, get it again"
                 )

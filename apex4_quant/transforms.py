@@ -16,8 +16,9 @@ from .quant_config import LinearFormat
 
 
 def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
-    """x [..., K], padded already or not -> float32 [..., padded K]."""
-    return torch.nn.functional.pad(x.float(), (0, format.padded_k - x.shape[-1]))
+    """x [..., K], padded already or not -> float32 [..., padded K]; x itself, if there is nothing to do."""
+    x = x.float()
+    return x if x.shape[-1] == format.padded_k else torch.nn.functional.pad(x, (0, format.padded_k - x.shape[-1]))
 
 
 def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:

@@ -8,13 +8,20 @@ from contextlib import contextmanager
 import torch
 
 from .errors import CalibrationError
+from .finite import all_finite
+
+PANEL, PANELS = 256, 8
 
 
 class HessianAccumulator:
-    """Sum of x x^T over all tokens seen, or of y x^T, in float32, on the device of the first batch."""
+    """Sum of x x^T over all tokens seen, or of y x^T, in float32, on the device of the first batch.
+
+    Of x x^T only what is left of the diagonal, and the squares of a panel's width along it, are summed: the rest is the same.
+    """
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
+        self._symmetric = False
         self._tokens = 0
 
     def add(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
@@ -23,8 +30,13 @@ class HessianAccumulator:
         others = rows if y is None else y.reshape(-1, y.shape[-1]).float()
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self._symmetric = y is None
         with _products_of(x, x if y is None else y):
-            self._sum.addmm_(others.t(), rows)
+            if y is not None:
+                self._sum.addmm_(others.t(), rows)
+            else:
+                for start, stop in _panels(rows.shape[1]):
+                    self._sum[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
         self._tokens += len(rows)
 
     def take_matrix(self) -> torch.Tensor:
@@ -35,9 +47,18 @@ class HessianAccumulator:
         if self._sum is None or self._tokens == 0:
             raise CalibrationError("no calibration token reached it")
         mean, self._sum = self._sum.div_(self._tokens), None
-        if not bool(torch.isfinite(mean).all()):
+        if self._symmetric:
+            for start, stop in _panels(len(mean)):
+                mean[:start, start:stop] = mean[start:stop, :start].t()
+        if not all_finite(mean):
             raise CalibrationError("the calibration inputs hold NaN or infinity")
         return mean
+
+
+def _panels(width: int) -> list[tuple[int, int]]:
+    """Rows of a symmetric matrix that are computed together: few enough products to be fast, many enough to save half."""
+    size = max(PANEL, -(-width // PANELS))
+    return [(start, min(start + size, width)) for start in range(0, width, size)]
 
 
 @contextmanager

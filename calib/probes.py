@@ -13,6 +13,11 @@ def rows_to_learn_from(features: int) -> int:
     return max(PROBE_ROWS, PROBE_ELEMENTS // features)
 
 
+def evenly_spaced(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the rows [R, K], from the first on."""
+    return rows[:: max(1, -(-len(rows) // count))]
+
+
 class InputProbe:
     """Keeps every `stride`-th token of what a linear reads, at most `tokens` rows of `total` in all.
 

@@ -117,7 +117,7 @@ def _quantize_cpu(
     format: str,
 ) -> Pair:
     with torch.autocast(x.device.type, enabled=False):
-        padded = torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
+        padded = x if x.shape[1] == k_padded else torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
         codes, scales = torch_backend.quantize_activation(padded, group, clip, hadamard, matrix)
         return pack_activations(codes.flatten(1), scales, format)
 

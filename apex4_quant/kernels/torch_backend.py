@@ -8,6 +8,8 @@ bits times the 11 of a float16), and one multiply-add by s_a.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from ..number_format import ACTIVATION_SCALE_MIN, CODE_MAX
@@ -15,6 +17,21 @@ from .block_matrix import apply_block_matrix
 from .hadamard import apply_block_hadamard
 
 ROWS_AT_ONCE = 2048  # tokens per pass: bounds the float32 partial sums, [rows, N]
+
+# On a CPU fewer, so that a pass over the rows finds them in a core's cache, and malloc has room for them without asking the
+# system: with 2048 rows of 768 the quantizer took four times as long. A product wants so many rows at least.
+CPU_ELEMENTS, CPU_ROWS = 2**18, 256
+
+# int8 codes [N, K], float16 scales [N, G] and a bias [N] or None.
+Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def row_ranges(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Which of `rows` rows of `width` elements are computed at once, one range after the other."""
+    step = ROWS_AT_ONCE
+    if device.type == "cpu":
+        step = min(step, max(CPU_ROWS, CPU_ELEMENTS // width))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def quantize_activation(
@@ -26,14 +43,27 @@ def quantize_activation(
 
     NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
     """
+    matrix = None if matrix is None else matrix.float()
+    parts = [_quantize(x[rows], group, clip, hadamard, matrix) for rows in row_ranges(len(x), x.shape[1], x.device)]
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return x.new_empty(0, x.shape[1] // group, group, dtype=torch.float32), x.new_empty(0, x.shape[1] // group, dtype=torch.float32)
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _quantize(
+    x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     if matrix is not None:
-        x = apply_block_matrix(x, matrix.float())
+        x = apply_block_matrix(x, matrix)
     elif hadamard:
         x = apply_block_hadamard(x)
     grouped = x.unflatten(-1, (-1, group))
     scale = (grouped.abs().amax(-1) * (clip / CODE_MAX)).clamp_min(ACTIVATION_SCALE_MIN)
-    codes = torch.round(grouped / scale[..., None]).clamp_(-CODE_MAX, CODE_MAX)
+    codes = (grouped / scale[..., None]).round_().clamp_(-CODE_MAX, CODE_MAX)
     return codes, scale
 
 
@@ -50,35 +80,41 @@ def linear(
 
     scale_w is float16 [N, G], matrix None or [K_padded / 128, 128, 128]; K is padded with zeros to K_padded; bias [N] is added in float32.
     """
+    return linears(x, [(codes_w, scale_w, bias)], clip, hadamard, matrix)[0]
+
+
+@torch.no_grad()  # rounding has no gradient worth having
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    clip: float = 1.0,
+    hadamard: bool = True,
+    matrix: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """What `linear` returns for each of `weights`, which have K_padded and G in common: x is quantized once."""
     # Under autocast the products of codes would be rounded to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
-        return _linear(x, codes_w, scale_w, bias, clip, hadamard, matrix)
-
-
-def _linear(
-    x: torch.Tensor,
-    codes_w: torch.Tensor,
-    scale_w: torch.Tensor,
-    bias: torch.Tensor | None,
-    clip: float,
-    hadamard: bool,
-    matrix: torch.Tensor | None,
-) -> torch.Tensor:
-    out_features, padded_k = codes_w.shape
-    groups = scale_w.shape[1]
-    rows = x.reshape(-1, x.shape[-1])
-    weight, scale_w = grouped_weight(codes_w, scale_w)
-    y = torch.empty(len(rows), out_features, dtype=x.dtype, device=x.device)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        part = torch.nn.functional.pad(part, (0, padded_k - part.shape[1]))
-        codes, scale_a = quantize_activation(part, padded_k // groups, clip, hadamard, matrix)
-        y[start : start + ROWS_AT_ONCE] = multiply(codes, scale_a, weight, scale_w, bias).to(x.dtype)
-    return y.reshape(*x.shape[:-1], out_features)
+        padded_k, groups = weights[0][0].shape[1], weights[0][1].shape[1]
+        matrix = None if matrix is None else matrix.float()
+        rows = x.reshape(-1, x.shape[-1])
+        grouped = [grouped_weight(codes, scale) for codes, scale, _ in weights]
+        results = [torch.empty(len(rows), len(codes), dtype=x.dtype, device=x.device) for codes, _, _ in weights]
+        for some in row_ranges(len(rows), padded_k, x.device):
+            part = rows[some]
+            if part.shape[1] < padded_k:
+                part = torch.nn.functional.pad(part, (0, padded_k - part.shape[1]))
+            codes, scale_a = _quantize(part, padded_k // groups, clip, hadamard, matrix)
+            for y, (weight, scale_w), (_, _, bias) in zip(results, grouped, weights, strict=True):
+                y[some] = multiply(codes, scale_a, weight, scale_w, bias)
+        return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
 
 
 def grouped_weight(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [N, K] and float16 scales [N, G] as `multiply` wants them: int8 [G, N, g] and float32 [G, N]."""
+    """int8 codes [N, K] and float16 scales [N, G] as `multiply` wants them: [G, N, g] and float32 [G, N].
+
+    On a CPU, where a few rows are multiplied at once, the codes become float32 here.
+    """
+    codes_w = codes_w.float() if codes_w.device.type == "cpu" else codes_w
     weight = codes_w.unflatten(1, (scale_w.shape[1], -1)).transpose(0, 1)
     return weight, scale_w.float().t().contiguous()
 
