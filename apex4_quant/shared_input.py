@@ -172,8 +172,8 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # Of a copy of the model the parameters are tensors of their own: it is fused again when it is called.
-        idle = {"stale": True, "_fused": None, "_open": False, "_x": None, "_operands": None, "_outputs": [], "_left": ()}
-        return self.__dict__ | idle
+        idle = {"stale": True, "_fused": None, "_open": False, "_x": None, "_operands": None}
+        return self.__dict__ | idle | {"_outputs": [], "_left": ()}
 
 
 def _version(x: torch.Tensor | Deferred) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from apex4_quant.activation_clip import CLIP_RATIOS, search_activation_clip
 from apex4_quant.calib.errors import CalibrationError
+from apex4_quant.calib.finite import all_finite
 from apex4_quant.calib.hessian import HessianAccumulator
 from apex4_quant.errors import Apex4Error
 from apex4_quant.gptq import DAMPING, inverse_factor, quantize_weight_gptq
@@ -50,6 +51,32 @@ def test_hessian_refuses_nan_and_emptiness() -> None:
     accumulator.add(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(CalibrationError, match="NaN"):
         accumulator.take_matrix()
+
+
+@pytest.mark.parametrize("width", [1, 200, 256, 257, 700, 2304])
+def test_half_of_a_hessian_is_computed_and_all_of_it_returned(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 50, width, generator=torch.Generator().manual_seed(width))
+    accumulator, computed = HessianAccumulator(), []
+    addmm_ = torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, *args: (computed.append(self.numel()), addmm_(self, *args))
+    )
+    for batch in x:
+        accumulator.add(batch)
+    found = accumulator.take_matrix()
+    rows = x.flatten(0, 1).double()
+    torch.testing.assert_close(found.double(), rows.t() @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[:200, 200:], found[200:, :200].t()) or width <= 256
+    assert sum(computed) / 3 <= width**2 * (1 if width <= 257 else 0.8 if width < 2000 else 0.57)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_no_number_is_found(value: float, dtype: torch.dtype) -> None:
+    values = torch.full((37, 129), 6e4, dtype=dtype)
+    assert all_finite(values) and all_finite(values[:0])
+    values[36, 128] = value
+    assert not all_finite(values)
 
 
 def test_factor_squares_to_the_inverse_of_the_damped_hessian() -> None:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from apex4_quant import layer_runner, predictions
+from apex4_quant.calib.samples import windows
+from apex4_quant.calib.text import load_text
 from apex4_quant.errors import Apex4Error, Stopped
 from apex4_quant.gradients import InputGradients, gradients_through
 from apex4_quant.layer_runner import LayerRunner
@@ -25,6 +27,7 @@ from apex4_quant.recipes import get_recipe
 from apex4_quant.rewriting import Rewriter
 from apex4_quant.run_state import GRADIENTS, RunState
 from apex4_quant.source import ModelSource
+from apex4_quant.tokenizers import load_tokenizer
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 GROUPS = [
@@ -133,7 +136,8 @@ def test_a_transform_is_learned_by_them() -> None:
 def test_predictions_are_closer_with_them(tmp_path: Path) -> None:
     """demo, all else equal: the divergence from the original, on other text."""
     divergence = {}
-    ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))
+    encode = load_tokenizer(ModelSource("demo").folder).encode
+    ids = windows(encode(load_text("heldout"))[: 16 * 256], 256, "held-out text")
     for importance in ("readers", "gradients"):
         recipe = {
             "name": importance, "transform": "dense128", "rounding": "gptq", "search_clip": True, "transform_steps": 60,

@@ -346,3 +346,24 @@ def test_require_legal_names_the_damaged_tensor() -> None:
         layer.weight_scale.data.view(-1)[-1] = bad
         with pytest.raises(Apex4Error, match=r"block\.0\.up\.weight_scale"):
             layer.require_legal("block.0.up")
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 700])
+def test_linears_that_read_one_input_compute_what_each_computes_alone(rows: int) -> None:
+    x = torch.randn(rows, 1000).bfloat16()
+    matrix = torch.randn(8, 128, 128)
+    weights = [(random_codes(n, 1024), random_scales(n, 8), bias) for n, bias in ((5, None), (40, torch.randn(40)))]
+    together = torch_backend.linears(x, weights, 0.9, False, matrix)
+    for (codes, scales, bias), y in zip(weights, together, strict=True):
+        assert torch.equal(y, torch_backend.linear(x, codes, scales, bias, 0.9, False, matrix))
+
+
+def test_a_cpu_passes_over_rows_in_pieces_that_fit_its_cache() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for width in (128, 768, 4096, 28672):
+        ranges = list(torch_backend.row_ranges(5000, width, cpu))
+        steps = {piece.stop - piece.start for piece in ranges}
+        assert len(steps) == 1 and [piece.start for piece in ranges[1:]] == [piece.stop for piece in ranges[:-1]]
+        (step,) = steps
+        assert step <= 2048 and (step * width <= 2**18 or step == 256)
+        assert next(torch_backend.row_ranges(5000, width, cuda)) == slice(0, 2048)

@@ -44,12 +44,10 @@ def quantize_activation(
     NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
     """
     matrix = None if matrix is None else matrix.float()
-    parts = [_quantize(x[rows], group, clip, hadamard, matrix) for rows in row_ranges(len(x), x.shape[1], x.device)]
-    if len(parts) == 1:
-        return parts[0]
-    if not parts:
-        return x.new_empty(0, x.shape[1] // group, group, dtype=torch.float32), x.new_empty(0, x.shape[1] // group, dtype=torch.float32)
-    codes, scales = zip(*parts, strict=True)
+    ranges = list(row_ranges(len(x), x.shape[1], x.device))
+    if len(ranges) < 2:
+        return _quantize(x, group, clip, hadamard, matrix)
+    codes, scales = zip(*(_quantize(x[rows], group, clip, hadamard, matrix) for rows in ranges), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
 
