@@ -42,8 +42,9 @@ DENSE_MOST_PASSES = 16
 DENSE_MATRIX_COST = 0.5  # loading the matrix, in passes: as many bytes as a pass, but from L2
 FEW_ROWS = 16  # a CTA of the kernel for few rows
 OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
-# quantize_dense_sm90.cu, by input: threads, and stages of rows in shared memory.
-DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 4 * 192)}
+# quantize_dense_sm90.cu, by input: threads, and what is in shared memory beside the matrix, in rows of a block: those of stages;
+# for RMSNorm also the gain, and what readers have on its way.
+DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 3 * 192 + 1 + 4 * 3 * 16)}
 DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
 BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
@@ -110,9 +111,8 @@ def dense_config(few_rows: bool, input: str, dtype: str, format: str) -> Quantiz
 
 
 def dense_sm90_shared_bytes(input: str) -> int:
-    """SHARED_BYTES of quantize_dense_sm90.cu: the matrix, the gain and the stages."""
-    gain = 2 * BLOCK if input == "rms_norm" else 0
-    return 16 * MATRIX_CHUNKS + gain + 2 * BLOCK * DENSE_SM90[input][1]
+    """SHARED_BYTES of quantize_dense_sm90.cu."""
+    return 16 * MATRIX_CHUNKS + 2 * BLOCK * DENSE_SM90[input][1]
 
 
 def board_bytes(m: int) -> int:
