@@ -35,6 +35,7 @@ from apex4_quant.kernels.quantize_configs import (
     dense_config,
     fragment_order,
     prepack_matrix,
+    product_is_faster,
     rows_config,
 )
 from apex4_quant.kernels.quantize_launch import rows_are_aligned, run_quantize
@@ -153,6 +154,20 @@ def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
             assert plan.grid[0] * plan.grid[1] <= sm_count and plan.block == 512
         ctas = 1 if plan.needs_board else 2
         assert ctas * (plan.shared_bytes + 1024 + 128) <= 228 * 1024
+
+
+def test_where_a_hadamard_transform_is_a_product() -> None:
+    """As measured on an H100: the least of these numbers of rows, by K; what is chosen is a kernel that takes it."""
+    rows = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 1 << 20)
+    how = {"input": "rms_norm", "aligned": True, "format": "sm90", "sm_count": 132}
+    least = {4096: 8192, 5120: 8192, 7168: 4096, 8192: 4096, 12288: 4096, 14336: 1024, 16384: 1024}
+    for k in (128, 1024, 2048, *least, 6144, 10240, 16512, 28672):
+        chosen = [m for m in rows if product_is_faster(m, k // 128, **how)]
+        assert chosen == [m for m in rows if m >= least.get(k, 1 << 21)], (k, chosen)
+        for m in chosen:
+            assert choose_dense(m, k // 128, input="rms_norm", format="sm90").needs_board
+    for other in ({"input": "plain"}, {"input": "silu_mul"}, {"aligned": False}, {"format": "sm80"}, {"sm_count": 63}):
+        assert not product_is_faster(1 << 20, 64, **(how | other))
 
 
 def test_alignment_is_of_addresses_strides_and_width() -> None:
@@ -394,6 +409,7 @@ FAMILIES: dict[str, list[Any]] = {
         *(replace(DENSE_90, m=m, k=504, input="rms_norm", gain_offset=m > 200, dtype=dtype)
           for m, dtype in ((140, "float16"), (321, "bfloat16"))),
         replace(DENSE_90, m=700, k=128, input="rms_norm", data="nan"),
+        replace(DENSE_90, m=400, k=2504, input="rms_norm", shared_matrix=True),
     ],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip

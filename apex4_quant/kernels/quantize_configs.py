@@ -2,7 +2,8 @@
 
 The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_dense.cu (a dense matrix
 per block; group size 128), quantize_dense_sm90.cu (the same for many rows on Hopper) and row_rms.cu, which quantize_dense.cu
-needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result.
+needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
+`product_is_faster`: a Hadamard transform as a product has its sums in another order.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ WARP = 32
 SLICE_LANES = 8  # threads of a slice: of one block of one row
 RESIDENT_SLICES, LONG_BLOCKS = 128, 1024  # MAX_THREADS / 8 and MAX_LONG_BLOCKS of quantize_rows.cu
 LONG_THREADS = 512
+RESIDENT_THREADS = 1536  # of a multiprocessor: 40 registers each
 CTA_SLICES = 32  # 256 threads: six such CTAs fill an SM
 SMALL_CTA_SLICES = 8  # where there is too little work for all SMs
 CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes and one sector of scales
@@ -47,6 +49,7 @@ OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
 DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 3 * 192 + 1 + 4 * 3 * 16)}
 DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
+PRODUCT_START = 4_600_000  # picoseconds that quantize_dense_sm90.cu takes longer to start than quantize_rows.cu
 BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
 
 
@@ -228,6 +231,24 @@ def choose_dense(
         return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows)
     shared = dense_sm90_shared_bytes(input)
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
+
+
+@lru_cache(maxsize=4096)
+def product_is_faster(m: int, k_blocks: int, *, input: str, aligned: bool, format: str, sm_count: int) -> bool:
+    """Whether to multiply by the Hadamard matrix (choose_dense) rather than to add and subtract (choose_rows); groups of 128.
+
+    Where many rows are normalised on Hopper: choose_rows' kernel then has too many instructions, and for long rows too few
+    CTAs on a multiprocessor. The numbers are fitted to times of an H100, K 4096 to 16384.
+    """
+    measured = 32 <= k_blocks <= RESIDENT_SLICES
+    if input != "rms_norm" or format != "sm90" or not aligned or not measured or k_blocks > sm_count:
+        return False
+    # Picoseconds for a row of a block: rows at the same time on a multiprocessor; CTAs of the other kernel on the GPU, each
+    # of which takes as long as memory or as its own instructions.
+    resident = max(1, RESIDENT_THREADS // (SLICE_LANES * k_blocks))
+    ctas = sm_count // k_blocks * k_blocks
+    saved = 135 + 110 / resident - max(122 + 0.42 * k_blocks, 16_200 / ctas)
+    return m * k_blocks * saved > PRODUCT_START
 
 
 @lru_cache(maxsize=4096)
