@@ -145,7 +145,10 @@ def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
         assert plan.grid[0] == k_blocks
         assert (plan.grid[1] - 1) * plan.rows_per_cta < m <= plan.grid[1] * plan.rows_per_cta
         if plan.config.source == "quantize_dense.cu":
-            assert plan.defines["APEX4_FEW_ROWS"] == 1 and not plan.needs_board and plan.shared_bytes == 0
+            few = 2 if input == "rms_norm" and (m <= 8 if k_blocks >= 64 else k_blocks >= 16 and m in (2, 3)) else 1
+            assert plan.defines["APEX4_FEW_ROWS"] == few and plan.block == 128 * few
+            assert not plan.needs_board and plan.shared_bytes == 0
+            assert plan.needs_statistics == (input == "rms_norm" and few == 1 and m > 4)
             assert -(-m // 128) * k_blocks < sm_count or m <= 16 or (input == "rms_norm" and k_blocks > sm_count)
             continue
         assert plan.config.source == "quantize_dense_sm90.cu" and plan.needs_board == (input == "rms_norm")
@@ -292,7 +295,14 @@ def compiled(config: Any, sm: int) -> Any:
         raise
 
 
-THREADS_AND_CTAS = {"narrow": (256, 6), "resident": (1024, 1), "long": (512, 1), "many": (128, 2), "few": (128, 2)}
+THREADS_AND_CTAS = {
+    "narrow": (256, 6),
+    "resident": (1024, 1),
+    "long": (512, 1),
+    "many": (128, 2),
+    "few": (128, 2),
+    "fewest": (256, 1),
+}
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90])
@@ -404,6 +414,10 @@ FAMILIES: dict[str, list[Any]] = {
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
     "dense, many rows": [replace(DENSE_90, m=150, k=640), replace(DENSE_90, m=300, k=1000), replace(DENSE_90, m=150, k=640, data="nan")],
     "dense, many rows, sm80": [replace(DENSE_80, m=161, k=520, clip=0.9)],
+    "dense, rms, more warps": [
+        *(replace(DENSE_90, m=m, k=8104, input="rms_norm", gain_offset=m > 4, seed=m) for m in (1, 2, 3, 5, 8)),
+        replace(DENSE_90, m=3, k=4098, input="rms_norm", padding=1, dtype="bfloat16"),
+    ],
     "dense, rms": [replace(DENSE_90, m=m, k=520, input="rms_norm", gain_offset=m > 16) for m in (7, 140)],
     "dense, rms on a board": [
         *(replace(DENSE_90, m=m, k=504, input="rms_norm", gain_offset=m > 200, dtype=dtype)
@@ -477,6 +491,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "passes, sm90": (("quantize_dense_sm90.cu", "first += PASS_ROWS", "first += 2 * PASS_ROWS"), replace(DENSE_90, m=300, k=1000)),
     "core matrix": (("quantize_dense_sm90.cu", "= b.z,", "= b.x,"), replace(DENSE_90, m=300, k=1000)),
     "stores together": (("quantize_dense.cuh", "odd ? packed[i] : packed[4 + i], 1", "odd ? packed[4 + i] : packed[i], 1"), replace(DENSE_90, m=300, k=1000)),
+    "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
     "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
                          replace(DENSE_90, m=400, k=504, input="rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),

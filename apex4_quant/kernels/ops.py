@@ -30,7 +30,7 @@ from . import launcher, torch_backend, workspace
 from .fused_linear import MOST_TOKENS, fused_launch
 from .hadamard import signs
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
-from .quantize_configs import product_is_faster
+from .quantize_configs import FEW_ROWS, product_is_faster
 from .quantize_launch import Quantizer, quantizer, rows_are_aligned
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class _Input:
     ) -> tuple[Quantizer, torch.Tensor | None]:
         """And the matrix that it reads: `matrix`, or the Hadamard matrix where that is the faster way."""
         x, factor = self.x, 1.0
-        if matrix is None and hadamard and group == BLOCK and product_is_faster(
+        if matrix is None and hadamard and group == BLOCK and x.shape[0] > FEW_ROWS and product_is_faster(
             x.shape[0], k_padded // BLOCK, input=self.input, aligned=self.aligned, format=format,
             sm_count=_gpu(x.device.index)[1],
         ):  # fmt: skip

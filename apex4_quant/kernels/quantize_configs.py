@@ -44,6 +44,7 @@ DENSE_MOST_PASSES = 16
 DENSE_MATRIX_COST = 0.5  # loading the matrix, in passes: as many bytes as a pass, but from L2
 FEW_ROWS = 16  # a CTA of the kernel for few rows
 OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
+FEWEST_THREADS, FEWEST_ROWS = 256, 8  # of the kernel with more warps for that
 # quantize_dense_sm90.cu, by input: threads, and what is in shared memory beside the matrix, in rows of a block: those of stages;
 # for RMSNorm also the gain, and what readers have on its way.
 DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 3 * 192 + 1 + 4 * 3 * 16)}
@@ -80,6 +81,7 @@ class QuantizePlan:
     blocks_per_cta: int = 0  # quantize_rows
     rows_per_cta: int = 0  # quantize_dense
     needs_board: bool = False  # quantize_dense_sm90 with RMSNorm
+    needs_statistics: bool = False  # quantize_dense with RMSNorm: row_rms before it
 
     @property
     def defines(self) -> dict[str, int]:
@@ -100,8 +102,9 @@ def rows_config(form: str, input: str, hadamard: bool, dtype: str, format: str) 
 
 
 @cache
-def dense_config(few_rows: bool, input: str, dtype: str, format: str) -> QuantizeConfig:
-    name = f"quantize_dense_{'few' if few_rows else 'many'}_{input}_{dtype}_{format}"
+def dense_config(few_rows: int, input: str, dtype: str, format: str) -> QuantizeConfig:
+    """`few_rows`: APEX4_FEW_ROWS."""
+    name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_{input}_{dtype}_{format}"
     macros = (
         ("APEX4_INPUT", INPUTS.index(input)),
         ("APEX4_BF16", DTYPES.index(dtype)),
@@ -140,7 +143,7 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
             for hadamard in (False, True):
                 for form in FORMS[input == "rms_norm" :]:  # RMSNorm needs a whole row: never narrow
                     yield rows_config(form, input, hadamard, dtype, format)
-            for few_rows in (False, True):
+            for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
         yield row_rms_config(dtype)
 
@@ -225,12 +228,20 @@ def choose_dense(
 
         least = -(-runs // GRID_Y)
         rows = DENSE_CTA_ROWS * min(range(least, max(least, min(DENSE_MOST_PASSES, runs)) + 1), key=cost)
-    config = dense_config(rows == FEW_ROWS, input, dtype, format)
     grid = k_blocks, -(-m // rows), 1
+    if together and _more_warps_sum(m, k_blocks):
+        return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
+    config = dense_config(int(rows == FEW_ROWS), input, dtype, format)
     if config.source == "quantize_dense.cu":
-        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows)
+        statistics = input == "rms_norm" and m > OWN_RMS_ROWS
+        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows, needs_statistics=statistics)
     shared = dense_sm90_shared_bytes(input)
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
+
+
+def _more_warps_sum(m: int, k_blocks: int) -> bool:
+    """Where that is faster, measured on an H100 with K 2048 to 8192."""
+    return m <= FEWEST_ROWS if k_blocks >= 64 else k_blocks >= 16 and 1 < m <= 4
 
 
 @lru_cache(maxsize=4096)
