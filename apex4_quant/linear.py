@@ -16,7 +16,7 @@ from torch import nn
 
 from .deferred import Deferred
 from .errors import Apex4Error
-from .kernels import dispatch, ops, torch_backend, workspace
+from .kernels import dispatch, ops, torch_backend
 from .kernels.quantize_configs import prepack_matrix
 from .layouts import get_layout
 from .number_format import BLOCK, LEARNED, SHARED
@@ -176,7 +176,7 @@ class Apex4Linear(nn.Module):
         """
         self.kernel, self._prepared_on = kernel, self.weight_packed.device
         if kernel is not None and self._prepared_on.type == "cuda":
-            workspace.prepare(self._prepared_on)
+            ops.prepare(self._prepared_on)
         if kernel is not None and self.layout.name != kernel:
             layout = get_layout(kernel)
             packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())

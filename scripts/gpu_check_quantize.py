@@ -15,6 +15,8 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
   SiLU) leaves two possible results, their distance d_i counts as an error of x_i, and e grows by sum d_i |T_ij|.
 * A scale is off by at most clip / 7 times the largest e of its group, and 4 u of itself.
 * RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
+* A Hadamard transform is checked both ways: as butterflies, and as the product with a shared matrix, which the operators choose
+  for some shapes (quantize_configs.product_is_faster).
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
 
 Prints "N passed, N failed"; the last line is JSON. The checks take tensors anywhere; tests/test_quantize_kernels.py runs
@@ -361,9 +363,11 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                         yield replace(small, m=5, k=20000, group="channel")
                         yield replace(small, m=5, k=53248, group="channel")
                         yield replace(small, m=9, k=2944, group=384)
-                    elif input != "rms_norm":
+                    else:
                         yield replace(small, shared_matrix=True)
                         yield replace(small, shared_matrix=True, m=1000, k=8192)
+                        if input == "rms_norm":
+                            yield replace(small, shared_matrix=True, m=5000, k=4096, gain_offset=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels import dispatch, fused_linear, launcher, ops, torch_backend, workspace
+from apex4_quant.kernels import dispatch, fused_linear, hadamard, launcher, ops, torch_backend, workspace
 from apex4_quant.kernels.gemm_configs import SHARED_LIMITS, choose_gemm
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.operands import FORMATS, pack_activations, row_stride, unpack_activations
-from apex4_quant.kernels.quantize_configs import prepack_matrix
+from apex4_quant.kernels.quantize_configs import fragment_order, prepack_matrix
 from apex4_quant.layouts import get_layout
 
 NO_TRANSFORM = {"hadamard": False, "matrix": None}
@@ -399,6 +400,64 @@ def test_many_rows_of_a_norm_in_front_of_a_dense_transform_are_one_launch(launch
     for args, rest in launches.launched[:2]:
         assert args[2:6] == (x.data_ptr(), gain.data_ptr(), launches.board.data_ptr(), matrix.data_ptr())
         assert args[6:8] == (m, k) and rest["shared_bytes"] > 0
+
+
+def test_a_hadamard_transform_of_many_normalised_rows_is_a_product(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = torch.zeros(1, 128 * 128, dtype=torch.bfloat16)
+    monkeypatch.setattr(ops, "signs", lambda index, dtype: matrix if dtype == torch.bfloat16 else None)
+    m, k = 4200, 8192
+    x, gain = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(k, dtype=torch.bfloat16)
+    packed, scale = torch.zeros(1, 64, 4096, dtype=torch.uint8), torch.zeros(1, 64, 64).half()
+
+    def source_of(
+        x: torch.Tensor, matrix: Any = None, group: int = 128, hadamard: bool = True, format: str = "sm90"
+    ) -> str:
+        launches.made.clear(), launches.launched.clear()
+        ops._rms_norm_quantize_cuda(x, gain.to(x.dtype), 1e-5, 0.0, matrix, k, group, 0.7, hadamard, format)
+        return launches.made[0][0]
+
+    assert source_of(x) == "quantize_dense_sm90.cu"
+    ops._rms_norm_linear_cuda(x, gain, 1e-5, 0.0, packed, scale, None, 64, None, k, 128, 0.7, True, "sm90")
+    assert len(launches.launched) == 3  # the quantizer; the quantizer and the GEMM
+    for args, rest in launches.launched[:2]:
+        assert args[2:6] == (x.data_ptr(), gain.data_ptr(), launches.board.data_ptr(), matrix.data_ptr())
+        assert args[12] == 0 and args[13] == pytest.approx(128**-0.5) and rest["shared_bytes"] > 0
+    own = torch.zeros(64, 128 * 128, dtype=torch.bfloat16)
+    assert source_of(x, own, hadamard=False) == "quantize_dense_sm90.cu"
+    assert launches.launched[0][0][5] == own.data_ptr() and launches.launched[0][0][13] == 1
+    wide = torch.zeros(m, k + 4, dtype=torch.bfloat16)[:, :k]
+    for made in (
+        source_of(x[:2000]), source_of(wide), source_of(x, group=256), source_of(x, hadamard=False),
+        source_of(x, format="sm80"), source_of(x.half()),  # whose matrix is not there yet, while a graph is captured
+    ):  # fmt: skip
+        assert made == "quantize_rows.cu"
+    launches.made.clear()
+    ops._quantize_cuda(x, None, k, 128, 0.7, True, "sm90")
+    ops._silu_mul_quantize_cuda(x, x, None, k, 128, 0.7, True, "sm90")
+    assert [source for source, _, _ in launches.made] == ["quantize_rows.cu"] * 2
+
+
+def test_the_signs_are_made_once_and_not_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing, waited = True, []
+    monkeypatch.setattr(hadamard, "_signs", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda index: SimpleNamespace(synchronize=lambda: waited.append(index))
+    )
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    assert hadamard.signs(3, torch.bfloat16) is None
+    capturing = False
+    made = hadamard.signs(3, torch.bfloat16)
+    assert made is not None and made.shape == (1, 128 * 128) and made.dtype == torch.bfloat16 and waited == [3]
+    natural = made.flatten()[torch.from_numpy(fragment_order()).argsort()].view(128, 128).double()
+    assert torch.equal(natural @ natural, 128 * torch.eye(128, dtype=torch.float64)) and bool(
+        (natural.abs() == 1).all()
+    )
+    assert torch.equal((natural / 128**0.5), hadamard.hadamard_128(torch.float64, made.device))
+    capturing = True
+    assert hadamard.signs(3, torch.bfloat16) is made and hadamard.signs(4, torch.bfloat16) is None
 
 
 def test_few_tokens_on_hopper_are_one_launch(launches: Launches) -> None:

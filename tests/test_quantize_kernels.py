@@ -35,6 +35,7 @@ from apex4_quant.kernels.quantize_configs import (
     dense_config,
     fragment_order,
     prepack_matrix,
+    product_is_faster,
     rows_config,
 )
 from apex4_quant.kernels.quantize_launch import rows_are_aligned, run_quantize
@@ -144,7 +145,10 @@ def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
         assert plan.grid[0] == k_blocks
         assert (plan.grid[1] - 1) * plan.rows_per_cta < m <= plan.grid[1] * plan.rows_per_cta
         if plan.config.source == "quantize_dense.cu":
-            assert plan.defines["APEX4_FEW_ROWS"] == 1 and not plan.needs_board and plan.shared_bytes == 0
+            few = 2 if input == "rms_norm" and (m <= 8 if k_blocks >= 64 else k_blocks >= 16 and m in (2, 3)) else 1
+            assert plan.defines["APEX4_FEW_ROWS"] == few and plan.block == 128 * few
+            assert not plan.needs_board and plan.shared_bytes == 0
+            assert plan.needs_statistics == (input == "rms_norm" and few == 1 and m > 4)
             assert -(-m // 128) * k_blocks < sm_count or m <= 16 or (input == "rms_norm" and k_blocks > sm_count)
             continue
         assert plan.config.source == "quantize_dense_sm90.cu" and plan.needs_board == (input == "rms_norm")
@@ -153,6 +157,20 @@ def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
             assert plan.grid[0] * plan.grid[1] <= sm_count and plan.block == 512
         ctas = 1 if plan.needs_board else 2
         assert ctas * (plan.shared_bytes + 1024 + 128) <= 228 * 1024
+
+
+def test_where_a_hadamard_transform_is_a_product() -> None:
+    """As measured on an H100: the least of these numbers of rows, by K; what is chosen is a kernel that takes it."""
+    rows = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 1 << 20)
+    how = {"input": "rms_norm", "aligned": True, "format": "sm90", "sm_count": 132}
+    least = {4096: 8192, 5120: 8192, 7168: 4096, 8192: 4096, 12288: 4096, 14336: 1024, 16384: 1024}
+    for k in (128, 1024, 2048, *least, 6144, 10240, 16512, 28672):
+        chosen = [m for m in rows if product_is_faster(m, k // 128, **how)]
+        assert chosen == [m for m in rows if m >= least.get(k, 1 << 21)], (k, chosen)
+        for m in chosen:
+            assert choose_dense(m, k // 128, input="rms_norm", format="sm90").needs_board
+    for other in ({"input": "plain"}, {"input": "silu_mul"}, {"aligned": False}, {"format": "sm80"}, {"sm_count": 63}):
+        assert not product_is_faster(1 << 20, 64, **(how | other))
 
 
 def test_alignment_is_of_addresses_strides_and_width() -> None:
@@ -277,7 +295,14 @@ def compiled(config: Any, sm: int) -> Any:
         raise
 
 
-THREADS_AND_CTAS = {"narrow": (256, 6), "resident": (1024, 1), "long": (512, 1), "many": (128, 2), "few": (128, 2)}
+THREADS_AND_CTAS = {
+    "narrow": (256, 6),
+    "resident": (1024, 1),
+    "long": (512, 1),
+    "many": (128, 2),
+    "few": (128, 2),
+    "fewest": (256, 1),
+}
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90])
@@ -389,11 +414,16 @@ FAMILIES: dict[str, list[Any]] = {
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
     "dense, many rows": [replace(DENSE_90, m=150, k=640), replace(DENSE_90, m=300, k=1000), replace(DENSE_90, m=150, k=640, data="nan")],
     "dense, many rows, sm80": [replace(DENSE_80, m=161, k=520, clip=0.9)],
+    "dense, rms, more warps": [
+        *(replace(DENSE_90, m=m, k=8104, input="rms_norm", gain_offset=m > 4, seed=m) for m in (1, 2, 3, 5, 8)),
+        replace(DENSE_90, m=3, k=4098, input="rms_norm", padding=1, dtype="bfloat16"),
+    ],
     "dense, rms": [replace(DENSE_90, m=m, k=520, input="rms_norm", gain_offset=m > 16) for m in (7, 140)],
     "dense, rms on a board": [
         *(replace(DENSE_90, m=m, k=504, input="rms_norm", gain_offset=m > 200, dtype=dtype)
           for m, dtype in ((140, "float16"), (321, "bfloat16"))),
         replace(DENSE_90, m=700, k=128, input="rms_norm", data="nan"),
+        replace(DENSE_90, m=400, k=2504, input="rms_norm", shared_matrix=True),
     ],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip
@@ -461,6 +491,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "passes, sm90": (("quantize_dense_sm90.cu", "first += PASS_ROWS", "first += 2 * PASS_ROWS"), replace(DENSE_90, m=300, k=1000)),
     "core matrix": (("quantize_dense_sm90.cu", "= b.z,", "= b.x,"), replace(DENSE_90, m=300, k=1000)),
     "stores together": (("quantize_dense.cuh", "odd ? packed[i] : packed[4 + i], 1", "odd ? packed[4 + i] : packed[i], 1"), replace(DENSE_90, m=300, k=1000)),
+    "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
     "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
                          replace(DENSE_90, m=400, k=504, input="rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),

@@ -7,7 +7,8 @@
     linear, rms_norm_linear, silu_mul_linear    -> y [M, N]        the quantizer of that name and the GEMM in one call
 
 Operands are those of operands.py and of the layout of the same name. K is padded with zeros to `k_padded` before the
-transform, which is `matrix` or the Hadamard matrix or none. On a GPU `matrix` is what quantize_configs.prepack_matrix
+transform, which is `matrix` or the Hadamard matrix or none. How a GPU computes the Hadamard transform of a row, and so its last
+bits before they become codes, may depend on the number of rows. On a GPU `matrix` is what quantize_configs.prepack_matrix
 makes, of x's dtype, where groups are of 128; otherwise, and on a CPU, float16 [k_padded / 128, 128, 128] as stored.
 On a GPU they launch the kernels on the current stream and wait for nothing. Weights, gains and matrices may be read before
 the kernel in front has ended: they must not be what that one writes. On a CPU they compute the same operands
@@ -27,7 +28,9 @@ from ..layouts import get_layout
 from ..number_format import BLOCK
 from . import launcher, torch_backend, workspace
 from .fused_linear import MOST_TOKENS, fused_launch
+from .hadamard import signs
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
+from .quantize_configs import FEW_ROWS, product_is_faster
 from .quantize_launch import Quantizer, quantizer, rows_are_aligned
 
 if TYPE_CHECKING:
@@ -205,6 +208,15 @@ def _gpu(index: int) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
+def prepare(device: torch.device) -> None:
+    """Make what the operators find ready on a GPU, so that a CUDA graph may be captured first. Not during a capture."""
+    workspace.prepare(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if _gpu(index)[0] >= 90:
+        for dtype in _NAMES:
+            signs(index, dtype)
+
+
 def _stream(index: int) -> int:
     # What torch's own compiled code asks: a CUstream, without an object around it.
     return torch._C._cuda_getCurrentRawStream(index)
@@ -232,14 +244,21 @@ class _Input:
 
     def quantizer(
         self, matrix: torch.Tensor | None, k_padded: int, group: int, clip: float, hadamard: bool, format: str
-    ) -> Quantizer:
-        x = self.x
-        return quantizer(
+    ) -> tuple[Quantizer, torch.Tensor | None]:
+        """And the matrix that it reads: `matrix`, or the Hadamard matrix where that is the faster way."""
+        x, factor = self.x, 1.0
+        if matrix is None and hadamard and group == BLOCK and x.shape[0] > FEW_ROWS and product_is_faster(
+            x.shape[0], k_padded // BLOCK, input=self.input, aligned=self.aligned, format=format,
+            sm_count=_gpu(x.device.index)[1],
+        ):  # fmt: skip
+            matrix, factor = signs(x.device.index, x.dtype), BLOCK**-0.5
+        made = quantizer(
             x.device.index, x.shape[0], x.shape[1], k_padded // BLOCK, row_stride(x.shape[0]), x.stride(0), self.ld_second,
             self.aligned, _NAMES[x.dtype], format, _gpu(x.device.index)[1], group // BLOCK,
             "dense" if matrix is not None else "hadamard" if hadamard else "none", clip, self.input, self.eps,
-            self.gain_offset, matrix is not None and len(matrix) == 1, 1.0, format == "sm90",
+            self.gain_offset, matrix is not None and len(matrix) == 1, factor, format == "sm90",
         )  # fmt: skip
+        return made, matrix
 
     def fused(self, n: int, k_padded: int, group: int, clip: float, hadamard: bool, format: str) -> Launch | None:
         """The kernel that quantizes and multiplies, where the shape gets it."""
@@ -258,7 +277,7 @@ def _quantize_with(source: _Input, matrix: torch.Tensor | None, *how: Any) -> Pa
     k_padded, group, _, _, format = how
     codes, scales = _empty_operands(x, k_padded, group, format)
     if x.shape[0]:
-        run = source.quantizer(matrix, *how)
+        run, matrix = source.quantizer(matrix, *how)
         between = (
             torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if run.statistics is not None else None
         )  # its two kernels
@@ -301,7 +320,7 @@ def _linear_with(
     memory = torch.empty(code_bytes + scale_bytes + 4 * m, dtype=torch.uint8, device=device)
     codes = memory.data_ptr()
     scales = codes + code_bytes
-    run = source.quantizer(matrix, *how)
+    run, matrix = source.quantizer(matrix, *how)
     run(
         stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes,
         _board(run, device.index, stream),

@@ -2,7 +2,8 @@
 
 The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_dense.cu (a dense matrix
 per block; group size 128), quantize_dense_sm90.cu (the same for many rows on Hopper) and row_rms.cu, which quantize_dense.cu
-needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result.
+needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
+`product_is_faster`: a Hadamard transform as a product has its sums in another order.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ WARP = 32
 SLICE_LANES = 8  # threads of a slice: of one block of one row
 RESIDENT_SLICES, LONG_BLOCKS = 128, 1024  # MAX_THREADS / 8 and MAX_LONG_BLOCKS of quantize_rows.cu
 LONG_THREADS = 512
+RESIDENT_THREADS = 1536  # of a multiprocessor: 40 registers each
 CTA_SLICES = 32  # 256 threads: six such CTAs fill an SM
 SMALL_CTA_SLICES = 8  # where there is too little work for all SMs
 CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes and one sector of scales
@@ -42,10 +44,13 @@ DENSE_MOST_PASSES = 16
 DENSE_MATRIX_COST = 0.5  # loading the matrix, in passes: as many bytes as a pass, but from L2
 FEW_ROWS = 16  # a CTA of the kernel for few rows
 OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
-# quantize_dense_sm90.cu, by input: threads, and stages of rows in shared memory.
-DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 4 * 192)}
+FEWEST_THREADS, FEWEST_ROWS = 256, 8  # of the kernel with more warps for that
+# quantize_dense_sm90.cu, by input: threads, and what is in shared memory beside the matrix, in rows of a block: those of stages;
+# for RMSNorm also the gain, and what readers have on its way.
+DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 3 * 192 + 1 + 4 * 3 * 16)}
 DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
+PRODUCT_START = 4_600_000  # picoseconds that quantize_dense_sm90.cu takes longer to start than quantize_rows.cu
 BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
 
 
@@ -76,6 +81,7 @@ class QuantizePlan:
     blocks_per_cta: int = 0  # quantize_rows
     rows_per_cta: int = 0  # quantize_dense
     needs_board: bool = False  # quantize_dense_sm90 with RMSNorm
+    needs_statistics: bool = False  # quantize_dense with RMSNorm: row_rms before it
 
     @property
     def defines(self) -> dict[str, int]:
@@ -96,8 +102,9 @@ def rows_config(form: str, input: str, hadamard: bool, dtype: str, format: str) 
 
 
 @cache
-def dense_config(few_rows: bool, input: str, dtype: str, format: str) -> QuantizeConfig:
-    name = f"quantize_dense_{'few' if few_rows else 'many'}_{input}_{dtype}_{format}"
+def dense_config(few_rows: int, input: str, dtype: str, format: str) -> QuantizeConfig:
+    """`few_rows`: APEX4_FEW_ROWS."""
+    name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_{input}_{dtype}_{format}"
     macros = (
         ("APEX4_INPUT", INPUTS.index(input)),
         ("APEX4_BF16", DTYPES.index(dtype)),
@@ -110,9 +117,8 @@ def dense_config(few_rows: bool, input: str, dtype: str, format: str) -> Quantiz
 
 
 def dense_sm90_shared_bytes(input: str) -> int:
-    """SHARED_BYTES of quantize_dense_sm90.cu: the matrix, the gain and the stages."""
-    gain = 2 * BLOCK if input == "rms_norm" else 0
-    return 16 * MATRIX_CHUNKS + gain + 2 * BLOCK * DENSE_SM90[input][1]
+    """SHARED_BYTES of quantize_dense_sm90.cu."""
+    return 16 * MATRIX_CHUNKS + 2 * BLOCK * DENSE_SM90[input][1]
 
 
 def board_bytes(m: int) -> int:
@@ -137,7 +143,7 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
             for hadamard in (False, True):
                 for form in FORMS[input == "rms_norm" :]:  # RMSNorm needs a whole row: never narrow
                     yield rows_config(form, input, hadamard, dtype, format)
-            for few_rows in (False, True):
+            for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
         yield row_rms_config(dtype)
 
@@ -222,12 +228,38 @@ def choose_dense(
 
         least = -(-runs // GRID_Y)
         rows = DENSE_CTA_ROWS * min(range(least, max(least, min(DENSE_MOST_PASSES, runs)) + 1), key=cost)
-    config = dense_config(rows == FEW_ROWS, input, dtype, format)
     grid = k_blocks, -(-m // rows), 1
+    if together and _more_warps_sum(m, k_blocks):
+        return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
+    config = dense_config(int(rows == FEW_ROWS), input, dtype, format)
     if config.source == "quantize_dense.cu":
-        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows)
+        statistics = input == "rms_norm" and m > OWN_RMS_ROWS
+        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows, needs_statistics=statistics)
     shared = dense_sm90_shared_bytes(input)
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
+
+
+def _more_warps_sum(m: int, k_blocks: int) -> bool:
+    """Where that is faster, measured on an H100 with K 2048 to 8192."""
+    return m <= FEWEST_ROWS if k_blocks >= 64 else k_blocks >= 16 and 1 < m <= 4
+
+
+@lru_cache(maxsize=4096)
+def product_is_faster(m: int, k_blocks: int, *, input: str, aligned: bool, format: str, sm_count: int) -> bool:
+    """Whether to multiply by the Hadamard matrix (choose_dense) rather than to add and subtract (choose_rows); groups of 128.
+
+    Where many rows are normalised on Hopper: choose_rows' kernel then has too many instructions, and for long rows too few
+    CTAs on a multiprocessor. The numbers are fitted to times of an H100, K 4096 to 16384.
+    """
+    measured = 32 <= k_blocks <= RESIDENT_SLICES
+    if input != "rms_norm" or format != "sm90" or not aligned or not measured or k_blocks > sm_count:
+        return False
+    # Picoseconds for a row of a block: rows at the same time on a multiprocessor; CTAs of the other kernel on the GPU, each
+    # of which takes as long as memory or as its own instructions.
+    resident = max(1, RESIDENT_THREADS // (SLICE_LANES * k_blocks))
+    ctas = sm_count // k_blocks * k_blocks
+    saved = 135 + 110 / resident - max(122 + 0.42 * k_blocks, 16_200 / ctas)
+    return m * k_blocks * saved > PRODUCT_START
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,6 @@ from . import launcher
 from .launcher import Kernel, Launch
 from .quantize_configs import (
     MATRIX_CHUNKS,
-    OWN_RMS_ROWS,
     QuantizePlan,
     board_bytes,
     choose_dense,
@@ -117,7 +116,7 @@ def _quantizer(
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {blocks_per_group * BLOCK}")
     statistics = None
     plan = choose_dense(m, k_blocks, aligned=aligned, **shape)
-    if input == "rms_norm" and m > OWN_RMS_ROWS and not plan.needs_board:
+    if plan.needs_statistics:
         statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), _float(eps), _int(aligned))
     launch = bound(
         plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, 0 if matrix_is_shared else MATRIX_CHUNKS)),

@@ -240,6 +240,10 @@ inline void commit_copies() { cpu::commit_group(); }
 template <int pending>
 void wait_for_copies_but() { cpu::wait_for_groups(pending); }
 template <int id, int threads>
+void named_barrier_arrive() {
+  if (++cpu::named[id].arrived == threads) cpu::named[id].arrived = 0, ++cpu::named[id].generation;
+}
+template <int id, int threads>
 void named_barrier() { cpu::meet(cpu::named[id], threads, [] {}); }
 template <class T>
 T load_relaxed(const T* from) { return *from; }

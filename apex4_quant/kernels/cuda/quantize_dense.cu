@@ -5,12 +5,13 @@
 // columns at a time, and its n so that a lane ends with 32 consecutive columns of a row (index.cuh, dense_*). The largest
 // value of a row is then two shuffles away, and codes are stored in whole 16-byte chunks.
 //
-// Two kernels, by the macro APEX4_FEW_ROWS:
+// Kernels, by the macro APEX4_FEW_ROWS:
 //   0: a CTA keeps the matrix of its block in shared memory and passes over rows_per_cta rows, 32 to a warp, so that a
 //      fragment of the matrix read from shared memory serves two products. The next rows of x are loaded while
 //      the current ones are quantized; the second operand later, when the accumulators' registers are free for it.
 //   1: a CTA has 16 rows; its four warps have a quarter of the columns each and read their quarter of the matrix straight
 //      into registers, all of it in flight at once. Also the one kernel for unaligned rows.
+//   2: RMS_NORM, the same with four warps more for the sums of squares; up to OWN_RMS_ROWS rows.
 //
 // Operands (type T: bfloat16 or float16, also of the matrix):
 //   codes    uint8 [KB, m_stride, 64 (sm80) | 128 (sm90)], 16-byte aligned; layout: index.cuh
@@ -28,10 +29,10 @@
 //   eps            where inverse_rms is null
 //   gain_offset (0 or 1)   RMS_NORM only, see `normalised`
 //   aligned  must be 1 unless FEW_ROWS; see quantize_rows.cu
-// Grid: (KB, runs of rows), 128 threads. Rows from m on are not written.
+// Grid: (KB, runs of rows), THREADS threads. Rows from m on are not written.
 //
 // Macros: those of quantize.cuh, APEX4_FEW_ROWS.
-constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // WARPS: of those that multiply
 #include "quantize_dense.cuh"
 
 constexpr int WORDS = PIECES * PIECE_WORDS;  // registers of a row
@@ -97,7 +98,50 @@ struct Input {
 
 constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
 
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_FEW_ROWS == 2
+#define APEX4_BOUNDS __launch_bounds__(THREADS, 1)
+#else
+#define APEX4_BOUNDS __launch_bounds__(THREADS)
+#endif
+
+#if APEX4_FEW_ROWS == 2
+constexpr int RMS_WARPS = THREADS / 32, OWN_RMS_ROWS = 8, LOADS = 8;
+
+// 1 / RMS of all m rows, by all threads: as many warps for each row as there are, and LOADS loads of each at once. Every CTA reads
+// the rows whole: less than a kernel in front of this one would cost.
+__device__ __forceinline__ const float* own_inverse_rms(
+    const unsigned short* x, int m, int k, int ldx, float eps, bool aligned) {
+  __shared__ float warp_squares[RMS_WARPS], result[OWN_RMS_ROWS];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int rows_log2 = m > 4 ? 3 : m > 2 ? 2 : m - 1, rows = 1 << rows_log2;  // that m rows are rounded up to
+  const int row = warp & (rows - 1), part = warp >> rows_log2, step = 8 * 32 * (RMS_WARPS >> rows_log2);
+  float sum = 0.0f;
+  for (int start = 8 * (32 * part + lane); start < k; start += LOADS * step) {
+    unsigned pairs[LOADS][4];
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      load_octet(pairs[i], x + static_cast<long long>(row) * ldx, start + i * step, k, row < m, aligned);
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum = fmaf(low_of(pairs[i][j]), low_of(pairs[i][j]), sum);
+        sum = fmaf(high_of(pairs[i][j]), high_of(pairs[i][j]), sum);
+      }
+  }
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+  if (lane == 0) warp_squares[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x < m) {
+    sum = 0.0f;
+    for (int i = threadIdx.x; i < RMS_WARPS; i += rows) sum += warp_squares[i];
+    result[threadIdx.x] = inverse_rms_of(sum, __frcp_rn(static_cast<float>(k)), eps);
+  }
+  __syncthreads();
+  return result;
+}
+#elif APEX4_INPUT == APEX4_RMS_NORM
 constexpr int OWN_RMS_ROWS = 4;
 
 // 1 / RMS of all m rows, by all threads. Every CTA reads them whole: less than a kernel in front of this one would cost.
@@ -120,7 +164,7 @@ __device__ __forceinline__ const float* own_inverse_rms(
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
+extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
     const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
     float matrix_factor, float clip_over_7, float eps, int gain_offset, int aligned) {
@@ -133,13 +177,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
   for (int pair = 0; pair < PAIRS; ++pair)
 #pragma unroll
     for (int t = 0; t < WARP_TILES; ++t)
-      b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
+      if (APEX4_FEW_ROWS == 1 || warp < WARPS)
+        b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
 #endif
   wait_for_inputs();
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (inverse_rms == nullptr) inverse_rms = own_inverse_rms(x, m, k, ldx, eps, aligned != 0);
+#if APEX4_FEW_ROWS == 2
+  if (warp >= WARPS) return;
+#endif
 #endif
   const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
   unsigned words[HALVES][WORDS];
@@ -162,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) apex4_quantize_dense(
     absmax = max_of_quad(absmax);
     if ((lane & 3) == 0) warp_absmax[warp][accumulator_row(lane, half)] = absmax;
   }
-  __syncthreads();
+  named_barrier<1, 32 * WARPS>();
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
     const int in_tile = accumulator_row(lane, half), row = first + in_tile;

@@ -2,7 +2,7 @@
 // under way all the time, and with RMSNorm in the same kernel.
 //
 // A CTA keeps the matrix of its block in shared memory and passes over rows_per_cta rows; each of its warpgroups multiplies 64 of
-// them at a time, 16 to a warp. x goes to shared memory STAGES passes ahead. There every lane has slots of its own: what it
+// them at a time, 16 to a warp. x goes to shared memory up to STAGES passes ahead. There every lane has slots of its own: what it
 // copies it alone reads, as fragments, so that no barrier is needed, and a slot is filled again as soon as it has been read.
 // Accumulators and fragments of x are 96 registers: four warpgroups fit a multiprocessor.
 //
@@ -24,15 +24,18 @@
 
 #if APEX4_INPUT == APEX4_RMS_NORM
 constexpr int READER_WARPS = 4, WARPS = 12, CTAS = 1;  // CTAS: of a multiprocessor
-constexpr int OPERANDS = 1, STAGES = 4, GAIN_SLOTS = BLOCK / 8;
+constexpr int OPERANDS = 1, STAGES = 3, GAIN_SLOTS = BLOCK / 8;
+constexpr int PARTS = 3, PART_SLOTS = 8 * 32;  // what a reader's warp has on its way: parts of rows, 16 bytes a slot
 #else
 constexpr int READER_WARPS = 0, WARPS = 8, CTAS = 2;
 constexpr int OPERANDS = APEX4_INPUT == APEX4_SILU_MUL ? 2 : 1, STAGES = 2 / OPERANDS, GAIN_SLOTS = 0;
+constexpr int PARTS = 0, PART_SLOTS = 0;
 #endif
 constexpr int THREADS = 32 * (READER_WARPS + WARPS), MULTIPLIERS = 32 * WARPS;
 constexpr int WARP_ROWS = 16, PASS_ROWS = WARP_ROWS * WARPS;
 constexpr int STAGE_SLOTS = 32 * HALVES * PIECES;  // of 16 bytes, of a warp and operand
-constexpr int SHARED_BYTES = 16 * (MATRIX_CHUNKS + GAIN_SLOTS + WARPS * STAGES * OPERANDS * STAGE_SLOTS);
+constexpr int SHARED_BYTES =
+    16 * (MATRIX_CHUNKS + GAIN_SLOTS + WARPS * STAGES * OPERANDS * STAGE_SLOTS + READER_WARPS * PARTS * PART_SLOTS);
 static_assert(CTAS * (SHARED_BYTES + 1024 + 128) <= 228 * 1024, "with what the system and `begun` take");
 
 // A lane's slot of a stage: of a piece of its row half = 0, 1.
@@ -66,8 +69,9 @@ __device__ __forceinline__ void load_matrix(unsigned* shared, const uint4* from,
 }
 
 #if APEX4_INPUT == APEX4_RMS_NORM
-constexpr int PATIENCE = 100;                 // looks at the board, which take most of a microsecond each, or at `begun`
-constexpr int LEAD = 2 * STAGES * PASS_ROWS;  // rows that readers may be ahead, unless they have waited
+constexpr int PATIENCE = 100;              // looks at the board, which take most of a microsecond each, or at `begun`
+constexpr int LEAD = 5 * PASS_ROWS;        // rows that readers may be ahead, unless they have waited
+constexpr int FIRST_LEAD = 3 * PASS_ROWS;  // the same until the first pass has begun, which waits for them
 
 // What CTAs tell each other. Every launch has its own tag, one more than the launch before: what was posted then is not there
 // any more, and nothing has to be cleared. The last CTA to end makes its launch's tag the head's.
@@ -86,9 +90,10 @@ struct Board {
     store_relaxed(posts + row, static_cast<unsigned long long>(tag) << 32 | __float_as_uint(value));
   }
 
-  // All threads of the CTA, when they have nothing more to post or to read.
-  __device__ __forceinline__ void leave() const {
-    __syncthreads();
+  // The readers, when they have nothing more to post; the others, when they have nothing more to look for: these go on.
+  __device__ __forceinline__ void leave(bool reader) const {
+    if (!reader) return named_barrier_arrive<2, THREADS>();
+    named_barrier<2, THREADS>();
     if (threadIdx.x > 0) return;
     __threadfence();
     if (atomicAdd(&head->ended, 1u) + 1 < gridDim.x * gridDim.y) return;
@@ -122,28 +127,17 @@ struct SquareSum {
   static constexpr int WARPS_OF_ROW = 8, SPAN = 8 * 32 * WARPS_OF_ROW;
   float sums[WARPS_OF_ROW];
 
-  struct Part {
-    unsigned pairs[WARPS_OF_ROW][4];
-
-    // Columns start .. start + SPAN - 1.
-    __device__ __forceinline__ void load(const unsigned short* row, int start, int k, int lane) {
-#pragma unroll
-      for (int w = 0; w < WARPS_OF_ROW; ++w) load_octet(pairs[w], row, start + 8 * (32 * w + lane), k, true, true);
-    }
-  };
-
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int w = 0; w < WARPS_OF_ROW; ++w) sums[w] = 0.0f;
   }
-  __device__ __forceinline__ void add(const Part& part) {
+  // A lane's eight columns from 8 (32 w + lane) on, of a part of SPAN columns.
+  __device__ __forceinline__ void add(int w, const unsigned (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int w = 0; w < WARPS_OF_ROW; ++w) {
-        sums[w] = fmaf(low_of(part.pairs[w][i]), low_of(part.pairs[w][i]), sums[w]);
-        sums[w] = fmaf(high_of(part.pairs[w][i]), high_of(part.pairs[w][i]), sums[w]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      sums[w] = fmaf(low_of(pairs[i]), low_of(pairs[i]), sums[w]);
+      sums[w] = fmaf(high_of(pairs[i]), high_of(pairs[i]), sums[w]);
+    }
   }
   __device__ __forceinline__ float inverse_rms(int k, float eps, int lane) {
     // A warp's sum is a tree over its lanes, the same whoever adds: lanes that differ in one bit swap halves of their sums.
@@ -166,6 +160,7 @@ struct SquareSum {
     return inverse_rms_of(total, __frcp_rn(static_cast<float>(k)), eps);
   }
 };
+static_assert(PART_SLOTS == SquareSum::SPAN / 8, "a lane's octets");
 
 // What a warp reads for all: every `step`-th row, one part of SPAN columns after the other.
 struct Cursor {
@@ -178,35 +173,45 @@ struct Cursor {
   }
 };
 
-// What a reader's warp does. `begun`: the rows that each of the other warpgroups is at. Readers do not go far ahead, so that what
-// they read is still in L2 when the others copy it.
+// What a reader's warp does. `slots`: a lane's, PARTS times PART_SLOTS; what it copies there it alone reads. `begun`: the rows that
+// each of the other warpgroups is at. Readers do not go far ahead, so that what they read is still in L2 when the others copy it.
 __device__ __forceinline__ void read_rows(
-    const Board& board, const volatile int* begun, const unsigned short* x, int k, int ldx, int start, int end, float eps,
-    int warp, int lane) {
-  constexpr int DEPTH = 2;  // parts on their way
+    const Board& board, uint4* slots, const volatile int* begun, const unsigned short* x, int k, int ldx, int start, int end,
+    float eps, int warp, int lane) {
   const int step = READER_WARPS * static_cast<int>(gridDim.x);
   Cursor next{start + READER_WARPS * static_cast<int>(blockIdx.x) + warp, 0}, ahead = next;
-  SquareSum::Part parts[DEPTH];
   SquareSum sum;
   sum.clear();
-  const auto load = [&](SquareSum::Part& part) {
-    for (int looks = 0; looks < PATIENCE; ++looks) {
-      int slowest = begun[0];
+  unsigned filled = 0;  // a bit for each part that has been asked for
+  int looks = 0;
+  for (int part = 0; next.row < end; part = part + 1 < PARTS ? part + 1 : 0) {
+    const unsigned bit = 1u << part;
+    if (filled & bit) {
+      wait_for_copies_but<PARTS - 1>();
 #pragma unroll
-      for (int group = 1; group < WARPS / 4; ++group) slowest = min(slowest, static_cast<int>(begun[group]));
-      if (__all_sync(FULL_WARP, ahead.row < slowest + LEAD)) break;
+      for (int w = 0; w < SquareSum::WARPS_OF_ROW; ++w) {
+        unsigned pairs[4];
+        unpack(pairs, slots[PART_SLOTS * part + 32 * w]);
+        sum.add(w, pairs);
+      }
     }
-    part.load(x + static_cast<long long>(ahead.row) * ldx, ahead.start, ahead.row < end ? k : 0, lane);
-    ahead.advance(k, step);
-  };
+    int slowest = begun[0];
 #pragma unroll
-  for (int i = 0; i < DEPTH; ++i) load(parts[i]);
-  while (true) {
+    for (int group = 1; group < WARPS / 4; ++group) slowest = min(slowest, static_cast<int>(begun[group]));
+    // What may not be asked for yet leaves its part empty: those behind it are not to wait.
+    const bool may = __all_sync(FULL_WARP, ahead.row < slowest + LEAD) || looks == PATIENCE;
+    if (may) {
+      const unsigned short* const rd = x + static_cast<long long>(ahead.row) * ldx;
 #pragma unroll
-    for (int i = 0; i < DEPTH; ++i) {
-      if (next.row >= end) return;
-      sum.add(parts[i]);
-      load(parts[i]);
+      for (int w = 0; w < SquareSum::WARPS_OF_ROW; ++w) {
+        const int column = ahead.start + 8 * (32 * w + lane);
+        copy_async_or_zero(slots + PART_SLOTS * part + 32 * w, rd + column, ahead.row < end && column < k);
+      }
+      ahead.advance(k, step);
+    }
+    commit_copies();
+    looks = may ? 0 : looks + 1;
+    if (filled & bit) {
       if (next.last(k)) {
         const float inverse_rms = sum.inverse_rms(k, eps, lane);
         if (lane == 0) board.post(next.row, inverse_rms);
@@ -214,6 +219,7 @@ __device__ __forceinline__ void read_rows(
       }
       next.advance(k, step);
     }
+    filled = may ? filled | bit : filled & ~bit;
   }
 }
 #endif
@@ -230,13 +236,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
   const int warp = __shfl_sync(FULL_WARP, static_cast<int>(threadIdx.x >> 5), 0) - READER_WARPS;
 #if APEX4_INPUT == APEX4_RMS_NORM
   __shared__ volatile int begun[WARPS / 4];
-  if (threadIdx.x < WARPS / 4) begun[threadIdx.x] = start;
+  if (threadIdx.x < WARPS / 4) begun[threadIdx.x] = start + FIRST_LEAD - LEAD;
   __syncthreads();
   if (warp < 0) {
     wait_for_inputs();
     const Board board(board_memory);
-    read_rows(board, begun, x, k, ldx, start, end, eps, warp + READER_WARPS, lane);
-    return board.leave();
+    uint4* const slots = memory + MATRIX_CHUNKS + GAIN_SLOTS + WARPS * STAGES * STAGE_SLOTS;
+    const int reader = warp + READER_WARPS;
+    read_rows(board, slots + reader * (PARTS * PART_SLOTS) + lane, begun, x, k, ldx, start, end, eps, reader, lane);
+    return board.leave(true);
   }
 #endif
   const int thread = 32 * warp + lane;
@@ -261,17 +269,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
   copy(0, first);
   commit_copies();  // the first group also has the gain
   load_matrix(core_matrices, matrix + static_cast<long long>(block) * matrix_stride, thread);
+  const auto copy_others = [&] {
 #pragma unroll
-  for (int stage = 1; stage < STAGES; ++stage) {
-    copy(stage, first + stage * PASS_ROWS);
-    commit_copies();
-  }
+    for (int stage = 1; stage < STAGES; ++stage) {
+      copy(stage, first + stage * PASS_ROWS);
+      commit_copies();
+    }
+  };
 #if APEX4_INPUT == APEX4_RMS_NORM
+  // Memory answers in no order, and late if much is asked of it: the first pass would wait for what the second needs.
   const Board board(board_memory);
   Statistics statistics;
   statistics.look(board, first, end, lane);
-#endif
+  if (first - warp % 4 * WARP_ROWS >= end) board.leave(false);
+  wait_for_copies_but<0>();
+  copy_others();
+#else
+  copy_others();
   wait_for_copies_but<STAGES - 1>();
+#endif
   named_barrier<1, MULTIPLIERS>();
   unsigned char* const slab = codes + static_cast<long long>(block) * m_stride * ROW_BYTES;
   float* const block_scales = scales + static_cast<long long>(block) * m_stride;
@@ -281,7 +297,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
     asm volatile("" : "+r"(first), "+r"(lane));  // to the compiler other numbers: it shall keep no addresses from pass to pass
     wait_for_copies_but<STAGES - 1>();
 #if APEX4_INPUT == APEX4_RMS_NORM
-    if (thread % 128 == 0) begun[warp / 4] = first;
     for (int looks = 0; !statistics.complete(board); ++looks) {
       if (looks == PATIENCE) {
 #pragma unroll 1
@@ -291,9 +306,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
           sum.clear();
 #pragma unroll 1
           for (int column = 0; column < k; column += SquareSum::SPAN) {
-            SquareSum::Part part;
-            part.load(rd, column, k, lane);
-            sum.add(part);
+#pragma unroll
+            for (int w = 0; w < SquareSum::WARPS_OF_ROW; ++w) {
+              unsigned pairs[4];
+              load_octet(pairs, rd, column + 8 * (32 * w + lane), k, true, true);
+              sum.add(w, pairs);
+            }
           }
           const float inverse_rms = sum.inverse_rms(k, eps, lane);
 #pragma unroll
@@ -304,6 +322,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
       }
       statistics.look(board, first, end, lane);
     }
+    if (thread % 128 == 0) begun[warp / 4] = first;
+    if (first - warp % 4 * WARP_ROWS + PASS_ROWS >= end) board.leave(false);
 #endif
     const uint4* const slots = stages + stage * OPERANDS * STAGE_SLOTS;
     unsigned a[STEPS][4];
@@ -346,7 +366,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
     for (int half = 0; half < HALVES; ++half)
       quantize_row(slab, block_scales, y, half, first + accumulator_row(lane, half), m, matrix_factor, clip_over_7, lane);
   }
-#if APEX4_INPUT == APEX4_RMS_NORM
-  board.leave();
-#endif
 }
