@@ -367,3 +367,16 @@ def test_a_cpu_passes_over_rows_in_pieces_that_fit_its_cache() -> None:
         (step,) = steps
         assert step <= 2048 and (step * width <= 2**18 or step == 256)
         assert next(torch_backend.row_ranges(5000, width, cuda)) == slice(0, 2048)
+
+
+def test_sums_are_exact_with_the_weights_scale_in_them() -> None:
+    """Every scale's mantissa is full: a sum of 128 products is an integer of 24 bits times a power of two."""
+    codes_w, x = random_codes(300, 128), random_codes(70, 128).float()
+    codes_w[0], x[0], x[:, 5] = 7, 7, 7
+    _, scale_a = torch_backend.quantize_activation(x, 128, hadamard=False)
+    assert bool((scale_a == 1).all())
+    scale_w = torch.ldexp(torch.full((300, 1), 2047.0), -torch.randint(1, 24, (300, 1))).half()
+    assert bool((torch.frexp(scale_w.float())[0] * 2048 == 2047).all())
+    y = torch_backend.linear(x, codes_w, scale_w, hadamard=False)
+    assert torch.equal(y.double(), (x.double() @ codes_w.double().t()) * scale_w.double().t())
+    assert y[0, 0] == 49 * 128 * scale_w[0].double()

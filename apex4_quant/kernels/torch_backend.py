@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..number_format import ACTIVATION_SCALE_MIN, CODE_MAX
+from ..number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX
 from .block_matrix import apply_block_matrix
 from .hadamard import apply_block_hadamard
 
@@ -107,24 +107,35 @@ def linears(
         return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
 
 
-def grouped_weight(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped_weight(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """int8 codes [N, K] and float16 scales [N, G] as `multiply` wants them: [G, N, g] and float32 [G, N].
 
-    On a CPU, where a few rows are multiplied at once, the codes become float32 here.
+    On a CPU, where a few rows are multiplied at once, groups of 128 are float32 and have their scale in them, which then is
+    None: sums of such products are exact too, being at most 49 * 128 times an 11-bit number.
     """
-    codes_w = codes_w.float() if codes_w.device.type == "cpu" else codes_w
     weight = codes_w.unflatten(1, (scale_w.shape[1], -1)).transpose(0, 1)
-    return weight, scale_w.float().t().contiguous()
+    scale_w = scale_w.float().t().contiguous()
+    if codes_w.device.type != "cpu":
+        return weight, scale_w
+    if weight.shape[2] > BLOCK:
+        return weight.float(), scale_w
+    return weight * scale_w[..., None], None
 
 
 def multiply(
-    codes: torch.Tensor, scale_a: torch.Tensor, weight: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+    codes: torch.Tensor,
+    scale_a: torch.Tensor,
+    weight: torch.Tensor,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """float32 [M, N] from codes float32 [M, G, g] and scale_a float32 [M, G], and what `grouped_weight` returns."""
     total = torch.zeros(len(codes), weight.shape[1], dtype=torch.float32, device=codes.device)
     for g in range(len(weight)):
-        partial = codes[:, g] @ weight[g].float().t()  # exact integers
-        total.addcmul_(partial.mul_(scale_w[g]), scale_a[:, g, None])
+        partial = codes[:, g] @ weight[g].float().t()  # exact integers, or s_w times those
+        if scale_w is not None:
+            partial *= scale_w[g]
+        total.addcmul_(partial, scale_a[:, g, None])
     if bias is not None:
         total += bias.float()
     return total
