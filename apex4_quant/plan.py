@@ -166,15 +166,19 @@ def estimate_peak_memory(
 ) -> int:
     """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
     the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, what a dense
-    transform is learned from, and the calibration hidden states (before and after the layer, and its attention's outputs).
+    transform is learned from, and the calibration hidden states (before and after the layer, its attention's outputs,
+    and what is kept of a last linear's inputs).
     For GPTAQ the original layer and its hidden states are there too, and a second matrix per Hessian."""
+    from .replaying import KEPT_BYTES
+
     hidden = int(source.config["hidden_size"])
     layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
     widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
     largest = max(linear.elements for linear in plan.linears)
     outer = max(source.infos[name].bytes for name in source.outer_tensors)
     streams = 2 if plan.recipe.gptaq else 1
-    states = 3 * streams * tokens * hidden * compute_bytes
+    stream = tokens * hidden * compute_bytes
+    states = streams * (3 * stream + min(max(KEPT_BYTES, stream), tokens * widest * compute_bytes))
     working = streams * (layer + 16 * seq_len * widest) + 12 * largest
     if hessians:
         working += (
@@ -265,23 +269,24 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     def seen(expert: int | None) -> float:
         return tokens if expert is None else tokens * share
 
-    # A linear is run again for every later input group of its layer and once at the end: three times on average.
-    multiplies = 3 * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
+    # A GPU runs a linear again for every later input group of its layer and once at the end; a CPU remembers most of it.
+    passes = 1.25 if device == "cpu" else 3
+    multiplies = passes * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
     learned = {(p.layer, p.input_group): p.format.padded_k for p in plan.linears if p.format.transform in LEARNED}
     if learned:
         from .learned_transform import ROWS, WEIGHT_ROWS
 
         multiplies += (
-            plan.recipe.transform_steps * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 8 * BLOCK) * sum(learned.values())
+            plan.recipe.transform_steps * BLOCK * (2 * ROWS + 2 * WEIGHT_ROWS + 5 * BLOCK) * sum(learned.values())
         )
     if plan.recipe.importance == GRADIENTS:
         from .predictions import TOKENS
 
         # Forwards; back through every layer, for what enters it and for its linears: each again forwards, and two products.
         multiplies += 7 * min(tokens, TOKENS) * sum(linear.elements for linear in plan.linears)
-    if hessians:  # K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
-        multiplies += sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
+    if hessians:  # a good half of K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
+        multiplies += 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += sum(linear.elements * linear.format.padded_k for linear in plan.linears)
         multiplies += plan.recipe.refinement * sum(linear.elements * linear.format.padded_k for linear in plan.linears)
     if plan.recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
