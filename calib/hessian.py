@@ -35,7 +35,7 @@ class HessianAccumulator:
             if y is not None:
                 self._sum.addmm_(others.t(), rows)
             else:
-                for start, stop in _panels(rows.shape[1]):
+                for start, stop in panels(rows.shape[1]):
                     self._sum[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
         self._tokens += len(rows)
 
@@ -48,14 +48,14 @@ class HessianAccumulator:
             raise CalibrationError("no calibration token reached it")
         mean, self._sum = self._sum.div_(self._tokens), None
         if self._symmetric:
-            for start, stop in _panels(len(mean)):
+            for start, stop in panels(len(mean)):
                 mean[:start, start:stop] = mean[start:stop, :start].t()
         if not all_finite(mean):
             raise CalibrationError("the calibration inputs hold NaN or infinity")
         return mean
 
 
-def _panels(width: int) -> list[tuple[int, int]]:
+def panels(width: int) -> list[tuple[int, int]]:
     """Rows of a symmetric matrix that are computed together: few enough products to be fast, many enough to save half."""
     size = max(PANEL, -(-width // PANELS))
     return [(start, min(start + size, width)) for start in range(0, width, size)]
