@@ -108,7 +108,8 @@ def quantize_weight_gptq(
     if correction is not None:
         transformed = torch.addmm(transformed, transformed, correction)
     # Transposed: a column of the weight is a contiguous row here.
-    pending = transformed.t().contiguous()  # [K, N], corrected as the sweep goes on
+    # A copy in any case: without a transform, and in float32, it is the model's own weight.
+    pending = transformed.t().clone(memory_format=torch.contiguous_format)  # [K, N], corrected as the sweep goes on
     if hessian is None:
         del transformed
     codes = torch.empty_like(pending, dtype=torch.int8)

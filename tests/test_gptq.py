@@ -12,7 +12,7 @@ from apex4_quant.calib.hessian import HessianAccumulator
 from apex4_quant.errors import Apex4Error
 from apex4_quant.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.kernels import reference
-from apex4_quant.layouts import ROWMAJOR
+from apex4_quant.layouts import ROWMAJOR, get_layout
 from apex4_quant.quant_config import LinearFormat
 from apex4_quant.weight_quantizer import quantize_weight_rtn, search_scales
 
@@ -174,3 +174,11 @@ def test_clip_search_finds_the_least_output_error() -> None:
 def test_clip_search_keeps_the_range_when_every_value_is_at_its_end() -> None:
     inputs = torch.randint(0, 2, (64, 128), generator=torch.Generator().manual_seed(6)) * 2.0 - 1
     assert search_activation_clip(inputs, [torch.eye(128)], 128) == 1.0
+
+
+def test_the_models_weight_is_left_as_it_was() -> None:
+    """Without a transform and in float32 it is not copied on the way; one row is contiguous either way around."""
+    weight = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    before, format = weight.clone(), LinearFormat(1, 256, 128, get_layout("rowmajor"), "none", 1.0)
+    quantize_weight_gptq("w", weight, format, inverse_factor("w", torch.eye(256) + 0.5))
+    assert torch.equal(weight, before)

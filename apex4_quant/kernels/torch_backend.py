@@ -3,7 +3,7 @@
 Exact where the format says exact. Codes are integers of magnitude <= 7, so a product sum over a group of g inputs is
 at most 49 g: below 2^24, a float32 matrix product of codes holds it exactly, in any order of summation. (K beyond
 342,000 in one group would not; no model has it.) The dequantization costs one multiply by s_w, exact for g = 128 (13
-bits times the 11 of a float16), and one multiply-add by s_a.
+bits times the 11 of a float16; on a CPU it is done to the weights beforehand), and one multiply-add by s_a.
 """
 
 from __future__ import annotations
