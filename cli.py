@@ -113,9 +113,9 @@ def quantize(
         raise UsageError("quantize needs an output folder: give -o OUT, or --dry-run to see the plan only")
     if options["plan"] and context.get_parameter_source("group_size") == ParameterSource.COMMANDLINE:
         raise UsageError("--plan decides every group size: leave --group-size away")
-    from apex4_quant import pipeline
-    from apex4_quant.plan import plan_as_text
-    from apex4_quant.storage import format_bytes
+    from apex4_quant.format.storage import format_bytes
+    from apex4_quant.quantization import run as pipeline
+    from apex4_quant.quantization.plan import plan_as_text
 
     if resume:
         if out is None:
@@ -165,7 +165,7 @@ def quantize(
 @_reports_errors
 def gpus(as_json: bool) -> None:
     """The GPUs that are known: rates, rho, and how much of the dequantization hides behind the tensor cores."""
-    from apex4_quant.cost_model import gpus_as_dict, gpus_as_text
+    from apex4_quant.planning.cost_model import gpus_as_dict, gpus_as_text
 
     click.echo(json.dumps(gpus_as_dict()) if as_json else gpus_as_text())
 
@@ -200,7 +200,7 @@ def gpus(as_json: bool) -> None:
 @_reports_errors
 def plan(out: Path | None, as_json: bool, **options: Any) -> None:
     """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
-    from apex4_quant.planner import PlanSettings, make_plan
+    from apex4_quant.planning.planner import PlanSettings, make_plan
 
     result = make_plan(PlanSettings(**options), out, _progress(as_json))
     click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
@@ -238,14 +238,14 @@ def evaluate(context: click.Context, path: str, tasks: str, throughput: bool, as
             advice = "is not for --throughput: leave it away" if throughput else "is for --throughput: add that"
             raise UsageError(f"--{name.replace('_', '-')} {advice}")
     if throughput:
-        from apex4_quant.throughput import ThroughputSettings, throughput_as_text
-        from apex4_quant.throughput import throughput as measure
+        from apex4_quant.evaluation.throughput import ThroughputSettings, throughput_as_text
+        from apex4_quant.evaluation.throughput import throughput as measure
 
         common = {name: options[name] for name in ("baseline", "device", "dtype")}
         measured = measure(ThroughputSettings(model=path, **common, **speed), _progress(as_json))
         click.echo(json.dumps(measured) if as_json else throughput_as_text(measured))
         return
-    from apex4_quant.evaluate import EvalSettings, evaluate, evaluation_as_text
+    from apex4_quant.evaluation.evaluate import EvalSettings, evaluate, evaluation_as_text
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
     result = evaluate(EvalSettings(model=path, tasks=names, **options), _progress(as_json))
@@ -258,7 +258,7 @@ def evaluate(context: click.Context, path: str, tasks: str, throughput: bool, as
 @_reports_errors
 def inspect(path: str, as_json: bool) -> None:
     """Show what is in the quantized checkpoint PATH, linear by linear."""
-    from apex4_quant.inspection import inspect, inspection_as_text
+    from apex4_quant.checkpoint.inspect import inspect, inspection_as_text
 
     result = inspect(path)
     click.echo(json.dumps(result) if as_json else inspection_as_text(result))
@@ -270,7 +270,7 @@ def inspect(path: str, as_json: bool) -> None:
 @_reports_errors
 def check(path: str, as_json: bool) -> None:
     """Check that the quantized checkpoint PATH is complete, undamaged and runs."""
-    from apex4_quant.checking import check
+    from apex4_quant.checkpoint.check import check
 
     done = check(path, (lambda line: None) if as_json else click.echo)
     click.echo(json.dumps({"path": path, "ok": True, "checks": done}) if as_json else f"{path} is whole")
@@ -284,7 +284,7 @@ def check(path: str, as_json: bool) -> None:
 @_reports_errors
 def repack(path: str, out: Path, target: str, as_json: bool) -> None:
     """Rewrite the quantized checkpoint PATH in the order another GPU reads: the same codes, no quantization."""
-    from apex4_quant.repacking import repack
+    from apex4_quant.checkpoint.repack import repack
 
     result = repack(path, out, target, (lambda line: None) if as_json else functools.partial(click.echo, err=True))
     if as_json:
@@ -300,7 +300,7 @@ def repack(path: str, out: Path, target: str, as_json: bool) -> None:
 @_reports_errors
 def doctor(as_json: bool) -> None:
     """What computes here: torch, driver, NVRTC, each GPU's kernels, the cache; exit code 1 if a GPU lacks something."""
-    from apex4_quant.doctor import as_text, examine
+    from apex4_quant.tools.doctor import as_text, examine
 
     found = examine()
     click.echo(json.dumps(found) if as_json else as_text(found))
@@ -325,7 +325,7 @@ def doctor(as_json: bool) -> None:
 @_reports_errors
 def bench(shapes: str, tokens: str, contenders: str, quick: bool, plot: Path | None, as_json: bool) -> None:
     """Time W4A4 linears of real models on this GPU, beside BF16 and FP8."""
-    from apex4_quant.bench import BenchSettings, as_svg, as_text, parse_list, parse_tokens, run
+    from apex4_quant.tools.bench import BenchSettings, as_svg, as_text, parse_list, parse_tokens, run
 
     settings = BenchSettings(parse_list(shapes), parse_tokens(tokens), parse_list(contenders), quick)
     result = run(settings, _progress(as_json))
@@ -347,7 +347,7 @@ def kernels() -> None:
 @_reports_errors
 def build_kernels(archs: tuple[str, ...], out: Path | None, jobs: int | None, as_json: bool) -> None:
     """Compile every kernel of ARCH, so that nobody waits at first use: into the cache, and into OUT if given."""
-    from apex4_quant.kernel_build import build
+    from apex4_quant.tools.kernel_build import build
 
     result = build(archs, out, jobs, _progress(as_json))
     click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
@@ -362,7 +362,7 @@ def build_kernels(archs: tuple[str, ...], out: Path | None, jobs: int | None, as
 @_reports_errors
 def tune_kernels(shapes: str, tokens: str, out_dtype: str, repeats: int, as_json: bool) -> None:
     """Time every plan of the GEMM for some shapes on this GPU, and use the fastest from now on."""
-    from apex4_quant.tuning import settings_of, tune
+    from apex4_quant.tools.tuning import settings_of, tune
 
     result = tune(settings_of(shapes, tokens, out_dtype, repeats), _progress(as_json))
     click.echo(json.dumps(result) if as_json else f"{len(result['shapes'])} plans kept in {result['file']}")
@@ -374,7 +374,7 @@ def tune_kernels(shapes: str, tokens: str, out_dtype: str, repeats: int, as_json
 @_reports_errors
 def list_kernels(archs: tuple[str, ...], as_json: bool) -> None:
     """Every kernel: architecture, name, source, macros."""
-    from apex4_quant.kernel_build import kernels_as_dict, kernels_as_text
+    from apex4_quant.tools.kernel_build import kernels_as_dict, kernels_as_text
 
     click.echo(json.dumps(kernels_as_dict(archs)) if as_json else kernels_as_text(archs))
 

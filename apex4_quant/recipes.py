@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .number_format import TRANSFORMS
+from .format.number_format import TRANSFORMS
 
 ROUNDINGS = ("nearest", "gptq")
 READERS, GRADIENTS = "readers", "gradients"
@@ -25,12 +25,12 @@ class Recipe:
     "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear input; without it all are
     `activation_clip`. `rotation` merges random Hadamard rotations of the residual stream and of the values into the
     weights, `diagonal` is the exponent of the balancing factors (0: none). Both leave the model's function as it is
-    (model_transform.py). `gptaq` is how far GPTQ's targets are moved from what a linear makes of its inputs, which come
+    (function_preserving.py). `gptaq` is how far GPTQ's targets are moved from what a linear makes of its inputs, which come
     through quantized layers, to what it makes of the original model's (0: not at all, 1: all the way; gptq.py).
     `importance` is how outputs and inputs are weighed where a transform and a clip ratio are chosen: "readers", by the
     weights that read them (importance.py), or "gradients", by what their errors do to the model's predictions
     (gradients.py; experts keep the first). `transform_steps` is how long a transform is learned, `refinement` how often
-    the codes of GPTQ are gone over again (code_refinement.py).
+    the codes of GPTQ are gone over again (coordinate_descent.py).
     """
 
     name: str

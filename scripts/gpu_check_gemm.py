@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from apex4_quant.kernels import gemm_configs, launcher, reference
-from apex4_quant.kernels.gemm_configs import GemmConfig, GemmPlan
+from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.number_format import BLOCK, CODE_MAX
+from apex4_quant.kernels import reference
+from apex4_quant.kernels.gemm import configs as gemm_configs
+from apex4_quant.kernels.gemm.configs import GemmConfig, GemmPlan
 from apex4_quant.kernels.index import index_function
-from apex4_quant.layouts import get_layout
-from apex4_quant.number_format import BLOCK, CODE_MAX
+from apex4_quant.kernels.runtime import launcher
 
 POISON = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

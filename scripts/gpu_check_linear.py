@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from apex4_quant.kernels import fused_linear, gemm_configs, ops
-from apex4_quant.layouts import get_layout
-from apex4_quant.number_format import BLOCK, CODE_MAX, round_up
+from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.number_format import BLOCK, CODE_MAX, round_up
+from apex4_quant.kernels import ops
+from apex4_quant.kernels.gemm import configs as gemm_configs
+from apex4_quant.kernels.gemm import fused_linear
 
 EPS = 1e-5
 # m, n, k: ragged in all three, one block, several rounds of a thread block, tiles that share a thread block, clusters.

@@ -40,12 +40,7 @@ try:
 except ImportError:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from apex4_quant.kernels.hadamard import hadamard_128
-from apex4_quant.kernels.index import index_function
-from apex4_quant.kernels.quantize_configs import board_bytes, prepack_matrix
-from apex4_quant.kernels.quantize_launch import run_quantize
-from apex4_quant.learned_transform import _storable
-from apex4_quant.number_format import (
+from apex4_quant.format.number_format import (
     ACTIVATION_SCALE_MIN,
     BLOCK,
     CODE_MAX,
@@ -54,6 +49,11 @@ from apex4_quant.number_format import (
     padded_in_features,
     round_up,
 )
+from apex4_quant.kernels.hadamard import hadamard_128
+from apex4_quant.kernels.index import index_function
+from apex4_quant.kernels.quantize.configs import board_bytes, prepack_matrix
+from apex4_quant.kernels.quantize.launch import run_quantize
+from apex4_quant.transforms.learned_transform import _storable
 
 U = 2.0**-24
 BUTTERFLY_ERROR, TENSOR_CORE_ERROR = 8 * U, 136 * U

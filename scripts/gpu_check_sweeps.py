@@ -12,12 +12,12 @@ from unittest.mock import patch
 import torch
 
 from apex4_quant.calib.hessian import HessianAccumulator
-from apex4_quant.code_refinement import refine_codes
-from apex4_quant.gptq import DAMPING, inverse_factor, quantize_weight_gptq
-from apex4_quant.kernels import column_sweeps
-from apex4_quant.layouts import ROWMAJOR
-from apex4_quant.number_format import CODE_MAX, GroupSize
-from apex4_quant.quant_config import LinearFormat
+from apex4_quant.format.layouts import ROWMAJOR
+from apex4_quant.format.number_format import CODE_MAX, GroupSize
+from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.kernels.sweeps import column_sweeps
+from apex4_quant.rounding.coordinate_descent import refine_codes
+from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 
 # n, k, group size: rows that fill no CTA, one block, groups of several.
 SHAPES: tuple[tuple[int, int, GroupSize], ...] = (

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 import apex4_quant
 from apex4_quant.cli import cli
+from apex4_quant.models.source import DEMO_PATH
 from apex4_quant.recipes import named_recipes
-from apex4_quant.source import DEMO_PATH
 
 # On a busy machine torch's threads wait for each other ten times as long as these small models compute.
 torch.set_num_threads(1)

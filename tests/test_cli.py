@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import apex4_quant
 from apex4_quant.calib.text import load_text
-from apex4_quant.layouts import get_layout
+from apex4_quant.format.layouts import get_layout
 
 FAILED = 1
 Call = Callable[..., Any]  # the fixtures of conftest.py

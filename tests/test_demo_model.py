@@ -13,10 +13,10 @@ import torch
 
 from apex4_quant.calib.samples import windows
 from apex4_quant.calib.text import BUNDLED, load_text
-from apex4_quant.evaluate import TASKS_FOLDER, measure_perplexity
-from apex4_quant.loading import load_model
-from apex4_quant.source import DEMO_PATH, ModelSource
-from apex4_quant.tokenizers import load_tokenizer
+from apex4_quant.checkpoint.load import load_model
+from apex4_quant.evaluation.evaluate import TASKS_FOLDER, measure_perplexity
+from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.tokenizers import load_tokenizer
 
 
 def test_it_is_what_the_issue_of_a_demo_model_needs() -> None:

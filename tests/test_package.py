@@ -36,8 +36,8 @@ def test_nothing_common_lands_at_the_top_of_site_packages(wheel: Path) -> None:
         "apex4_quant/calib/bundled/calibration.txt",
         "apex4_quant/demo/model.safetensors",
         "apex4_quant/demo/checksums.json",
-        "apex4_quant/tasks/apex4_choice.yaml",
-        "apex4_quant/tasks/apex4_choice.jsonl",
+        "apex4_quant/evaluation/tasks/apex4_choice.yaml",
+        "apex4_quant/evaluation/tasks/apex4_choice.jsonl",
         "apex4_quant/kernels/reference.py",
     ):
         assert needed in names

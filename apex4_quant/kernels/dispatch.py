@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from ..errors import Apex4Error, UsageError
-from .configurations import FAMILIES, kernel_family
+from .catalogue import FAMILIES, kernel_family
 
 VARIABLE = "APEX4_KERNEL"
 REFERENCE = "reference"
@@ -58,7 +58,7 @@ def _format_of_gpu(index: int) -> str | None:
 
 def _require_tools(index: int) -> None:
     """Raise Apex4Error, saying what to install, if kernels cannot be compiled or launched here."""
-    from . import compiler, launcher
+    from .runtime import compiler, launcher
 
     compiler.nvrtc_version()
     compiler.header_folder()

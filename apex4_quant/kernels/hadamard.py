@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from ..number_format import BLOCK
-from .quantize_configs import prepack_matrix
+from ..format.number_format import BLOCK
+from .quantize.configs import prepack_matrix
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).parent / "cuda" / "index.cuh"
+SOURCE = Path(__file__).parent / "cuda" / "common" / "index.cuh"
 _LINE = re.compile(r"^APEX4_INDEX\((\w+), \(([^)]*)\), (.*)\)$", re.MULTILINE)
 _ALLOWED = re.compile(r"[\w\s+\-*&^|()<>]*")  # what C++ and Python read alike
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from ..number_format import BLOCK, round_up
+from ..format.number_format import BLOCK, round_up
 from .index import index_function
 
 FORMATS = ("sm80", "sm90")

@@ -24,18 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..layouts import get_layout
-from ..number_format import BLOCK
-from . import launcher, torch_backend, workspace
-from .fused_linear import MOST_TOKENS, fused_launch
+from ..format.layouts import get_layout
+from ..format.number_format import BLOCK
+from . import torch_backend
+from .gemm.fused_linear import MOST_TOKENS, fused_launch
 from .hadamard import signs
 from .operands import ROW_BYTES, format_of_codes, pack_activations, row_stride, unpack_activations
-from .quantize_configs import FEW_ROWS, product_is_faster
-from .quantize_launch import Quantizer, quantizer, rows_are_aligned
+from .quantize.configs import FEW_ROWS, product_is_faster
+from .quantize.launch import Quantizer, quantizer, rows_are_aligned
+from .runtime import launcher, workspace
 
 if TYPE_CHECKING:
-    from .gemm_configs import GemmPlan
-    from .launcher import Launch
+    from .gemm.configs import GemmPlan
+    from .runtime.launcher import Launch
 
 _HOW = "Tensor? matrix, int k_padded, int group, float clip, bool hadamard, str format"
 _WEIGHTS = "Tensor weight_packed, Tensor weight_scale, Tensor? bias, int n"
@@ -371,7 +372,7 @@ def _gemm_launch(
     index: int, m: int, n: int, k_blocks: int, blocks_per_group: int, m_stride: int, out: torch.dtype
 ) -> tuple[GemmPlan, Launch]:
     """The plan, and its kernel with all but the pointers."""
-    from .gemm_configs import choose_gemm
+    from .gemm.configs import choose_gemm
 
     plan = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out])
     kernel = launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)

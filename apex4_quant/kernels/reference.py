@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..number_format import ACTIVATION_SCALE_MIN, CODE_MAX
+from ..format.number_format import ACTIVATION_SCALE_MIN, CODE_MAX
 from .block_matrix import apply_block_matrix
 from .hadamard import apply_block_hadamard
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX
+from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX
 from .block_matrix import apply_block_matrix
 from .hadamard import apply_block_hadamard
 

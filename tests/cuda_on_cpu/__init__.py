@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apex4_quant.kernels.compiler import SOURCES
+from apex4_quant.kernels.runtime.compiler import SOURCES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -68,16 +68,18 @@ class CpuLauncher:
         self._folder = folder
         self._flags = (optimization, *FLAGS)
         self._kernels: dict[Any, CpuKernel] = {}
-        for path in (*SOURCES.glob("*.cuh"), *SOURCES.glob("*.cu")):
+        for path in (*SOURCES.rglob("*.cuh"), *SOURCES.rglob("*.cu")):
             text = path.read_text()
             for name, old, new in edits:
                 if name == path.name:
                     assert text.count(old) == 1, (name, old)
                     text = text.replace(old, new)
-            (folder / path.name).write_text(_with_placed_shared_memory(text))
-        for name in ("ptx.cuh", "quantize_wgmma.cuh"):
-            shutil.copy(HERE / name, folder)
-        (folder / "quantize_ptx.cuh").write_text("#pragma once\n")  # cuda_on_cpu.h has it
+            copy = folder / path.relative_to(SOURCES)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(_with_placed_shared_memory(text))
+        shutil.copy(HERE / "ptx.cuh", folder / "common")
+        shutil.copy(HERE / "quantize_wgmma.cuh", folder / "quantize")
+        (folder / "quantize" / "quantize_ptx.cuh").write_text("#pragma once\n")  # cuda_on_cpu.h has it
 
     def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:
         key = (source, *sorted(defines.items()))

@@ -1,0 +1,95 @@
+"""A model folder, quantized or not, to a model that runs. Nothing is filled in: a missing tensor is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import Apex4Error, UsageError
+from ..format.quant_config import QUANT_METHOD, QuantConfig
+from ..format.storage import read_json, sha256
+from ..hardware.devices import multiplies_fast, multiply_in_float32
+from ..models.source import read_config, read_tensor_infos, verify_listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPORT_NAME = "apex4_report.json"
+
+
+def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:
+    """The checked apex4 section of a config.json, or None for a model that is not quantized. Raises Apex4Error."""
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    if section.get("quant_method") != QUANT_METHOD:
+        raise UsageError(f"the model is quantized by {section.get('quant_method')!r}, not by apex4")
+    return QuantConfig.from_dict(section)
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """apex4_report.json, or None where there is none (saved by another tool). Raises Apex4Error."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    if not isinstance(report, dict) or not {"files", "quantized", "kept"} <= set(report):
+        raise Apex4Error(f"{path} is not the report of a run: the file is damaged, get it again")
+    return report
+
+
+def verify_checksums(folder: Path) -> bool:
+    """Compare every weight file with the report's SHA-256. False if the folder has no report (saved by another tool).
+
+    Raises Apex4Error naming the first file that differs.
+    """
+    report = read_report(folder)
+    if report is None:
+        return False
+    for name, entry in report["files"].items():
+        if not (folder / name).is_file():
+            raise Apex4Error(f"{folder / name} is missing: the checkpoint is incomplete, get it again")
+        if sha256(folder / name) != entry["sha256"]:
+            raise Apex4Error(f"{folder / name} does not have its recorded checksum: the file is damaged, get it again")
+    return True
+
+
+def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = False) -> PreTrainedModel:
+    """Load for inference. Raises UsageError or Apex4Error, with one sentence, before and instead of a bad model.
+
+    On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = read_config(folder)
+    quantized = quant_config_of(config) is not None
+    infos = read_tensor_infos(folder)
+    if quantized:
+        verify_checksums(folder)
+    else:
+        verify_listed(folder, (info.file for info in infos.values()))
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    for name, stored, needed in sorted(info["mismatched_keys"]):
+        raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
+    if info["missing_keys"]:
+        name = sorted(info["missing_keys"])[0]
+        raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")
+    if not as_it_is and not multiplies_fast(torch.device(device), dtype):
+        multiply_in_float32(model)
+    return model.eval()

@@ -1,0 +1,67 @@
+"""The W4A4 number format: codes, groups, scales. DESIGN §2; the normative text is docs/format.md.
+
+    y[m, n] = sum_g  s_a[m, g] * s_w[n, g] * ( sum_{k in g} q_a[m, k] * q_w[n, k] )  +  bias[n]
+
+Codes are integers in [-7, 7]. Weight scales are float16 and chosen before the codes; activation scales are float32,
+one per token and group, computed at run time. Constants here are the only copies.
+"""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+
+BITS = 4
+CODE_MAX = 7  # -8 is never produced: symmetric +-7 stays exact in e4m3 and in the Blackwell INT4 grids
+FORBIDDEN_CODE = -8
+
+BLOCK = 128  # the unit of groups, of group transforms and of tensor-parallel slices along K
+CHANNEL = "channel"  # a group size: one group spans all of K
+
+WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weight group gets
+WEIGHT_SCALE_MAX = 65504.0  # largest float16
+ACTIVATION_SCALE_MIN = 2.0**-100  # floor of s_a: an all-zero group gives zeros, never NaN
+
+# Group transforms that are learned, with what they multiply by stored in the checkpoint: a matrix for every block of an
+# input, or one for all of them.
+DENSE, SHARED = "dense128", "shared128"
+LEARNED = (DENSE, SHARED)
+HADAMARD, NO_TRANSFORM = "hadamard128", "none"
+TRANSFORMS = (HADAMARD, *LEARNED, NO_TRANSFORM)
+
+GroupSize = int | str
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def parse_group_size(value: GroupSize) -> GroupSize:
+    """Return a legal group size: a positive multiple of 128, or "channel".
+
+    Raises UsageError for anything else.
+    """
+    if value == CHANNEL:
+        return CHANNEL
+    try:
+        number = int(value) if isinstance(value, int | str) else 0
+    except ValueError:
+        number = 0
+    if number <= 0 or number % BLOCK:
+        raise UsageError(
+            f"group size {value!r} is not legal: give a multiple of {BLOCK} (128, 256, 512, ...) or '{CHANNEL}'"
+        )
+    return number
+
+
+def padded_in_features(in_features: int, group_size: GroupSize) -> int:
+    """K rounded up so that groups divide it: to the group size, or to one block for channel granularity."""
+    return round_up(in_features, BLOCK if group_size == CHANNEL else int(group_size))
+
+
+def group_length(in_features: int, group_size: GroupSize) -> int:
+    """Length of one group in the padded K."""
+    return padded_in_features(in_features, CHANNEL) if group_size == CHANNEL else int(group_size)
+
+
+def group_count(in_features: int, group_size: GroupSize) -> int:
+    return padded_in_features(in_features, group_size) // group_length(in_features, group_size)

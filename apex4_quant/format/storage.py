@@ -1,0 +1,120 @@
+"""Files that are whole or absent: write to a temporary name, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import Apex4Error, UsageError
+
+RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (run_state.py)
+TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise Apex4Error(_write_failure(path, error)) from error
+
+
+def _write_failure(path: Path, error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors reports I/O errors as text only.
+    full = full or any(phrase in str(error) for phrase in ("No space left", "File too large", "quota exceeded"))
+    if full:
+        out = path.parent.parent if path.parent.name == RUN_FOLDER else path.parent
+        if not (out / RUN_FOLDER).is_dir():  # not a run that can be resumed
+            return f"no space left to write {path}: free some space, remove {out} and run again"
+        return (
+            f"no space left to write {path}: what is finished is kept; free some space and "
+            f"run 'apex4 quantize --resume -o {out}'"
+        )
+    return f"{path} cannot be written ({error}): check the folder and its permissions"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with _atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises Apex4Error, naming the file, if it is not there or not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise Apex4Error(f"{path} is missing: the folder is not a complete model") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise Apex4Error(f"{path} is not valid JSON ({error}): the file is damaged, get it again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file. Its bytes depend on the tensors alone."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _atomic(path) as temporary:
+        # One metadata entry only: safetensors writes several in a random order.
+        save_file(on_cpu, temporary, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors creates files only their owner can read
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with _atomic(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Raise UsageError if the disk of `folder` (or of its nearest existing parent) has less than `needed` bytes."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UsageError(
+            f"{folder} has {format_bytes(free)} free and the run needs {format_bytes(needed)}: "
+            "free some space or choose another output folder"
+        )
+
+
+def remove_temporaries(folder: Path) -> None:
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink()
+
+
+def format_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"

@@ -1,0 +1,294 @@
+// Activation quantizer with a dense transform: [x | RMSNorm(x) gain | SiLU(gate) up] -> x_b T_b per block of 128, on the
+// tensor cores with float32 sums -> codes and scales, one scale per block (group size 128).
+//
+// x goes from global memory straight into A fragments: the mma's k is renamed so that a lane needs eight consecutive
+// columns at a time, and its n so that a lane ends with 32 consecutive columns of a row (index.cuh, dense_*). The largest
+// value of a row is then two shuffles away, and codes are stored in whole 16-byte chunks.
+//
+// Kernels, by the macro APEX4_FEW_ROWS:
+//   0: a CTA keeps the matrix of its block in shared memory and passes over rows_per_cta rows, 32 to a warp, so that a
+//      fragment of the matrix read from shared memory serves two products. The next rows of x are loaded while
+//      the current ones are quantized; the second operand later, when the accumulators' registers are free for it.
+//   1: a CTA has 16 rows; its four warps have a quarter of the columns each and read their quarter of the matrix straight
+//      into registers, all of it in flight at once. Also the one kernel for unaligned rows.
+//   2: RMS_NORM, the same with four warps more for the sums of squares; up to OWN_RMS_ROWS rows.
+//
+// Operands (type T: bfloat16 or float16, also of the matrix):
+//   codes    uint8 [KB, m_stride, 64 (sm80) | 128 (sm90)], 16-byte aligned; layout: index.cuh
+//   scales   float32 [KB, m_stride]
+//   x        T [m, k], row stride ldx elements; SILU_MUL: the gate
+//   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
+//   inverse_rms   RMS_NORM: float32 [m], written by row_rms.cu, or null: a CTA for few rows works out those of its own, of which
+//            there may be OWN_RMS_ROWS. Otherwise not read
+//   matrix   T [KB or 1][16384] in fragment order (quantize_configs.prepack_matrix), 16-byte aligned
+//   m, k, m_stride >= m, ldx, ld_second
+//   rows_per_cta   a multiple of 128; FEW_ROWS: 16
+//   matrix_stride  2048, or 0 if all blocks share one matrix (16-byte units)
+//   matrix_factor  a constant the products are multiplied by; 1 but for a shared matrix of +-1
+//   clip_over_7    float32(clip / 7)
+//   eps            where inverse_rms is null
+//   gain_offset (0 or 1)   RMS_NORM only, see `normalised`
+//   aligned  must be 1 unless FEW_ROWS; see quantize_rows.cu
+// Grid: (KB, runs of rows), THREADS threads. Rows from m on are not written.
+//
+// Macros: those of quantize.cuh, APEX4_FEW_ROWS.
+constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // WARPS: of those that multiply
+#include "quantize/quantize_dense.cuh"
+
+constexpr int WORDS = PIECES * PIECE_WORDS;  // registers of a row
+
+struct Input {
+  const unsigned short* x;
+  const unsigned short* second;
+  const float* inverse_rms;
+  int m, k, ldx, ld_second, first_column;
+  bool gain_offset, aligned;
+
+  __device__ __forceinline__ void load_row(
+      unsigned (&words)[WORDS], const unsigned short* row, bool active, int lane) const {
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece)
+      load_octet(words + PIECE_WORDS * piece, row, first_column + dense_piece_column(piece, lane), k, active, aligned);
+  }
+
+  // ROWS rows of the accumulator pattern from `first` on: row(i) = first + (lane >> 2) + 8 i.
+  template <int ROWS>
+  __device__ __forceinline__ void load(unsigned (&words)[ROWS][WORDS], int first, int lane) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int row = first + accumulator_row(lane, i);
+      load_row(words[i], x + static_cast<long long>(row) * ldx, row < m, lane);
+    }
+  }
+
+  // What is left to do on loaded rows before they are multiplied.
+  template <int ROWS>
+  __device__ __forceinline__ void finish(unsigned (&words)[ROWS][WORDS], int first, int lane) const {
+#if APEX4_INPUT == APEX4_RMS_NORM
+    unsigned gain[WORDS];
+    load_row(gain, second, true, lane);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int row = first + accumulator_row(lane, i);
+      const float inverse = row < m ? inverse_rms[row] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < WORDS; ++j) words[i][j] = normalised(words[i][j], gain[j], inverse, gain_offset);
+    }
+#elif APEX4_INPUT == APEX4_SILU_MUL
+#pragma unroll
+    for (int at = 0; at < ROWS; at += HALVES) {
+      // A branch, so that this work is not mixed with the products: there are no registers for both.
+      if (first + 8 * at >= m) return;
+      unsigned up[HALVES][WORDS];
+#pragma unroll
+      for (int i = 0; i < HALVES; ++i) {
+        const int row = first + accumulator_row(lane, at + i);
+        load_row(up[i], second + static_cast<long long>(row) * ld_second, row < m, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < HALVES; ++i)
+#pragma unroll
+        for (int j = 0; j < WORDS; ++j) words[at + i][j] = gated(words[at + i][j], up[i][j]);
+    }
+#endif
+  }
+};
+
+#if APEX4_FEW_ROWS
+
+constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
+
+#if APEX4_FEW_ROWS == 2
+#define APEX4_BOUNDS __launch_bounds__(THREADS, 1)
+#else
+#define APEX4_BOUNDS __launch_bounds__(THREADS)
+#endif
+
+#if APEX4_FEW_ROWS == 2
+constexpr int RMS_WARPS = THREADS / 32, OWN_RMS_ROWS = 8, LOADS = 8;
+
+// 1 / RMS of all m rows, by all threads: as many warps for each row as there are, and LOADS loads of each at once. Every CTA reads
+// the rows whole: less than a kernel in front of this one would cost.
+__device__ __forceinline__ const float* own_inverse_rms(
+    const unsigned short* x, int m, int k, int ldx, float eps, bool aligned) {
+  __shared__ float warp_squares[RMS_WARPS], result[OWN_RMS_ROWS];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int rows_log2 = m > 4 ? 3 : m > 2 ? 2 : m - 1, rows = 1 << rows_log2;  // that m rows are rounded up to
+  const int row = warp & (rows - 1), part = warp >> rows_log2, step = 8 * 32 * (RMS_WARPS >> rows_log2);
+  float sum = 0.0f;
+  for (int start = 8 * (32 * part + lane); start < k; start += LOADS * step) {
+    unsigned pairs[LOADS][4];
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      load_octet(pairs[i], x + static_cast<long long>(row) * ldx, start + i * step, k, row < m, aligned);
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum = fmaf(low_of(pairs[i][j]), low_of(pairs[i][j]), sum);
+        sum = fmaf(high_of(pairs[i][j]), high_of(pairs[i][j]), sum);
+      }
+  }
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+  if (lane == 0) warp_squares[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x < m) {
+    sum = 0.0f;
+    for (int i = threadIdx.x; i < RMS_WARPS; i += rows) sum += warp_squares[i];
+    result[threadIdx.x] = inverse_rms_of(sum, __frcp_rn(static_cast<float>(k)), eps);
+  }
+  __syncthreads();
+  return result;
+}
+#elif APEX4_INPUT == APEX4_RMS_NORM
+constexpr int OWN_RMS_ROWS = 4;
+
+// 1 / RMS of all m rows, by all threads. Every CTA reads them whole: less than a kernel in front of this one would cost.
+__device__ __forceinline__ const float* own_inverse_rms(
+    const unsigned short* x, int m, int k, int ldx, float eps, bool aligned) {
+  __shared__ float warp_squares[WARPS][OWN_RMS_ROWS], result[OWN_RMS_ROWS];
+  for (int row = 0; row < m; ++row) {
+    const float sum = squares_of_warp<THREADS, 4>(x + static_cast<long long>(row) * ldx, k, aligned);
+    if ((threadIdx.x & 31) == 0) warp_squares[threadIdx.x >> 5][row] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < m) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) sum += warp_squares[i][threadIdx.x];
+    result[threadIdx.x] = inverse_rms_of(sum, __frcp_rn(static_cast<float>(k)), eps);
+  }
+  __syncthreads();
+  return result;
+}
+#endif
+
+extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
+    const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
+    float matrix_factor, float clip_over_7, float eps, int gain_offset, int aligned) {
+  __shared__ float warp_absmax[WARPS][ROWS];
+  let_dependents_start();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x, first = blockIdx.y * rows_per_cta;
+  const uint4* const fragments = matrix + static_cast<long long>(block) * matrix_stride;
+  uint4 b[PAIRS][WARP_TILES];  // the matrix is no output of the kernel before: no need to wait for that one
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t)
+      if (APEX4_FEW_ROWS == 1 || warp < WARPS)
+        b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
+#if APEX4_INPUT == APEX4_RMS_NORM
+  if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
+#endif
+  wait_for_inputs();
+#if APEX4_INPUT == APEX4_RMS_NORM
+  if (inverse_rms == nullptr) inverse_rms = own_inverse_rms(x, m, k, ldx, eps, aligned != 0);
+#if APEX4_FEW_ROWS == 2
+  if (warp >= WARPS) return;
+#endif
+#endif
+  const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
+  unsigned words[HALVES][WORDS];
+  input.load(words, first, lane);
+  input.finish(words, first, lane);
+  float y[WARP_TILES][4] = {};
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t) {
+      multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 0, b[pair][t].x, b[pair][t].y);
+      multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 1, b[pair][t].z, b[pair][t].w);
+    }
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    float absmax = 0.0f;
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t)
+      absmax = max_nan(absmax, max_nan(fabsf(y[t][2 * half]), fabsf(y[t][2 * half + 1])));
+    absmax = max_of_quad(absmax);
+    if ((lane & 3) == 0) warp_absmax[warp][accumulator_row(lane, half)] = absmax;
+  }
+  named_barrier<1, 32 * WARPS>();
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    const int in_tile = accumulator_row(lane, half), row = first + in_tile;
+    if (row >= m) continue;
+    float absmax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][in_tile]);
+    const float scale = scale_of(absmax * matrix_factor, clip_over_7);
+    const ShiftedProduct quantized(scale, matrix_factor);
+    unsigned octet[8], packed[OCTET_WORDS];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) octet[i] = quantized(y[i >> 1][2 * half + (i & 1)]);
+    pack_octet(packed, octet);
+    const int column = dense_output(WARP_TILES * warp, 2 * (lane & 3));  // the first of this lane's eight
+    unsigned char* where = codes + static_cast<long long>(block) * m_stride * ROW_BYTES + octet_byte(row, column);
+#if APEX4_FORMAT == 80
+    *reinterpret_cast<unsigned*>(where) = packed[0];
+#else
+    *reinterpret_cast<uint2*>(where) = make_uint2(packed[0], packed[1]);
+#endif
+    if (warp == 0 && (lane & 3) == 0) scales[static_cast<long long>(block) * m_stride + row] = scale;
+  }
+}
+
+#else
+
+constexpr int M_TILES = 2, WARP_ROWS = 16 * M_TILES, CTA_ROWS = WARP_ROWS * WARPS;
+
+__device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
+#pragma unroll
+  for (int i = 0; i < MATRIX_CHUNKS / THREADS; ++i) {
+    const int at = threadIdx.x + i * THREADS;
+    copy_async(shared + at, from + at);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
+    const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
+    float matrix_factor, float clip_over_7, float, int gain_offset, int) {
+  __shared__ uint4 fragments[MATRIX_CHUNKS];
+  let_dependents_start();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
+  // The matrix is no output of the kernel before: no need to wait for that one.
+  copy_matrix(fragments, matrix + static_cast<long long>(block) * matrix_stride);
+  wait_for_inputs();
+  const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, true};
+  unsigned words[M_TILES * HALVES][WORDS];
+  int first = blockIdx.y * rows_per_cta + warp * WARP_ROWS;
+  const int end = min(m, (static_cast<int>(blockIdx.y) + 1) * rows_per_cta);
+  input.load(words, first, lane);
+  wait_for_copies();
+  __syncthreads();
+  unsigned char* const slab = codes + static_cast<long long>(block) * m_stride * ROW_BYTES;
+  float* const block_scales = scales + static_cast<long long>(block) * m_stride;
+
+  for (; first < end; first += CTA_ROWS) {
+    asm volatile("" : "+r"(first));  // to the compiler another number: it shall keep no pointers from pass to pass
+    input.finish(words, first, lane);
+    float y[M_TILES][TILES][4] = {};
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; ++pair)
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+        const uint4 b = fragments[dense_fragment_byte(pair, t, lane) / 16];
+        const int at = PIECE_WORDS * pair;
+        multiply(y[0][t], words[0] + at, words[1] + at, 0, b.x, b.y);
+        multiply(y[1][t], words[2] + at, words[3] + at, 0, b.x, b.y);
+        multiply(y[0][t], words[0] + at, words[1] + at, 1, b.z, b.w);
+        multiply(y[1][t], words[2] + at, words[3] + at, 1, b.z, b.w);
+      }
+    const int next = first + CTA_ROWS;
+    if (next < end) input.load(words, next, lane);
+#pragma unroll
+    for (int i = 0; i < M_TILES * HALVES; ++i)
+      quantize_row(slab, block_scales, y[i / HALVES], i % HALVES, first + accumulator_row(lane, i), m, matrix_factor,
+                   clip_over_7, lane);
+  }
+}
+
+#endif

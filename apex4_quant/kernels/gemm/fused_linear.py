@@ -1,0 +1,124 @@
+"""A linear of very few tokens as one kernel, that quantizes its own input: which shapes get it, and its launch. Torch-free.
+
+The kernel is apex4_linear of cuda/gemm_sm90_decode.cu: x or SiLU(gate) * up, the Hadamard transform, groups of 128. What
+its thread blocks do with their tiles is what the GEMM for 8 tokens does, so that choose_gemm decides about it, and its
+results are those of quantizer and GEMM, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import c_float, c_int
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+
+from ...format.number_format import BLOCK, CODE_MAX, round_up
+from ..quantize.configs import DTYPES, INPUTS
+from ..runtime.launcher import Kernel, Launch
+from .configs import DECODE_PARTS, SHARED_LIMITS, WEIGHT_TILE_N, GemmPlan, choose_gemm
+
+FUSED_INPUTS = ("plain", "silu_mul")  # RMSNorm needs sums over rows first: in a model that cost more (measured, H100)
+MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of them (measured, H100)
+SLICES = 64  # of quantize_tokens.cuh: blocks of tokens that are quantized at a time
+MOST_ROUNDS = 3  # of these, likewise
+TILE_M, STAGES = 8, 10
+_OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """One cubin: `input` is plain or silu_mul, `dtype` that of x and y."""
+
+    input: str
+    dtype: str
+
+    source = "gemm/gemm_sm90_decode.cu"
+    entry = "apex4_linear"
+
+    @property
+    def name(self) -> str:
+        return f"sm90_linear_{self.input}_{self.dtype}"
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Of struct Shared; the kernel asserts it."""
+        stage = round_up(DECODE_PARTS * (WEIGHT_TILE_N * BLOCK // 2 + 2 * WEIGHT_TILE_N) + 16, 128)
+        output = TILE_M * WEIGHT_TILE_N * (2 + 4 * DECODE_PARTS) + 16
+        return round_up(STAGES * stage + output, 128)
+
+    @cached_property
+    def defines(self) -> dict[str, int]:
+        bf16 = int(self.dtype == "bfloat16")
+        return {
+            "TILE_M": TILE_M, "PARTS": DECODE_PARTS, "STAGES": STAGES, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": bf16,
+            "QUANTIZES": 1, "APEX4_INPUT": INPUTS.index(self.input), "APEX4_HADAMARD": 1, "APEX4_BF16": bf16,
+            "APEX4_FORMAT": 90,
+        }  # fmt: skip
+
+
+@cache
+def fused_config(input: str, dtype: str) -> FusedConfig:
+    return FusedConfig(input, dtype)
+
+
+def all_configs(sm: int) -> list[FusedConfig]:
+    return [fused_config(input, dtype) for dtype in DTYPES for input in FUSED_INPUTS] if sm == 90 else []
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    config: FusedConfig
+    gemm: GemmPlan  # grid and cluster
+
+    @property
+    def own_blocks(self) -> int:
+        """Blocks of inputs that a thread block multiplies: whole stages."""
+        return -(-self.gemm.k_blocks // (DECODE_PARTS * self.gemm.cluster)) * DECODE_PARTS
+
+    @property
+    def shared_bytes(self) -> int:
+        """With the scales and codes of its tokens. 128 bytes more: the last core matrix has eight rows whatever m is."""
+        return self.config.shared_bytes + self.own_blocks * (4 * TILE_M + self.gemm.m * BLOCK) + 128
+
+
+@lru_cache(maxsize=4096)
+def choose_fused(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, input: str, dtype: str, gemm: str | None = None
+) -> FusedPlan | None:
+    """The plan of a linear with the Hadamard transform and groups of 128, or None: quantizer and GEMM apart.
+
+    `gemm` stands for APEX4_GEMM, which choose_gemm reads: with one that names another tile nothing is fused.
+    """
+    if sm != 90 or not 1 <= m <= MOST_TOKENS or input not in FUSED_INPUTS:
+        return None
+    chosen = choose_gemm(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype])
+    if chosen.config.tile_m != TILE_M:
+        return None
+    plan = FusedPlan(fused_config(input, dtype), chosen)
+    fits = plan.shared_bytes <= SHARED_LIMITS[sm][0] and m * plan.own_blocks <= MOST_ROUNDS * SLICES
+    return plan if fits else None
+
+
+@lru_cache(maxsize=4096)
+def fused_launch(
+    kernel: Callable[..., Kernel], device: int, sm: int, sm_count: int, m: int, n: int, k: int, k_blocks: int, ldx: int,
+    ld_second: int, aligned: bool, dtype: str, input: str, clip: float, gemm: str | None,
+) -> Launch | None:  # fmt: skip
+    """The kernel of a shape with all but its pointers, which are y, x, second, w_packed, w_scale and bias; None: see above.
+
+    `kernel` is launcher.kernel; the rest is named as in quantize_launch.py.
+    """
+    plan = choose_fused(sm, sm_count, m, n, k_blocks, input, dtype, gemm)
+    if plan is None:
+        return None
+    config, grid = plan.config, plan.gemm
+    numbers = (m, n, k, k_blocks, ldx, ld_second, n, -(-n // WEIGHT_TILE_N))
+    return kernel(config.source, config.entry, config.defines, device).bind(
+        grid.grid,
+        grid.block - 64,  # one warp copies, not three
+        6,
+        [*map(c_int, numbers), c_float(clip / CODE_MAX), c_int(aligned)],
+        shared_bytes=plan.shared_bytes,
+        cluster=grid.cluster,
+        programmatic=True,
+    )

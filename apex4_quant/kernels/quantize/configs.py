@@ -1,0 +1,289 @@
+"""Which quantizer kernel runs for which input, and with what grid. Knows no torch (but for `prepack_matrix`) and no CUDA.
+
+The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_dense.cu (a dense matrix
+per block; group size 128), quantize_dense_sm90.cu (the same for many rows on Hopper) and row_rms.cu, which quantize_dense.cu
+needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
+`product_is_faster`: a Hadamard transform as a product has its sums in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import UsageError
+from ...format.number_format import BLOCK
+from ..index import index_function
+
+if TYPE_CHECKING:
+    import torch
+
+INPUTS = ("plain", "rms_norm", "silu_mul")  # APEX4_INPUT is the position
+FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
+DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
+FORMATS = {"sm80": 80, "sm90": 90}  # activation format -> APEX4_FORMAT
+
+WARP = 32
+SLICE_LANES = 8  # threads of a slice: of one block of one row
+RESIDENT_SLICES, LONG_BLOCKS = 128, 1024  # MAX_THREADS / 8 and MAX_LONG_BLOCKS of quantize_rows.cu
+LONG_THREADS = 512
+RESIDENT_THREADS = 1536  # of a multiprocessor: 40 registers each
+CTA_SLICES = 32  # 256 threads: six such CTAs fill an SM
+SMALL_CTA_SLICES = 8  # where there is too little work for all SMs
+CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes and one sector of scales
+GRID_Y = 65535  # the largest grid in y; row tiles go on in z
+
+DENSE_THREADS = 128
+DENSE_CTA_ROWS = 128  # a pass of the kernels for many rows
+DENSE_CTAS_PER_SM = 2
+DENSE_MOST_PASSES = 16
+DENSE_MATRIX_COST = 0.5  # loading the matrix, in passes: as many bytes as a pass, but from L2
+FEW_ROWS = 16  # a CTA of the kernel for few rows
+OWN_RMS_ROWS = 4  # rows whose RMS that kernel works out itself
+FEWEST_THREADS, FEWEST_ROWS = 256, 8  # of the kernel with more warps for that
+# quantize_dense_sm90.cu, by input: threads, and what is in shared memory beside the matrix, in rows of a block: those of stages;
+# for RMSNorm also the gain, and what readers have on its way.
+DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 3 * 192 + 1 + 4 * 3 * 16)}
+DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
+MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
+PRODUCT_START = 4_600_000  # picoseconds that quantize_dense_sm90.cu takes longer to start than quantize_rows.cu
+BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """One cubin. `macros` in a fixed order, so that equal configurations are equal."""
+
+    name: str
+    source: str
+    entry: str
+    macros: tuple[tuple[str, int], ...]
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return dict(self.macros)
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """A launch: what `launcher.kernel` and `Kernel.launch` take, and the arguments that belong to the grid."""
+
+    config: QuantizeConfig
+    grid: tuple[int, int, int]
+    block: int
+    shared_bytes: int = 0  # dynamic
+    cluster: int = 1
+    rows_log2: int = 0  # quantize_rows
+    blocks_per_cta: int = 0  # quantize_rows
+    rows_per_cta: int = 0  # quantize_dense
+    needs_board: bool = False  # quantize_dense_sm90 with RMSNorm
+    needs_statistics: bool = False  # quantize_dense with RMSNorm: row_rms before it
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return self.config.defines
+
+
+@cache
+def rows_config(form: str, input: str, hadamard: bool, dtype: str, format: str) -> QuantizeConfig:
+    name = f"quantize_rows_{form}_{input}_{'hadamard' if hadamard else 'none'}_{dtype}_{format}"
+    macros = (
+        ("APEX4_FORM", FORMS.index(form)),
+        ("APEX4_INPUT", INPUTS.index(input)),
+        ("APEX4_HADAMARD", int(hadamard)),
+        ("APEX4_BF16", DTYPES.index(dtype)),
+        ("APEX4_FORMAT", FORMATS[format]),
+    )
+    return QuantizeConfig(name, "quantize/quantize_rows.cu", "apex4_quantize_rows", macros)
+
+
+@cache
+def dense_config(few_rows: int, input: str, dtype: str, format: str) -> QuantizeConfig:
+    """`few_rows`: APEX4_FEW_ROWS."""
+    name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_{input}_{dtype}_{format}"
+    macros = (
+        ("APEX4_INPUT", INPUTS.index(input)),
+        ("APEX4_BF16", DTYPES.index(dtype)),
+        ("APEX4_FORMAT", FORMATS[format]),
+    )
+    if format == "sm90" and not few_rows:
+        return QuantizeConfig(name, "quantize/quantize_dense_sm90.cu", "apex4_quantize_dense", macros)
+    macros = (("APEX4_FEW_ROWS", int(few_rows)), *macros)
+    return QuantizeConfig(name, "quantize/quantize_dense.cu", "apex4_quantize_dense", macros)
+
+
+def dense_sm90_shared_bytes(input: str) -> int:
+    """SHARED_BYTES of quantize_dense_sm90.cu."""
+    return 16 * MATRIX_CHUNKS + 2 * BLOCK * DENSE_SM90[input][1]
+
+
+def board_bytes(m: int) -> int:
+    """Of the memory in which thread blocks of quantize_dense_sm90.cu tell each other the RMS of m rows."""
+    return BOARD_HEAD_BYTES + BOARD_POST_BYTES * m
+
+
+@cache
+def row_rms_config(dtype: str) -> QuantizeConfig:
+    macros = (("APEX4_INPUT", 0), ("APEX4_BF16", DTYPES.index(dtype)), ("APEX4_FORMAT", 80))
+    return QuantizeConfig(f"row_rms_{dtype}", "quantize/row_rms.cu", "apex4_row_rms", macros)
+
+
+def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
+    """Every quantizer kernel of an architecture (80, 86, 89, 90): of one input type, or of both."""
+    return list(_configs("sm90" if sm >= 90 else "sm80", DTYPES if dtype is None else (dtype,)))
+
+
+def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
+    for dtype in dtypes:
+        for input in INPUTS:
+            for hadamard in (False, True):
+                for form in FORMS[input == "rms_norm" :]:  # RMSNorm needs a whole row: never narrow
+                    yield rows_config(form, input, hadamard, dtype, format)
+            for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
+                yield dense_config(few_rows, input, dtype, format)
+        yield row_rms_config(dtype)
+
+
+@lru_cache(maxsize=4096)
+def choose_rows(
+    m: int,
+    k_blocks: int,
+    blocks_per_group: int,
+    *,
+    input: str = "plain",
+    hadamard: bool = True,
+    dtype: str = "bfloat16",
+    format: str = "sm80",
+    sm_count: int = 132,
+) -> QuantizePlan:
+    """The launch of quantize_rows.cu for m rows of k_blocks blocks, groups of blocks_per_group blocks."""
+    if m < 1 or k_blocks < 1 or blocks_per_group < 1 or k_blocks % blocks_per_group:
+        raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK} in groups of {blocks_per_group} blocks")
+    whole_row = input == "rms_norm"
+    unit = k_blocks if whole_row else blocks_per_group  # blocks that a CTA must have together
+    if unit > RESIDENT_SLICES:
+        if unit > LONG_BLOCKS:
+            raise UsageError(
+                f"a group or a normalised row of {unit * BLOCK} input features is longer than the quantizer takes "
+                f"({LONG_BLOCKS * BLOCK}): give a smaller group size"
+            )
+        form, rows, blocks, block = "long", 1, unit, LONG_THREADS
+    else:
+        form = "narrow" if unit == 1 and not whole_row else "resident"
+        plenty = m * k_blocks >= 2 * sm_count * CTA_SLICES
+        slices = max(unit, CTA_SLICES if plenty else SMALL_CTA_SLICES)
+        rows = _power_of_two_up_to(min(m, CTA_ROWS, slices // unit))
+        blocks = min(slices // rows // unit * unit, k_blocks)
+        while not whole_row and blocks == k_blocks and 2 * rows * blocks <= slices and 2 * rows <= m:
+            rows *= 2  # short rows: more of them
+        if whole_row:
+            rows = _power_of_two_up_to(min(m, slices // k_blocks))
+        block = -(-rows * blocks * SLICE_LANES // WARP) * WARP
+    tiles = -(-m // rows)
+    grid = (-(-k_blocks // blocks), min(tiles, GRID_Y), -(-tiles // GRID_Y))
+    config = rows_config(form, input, hadamard, dtype, format)
+    return QuantizePlan(config, grid, block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks)
+
+
+def _power_of_two_up_to(limit: int) -> int:
+    return 1 << max(limit, 1).bit_length() - 1
+
+
+@lru_cache(maxsize=4096)
+def choose_dense(
+    m: int,
+    k_blocks: int,
+    *,
+    input: str = "plain",
+    aligned: bool = True,
+    dtype: str = "bfloat16",
+    format: str = "sm80",
+    sm_count: int = 132,
+) -> QuantizePlan:
+    """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them."""
+    if m < 1 or k_blocks < 1:
+        raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
+    runs = -(-m // DENSE_CTA_ROWS)
+    slots = DENSE_CTAS_PER_SM * sm_count
+    # With RMSNorm on Hopper thread blocks of the same rows wait for each other: all are there at the same time, one on a
+    # multiprocessor.
+    together = input == "rms_norm" and format == "sm90"
+    if not aligned or m <= FEW_ROWS or runs * k_blocks < sm_count or (together and k_blocks > sm_count):
+        rows = FEW_ROWS
+        if -(-m // rows) > GRID_Y:
+            raise UsageError(
+                f"{m} rows that do not start on 16 bytes are more than the quantizer takes: use fewer tokens"
+            )
+    elif together:
+        tiles = -(-m // DENSE_SM90_TILE_ROWS)
+        rows = DENSE_SM90_TILE_ROWS * -(-tiles // min(sm_count // k_blocks, tiles))
+    else:
+
+        def cost(passes: int) -> float:
+            return -(-(-(-runs // passes) * k_blocks) // slots) * (passes + DENSE_MATRIX_COST)
+
+        least = -(-runs // GRID_Y)
+        rows = DENSE_CTA_ROWS * min(range(least, max(least, min(DENSE_MOST_PASSES, runs)) + 1), key=cost)
+    grid = k_blocks, -(-m // rows), 1
+    if together and _more_warps_sum(m, k_blocks):
+        return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
+    config = dense_config(int(rows == FEW_ROWS), input, dtype, format)
+    if config.source == "quantize/quantize_dense.cu":
+        statistics = input == "rms_norm" and m > OWN_RMS_ROWS
+        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows, needs_statistics=statistics)
+    shared = dense_sm90_shared_bytes(input)
+    return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
+
+
+def _more_warps_sum(m: int, k_blocks: int) -> bool:
+    """Where that is faster, measured on an H100 with K 2048 to 8192."""
+    return m <= FEWEST_ROWS if k_blocks >= 64 else k_blocks >= 16 and 1 < m <= 4
+
+
+@lru_cache(maxsize=4096)
+def product_is_faster(m: int, k_blocks: int, *, input: str, aligned: bool, format: str, sm_count: int) -> bool:
+    """Whether to multiply by the Hadamard matrix (choose_dense) rather than to add and subtract (choose_rows); groups of 128.
+
+    Where many rows are normalised on Hopper: choose_rows' kernel then has too many instructions, and for long rows too few
+    CTAs on a multiprocessor. The numbers are fitted to times of an H100, K 4096 to 16384.
+    """
+    measured = 32 <= k_blocks <= RESIDENT_SLICES
+    if input != "rms_norm" or format != "sm90" or not aligned or not measured or k_blocks > sm_count:
+        return False
+    # Picoseconds for a row of a block: rows at the same time on a multiprocessor; CTAs of the other kernel on the GPU, each
+    # of which takes as long as memory or as its own instructions.
+    resident = max(1, RESIDENT_THREADS // (SLICE_LANES * k_blocks))
+    ctas = sm_count // k_blocks * k_blocks
+    saved = 135 + 110 / resident - max(122 + 0.42 * k_blocks, 16_200 / ctas)
+    return m * k_blocks * saved > PRODUCT_START
+
+
+@lru_cache(maxsize=4096)
+def choose_row_rms(m: int, *, dtype: str = "bfloat16") -> QuantizePlan:
+    return QuantizePlan(row_rms_config(dtype), (m, 1, 1), 256)
+
+
+@cache
+def fragment_order() -> np.ndarray:
+    """int64 [16384]: which element (row * 128 + column) of a block's matrix stands where in its prepacked form."""
+    column_in, column_out = index_function("dense_input"), index_function("dense_output")
+    byte = index_function("dense_fragment_byte")
+    order = np.full(BLOCK * BLOCK, -1)
+    pair, tile, lane, odd, half, e = np.ix_(*(np.arange(size) for size in (4, 16, 32, 2, 2, 2)))
+    # mma.m16n8k16: register `half` of B holds k = 2 q + 8 half and the next one of column n = lane / 4.
+    k, n = 2 * (lane & 3) + 8 * half + e, lane >> 2
+    where = byte(pair, tile, lane) // 2 + 4 * odd + 2 * half + e
+    order[where] = column_in(2 * pair + odd, k) * BLOCK + column_out(tile, n)
+    return order
+
+
+def prepack_matrix(matrix: torch.Tensor, dtype: Any = None) -> torch.Tensor:
+    """T [KB, 128, 128], as the checkpoint has it -> [KB, 16384] as quantize_dense.cu reads it, of `dtype` (that of x)."""
+    import torch
+
+    order = torch.from_numpy(fragment_order()).to(matrix.device)
+    return matrix.flatten(1).index_select(1, order).to(dtype or matrix.dtype).contiguous()

@@ -1,0 +1,154 @@
+"""Launching the activation quantizers on raw pointers: what ops.py and the checks on a GPU share. Knows no torch.
+
+Operands and their shapes are those of the kernels' headers (cuda/quantize_rows.cu, cuda/quantize_dense.cu).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ...format.number_format import BLOCK, CODE_MAX
+from ..runtime import launcher
+from ..runtime.launcher import Kernel, Launch
+from .configs import MATRIX_CHUNKS, QuantizePlan, board_bytes, choose_dense, choose_row_rms, choose_rows
+
+VECTOR_BYTES = 16  # of the fast loads
+VECTOR_ELEMENTS = 8
+_int, _float = ctypes.c_int, ctypes.c_float
+
+
+def rows_are_aligned(k: int, *operands: tuple[int, int]) -> bool:
+    """`operands`: (address, row stride in elements). Whether the kernels may load their rows 16 bytes at a time."""
+    return k % VECTOR_ELEMENTS == 0 and all(
+        address % VECTOR_BYTES == 0 and stride % VECTOR_ELEMENTS == 0 for address, stride in operands
+    )
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What quantizes inputs of one shape: the kernel, and for RMSNorm in front of a dense transform perhaps one before it.
+
+    With `statistics`, the kernel before, it needs `inverse_rms`; otherwise, where `board_bytes` is not 0, the `board`.
+    """
+
+    launch: Launch
+    dense: bool
+    statistics: Launch | None = None
+    board_bytes: int = 0
+
+    def __call__(
+        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, inverse_rms: int = 0,
+        board: int = 0,
+    ) -> None:  # fmt: skip
+        """Pointers, 0 where there is none: see `run_quantize`."""
+        if self.statistics is not None:
+            self.statistics(stream, inverse_rms, x)
+        if self.dense:
+            given = inverse_rms if self.statistics is not None else board if self.board_bytes else 0
+            self.launch(stream, codes, scales, x, second, given, matrix)
+        else:
+            self.launch(stream, codes, scales, x, second)
+
+
+def quantizer(
+    device: int,
+    m: int,
+    k: int,
+    k_blocks: int,
+    m_stride: int,
+    ldx: int,
+    ld_second: int,
+    aligned: bool,
+    dtype: str,
+    format: str,
+    sm_count: int,
+    blocks_per_group: int = 1,
+    transform: str = "hadamard",
+    clip: float = 1.0,
+    input: str = "plain",
+    eps: float = 0.0,
+    gain_offset: bool = False,
+    matrix_is_shared: bool = False,
+    matrix_factor: float = 1.0,
+    programmatic: bool = False,
+) -> Quantizer:
+    """The Quantizer of m >= 1 rows: made once for a shape. `aligned`: see `rows_are_aligned`; the rest: `run_quantize`."""
+    return _quantizer(
+        launcher.kernel, device, m, k, k_blocks, m_stride, ldx, ld_second, aligned, dtype, format, sm_count,
+        blocks_per_group, transform, clip, input, eps, gain_offset, matrix_is_shared, matrix_factor, programmatic,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _quantizer(
+    kernel: Callable[..., Kernel], device: int, m: int, k: int, k_blocks: int, m_stride: int, ldx: int, ld_second: int,
+    aligned: bool, dtype: str, format: str, sm_count: int, blocks_per_group: int, transform: str, clip: float, input: str,
+    eps: float, gain_offset: bool, matrix_is_shared: bool, matrix_factor: float, programmatic: bool,
+) -> Quantizer:  # fmt: skip
+    def bound(plan: QuantizePlan, pointers: int, *numbers: Any) -> Launch:
+        config = plan.config
+        made = kernel(config.source, config.entry, config.defines, device)
+        return made.bind(
+            plan.grid, plan.block, pointers, numbers,
+            shared_bytes=plan.shared_bytes, cluster=plan.cluster, programmatic=programmatic,
+        )  # fmt: skip
+
+    shape = {"dtype": dtype, "format": format, "sm_count": sm_count, "input": input}
+    if transform not in ("none", "hadamard", "dense"):
+        raise ValueError(f"transform {transform!r} is not none, hadamard or dense")
+    if transform != "dense":
+        plan = choose_rows(m, k_blocks, blocks_per_group, hadamard=transform == "hadamard", **shape)
+        integers = (m, k, k_blocks, blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta)
+        behind = _float(clip / CODE_MAX), _float(eps), _float(1 / k), _int(gain_offset), _int(aligned)
+        return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
+    if blocks_per_group != 1:
+        raise ValueError(f"a dense transform needs groups of {BLOCK}, not {blocks_per_group * BLOCK}")
+    statistics = None
+    plan = choose_dense(m, k_blocks, aligned=aligned, **shape)
+    if plan.needs_statistics:
+        statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), _float(eps), _int(aligned))
+    launch = bound(
+        plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, 0 if matrix_is_shared else MATRIX_CHUNKS)),
+        _float(matrix_factor), _float(clip / CODE_MAX), _float(eps), _int(gain_offset), _int(aligned),
+    )  # fmt: skip
+    return Quantizer(launch, True, statistics, board_bytes(m) if plan.needs_board else 0)
+
+
+def run_quantize(
+    device: int,
+    *,
+    codes: int,
+    scales: int,
+    x: int,
+    m: int,
+    k: int,
+    ldx: int,
+    stream: int,
+    input: str = "plain",
+    second: int = 0,
+    ld_second: int = 0,
+    matrix: int = 0,
+    inverse_rms: int = 0,
+    board: int = 0,
+    **how: Any,
+) -> None:
+    """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
+
+    transform: "none", "hadamard", or "dense", which needs the prepacked `matrix` (one for all blocks, times
+    `matrix_factor`, if matrix_is_shared) and, with input "rms_norm", memory: float32 [m] at `inverse_rms`, for this call
+    alone, and `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
+    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half.
+    `how`: what else `quantizer` takes.
+    """
+    if m == 0:
+        return
+    operands = [(x, ldx)]
+    if input != "plain":
+        operands.append((second, ld_second if input == "silu_mul" else 0))
+    aligned = rows_are_aligned(k, *operands)
+    run = quantizer(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
+    run(stream, codes, scales, x, second, matrix, inverse_rms, board)

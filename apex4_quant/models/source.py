@@ -1,0 +1,263 @@
+"""The model to quantize: where its files are, what is in them, read tensor by tensor.
+
+Nothing here holds more than the tensors asked for: shards are opened, read with plain reads (no memory map, whose
+pages would count as resident) and closed again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..calib.finite import all_finite
+from ..errors import Apex4Error, UsageError
+from ..format.storage import format_bytes, read_json, sha256
+from ..format.tensor_info import TensorInfo
+from .expert_tensors import published_name, unfused
+from .families import RECOMPUTED_SUFFIXES, Family, family_of
+
+DEMO = "demo"
+DEMO_PATH = Path(__file__).resolve().parents[1] / "demo"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CHECKSUMS_NAME = "checksums.json"  # {file name: sha256}, optional beside any model
+
+
+def resolve_model(model: str) -> Path:
+    """The folder of `demo`, of a local path, or of a Hub id (downloaded once). Raises UsageError."""
+    if model == DEMO:
+        return DEMO_PATH
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UsageError(f"model {model!r} is a file: give the folder that holds config.json and the safetensors")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise UsageError(f"model folder {model!r} does not exist: give 'demo', a local folder, or a Hub id (org/name)")
+    return _download(model)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5"]))
+    except Exception as error:  # httpx, hub and OS errors: all mean that the model could not be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"model {hub_id!r} is no local folder and cannot be fetched from the Hub ({reason}): "
+            "check the id, the network and the access token"
+        ) from error
+
+
+def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of all tensors of a safetensors model, from the files' headers.
+
+    Raises Apex4Error if a shard is absent, truncated or damaged, or disagrees with the index.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise Apex4Error(f"{index} has no weight_map: the file is damaged, get it again")
+        files = sorted(set(weight_map.values()))
+        absent = [name for name in files if not (folder / name).is_file()]
+        if absent:
+            raise Apex4Error(f"{index} names {absent[0]}, which is not there: get the missing shard")
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map, files = None, [SINGLE_NAME]
+    else:
+        other = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        advice = "only PyTorch .bin files are there: convert them to safetensors" if other else "get the weights first"
+        raise UsageError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}: {advice}")
+    infos: dict[str, TensorInfo] = {}
+    for name in files:
+        for tensor, info in read_header(folder / name).items():
+            if weight_map is not None and weight_map.get(tensor) != name:
+                raise Apex4Error(f"{index} and {name} disagree on {tensor}: index and shards are not of one model")
+            infos[tensor] = info
+    for tensor in weight_map or ():
+        if tensor not in infos:
+            raise Apex4Error(f"{index} names {tensor}, which no shard holds: index and shards are not of one model")
+    return infos
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The header of one safetensors file, checked against the file's size by the library. Raises Apex4Error."""
+    try:
+        with safe_open(path, "pt", backend="pread"):
+            pass  # validates header and size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise Apex4Error(f"{path} is truncated or damaged ({error}): get the file again") from error
+    entries.pop("__metadata__", None)
+    return {name: TensorInfo(path, e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+
+
+def read_tensors(infos: dict[str, TensorInfo], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The named tensors on the CPU, in their stored dtype; of a part of a tensor, only that part is read.
+
+    Raises Apex4Error for a damaged file.
+    """
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[infos[name].file].append(name)
+    tensors = {}
+    for path, wanted in by_file.items():
+        try:
+            with safe_open(path, "pt", backend="pread") as file:
+                for name in wanted:
+                    info = infos[name]
+                    stored = info.stored or name
+                    tensors[name] = file.get_tensor(stored) if info.part is None else file.get_slice(stored)[info.part]
+        except (SafetensorError, OSError) as error:
+            raise Apex4Error(f"{path} cannot be read ({error}): get the file again") from error
+    return tensors
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises UsageError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: give the folder of a Hugging Face model")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise Apex4Error(f"{folder / 'config.json'} is not a JSON object: the file is damaged, get it again")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise Apex4Error(f"quantization_config in {folder / 'config.json'} is not a JSON object: get the file again")
+    return config
+
+
+def require_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Raise Apex4Error if config.json lacks one of the sizes that every supported architecture has."""
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise Apex4Error(f"{folder / 'config.json'} has no usable {name}: the file is damaged, get it again")
+
+
+def _listed_checksums(folder: Path) -> dict[str, str]:
+    """What checksums.json says of a model's files; nothing if there is none. Raises Apex4Error."""
+    path = folder / CHECKSUMS_NAME
+    listed = read_json(path) if path.is_file() else {}
+    if not isinstance(listed, dict) or not all(isinstance(value, str) for value in listed.values()):
+        raise Apex4Error(f"{path} is not a mapping of file names to SHA-256: the file is damaged, get it again")
+    return listed
+
+
+def _verified(path: Path, known: dict[str, str]) -> str:
+    """The SHA-256 of a file. Raises Apex4Error if another is known."""
+    digest = sha256(path)
+    if known.get(path.name, digest) != digest:
+        raise Apex4Error(f"{path} does not have the checksum published with it: get the file again")
+    return digest
+
+
+def verify_listed(folder: Path, files: Iterable[Path]) -> None:
+    """Compare those of `files` that the folder's checksums.json names. Raises Apex4Error naming one that differs."""
+    known = _listed_checksums(folder)
+    for path in sorted(set(files)):
+        if path.name in known:
+            _verified(path, known)
+
+
+class ModelSource:
+    """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
+
+    `infos` has the tensors under the names of the model with its experts unfused, however they are stored.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.name = model
+        self.folder = resolve_model(model)
+        self.config = read_config(self.folder)
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"].get("quant_method", "some method")
+            raise UsageError(f"{model} is already quantized ({method}): give the original 16-bit model")
+        self.family: Family = family_of(self.config, model)
+        require_sizes(self.config, self.folder)
+        stored = {
+            name: info
+            for name, info in read_tensor_infos(self.folder).items()
+            if not name.endswith(RECOMPUTED_SUFFIXES)
+        }
+        self.stored_names = list(stored)
+        self.infos = unfused(stored, self.family)
+        self.num_layers = int(self.config["num_hidden_layers"])
+        for index in range(self.num_layers):
+            prefix = self.family.layer_prefix(index)
+            for linear in (prefix + part for part in self.family.linears(self.config, index)):
+                info = self.infos.get(linear + ".weight")
+                if info is None:
+                    name = published_name(linear + ".weight", stored, self.family)
+                    raise Apex4Error(f"{model} has no tensor {name}: the checkpoint is incomplete")
+                if len(info.shape) != 2:
+                    raise Apex4Error(
+                        f"{linear}.weight in {info.file} has shape {list(info.shape)} and must be a matrix"
+                    )
+        for name, info in self.infos.items():
+            if info.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise Apex4Error(f"{name} in {info.file} is {info.dtype}: give the original 16- or 32-bit model")
+        beyond = self.family.layer_prefix(self.num_layers)
+        if any(name.startswith(beyond) for name in self.infos):
+            raise Apex4Error(
+                f"{model} holds tensors of layer {self.num_layers}, but its config says {self.num_layers} layers"
+            )
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.bytes for info in self.infos.values())
+
+    def layer_tensors(self, index: int) -> list[str]:
+        prefix = self.family.layer_prefix(index)
+        return [name for name in self.infos if name.startswith(prefix)]
+
+    @cached_property
+    def outer_tensors(self) -> list[str]:
+        """Everything outside the decoder layers."""
+        return [name for name in self.infos if not name.startswith(self.family.layers + ".")]
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return read_tensors(self.infos, names)
+
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self.infos.values()})
+
+    def verify(self, advance: Callable[[int], None]) -> dict[str, str]:
+        """Read everything once, before any work is put in: checksums where some are known, NaN and infinity always.
+
+        Returns the SHA-256 of every weight file. `advance` is told the bytes done. Raises Apex4Error naming the file
+        or tensor.
+        """
+        known = _listed_checksums(self.folder) | self._cached_checksums()
+        digests = {path.name: _verified(path, known) for path in self.files()}
+        for name, info in self.infos.items():
+            tensor = self.read([name])[name]
+            if tensor.is_floating_point() and not all_finite(tensor):
+                raise Apex4Error(
+                    f"{info.stored or name} in {info.file} holds NaN or infinity: the model is damaged, get it again"
+                )
+            advance(info.bytes)
+        return digests
+
+    def _cached_checksums(self) -> dict[str, str]:
+        """The Hub's cache stores large files under the SHA-256 of their content, behind a link."""
+        blobs = {path.name: path.resolve().name for path in self.files() if path.is_symlink()}
+        return {name: blob for name, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", blob)}
+
+    def describe(self) -> str:
+        return f"{self.name} ({self.family.architecture}, {self.num_layers} layers, {format_bytes(self.total_bytes)})"

@@ -1,0 +1,31 @@
+"""The model's own tokenizer, loaded from its folder and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises UsageError if the folder has none, or one that cannot be read."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _FILES):
+        raise UsageError(
+            f"{folder} has no tokenizer (none of {', '.join(_FILES[:3])}): add the model's tokenizer files"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # damaged JSON, unknown classes, missing companions: a dozen types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the tokenizer in {folder} cannot be loaded ({reason}): get its files again") from error
+    # Long texts are cut into windows by us; the length warning would be noise.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer

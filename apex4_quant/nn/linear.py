@@ -1,0 +1,283 @@
+"""The quantized linear layer: tensors in the checkpoint's layout, arithmetic from `kernels`.
+
+On a GPU that has kernels the tensors are put, once, into the order these read (`prepare`). That order is this process's
+affair: `state_dict`, and so `save_pretrained`, gives and takes the tensors in the checkpoint's own layout, so that what
+is saved is always what config.json says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import Apex4Error
+from ..format.layouts import get_layout
+from ..format.number_format import BLOCK, LEARNED, SHARED
+from ..format.quant_config import LinearFormat
+from ..kernels import dispatch, ops, torch_backend
+from ..kernels.quantize.configs import prepack_matrix
+from .fused_inputs import Deferred
+
+if TYPE_CHECKING:
+    from .shared_input import SharedInput
+
+HALVES = (torch.bfloat16, torch.float16)  # what the kernels read and write
+
+
+class Apex4Linear(nn.Module):
+    """y = W4A4(x) + bias. Parameters, as stored: `weight_packed` uint8, `weight_scale` float16, `bias` or None, and
+    `input_transform` float16 if this linear stores the dense transform of its input (`take_transform_from`: another)."""
+
+    def __init__(self, format: LinearFormat, bias: bool, dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__()
+        self.format = format
+        self.in_features, self.out_features = format.in_features, format.out_features
+
+        def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight_packed = parameter(format.packed_shape, torch.uint8)
+        self.weight_scale = parameter(format.scale_shape, torch.float16)
+        self.bias = parameter((format.out_features,), dtype) if bias else None
+        shape = format.transform_shape
+        self.input_transform = parameter(shape, torch.float16) if shape else None
+        self._transform_owner: tuple[Apex4Linear, ...] = ()  # a tuple hides it from nn.Module: it is no child
+        self.layout = format.layout  # of the tensors as they are now
+        self.kernel: str | None = None  # the activation format of the kernels that compute, None: PyTorch operations
+        self._prepared_on: torch.device | None = None
+        self.float_bias: torch.Tensor | None = None  # what the kernels add
+        self.prepacked: dict[torch.dtype, torch.Tensor] = {}  # the dense transform stored here, as kernels read it
+        self.shared: SharedInput | None = None  # with the linears that read the same input
+
+    @classmethod
+    def from_codes(
+        cls,
+        format: LinearFormat,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        matrix: torch.Tensor | None = None,
+    ) -> Apex4Linear:
+        """Pack int8 codes [N, padded K] and float16 scales [N, G]; `matrix` if this linear stores its transform."""
+        module = cls(format, bias is not None, bias.dtype if bias is not None else torch.float32, device="meta")
+        module.weight_packed = nn.Parameter(format.layout.pack(codes), requires_grad=False)
+        module.weight_scale = nn.Parameter(format.layout.pack_scales(scales), requires_grad=False)
+        module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if module.input_transform is not None:
+            assert matrix is not None
+            of_all = matrix[:1].clone() if format.transform == SHARED else matrix
+            module.input_transform = nn.Parameter(of_all, requires_grad=False)
+        return module
+
+    def codes(self) -> torch.Tensor:
+        """int8 [N, padded K]."""
+        return self.layout.unpack(self.weight_packed, self.out_features)
+
+    def scales(self) -> torch.Tensor:
+        """float16 [N, G]."""
+        return self.layout.unpack_scales(self.weight_scale, self.out_features)
+
+    def forward(self, x: torch.Tensor | Deferred) -> torch.Tensor:
+        if self._prepared_on != x.device:
+            self._prepare_late(x.device)
+        shared = None if self.shared is None else self.shared.output_of(self, x)
+        if shared is not None:
+            return shared
+        if not self.computes_with_kernels(x):
+            return self.reference(x.tensor() if isinstance(x, Deferred) else x)
+        packed, scale = self._operands()
+        return self.quantize_and_multiply(x, packed, scale, self.float_bias, self.out_features)
+
+    def computes_with_kernels(self, x: torch.Tensor | Deferred) -> bool:
+        if self.kernel is None:
+            return False
+        if x.dtype in HALVES:
+            return True
+        dispatch.warn_of_dtype(x.dtype)
+        return False
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer by PyTorch operations, on any device and in any float dtype."""
+        return self.references(x, (self,))[0]
+
+    def references(self, x: torch.Tensor, readers: Sequence[Apex4Linear]) -> list[torch.Tensor]:
+        """What `readers`, which quantize x as this linear does, make of it; it is quantized once."""
+        return torch_backend.linears(
+            x,
+            [(reader.codes(), reader.scales(), reader.bias) for reader in readers],
+            clip=self.format.activation_clip,
+            hadamard=self.format.transform == "hadamard128",
+            matrix=self.transform_matrix(),
+        )
+
+    def quantize(self, x: torch.Tensor | Deferred) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., K] -> codes and scales in the format of the kernels."""
+        if isinstance(x, Deferred):
+            return x.quantize(*self._how(x))
+        return ops.quantize(x.reshape(-1, x.shape[-1]), *self._how(x))
+
+    def quantize_and_multiply(
+        self, x: torch.Tensor | Deferred, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
+    ) -> torch.Tensor:
+        """y [..., n] of x [..., K], quantized as this linear's input is, and weights in the kernels' layout: this linear's, or
+        those of several that read the same input."""
+        weights = packed, scale, bias, n
+        if isinstance(x, Deferred):
+            y = x.linear(*weights, *self._how(x))
+        else:
+            y = ops.linear(x.reshape(-1, x.shape[-1]), *weights, *self._how(x))
+        return y.view(*x.shape[:-1], n)
+
+    def _how(self, x: torch.Tensor | Deferred) -> tuple[Any, ...]:
+        """How x is quantized: the last arguments of the operators."""
+        format = self.format
+        hadamard = format.transform == "hadamard128"
+        matrix = self._kernel_matrix(x) if format.transform in LEARNED else None
+        return matrix, format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel
+
+    def _kernel_matrix(self, x: torch.Tensor | Deferred) -> torch.Tensor | None:
+        """The dense transform as the operators read it."""
+        matrix = self.transform_matrix()
+        if matrix is None or x.device.type != "cuda" or self.format.group_length != BLOCK:
+            return matrix
+        owner = self.transform_owner
+        if _is_offloaded(owner):
+            return prepack_matrix(matrix, x.dtype)
+        if x.dtype not in owner.prepacked:
+            with torch.inference_mode(False):
+                # One matrix for all blocks is read as one: it stays in the GPU's caches.
+                owner.prepacked[x.dtype] = prepack_matrix(
+                    matrix[:1] if self.format.transform == SHARED else matrix, x.dtype
+                )
+        return owner.prepacked[x.dtype]
+
+    def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:
+        """y [..., N] of the operands that `quantize` made of x."""
+        rows = prod(x.shape[:-1])
+        packed, scale = self._operands()
+        y = ops.gemm(*operands, packed, scale, self.float_bias, rows, self.out_features, x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layout.name == self.kernel:
+            return self.weight_packed, self.weight_scale
+        layout = get_layout(self.kernel or "")  # offloaded: the tensors come anew for every call, in the stored order
+        return layout.pack(self.codes()), layout.pack_scales(self.scales())
+
+    @torch.inference_mode(False)  # what it makes outlives the call that may be under it
+    def prepare(self, kernel: str | None) -> None:
+        """Compute with the kernels of this activation format, or None: with PyTorch operations, from now on.
+
+        The tensors are put into the layout of the same name, one linear's at a time, in the place of the old ones.
+        """
+        self.kernel, self._prepared_on = kernel, self.weight_packed.device
+        if kernel is not None and self._prepared_on.type == "cuda":
+            ops.prepare(self._prepared_on)
+        if kernel is not None and self.layout.name != kernel:
+            layout = get_layout(kernel)
+            packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
+            self.weight_packed = nn.Parameter(packed, requires_grad=False)
+            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+            self.layout = layout
+        self._renew()
+
+    def _prepare_late(self, device: torch.device) -> None:
+        """For a layer that was made on its device, or comes there for the call only (offloaded by accelerate)."""
+        kernel = dispatch.kernel_format(device)
+        if _is_offloaded(self):
+            self.kernel, self._prepared_on = kernel, device
+            self._renew()
+        elif self.weight_packed.device == device:
+            self.prepare(kernel)
+
+    @torch.inference_mode(False)
+    def _renew(self) -> None:
+        """After the tensors changed: what is derived from them."""
+        bias = self.bias if self.kernel is not None else None
+        self.float_bias = None if bias is None or bias.device.type == "meta" else bias.detach().float()
+        self.prepacked = {}
+        if self.shared is not None:
+            self.shared.stale = True
+
+    def take_transform_from(self, owner: Apex4Linear) -> None:
+        """Use the dense transform that `owner`, which reads the same input, stores."""
+        self._transform_owner = (owner,)
+
+    @property
+    def transform_owner(self) -> Apex4Linear:
+        """The linear that stores the dense transform of this one's input."""
+        return self._transform_owner[0] if self._transform_owner else self
+
+    def transform_matrix(self) -> torch.Tensor | None:
+        """The learned transform of the input by block, float16 [padded K / 128, 128, 128], or None."""
+        if self.format.transform not in LEARNED:
+            return None
+        owner = self.transform_owner
+        matrix = owner.input_transform
+        if matrix is not None and matrix.device.type == "meta":
+            # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
+            offloaded = getattr(getattr(owner, "_hf_hook", None), "weights_map", None)
+            matrix = offloaded["input_transform"] if offloaded is not None else None
+        if matrix is None:
+            raise Apex4Error("a linear is run without the dense transform of its input: load the model as a whole")
+        matrix = matrix.to(self.weight_scale.device)
+        return matrix.repeat(self.format.padded_k // BLOCK, 1, 1) if self.format.transform == SHARED else matrix
+
+    def require_legal(self, name: str) -> None:
+        """Raise Apex4Error naming the tensor if a code is -8 or a scale is not positive and finite."""
+        if self.layout.has_forbidden_code(self.weight_packed):
+            raise Apex4Error(f"{name}.weight_packed holds the code -8, which is never written: the file is damaged")
+        scale = self.weight_scale.float()
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise Apex4Error(f"{name}.weight_scale holds a zero, negative or non-finite scale: the file is damaged")
+        if self.input_transform is not None and not bool(torch.isfinite(self.input_transform).all()):
+            raise Apex4Error(f"{name}.input_transform holds NaN or infinity: the file is damaged")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Apex4Linear:
+        # model.to(torch.bfloat16) must not touch the scales: their 11-bit mantissa is part of the format.
+        # The same holds for the transform: the weights were multiplied by the inverse of exactly these numbers.
+        exact = {name: getattr(self, name) for name in ("weight_scale", "input_transform")}
+        # .data, not the Parameter: nn.Module changes that in place
+        before = {name: tensor.data for name, tensor in exact.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float16:
+                setattr(self, name, nn.Parameter(data.to(now.device), requires_grad=False))
+        device = self.weight_packed.device
+        if device.type != "meta" and self._prepared_on is not None and device != self._prepared_on:
+            self.prepare(dispatch.kernel_format(device))
+        else:
+            self._renew()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout.name != self.format.layout.name:
+            layout = self.format.layout
+            destination[f"{prefix}weight_packed"] = layout.pack(self.codes())
+            destination[f"{prefix}weight_scale"] = layout.pack_scales(self.scales())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored, now = self.format.layout, self.layout
+        packed, scale = state_dict.get(f"{prefix}weight_packed"), state_dict.get(f"{prefix}weight_scale")
+        if now.name != stored.name and packed is not None and scale is not None:
+            state_dict = dict(state_dict)
+            state_dict[f"{prefix}weight_packed"] = now.pack(stored.unpack(packed, self.out_features))
+            state_dict[f"{prefix}weight_scale"] = now.pack_scales(stored.unpack_scales(scale, self.out_features))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._renew()
+
+    def extra_repr(self) -> str:
+        group = self.format.group_size
+        return f"in={self.in_features}, out={self.out_features}, group={group}, layout={self.layout.name}"
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps this module's tensors elsewhere and brings them for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))

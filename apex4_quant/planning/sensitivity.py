@@ -1,0 +1,288 @@
+"""What each group size and transform would cost in accuracy, measured in two passes over the float decoder layers.
+
+The loss is the Kullback-Leibler divergence of the quantized model's predictions from the original's, in nats a token, to
+second order in the errors, by gradients g of the predictions (gradients.py). Errors of different inputs, weight rows and
+tokens are taken as independent, so those of an input group add up: for linears y_i = x W_i^T that read x,
+
+    KL = 1/2 E (g_x . (Q(x) - x))^2  +  1/2 sum_i sum_n E (x . (Q(W_i) - W_i)_n)^2 E (g_i)_n^2
+
+g_x is the gradient by x, g_i that by y_i; means are over all tokens. Everything is in the transformed basis, over probe
+rows x of the calibration text. Codes are rounded to nearest: weight scales by the search of nearest.py,
+activations at the best of a few clip ratios. The loss of a plan is the sum over its input groups. How well it predicts,
+and the proxies that do not, are in docs/log.md, 2026-11-25.
+
+A learned transform is one that LEARNING_STEPS steps find, on rows of its own: the errors are those of other rows, so that
+a transform which fits its rows too well gains nothing by it. A run learns longer, so its gain is predicted somewhat too
+small; which inputs gain most is the same. Kernels have learned transforms with groups of 128 only, and so does the choice.
+
+The first pass keeps the hidden states that enter every layer, S L H numbers each, on the CPU. The second goes back from
+the last layer to the first, with the gradients of the predictions. Both have one layer in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ..calib.probes import PROBE_ROWS
+from ..format.layouts import get_layout
+from ..format.number_format import BLOCK, CHANNEL, LEARNED, SHARED, GroupSize, round_up
+from ..format.quant_config import LinearFormat
+from ..kernels.torch_backend import quantize_activation
+from ..models.families import expert_of
+from ..models.layer_runner import LayerRunner
+from ..models.source import ModelSource
+from ..progress import Progress
+from ..quantization.collector import CollectedGroup, Collector
+from ..quantization.gradients import InputGradients, gradients_through
+from ..quantization.plan import PlannedLinear
+from ..quantization.predictions import gradients_of_predictions
+from ..quantization.run_state import Streams
+from ..rounding.nearest import require_quantizable, round_to_codes, search_scales
+from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
+from ..transforms.learned_transform import learn_transform
+
+LADDER: tuple[GroupSize, ...] = (128, 256, 512, CHANNEL)
+ROWS = 1024  # probe rows per input: errors are sums over rows and outputs, and need no more to be ranked
+CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76)
+LEARNING_STEPS = 25  # of the 200 that the default recipe takes
+
+
+class Choice(NamedTuple):
+    """How the linears of one input are quantized."""
+
+    group_size: GroupSize
+    transform: str
+
+    @property
+    def label(self) -> str:
+        """Short, and unique among the choices of one plan: a learned transform has one group size."""
+        return self.transform if self.transform in LEARNED else str(self.group_size)
+
+
+@dataclass(frozen=True)
+class GroupSensitivity:
+    """One input group of one layer. `errors`: by choice, transforms one after the other, finest groups first, the relative
+    error of each linear.
+
+    `losses`: by choice, the group's part of the loss, in nats a token. `outputs` are the N of the linears, `writes`: it holds the
+    last residual writer of its layer (down_proj), which the mode `mixed` takes first.
+    """
+
+    layer: int
+    position: int
+    linears: tuple[str, ...]
+    outputs: tuple[int, ...]
+    in_features: int
+    writes: bool
+    errors: dict[Choice, tuple[float, ...]]
+    losses: dict[Choice, float]
+
+
+def choices_of(in_features: int, transforms: Sequence[str]) -> list[Choice]:
+    """What an input of K features may get, in the order of GroupSensitivity.errors."""
+    return [
+        Choice(size, transform)
+        for transform in transforms
+        for size in ((BLOCK,) if transform in LEARNED else ladder_of(in_features))
+    ]
+
+
+def ladder_of(in_features: int) -> tuple[GroupSize, ...]:
+    """The group sizes worth considering, finest first: one that covers all of K is the same as "channel".
+
+    512 stays in the ladder of K = 768: it pads, and the cost model charges for that.
+    """
+    padded = round_up(in_features, BLOCK)
+    return tuple(
+        size for size in LADDER if size == BLOCK or (padded > BLOCK if size == CHANNEL else int(size) < padded)
+    )
+
+
+@dataclass
+class Metric:
+    """What errors of one input's rounding do: `rows` float32 [R, K] with E g g^T = rows^T rows of the gradients by the
+    input, and of each linear that reads it E g^2 of those by its outputs, float32 [N_i]."""
+
+    rows: torch.Tensor
+    outputs: list[torch.Tensor]
+
+
+class Errors(NamedTuple):
+    """`relative`: of each linear, E|dy|^2 / E|y|^2, as if it were alone. `loss`: of the input, in nats a token."""
+
+    relative: tuple[float, ...]
+    loss: float
+
+
+def predict_errors(
+    rows: torch.Tensor,
+    weights: list[torch.Tensor],
+    format: LinearFormat,
+    metric: Metric,
+    matrix: torch.Tensor | None = None,
+) -> Errors:
+    """What rounding the input rows [T, K] and `weights` [N_i, K] does, at `format`'s group size and transform.
+
+    `matrix` [padded K / 128, 128, 128] is the learned transform, where `format` has one.
+    """
+    x = transform_input(rows, format, matrix)
+    bases = [transform_weight(weight, format, matrix) for weight in weights]
+    gradients = transform_weight(metric.rows, format, matrix)  # like a weight: g . e = (g T^-T) . (e T)
+    loss, difference = math.inf, x
+    for ratio in CLIP_RATIOS:
+        codes, scale = quantize_activation(x, format.group_length, clip=ratio, hadamard=False)
+        error = (codes * scale[..., None]).flatten(1) - x
+        energy = float((error @ gradients.t()).square().sum()) / (2 * len(x))
+        if energy < loss:
+            loss, difference = energy, error
+    relative = []
+    for base, importance in zip(bases, metric.outputs, strict=True):
+        scale = search_scales(base, format.group_length)
+        rounded = round_to_codes(base.unflatten(1, (-1, format.group_length)), scale).mul_(scale[..., None]).flatten(1)
+        of_weight = (x @ (rounded - base).t()).square().sum(0)
+        loss += float((of_weight * importance).sum()) / (2 * len(x))
+        noise = float((difference @ base.t()).square().sum() + of_weight.sum())
+        energy = float((x @ base.t()).square().sum())
+        relative.append(noise / energy if energy else 0.0)
+    return Errors(tuple(relative), loss)
+
+
+def measure_sensitivity(
+    source: ModelSource,
+    runner: LayerRunner,
+    samples: torch.Tensor,
+    planned: Sequence[PlannedLinear],
+    transforms: Sequence[str],
+    seed: int,
+    progress: Progress,
+) -> list[GroupSensitivity]:
+    """Both passes of samples int64 [S, L]. `planned` says which linears there are, `transforms` what they may have.
+
+    Raises Apex4Error, naming linear or layer, for weights, inputs or gradients that are not finite.
+    """
+    runner.prepare(samples.shape[1])
+    entering: list[torch.Tensor] = []
+    with progress.stage("running", source.num_layers, " layers") as advance:
+        gradients, size = gradients_of_predictions(
+            source, runner, samples, seed, lambda _, states: entering.append(states), advance
+        )
+    collector = Collector(runner, source.family, source.config, hessians=False, say=progress.line)
+    found: list[GroupSensitivity] = []
+    with progress.stage("measuring", sum(linear.elements for linear in planned), "w") as advance:
+        for layer in reversed(range(source.num_layers)):
+            hidden = entering.pop()
+            prefix = source.family.layer_prefix(layer)
+            of_layer = [linear for linear in planned if linear.layer == layer]
+            stored = source.read(source.layer_tensors(layer))
+            module = runner.load_layer(layer, stored)
+            readers = [tuple(name.removeprefix(prefix) for name in names) for names in _readers(of_layer).values()]
+            known, gradients = gradients_through(runner, layer, readers, hidden, gradients)
+            measured = []
+            for group in collector.groups_of(layer, module, of_layer, Streams(hidden)):
+                linears = [linear for part in group.parts for linear in part.planned]
+                metric = _metric(linears, {prefix + name: gradient for name, gradient in known.items()}, prefix, size)
+                measured.append(_measure_group(group, linears, metric, stored, transforms, runner.device))
+                advance(sum(n * measured[-1].in_features for n in measured[-1].outputs))
+            found = measured + found
+            runner.drop_layer(layer)
+    return found
+
+
+def _readers(linears: Sequence[PlannedLinear]) -> dict[tuple[int, int | None], tuple[str, ...]]:
+    """Names of the linears that are called with the same rows, by input group and expert."""
+    readers: dict[tuple[int, int | None], tuple[str, ...]] = {}
+    for linear in linears:
+        key = linear.input_group, expert_of(linear.name)
+        readers[key] = (*readers.get(key, ()), linear.name)
+    return readers
+
+
+def _metric(linears: Sequence[PlannedLinear], known: dict[str, InputGradients], prefix: str, size: float) -> Metric:
+    """Of one input group. Readers whose gradients are all zero, such as experts that no token reached, do not matter."""
+    rows, outputs = [], {}
+    for names in _readers(linears).values():
+        if names[0] in known:
+            rows.append(size * known[names[0]].rows)
+            outputs.update({name: size**2 * known[names[0]].outputs[name.removeprefix(prefix)] for name in names})
+    every = torch.cat(rows) if rows else torch.zeros(1, linears[0].format.in_features)
+    step = -(-len(every) // PROBE_ROWS)  # experts have rows of their own, each: evenly spaced ones stand for all
+    zero = torch.zeros(1, device=every.device)
+    return Metric(every[::step] * step**0.5, [outputs.get(linear.name, zero) for linear in linears])
+
+
+def _measure_group(
+    group: CollectedGroup,
+    linears: Sequence[PlannedLinear],
+    metric: Metric,
+    stored: dict[str, torch.Tensor],
+    transforms: Sequence[str],
+    device: torch.device,
+) -> GroupSensitivity:
+    rows, others = split_rows(group.statistics.inputs())
+    weights = [stored[f"{linear.name}.weight"].to(device).float() for linear in linears]
+    for linear, weight in zip(linears, weights, strict=True):
+        require_quantizable(linear.name, weight)
+    metric = Metric(_fewer(metric.rows.to(device)), [importance.to(device) for importance in metric.outputs])
+    first = linears[0]
+    errors: dict[Choice, Errors] = {}
+    for choice in choices_of(first.format.in_features, transforms):
+        format = replace(first.format, **choice._asdict(), layout=get_layout("rowmajor"))
+        matrix = _quickly_learned(others, weights, format, metric)
+        errors[choice] = predict_errors(rows, weights, format, metric, matrix)
+    return GroupSensitivity(
+        first.layer,
+        first.input_group,
+        tuple(linear.name for linear in linears),
+        tuple(weight.shape[0] for weight in weights),
+        first.format.in_features,
+        first.name.endswith("down_proj"),
+        {choice: error.relative for choice, error in errors.items()},
+        losses_of({choice: error.loss for choice, error in errors.items()}),
+    )
+
+
+def _fewer(rows: torch.Tensor) -> torch.Tensor:
+    """[R, K] -> K rows with the same rows^T rows, where R is far above K."""
+    if rows.shape[0] <= 2 * rows.shape[1]:
+        return rows
+    values, vectors = torch.linalg.eigh(rows.t() @ rows)
+    return vectors.t() * values.clamp_min(0).sqrt()[:, None]
+
+
+def split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [T, K] of an input -> at most ROWS evenly spaced ones to measure with, and the others, to learn from."""
+    stride = max(2, len(rows) // ROWS)
+    measured = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    measured[::stride][:ROWS] = True
+    return rows[measured], rows[~measured] if len(rows) > 1 else rows
+
+
+def _quickly_learned(
+    rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat, metric: Metric
+) -> torch.Tensor | None:
+    if format.transform not in LEARNED:
+        return None
+    weighed = (
+        pad_input_features(weight, format) * importance.sqrt()[:, None]
+        for weight, importance in zip(weights, metric.outputs, strict=True)
+    )
+    padded, gradients = (pad_input_features(matrix, format) for matrix in (rows, metric.rows))
+    return learn_transform(padded, weighed, LEARNING_STEPS, format.transform == SHARED, gradients)
+
+
+def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:
+    """Measured losses by choice, finest groups first -> those to choose by.
+
+    Under one transform a coarser size never counts as better than a finer one: where it measures so, that is the sample's
+    noise.
+    """
+    worst: dict[str, float] = {}
+    kept: dict[Choice, float] = {}
+    for choice, loss in losses.items():
+        kept[choice] = worst[choice.transform] = max(worst.get(choice.transform, 0.0), loss)
+    return kept

@@ -1,0 +1,291 @@
+"""What linears are quantized with: inputs and Hessians, seen by running the calibration text through a layer.
+
+One pass over the calibration hidden states serves all input groups of a stage. The experts of a layer see different
+tokens, so each has its own statistics, unless too few tokens reached it:
+
+    gate_proj, up_proj    the rows of the MLP's input that the router sends to the expert; else all rows
+    down_proj             what the expert makes of those rows; else what it makes of all rows
+
+For GPTAQ the original layer runs beside the one that is being quantized, on hidden states of its own, and both inputs of
+the same token are seen together. An expert's tokens are then those of the quantized model's router in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calib.errors import CalibrationError
+from ..calib.finite import all_finite
+from ..calib.hessian import HessianAccumulator
+from ..calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
+from ..errors import Apex4Error
+from ..format.number_format import LEARNED
+from ..format.quant_config import LinearFormat
+from ..models.experts import UnfusedExperts, routed
+from ..models.families import Experts, Family, InputGroup, expert_of
+from ..models.layer_runner import LayerRunner
+from ..transforms.block_transforms import pad_input_features, transform_hessian
+from .plan import PlannedLinear
+from .run_state import Streams
+
+SHARED = "shared statistics"
+
+# GPTQ fits the tokens it sees. With as many tokens as features or fewer, its error on other tokens of the same kind was
+# above that with the statistics of all tokens, even where those lie in other directions; at twice as many the two are
+# about even (docs/log.md).
+TOKENS_PER_FEATURE = 2
+
+EXPERT_ROWS = 1024  # kept of what an expert reads: a layer may have hundreds of experts
+
+
+class Statistics:
+    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian.
+
+    If the inputs of the original model are given too, how they differ is kept as E[(x~ - x) x^T].
+    """
+
+    def __init__(self, reader: str, probe: InputProbe, dtype: torch.dtype, format: LinearFormat | None) -> None:
+        self._reader, self._probe, self._dtype, self._format = reader, probe, dtype, format
+        self._hessian = HessianAccumulator() if format is not None else None
+        self._drift: HessianAccumulator | None = None
+        self._inputs: torch.Tensor | None = None
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
+        """x [..., K], as the linears read it, and the same tokens in the original model."""
+        self._probe.add(x)
+        if self._hessian is not None and self._format is not None:
+            padded = pad_input_features(x, self._format)
+            self._hessian.add(padded)
+            if original is not None:
+                self._drift = self._drift or HessianAccumulator()
+                self._drift.add(padded, pad_input_features(original, self._format) - padded)
+        self.tokens += x.numel() // x.shape[-1]
+
+    def inputs(self) -> torch.Tensor:
+        """The rows kept, float32 [T, K]. Raises Apex4Error if one is not finite."""
+        if self._inputs is None:
+            self._inputs = self._probe.rows().float()
+            if not all_finite(self._inputs):
+                dtype = str(self._dtype).removeprefix("torch.")
+                raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: try --dtype float32")
+        return self._inputs
+
+    def take_hessian(self, matrix: torch.Tensor | None) -> torch.Tensor | None:
+        """The Hessian in the quantization basis, float32 [padded K, padded K], and forget it.
+
+        `matrix` is the dense transform, where the format has one. Raises Apex4Error if the Hessian cannot be used.
+        """
+        return self._take(self._hessian, matrix)
+
+    def take_drift(self, matrix: torch.Tensor | None) -> torch.Tensor | None:
+        """E[(x~ - x) x^T] of inputs x and the original model's x~, in the same basis, and forget it. Raises Apex4Error."""
+        return self._take(self._drift, matrix)
+
+    def _take(self, moments: HessianAccumulator | None, matrix: torch.Tensor | None) -> torch.Tensor | None:
+        if moments is None or self._format is None:
+            return None
+        try:
+            return transform_hessian(moments.take_matrix(), self._format, matrix)
+        except CalibrationError as error:
+            raise Apex4Error(f"the Hessian of {self._reader} cannot be used, {error}: try --dtype float32") from error
+
+
+@dataclass
+class Part:
+    """Linears of an input group that are quantized with the same statistics.
+
+    `tokens` says for every expert among them how many calibration tokens the router sent to it.
+    """
+
+    reader: str
+    planned: list[PlannedLinear]
+    statistics: Statistics
+    tokens: dict[int, int] = field(default_factory=dict)
+    shared: bool = False
+
+    def record_of(self, linear: PlannedLinear) -> dict[str, Any]:
+        """What the report says of an expert's calibration; nothing for other linears."""
+        expert = expert_of(linear.name)
+        if expert is None:
+            return {}
+        return {"calibration_tokens": self.tokens[expert]} | ({"fallback": SHARED} if self.shared else {})
+
+
+@dataclass
+class CollectedGroup:
+    """An input group: `statistics` of the tensor itself, and the parts that its linears fall into."""
+
+    statistics: Statistics
+    parts: list[Part]
+
+    def take_parts(self) -> Iterator[Part]:
+        """The parts one after the other, each forgotten when the next is asked for."""
+        while self.parts:
+            yield self.parts.pop(0)
+
+
+def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
+    """The children of a decoder layer that hold the linears of these stages."""
+    return {linear.partition(".")[0] for stage in stages for group in stage for linear in group.linears}
+
+
+class Collector:
+    """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics.
+
+    `original` runs the layers as they were before quantization, if their inputs are to be compared.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        family: Family,
+        config: dict[str, Any],
+        hessians: bool,
+        say: Callable[[str], None],
+        original: LayerRunner | None = None,
+    ) -> None:
+        self._runner, self._family, self._config = runner, family, config
+        self._hessians, self._say, self._original = hessians, say, original
+        self._settled: tuple[str, ...] = ()
+        self._last = False
+
+    def groups_of(
+        self, layer: int, module: nn.Module, planned: list[PlannedLinear], streams: Streams
+    ) -> Iterator[CollectedGroup]:
+        """The input groups of decoder layer `module` that have planned linears, in the order of computation.
+
+        A stage is collected when the first of its groups is asked for: by then the linears before it must have been
+        replaced by their quantized form. `streams` are the states entering the layer. Raises Apex4Error.
+        """
+        by_group: dict[int, list[PlannedLinear]] = {}
+        for linear in planned:
+            by_group.setdefault(linear.input_group, []).append(linear)
+        first = 0
+        stages = self._family.stages(self._config, layer)
+        for number, stage in enumerate(stages):
+            # Parts of the layer (self_attn) whose linears are all behind us: they need not be computed again.
+            self._settled = tuple(sorted(_modules(stages[:number]) - _modules(stages[number:])))
+            # Of this module only what is quantized now will change.
+            self._last = not _modules(stages[number : number + 1]) & _modules(stages[number + 1 :])
+            wanted = [by_group[first + i] for i in range(len(stage)) if first + i in by_group]
+            first += len(stage)
+            if not wanted:
+                continue
+            experts = self._family.experts
+            if experts is not None and expert_of(stage[0].linears[0]) is not None:
+                unfused = module.get_submodule(experts.module)
+                assert isinstance(unfused, UnfusedExperts)
+                collect = self._entering if stage[0].producer is None else self._inside
+                groups = collect(layer, experts, unfused, [linear for group in wanted for linear in group], streams)
+            else:
+                groups = [self._dense(layer, stage[0], wanted[0], streams)]
+            while groups:
+                yield groups.pop(0)
+
+    def _statistics(self, reader: str, probe: InputProbe, linear: PlannedLinear) -> Statistics:
+        return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
+
+    def _calls(
+        self, layer: int, module: str, streams: Streams, last: bool = False
+    ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
+        """What `module` is called with (LayerRunner.calls_of), beside what it is called with in the original model."""
+        calls = self._runner.calls_of(layer, module, streams.hidden, self._settled, last)
+        if self._original is None or streams.original is None:
+            yield from ((call, None) for call in calls)
+        else:
+            others = self._original.calls_of(layer, module, streams.original, self._settled, last)
+            yield from zip(calls, others, strict=True)
+
+    def _dense(self, layer: int, group: InputGroup, planned: list[PlannedLinear], streams: Streams) -> CollectedGroup:
+        reader = self._family.layer_prefix(layer) + group.linears[0]
+        format = planned[0].format
+        rows = rows_to_learn_from(format.in_features) if format.transform in LEARNED else PROBE_ROWS
+        statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
+        last = self._last and len(group.linears) == 1
+        for (x,), original in self._calls(layer, group.linears[0], streams, last):
+            statistics.add(x, original and original[0])
+        return CollectedGroup(statistics, [Part(reader, planned, statistics)])
+
+    def _entering(
+        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
+    ) -> list[CollectedGroup]:
+        """One group: the gate and up projections of all experts, with a part for each that saw enough tokens."""
+        name = self._family.layer_prefix(layer) + experts.module
+        everything = self._statistics(name, InputProbe(streams.tokens), planned[0])
+        own = self._own(name, planned)
+        for (states, index, _), original in self._calls(layer, experts.module, streams):
+            everything.add(states, original and original[0])
+            for expert, tokens, _ in routed(index):
+                if expert in own:
+                    own[expert].statistics.add(states[tokens], original and original[0][tokens])
+        fed, starved = self._split(own)
+        if starved:
+            linears = [linear for part in starved for linear in part.planned]
+            tokens = {expert: n for part in starved for expert, n in part.tokens.items()}
+            fed.append(Part(name, linears, everything, tokens, shared=True))
+        return [CollectedGroup(everything, fed)]
+
+    def _inside(
+        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
+    ) -> list[CollectedGroup]:
+        """One group per expert: its down projection."""
+        own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
+        before = self._original and self._original.layer(layer).get_submodule(experts.module)
+
+        def add(part: Part, expert: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
+            inner = None if original is None else before[expert].inner(original)
+            part.statistics.add(module[expert].inner(states), inner)
+
+        for (states, index, _), original in self._calls(layer, experts.module, streams):
+            for expert, tokens, _ in routed(index):
+                if expert in own:
+                    add(own[expert], expert, states[tokens], original and original[0][tokens])
+        _, starved = self._split(own)
+        for part in starved:
+            part.statistics = self._statistics(part.reader, InputProbe(streams.tokens, EXPERT_ROWS), part.planned[0])
+            part.shared = True
+        if starved:  # a second pass, of these experts on all tokens
+            for (states, _, _), original in self._calls(layer, experts.module, streams):
+                for part in starved:
+                    (expert,) = part.tokens
+                    add(part, expert, states, original and original[0])
+        return [CollectedGroup(part.statistics, [part]) for part in own.values()]
+
+    def _own(self, name: str, planned: list[PlannedLinear]) -> dict[int, Part]:
+        """A part for every expert that has planned linears, with nothing seen yet."""
+        linears: dict[int, list[PlannedLinear]] = {}
+        for linear in planned:
+            expert = expert_of(linear.name)
+            assert expert is not None
+            linears.setdefault(expert, []).append(linear)
+        parts = {}
+        for expert, of_expert in linears.items():
+            reader = f"{name}.{expert}"
+            parts[expert] = Part(
+                reader, of_expert, self._statistics(reader, InputProbe(None, EXPERT_ROWS), of_expert[0])
+            )
+        return parts
+
+    def _split(self, own: dict[int, Part]) -> tuple[list[Part], list[Part]]:
+        """The parts with enough tokens and those without, which are reported."""
+        fed, starved = [], []
+        for expert, part in own.items():
+            part.tokens = {expert: part.statistics.tokens}
+            # Rounding to nearest uses no statistics: there it takes a token to measure the error with, no more.
+            needed = TOKENS_PER_FEATURE * part.planned[0].format.in_features if self._hessians else 1
+            if part.statistics.tokens >= needed:
+                fed.append(part)
+                continue
+            starved.append(part)
+            seen = f"{part.statistics.tokens} calibration tokens" if part.statistics.tokens else "no calibration token"
+            names = ", ".join(linear.name.rpartition(".")[2] for linear in part.planned)
+            self._say(
+                f"{part.reader}: {seen} reached this expert ({needed} needed): {names} use {SHARED} of all tokens"
+            )
+        return fed, starved

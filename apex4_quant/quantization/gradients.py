@@ -1,0 +1,118 @@
+"""How much an error in an input or an output of a linear matters: what it does to the model's predictions.
+
+With y drawn from the model's own prediction p of the next token and g the gradient of -log p(y) by some tensor, errors e
+that are added to the tensor change the predictions, to second order in e, by the divergence
+
+    KL  =  E (g . e)^2 / 2            (E g g^T is the Fisher information)
+
+so E[g g^T] is the metric in which errors of a token's row are to be measured: that of the input, K x K, for the rounding
+of activations, whoever reads them; the diagonal of that of an output for the rounding of a weight's rows, whose errors
+are independent. This counts what a norm of W does not know: that an error of q or k passes a softmax, one of v a mean
+over tokens, one of gate and up the other's factor, and that the last layers decide more than others.
+
+Gradients by what leaves a decoder layer (predictions.py) are carried through it here, window by window. Attention is
+computed by plain products: other implementations add gradients up in any order, and a resumed run has to write the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..calib.finite import all_finite
+from ..calib.probes import InputProbe
+from ..errors import Apex4Error
+from ..models.layer_runner import LayerRunner
+
+
+@dataclass
+class InputGradients:
+    """Of a tensor that linears read: `rows` float32 [R, K], E[g g^T] = rows^T rows, and by linear E[g^2], float32 [N].
+
+    Means over all tokens: those that do not reach a linear, of an expert, count as zero.
+    """
+
+    rows: torch.Tensor
+    outputs: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Seen:
+    probe: InputProbe
+    tokens: int = 0
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def gradients_through(
+    runner: LayerRunner, layer: int, groups: Iterable[tuple[str, ...]], hidden: torch.Tensor, leaving: torch.Tensor
+) -> tuple[dict[str, InputGradients], torch.Tensor]:
+    """Of every group of linears (names relative to the layer) that read one tensor, by the name of the first; and the
+    gradients by what enters the layer, float32 [S, L, H] on the CPU.
+
+    hidden [S, L, H] are the states that enter the layer, which must hold float weights, and `leaving` [S, L, H] the
+    gradients by what leaves it. A group is left away if no linear of it is called, as experts may be, or a gradient is not
+    finite or all zero: then nothing is known of it. Raises Apex4Error if those by what enters are not finite.
+    """
+    groups = list(groups)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    seen = {group[0]: _Seen(InputProbe(tokens)) for group in groups}
+    entering = []
+    with runner.widened(layer) as module:
+        for window, states in enumerate(hidden.split(1)):
+            inputs: dict[str, torch.Tensor] = {}
+            outputs: dict[str, torch.Tensor] = {}
+            handles = [
+                module.get_submodule(name).register_forward_hook(_keeper(name, name == group[0], inputs, outputs))
+                for group in groups
+                for name in group
+            ]
+            try:
+                batch, result = runner.run_with_graph(layer, states)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            result.backward(leaving[window : window + 1].to(result.device, result.dtype))
+            entering.append(batch.grad.float().cpu())
+            for first, x in inputs.items():
+                if x.grad is not None:
+                    seen[first].probe.add(x.grad)
+                    seen[first].tokens += x.grad.numel() // x.grad.shape[-1]
+            for group in groups:
+                for name in group:
+                    if name in outputs and outputs[name].grad is not None:
+                        squares = outputs[name].grad.float().flatten(0, -2).square().sum(0)
+                        seen[group[0]].squares[name] = seen[group[0]].squares.get(name, 0) + squares
+    found = {}
+    for group in groups:
+        squares = {name: square / tokens for name, square in seen[group[0]].squares.items()}
+        if len(squares) == len(group) and all(_usable(square) for square in squares.values()):
+            rows = seen[group[0]].probe.rows().float()
+            rows /= (len(rows) * (tokens / seen[group[0]].tokens)) ** 0.5
+            if _usable(rows):
+                found[group[0]] = InputGradients(rows, squares)
+    gradients = torch.cat(entering)
+    if not all_finite(gradients):
+        dtype = str(runner.dtype).removeprefix("torch.")
+        raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: try --dtype float32")
+    return found, gradients
+
+
+def _keeper(
+    name: str, keep_input: bool, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+        if keep_input:
+            args[0].retain_grad()
+            inputs[name] = args[0]
+
+    return keep
+
+
+def _usable(values: torch.Tensor) -> bool:
+    return all_finite(values) and bool((values != 0).any())

@@ -1,0 +1,212 @@
+"""The plan file: group size and transform of every linear, written by `apex4 plan`, edited by people, read by
+`apex4 quantize --plan`.
+
+    apex4_plan: 1
+    architecture: LlamaForCausalLM
+    linears:
+      model.layers.0.self_attn.q_proj: {group_size: 128, transform: dense128, shape: [4096, 4096]}
+
+YAML, or JSON if the name ends so (which is YAML too). `transform` may be left away: the run's is used then. Everything
+else at the top (model, target, mode, ...) says how the plan came about and binds nobody. Linears that read one input
+transform and quantize it once, so they must have one group size and one transform.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import UsageError
+from ..format.number_format import BLOCK, LEARNED, TRANSFORMS, GroupSize, parse_group_size
+
+if TYPE_CHECKING:
+    from ..models.source import ModelSource
+
+PLAN_VERSION = 1
+SUFFIXES = (".yaml", ".yml", ".json")
+_INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "budget", "max_loss", "predicted")
+_ENTRY_KEYS = ("group_size", "transform", "shape")
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    group_size: GroupSize
+    transform: str | None = None  # None: that of the run
+    shape: tuple[int, int] | None = None  # [out, in] as the file claims it
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the run records, and what build_plan takes."""
+        return {"group_size": self.group_size} | ({} if self.transform is None else {"transform": self.transform})
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan file whose own form is right; `for_model` compares it with a model."""
+
+    path: Path
+    architecture: str | None
+    linears: Mapping[str, PlanEntry]
+    is_file: bool = True  # else it came from Python, or from a run's settings
+
+    @property
+    def names_transforms(self) -> bool:
+        return any(entry.transform is not None for entry in self.linears.values())
+
+    def for_model(self, source: ModelSource, transform: str) -> dict[str, dict[str, Any]]:
+        """PlanEntry.as_dict by full module name; `transform` is that of linears for which the plan names none.
+
+        Raises UsageError where the plan is not one of this model.
+        """
+        if self.architecture not in (None, source.family.architecture):
+            raise UsageError(
+                f"plan {self.path} is for {self.architecture} and {source.name} is {source.family.architecture}: "
+                f"make one with 'apex4 plan {source.name}'"
+            )
+        known = {name.removesuffix(".weight"): info.shape for name, info in source.infos.items()}
+        planned = set()
+        for layer in range(source.num_layers):
+            prefix = source.family.layer_prefix(layer)
+            for group in source.family.groups(source.config, layer):
+                names = [prefix + part for part in group.linears]
+                planned.update(names)
+                listed = [name for name in names if name in self.linears]
+                for name in listed[1:]:
+                    first, other = self.linears[listed[0]], self.linears[name]
+                    for what, of_first, of_other in (
+                        ("group size", first.group_size, other.group_size),
+                        ("transform", first.transform or transform, other.transform or transform),
+                    ):
+                        if of_other != of_first:
+                            raise UsageError(
+                                f"plan {self.path} has {what} {of_first} for {listed[0]} and {of_other} for {name}, "
+                                "which read the same input: give both the same"
+                            )
+        for name, entry in self.linears.items():
+            if name not in planned:
+                raise UsageError(f"plan {self.path} names {name}, which is no linear of {source.name}: remove it")
+            if entry.shape is not None and entry.shape != known[name]:
+                raise UsageError(
+                    f"plan {self.path} has {entry.shape[0]} x {entry.shape[1]} for {name}, which is "
+                    f"{known[name][0]} x {known[name][1]} in {source.name}: it is the plan of another model"
+                )
+        return {name: entry.as_dict() for name, entry in self.linears.items()}
+
+
+def plan_given(linears: Mapping[str, GroupSize | Mapping[str, Any]]) -> PlanFile:
+    """A plan that is no file: group sizes, or entries as in a file, by name. Raises UsageError for an illegal one."""
+    path = Path("given")
+    entries = {
+        name: _read_entry(path, name, dict(entry) if isinstance(entry, Mapping) else {"group_size": entry})
+        for name, entry in linears.items()
+    }
+    return PlanFile(path, None, entries, is_file=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_plan_file(path: Path) -> PlanFile:
+    """Read and check the form. Raises UsageError with one sentence that names the file and the entry."""
+    if not path.is_file():
+        raise UsageError(f"plan {path} does not exist: make one with 'apex4 plan MODEL --target GPU -o {path}'")
+    try:
+        content = yaml.load(path.read_text("utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}: {problem}" if mark else type(error).__name__
+        raise UsageError(f"plan {path} is not valid YAML ({where}): correct it or make a new one") from error
+    if not isinstance(content, dict) or not isinstance(content.get("linears"), dict):
+        raise UsageError(f"plan {path} has no mapping 'linears': make a new one with 'apex4 plan'")
+    for key in content:
+        if key not in ("apex4_plan", "architecture", "linears", *_INFORMATIVE):
+            raise UsageError(f"plan {path} has an unknown key {key!r}: remove it")
+    if content.get("apex4_plan") != PLAN_VERSION:
+        raise UsageError(
+            f"plan {path} has apex4_plan = {content.get('apex4_plan')!r} and this apex4 reads {PLAN_VERSION}: "
+            "make a new one with 'apex4 plan'"
+        )
+    linears = {str(name): _read_entry(path, str(name), entry) for name, entry in content["linears"].items()}
+    return PlanFile(path, content.get("architecture"), linears)
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
+    if not isinstance(entry, dict) or "group_size" not in entry:
+        raise UsageError(f"plan {path} has no group_size for {name}: write {{group_size: 128}}")
+    for key in entry:
+        if key not in _ENTRY_KEYS:
+            raise UsageError(f"plan {path} has an unknown key {key!r} for {name}: remove it")
+    shape = entry.get("shape")
+    if shape is not None and not (
+        isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+    ):
+        raise UsageError(f"plan {path} has shape {shape!r} for {name}: write [out features, in features]")
+    try:
+        group_size = parse_group_size(entry["group_size"])
+    except UsageError as error:
+        raise UsageError(f"plan {path}, {name}: {error}") from error
+    transform = entry.get("transform")
+    if transform is not None and transform not in TRANSFORMS:
+        raise UsageError(f"plan {path} has transform {transform!r} for {name}: give one of {', '.join(TRANSFORMS)}")
+    if transform in LEARNED and group_size != BLOCK:
+        raise UsageError(
+            f"plan {path} has transform {transform} and group size {group_size} for {name}, and kernels have a learned "
+            f"transform with groups of {BLOCK} only: change one of them"
+        )
+    return PlanEntry(group_size, transform, None if shape is None else (shape[0], shape[1]))
+
+
+def require_plan_path(path: Path) -> None:
+    """Raise UsageError unless a new plan can be written to `path`: an edited plan is not overwritten."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"plan file {path} must end in {', '.join(SUFFIXES)}")
+    if path.exists():
+        raise UsageError(f"plan file {path} is there already: give another name or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"plan file {path} cannot be written, its folder does not exist: make it first")
+
+
+def plan_file_text(
+    header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], comments: list[str], notes: dict[str, str]
+) -> str:
+    """The YAML of a plan. `groups`: for every shared input, entries by name; `comments`: on each; `notes`: by name."""
+    lines = [
+        "# Change group_size to 128, 256, 512, ... or channel, and transform to hadamard128, none or dense128 (learned,",
+        "# with group_size 128 only), then: apex4 quantize MODEL -o OUT --plan THIS_FILE",
+        "# Linears that read the same input (no empty line between them) must have the same group_size and transform.",
+        "# Predicted: loss of the input in 1/1000 nat a token (divergence from the original), relative error of the linear.",
+        f"apex4_plan: {PLAN_VERSION}",
+        *(f"{key}: {_flow(value)}" for key, value in header.items()),
+        "linears:",
+    ]
+    for group, comment in zip(groups, comments, strict=True):
+        lines.append(f"  # {comment}")
+        lines += [f"  {_flow(name)}: {_flow(entry)}  # {notes[name]}" for name, entry in group.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plan_file_json(header: dict[str, Any], groups: list[dict[str, dict[str, Any]]]) -> str:
+    """The same as JSON, which has no comments."""
+    linears = {name: entry for group in groups for name, entry in group.items()}
+    return json.dumps({"apex4_plan": PLAN_VERSION, **header, "linears": linears}, indent=2) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """One line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

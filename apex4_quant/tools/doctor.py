@@ -1,0 +1,163 @@
+"""`apex4 doctor`: whether models compute with the kernels here, and if not, what is missing and what to install."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import Apex4Error
+from ..format.storage import format_bytes
+from ..kernels.catalogue import kernel_family
+from ..kernels.runtime import compiler
+
+
+def examine() -> dict[str, Any]:
+    """What is here, as JSON values. `problems` has a sentence for all that keeps a GPU from its kernels; else it is empty."""
+    driver = _driver()
+    torch = _torch()
+    extra = _extra(driver["cuda"] or torch["cuda"])
+    compiling = _compiling()
+    gpus = _gpus()
+    problems = []
+    if any(gpu["kernels"] for gpu in gpus):
+        if compiling["problem"]:
+            problems.append(compiling["problem"])
+        elif driver["cuda"] and int(compiling["nvrtc"].split(".")[0]) > int(driver["cuda"].split(".")[0]):
+            problems.append(
+                f"NVRTC {compiling['nvrtc']} makes kernels that a driver for CUDA {driver['cuda']} does not load: "
+                f"pip install 'apex4-quant[{extra}]', or update the driver"
+            )
+    elif driver["cuda"] and not torch["cuda"]:
+        problems.append(f"torch {torch['version']} is a build without CUDA and cannot use this machine's GPU")
+    return {
+        "apex4": __version__,
+        "python": platform.python_version(),
+        "torch": torch,
+        "driver": driver,
+        "packages": {name: _version(name) for name in ("cuda-core", "cuda-bindings")},
+        "extra": extra,
+        "compiling": compiling,
+        "gpus": gpus,
+        "cache": _cache(),
+        "problems": problems,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    torch, driver, compiling, cache = (found[key] for key in ("torch", "driver", "compiling", "cache"))
+    built_for = f"for CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
+    rows = [
+        ("apex4", f"{found['apex4']}, Python {found['python']}"),
+        ("torch", f"{torch['version']}, {built_for}"),
+        ("driver", _driver_as_text(driver)),
+        *(
+            (name, version or f"not installed: {_install(found['extra'])}")
+            for name, version in found["packages"].items()
+        ),
+        ("NVRTC", f"{compiling['nvrtc']}, headers in {compiling['headers']}" if compiling["headers"] else "not usable"),
+        ("cache", f"{cache['folder']}, {cache['kernels']} kernels, {format_bytes(cache['bytes'])}, {_writable(cache)}"),
+    ]
+    for gpu in found["gpus"]:
+        rows.append((f"GPU {gpu['index']}", f"{gpu['name']}, {gpu['arch']}: {gpu['computes_with']}"))
+    if not found["gpus"]:
+        rows.append(("GPU", "none that torch can use: models compute through PyTorch operations on the CPU"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(width)}  {text}" for name, text in rows]
+    if compiling["problem"] and not found["problems"]:
+        lines.append(f"{compiling['problem']} (needed only where there is a GPU to run kernels, or to build them)")
+    lines += [f"problem: {problem}" for problem in found["problems"]]
+    return "\n".join(lines)
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    return {"version": torch.__version__, "cuda": torch.version.cuda}
+
+
+def _driver() -> dict[str, Any]:
+    """Asked without any package, as these may be what is missing. `cuda` is the newest CUDA that the driver knows."""
+    cuda = release = None
+    with suppress(OSError):
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value:
+            cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    with suppress(OSError):
+        found = re.search(r"\d{3,}\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+        release = found[0] if found else None
+    return {"release": release, "cuda": cuda}
+
+
+def _driver_as_text(driver: dict[str, Any]) -> str:
+    if not driver["cuda"]:
+        return "no NVIDIA driver found"
+    return f"{driver['release'] or 'release unknown'}, up to CUDA {driver['cuda']}"
+
+
+def _extra(cuda: str | None) -> str:
+    return "cuda12" if cuda and cuda.split(".")[0] == "12" else "cuda13"
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'apex4-quant[{extra}]'"
+
+
+def _compiling() -> dict[str, Any]:
+    found: dict[str, Any] = {"nvrtc": None, "headers": None, "problem": None}
+    try:
+        found["nvrtc"] = compiler.nvrtc_version()
+        found["headers"] = str(compiler.header_folder())
+    except Apex4Error as error:
+        found["problem"] = str(error)
+    return found
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        family = kernel_family(10 * major + minor)
+        gpus.append(
+            {
+                "index": index,
+                "name": torch.cuda.get_device_name(index),
+                "arch": f"sm_{major}{minor}",
+                "kernels": family,
+                "computes_with": f"the kernels of {family}.cu"
+                if family
+                else "PyTorch operations, exact but slow: there are no kernels for it",
+            }
+        )
+    return gpus
+
+
+def _cache() -> dict[str, Any]:
+    folder = compiler.cache_folder()
+    sizes = []
+    with suppress(OSError):
+        sizes = [path.stat().st_size for path in compiler.cache_entries()]
+    return {
+        "folder": str(folder),
+        "kernels": len(sizes),
+        "bytes": sum(sizes),
+        "not_writable": compiler.why_not_writable(folder),
+    }
+
+
+def _writable(cache: dict[str, Any]) -> str:
+    return f"not writable ({cache['not_writable']})" if cache["not_writable"] else "writable"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,45 @@
+"""Group transforms as the pipeline applies them: into the basis in which weights and activations are quantized.
+
+x -> x T and W -> W T^-T leave x W^T as it was, and H = E[x^T x] becomes T^T H T. T is block-diagonal, one 128 x 128 block
+per 128 channels: the Hadamard matrix (orthonormal and symmetric, so T = T^-T), or the learned `matrix` [K / 128, 128, 128]
+of the input.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..format.number_format import LEARNED
+from ..format.quant_config import LinearFormat
+from ..kernels.block_matrix import apply_block_matrix
+from ..kernels.hadamard import apply_block_hadamard
+
+
+def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
+    """x [..., K], padded already or not -> float32 [..., padded K]; x itself, if there is nothing to do."""
+    x = x.float()
+    return x if x.shape[-1] == format.padded_k else torch.nn.functional.pad(x, (0, format.padded_k - x.shape[-1]))
+
+
+def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:
+    assert (matrix is not None) == (format.transform in LEARNED)
+    if matrix is not None:
+        return apply_block_matrix(x, matrix.float())
+    return apply_block_hadamard(x) if format.transform == "hadamard128" else x
+
+
+def transform_weight(weight: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """weight [N, K] -> float32 [N, padded K], W T^-T."""
+    if matrix is not None:
+        matrix = torch.linalg.inv(matrix.double()).transpose(1, 2).float()
+    return _apply(pad_input_features(weight, format), format, matrix)
+
+
+def transform_input(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] -> float32 [..., padded K], x T: what the activation quantizer rounds."""
+    return _apply(pad_input_features(x, format), format, matrix)
+
+
+def transform_hessian(hessian: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """H float32 [padded K, padded K] of the padded input -> T^T H T."""
+    return _apply(_apply(hessian, format, matrix).t(), format, matrix).t().contiguous()

@@ -1,0 +1,229 @@
+"""A group transform learned from the layer's own weights and inputs: one dense 128 x 128 matrix per block of K.
+
+With x -> x T and W -> W T^-T, a block's rounding errors are about uniform in +- half a step, and a step is a seventh of
+the block's largest value. To first order the expected squared output error of a block is then, up to one constant,
+
+    E_x[ max_j |x T|_j^2 ] * tr(T^-1 B T^-T)  +  sum_n max_j |w_n T^-T|_j^2 * tr(T^T A T)
+
+with A = E[x^T x] and B = W^T W of the block: how far the largest value of a token sticks out, times how much the weights
+amplify an error, and the same with the sides exchanged. Under a Gaussian model the best T is known in closed form (WUSH,
+arXiv 2512.00956) and makes both sides equally spread; here the largest values are those of real rows, which T can make
+rarer than a Gaussian's. Where gradients of the model's predictions are known (gradients.py), B = E[g^T g] of the input's
+and rows of W scaled by their outputs' say the same of these predictions instead of the linears' own outputs.
+
+The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the gradient written out. A step
+is T <- T (I + S), and gradients are by S: with y = x T and v = w T^-T, of the logarithm of the error above,
+
+    y^T dx tr(B') - dw^T v tr(A') + 2 max_w A' - 2 max_x B',     A' = T^T A T,  B' = T^-1 B T^-T
+
+over the error, where dx holds twice the largest value of each row of y over the number of rows, dw that of v, and max_x
+and max_w are the two means of largest squares. So coordinates are always those of the codes, and the inverse can follow:
+(I + S)^-1 = I - S + S^2. Of a row only one value has a slope, so going back costs an addition of rows where the usual
+chain rule would take a product. What is left of the noise is that of the rows looked at: twice as many of them for half as
+many steps end at the same error (docs/log.md).
+
+One matrix can also be learned for all blocks of an input, by the sum of their errors. It starts from the Hadamard matrix
+and is best given inputs and weights that a diagonal has balanced already (function_preserving.py): that of a block alone
+would have to be stored.
+
+The matrix is stored in numbers that bfloat16 and float16 both hold exactly, and the weights are transformed with the
+inverse of what is stored, so its rounding costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..format.number_format import BLOCK
+from ..hardware.threads import few_threads
+from ..kernels.hadamard import apply_block_hadamard
+
+STEPS = 100
+LEARNING_RATE = 0.02  # of S; falls to zero along a cosine
+WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one size, which may add up to more than I
+EXACT_INVERSE = 20  # steps from one computed inverse to the next
+SAME_MOMENTS = 2  # steps that go by the same A' and B', which change slowly
+BETAS, EPSILON = (0.8, 0.9), 1e-8
+ROWS, WEIGHT_ROWS = 1024, 512  # looked at in one step; others in the next
+COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
+WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
+SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
+
+
+@dataclass
+class _Blocks:
+    """Everything by block: rows [G, T, 128] of the input and weights [G, N', 128] that stand for N rows, both views of
+    matrices [T, K], and A and B."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    weight_rows: int  # N: `_peaks` takes a mean over rows, the error of the weights is a sum
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
+    ) -> _Blocks:
+        x = _by_block(inputs)
+        b = x.new_zeros(len(x), BLOCK, BLOCK)
+        total, stride = 0, 1
+        kept = inputs.new_zeros(0, inputs.shape[1])
+        for weight in weights:
+            if gradients is None:
+                _add_products(b, _by_block(weight))
+            total += len(weight)
+            kept = torch.cat([kept, weight[::stride]])
+            while len(kept) > 2 * WEIGHT_SAMPLE:  # every row stands for as many
+                kept, stride = kept[::2].clone(), 2 * stride
+        if gradients is not None:
+            _add_products(b, _by_block(gradients))
+        a = _add_products(torch.zeros_like(b), x).div_(len(inputs))
+        return cls(x, _by_block(kept), total, a, b)
+
+
+def _by_block(matrix: torch.Tensor) -> torch.Tensor:
+    """[R, K] -> [K / 128, R, 128], the same memory."""
+    return matrix.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+
+
+def _add_products(sums: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Add r^T r of rows r [G, R, 128] to sums [G, 128, 128], which are returned."""
+    return sums.baddbmm_(rows.transpose(1, 2), rows)
+
+
+def learn_transform(
+    inputs: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    steps: int = STEPS,
+    shared: bool = False,
+    gradients: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
+
+    K is padded to a multiple of 128. Blocks where nothing was gained, or whose inputs or weights are all zero, get the
+    scaled Hadamard matrix. The blocks of a `shared` one are equal. The same arguments give the same result.
+    `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
+    that of the weights, whose rows have to be scaled by how much their errors matter.
+    """
+    blocks = _Blocks.of(inputs, weights, gradients)
+    with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
+        start = (
+            apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else _balanced_hadamard(blocks)
+        )
+        learned = _descend(blocks, start, steps)
+        before, after = _error(blocks, start), _error(blocks, learned)
+    better = torch.isfinite(after) & (after < before)  # False for NaN
+    return _storable(torch.where(better[:, None, None], learned, start)).expand(len(blocks.x), -1, -1)
+
+
+def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
+    """diag(d) H, d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel (DESIGN 3.1)."""
+    a, b = (matrix.diagonal(dim1=1, dim2=2) for matrix in (blocks.a, blocks.b))
+    alive = (a.amax(1, keepdim=True) > 0) & (b.amax(1, keepdim=True) > 0)
+    # A dead channel is taken for a quiet one: its factor is bounded.
+    a, b = (side.clamp_min(1e-6 * side.mean(1, keepdim=True).clamp_min(1e-30)) for side in (a, b))
+    log_d = torch.where(alive, (b.log() - a.log()) / 4, 0.0)
+    d = (log_d - log_d.mean(1, keepdim=True)).exp()
+    return d[..., None] * apply_block_hadamard(torch.eye(BLOCK, device=a.device))
+
+
+def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
+    transform, inverse = start, torch.linalg.inv(start)
+    first, second = torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(steps):
+        if step % SAME_MOMENTS == 0:
+            moments = _moments(blocks, transform, inverse)
+        x, w = _window(blocks.x, ROWS, step), _window(blocks.w, WEIGHT_ROWS, step)
+        slope = _slope(blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1)
+        first.lerp_(slope, 1 - BETAS[0])
+        second.lerp_(slope.square_(), 1 - BETAS[1])
+        rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
+        size = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
+        change = first / size * (-rate / (1 - BETAS[0] ** (step + 1)))  # S
+        transform = torch.baddbmm(transform, transform, change)
+        if step % EXACT_INVERSE == EXACT_INVERSE - 1:
+            inverse = torch.linalg.inv(transform)
+        else:
+            linear = torch.baddbmm(inverse, change, inverse, alpha=-1)
+            inverse = torch.baddbmm(inverse, change, linear, alpha=-1)
+    return transform
+
+
+def _window(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
+    """About `count` of the rows [G, R, 128], evenly spaced, in every step others until all have come; all, if there are no
+    more."""
+    stride = -(-rows.shape[1] // count)
+    return rows[:, step % stride :: stride]
+
+
+def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values y float32 [G, R, 128] -> per block the mean over rows of the largest square, and d^T y, [G, 128, 128], with d
+    its gradient by y."""
+    blocks, rows, _ = values.shape
+    # The place of the largest size, by a maximum of integers: floats compare like their bits, whose lowest seven are
+    # exchanged for the place. Several times faster than a maximum that returns places; almost equal sizes are as good.
+    places = torch.arange(BLOCK, dtype=torch.int32, device=values.device)
+    keys = values.view(torch.int32).bitwise_and(0x7FFFFF80).bitwise_or_(places)
+    place = keys.amax(-1).bitwise_and_(BLOCK - 1).long()
+    largest = values.gather(-1, place[..., None])
+    scaled = values * (largest * (2 / rows))
+    if values.is_cuda:  # adds rows up in any order there, and a resumed run has to write the same bytes
+        back = (place[..., None] == places).to(values.dtype).transpose(1, 2) @ scaled
+    else:
+        place += BLOCK * torch.arange(blocks)[:, None]
+        back = values.new_zeros(blocks * BLOCK, BLOCK).index_add_(0, place.flatten(), scaled.flatten(0, 1))
+    return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
+
+
+def _moments(blocks: _Blocks, transform: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and B', [G, 128, 128]."""
+    return transform.transpose(1, 2) @ (blocks.a @ transform), inverse @ blocks.b @ inverse.transpose(1, 2)
+
+
+def _slope(
+    weight_rows: int, y: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, shared: bool
+) -> torch.Tensor:
+    """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
+    all. y [G, R, 128] and v [G, R', 128] are rows of the input and of the weights in the basis of T."""
+    x_peak, x_back = _peaks(y)
+    w_peak, w_back = _peaks(v)
+    w_peak, w_back = w_peak * weight_rows, w_back * weight_rows
+    a_trace, b_trace = _trace(a), _trace(b)
+    slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
+    slope += a * (2 * w_peak)[:, None, None] - b * (2 * x_peak)[:, None, None]
+    error = x_peak * b_trace + w_peak * a_trace
+    if shared:
+        slope, error = slope.sum(0, keepdim=True), error.sum(0, keepdim=True)
+    return torch.where(error[:, None, None] > 0, slope / error.clamp_min(1e-30)[:, None, None], 0.0)
+
+
+def _trace(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
+    """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
+    inverse = torch.linalg.inv(transform)
+    x_peak = _mean_peak(_window(blocks.x, COMPARED_ROWS, 0) @ transform)
+    w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
+    b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
+    a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
+    error = x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
+    return error.sum(0, keepdim=True) if len(transform) == 1 else error
+
+
+def _mean_peak(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().amax(-1).square().mean(1)
+
+
+def _storable(transform: torch.Tensor) -> torch.Tensor:
+    """Scale each block by a power of two to a largest entry in [1/2, 1) and round to what both 16-bit formats hold."""
+    _, exponent = torch.frexp(transform.abs().amax((1, 2), keepdim=True))
+    mantissa, exponents = torch.frexp(torch.ldexp(transform, -exponent))
+    rounded = torch.ldexp(torch.round(mantissa * 2**MANTISSA_BITS) / 2**MANTISSA_BITS, exponents)
+    return torch.where(rounded.abs() < SMALLEST, 0.0, rounded).half()

@@ -1,0 +1,78 @@
+"""One run of apex4's quantizer in a process of its own; what it took is JSON in the last line.
+
+    apex4_worker.py RECIPE MODEL OUT [--device cuda] [--samples 128] [--seq-len 2048]
+
+scripts/bench/gpu_quantize starts it: `apex4 quantize` does not tell its peak of GPU memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.progress import Progress
+
+
+class Marks(Progress):
+    """When the last linear of each layer was done. All layers are of one size."""
+
+    def __init__(self, layers: int, on_gpu: bool) -> None:
+        self.times: list[float] = []
+        self._layers, self._on_gpu = layers, on_gpu
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        done = 0
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            if name == "quantizing" and done * self._layers % total == 0:
+                if self._on_gpu:
+                    torch.cuda.synchronize()
+                self.times.append(time.perf_counter())
+
+        yield advance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    args = parser.parse_args()
+    settings = QuantizeSettings(
+        model=args.model, recipe=args.recipe, device=args.device, samples=args.samples, seq_len=args.seq_len
+    )
+    on_gpu = args.device == "cuda"
+    layers = json.loads((Path(args.model) / "config.json").read_text())["num_hidden_layers"]
+    marks = Marks(layers, on_gpu)
+    started = time.perf_counter()
+    result = quantize(settings, args.out, progress=marks)
+    print(
+        json.dumps(
+            {
+                "seconds": result.seconds,
+                "layers_done": [each - started for each in marks.times],
+                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+                "gpu": torch.cuda.get_device_name() if on_gpu else None,
+                "quantized_linears": len(result.plan.linears),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,534 @@
+"""The quantizer kernels without a GPU: compiled for every architecture, their machine code looked at, and their own source
+run on a CPU against the float64 reference (tests/cuda_on_cpu)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.kernels import reference
+from apex4_quant.kernels.index import index_function
+from apex4_quant.kernels.quantize import configs as quantize_configs
+from apex4_quant.kernels.quantize.configs import (
+    INPUTS,
+    QuantizePlan,
+    all_configs,
+    board_bytes,
+    choose_dense,
+    choose_row_rms,
+    choose_rows,
+    dense_config,
+    fragment_order,
+    prepack_matrix,
+    product_is_faster,
+    rows_config,
+)
+from apex4_quant.kernels.quantize.launch import rows_are_aligned, run_quantize
+from apex4_quant.kernels.runtime import launcher
+from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = load("gpu_check_quantize", ROOT / "scripts" / "gpu_check_quantize.py")
+cuda_on_cpu = load("cuda_on_cpu", ROOT / "tests" / "cuda_on_cpu" / "__init__.py")
+Case = gpu_check.Case
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+WIDTHS = (128, 200, 384, 1000, 4096, 11008, 14336, 16384, 16512, 28672, 53248)
+ROWS = (1, 2, 3, 7, 16, 17, 100, 2048, 8192)
+
+
+def covered(plan: QuantizePlan, m: int, k_blocks: int) -> np.ndarray:
+    """How many slices of quantize_rows (NARROW, RESIDENT) have each (row, block): from the grid and the index functions."""
+    slices = np.arange(plan.block // 8)
+    rows = index_function("rows_slice_row")(slices, plan.rows_log2)
+    blocks = index_function("rows_slice_block")(slices, plan.rows_log2)
+    count = np.zeros((m, k_blocks), int)
+    tiles = np.arange(plan.grid[1] * plan.grid[2])[:, None, None] << plan.rows_log2
+    spans = np.arange(plan.grid[0])[:, None] * plan.blocks_per_cta
+    row, block = np.broadcast_arrays(tiles + rows, spans + blocks)
+    active = (row < m) & (blocks < plan.blocks_per_cta) & (block < k_blocks)
+    np.add.at(count, (row[active], block[active]), 1)
+    return count
+
+
+@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
+    k_blocks = -(-k // 128)
+    for blocks_per_group in {1, 2, 3, 8, k_blocks}:
+        if k_blocks % blocks_per_group:
+            continue
+        for m in ROWS:
+            plan = choose_rows(m, k_blocks, blocks_per_group, input=input)
+            form = plan.config.name.split("_")[2]
+            unit = k_blocks if input == "rms_norm" else blocks_per_group
+            assert plan.blocks_per_cta % unit == 0 or plan.blocks_per_cta == k_blocks
+            assert plan.grid[1] <= 65535 and plan.block % 32 == 0
+            if form == "long":
+                assert unit > 128 and plan.rows_log2 == 0 and plan.block <= 512
+                assert plan.grid[0] * plan.blocks_per_cta == k_blocks and plan.grid[1] * plan.grid[2] == m
+                continue
+            assert plan.block <= {"narrow": 256, "resident": 1024}[form]
+            assert (form == "narrow") == (unit == 1 and input != "rms_norm")
+            assert (plan.blocks_per_cta << plan.rows_log2) * 8 <= plan.block
+            if m * k_blocks <= 2**16:
+                assert (covered(plan, m, k_blocks) == 1).all()
+
+
+def test_more_row_tiles_than_a_grid_has_in_y() -> None:
+    plan = choose_rows(200_000, 40, 40)  # one row a CTA
+    assert plan.rows_log2 == 0 and plan.grid == (1, 65535, 4)
+    assert 65535 * 4 >= 200_000
+
+
+def test_plans_refuse_what_the_kernels_cannot_do() -> None:
+    with pytest.raises(UsageError, match="smaller group size"):
+        choose_rows(1, 1025, 1025)
+    with pytest.raises(ValueError, match="groups of 3 blocks"):
+        choose_rows(1, 4, 3)
+    with pytest.raises(UsageError, match="use fewer tokens"):
+        choose_dense(2**21, 32, aligned=False)
+    with pytest.raises(ValueError, match="groups of 128, not 256"):
+        run_quantize(
+            0, codes=0, scales=0, x=0, m=1, k=256, k_blocks=2, m_stride=16, ldx=256, dtype="float16", format="sm80",
+            stream=0, sm_count=1, blocks_per_group=2, transform="dense",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_a_grid_of_the_dense_kernel_covers_every_row_once(k: int) -> None:
+    k_blocks = -(-k // 128)
+    for m in (*ROWS, 131072):
+        for aligned in (True, False):
+            plan = choose_dense(m, k_blocks, aligned=aligned)
+            few = plan.defines["APEX4_FEW_ROWS"]
+            assert plan.block == 128 and plan.grid[0] == k_blocks and plan.grid[1] <= 65535
+            assert plan.rows_per_cta == 16 if few else plan.rows_per_cta % 128 == 0
+            assert (plan.grid[1] - 1) * plan.rows_per_cta < m <= plan.grid[1] * plan.rows_per_cta
+            assert few or aligned
+            assert few or m > 16
+    assert choose_dense(8192, 32).defines["APEX4_FEW_ROWS"] == 0
+
+
+@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
+    k_blocks, sm_count = -(-k // 128), 132
+    for m in (*ROWS, 700, 4100, 131072):
+        plan = choose_dense(m, k_blocks, input=input, format="sm90", sm_count=sm_count)
+        assert plan.grid[0] == k_blocks
+        assert (plan.grid[1] - 1) * plan.rows_per_cta < m <= plan.grid[1] * plan.rows_per_cta
+        if plan.config.source == "quantize/quantize_dense.cu":
+            few = 2 if input == "rms_norm" and (m <= 8 if k_blocks >= 64 else k_blocks >= 16 and m in (2, 3)) else 1
+            assert plan.defines["APEX4_FEW_ROWS"] == few and plan.block == 128 * few
+            assert not plan.needs_board and plan.shared_bytes == 0
+            assert plan.needs_statistics == (input == "rms_norm" and few == 1 and m > 4)
+            assert -(-m // 128) * k_blocks < sm_count or m <= 16 or (input == "rms_norm" and k_blocks > sm_count)
+            continue
+        assert plan.config.source == "quantize/quantize_dense_sm90.cu" and plan.needs_board == (input == "rms_norm")
+        assert plan.rows_per_cta % (64 if plan.needs_board else 128) == 0
+        if plan.needs_board:  # all thread blocks there at once
+            assert plan.grid[0] * plan.grid[1] <= sm_count and plan.block == 512
+        ctas = 1 if plan.needs_board else 2
+        assert ctas * (plan.shared_bytes + 1024 + 128) <= 228 * 1024
+
+
+def test_where_a_hadamard_transform_is_a_product() -> None:
+    """As measured on an H100: the least of these numbers of rows, by K; what is chosen is a kernel that takes it."""
+    rows = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 1 << 20)
+    how = {"input": "rms_norm", "aligned": True, "format": "sm90", "sm_count": 132}
+    least = {4096: 8192, 5120: 8192, 7168: 4096, 8192: 4096, 12288: 4096, 14336: 1024, 16384: 1024}
+    for k in (128, 1024, 2048, *least, 6144, 10240, 16512, 28672):
+        chosen = [m for m in rows if product_is_faster(m, k // 128, **how)]
+        assert chosen == [m for m in rows if m >= least.get(k, 1 << 21)], (k, chosen)
+        for m in chosen:
+            assert choose_dense(m, k // 128, input="rms_norm", format="sm90").needs_board
+    for other in ({"input": "plain"}, {"input": "silu_mul"}, {"aligned": False}, {"format": "sm80"}, {"sm_count": 63}):
+        assert not product_is_faster(1 << 20, 64, **(how | other))
+
+
+def test_alignment_is_of_addresses_strides_and_width() -> None:
+    assert rows_are_aligned(4096, (256, 4096), (512, 8192))
+    assert not rows_are_aligned(4097, (256, 4104))
+    assert not rows_are_aligned(4096, (258, 4096))
+    assert not rows_are_aligned(4096, (256, 4096), (512, 4100))
+
+
+# ---- index functions ------------------------------------------------------------------------------------------------
+
+
+def test_octets_of_a_row_fill_it() -> None:
+    for format, row_bytes, octet_bytes in (("sm80", 64, 4), ("sm90", 128, 8)):
+        octet, chunk = index_function(f"{format}_octet_byte"), index_function(f"{format}_activation_byte")
+        for row in range(9):
+            starts = [chunk(row, i) + byte for i in range(row_bytes // 16) for byte in range(0, 16, octet_bytes)]
+            assert [octet(row, k) for k in range(0, 128, 8)] == starts
+            assert all(octet(row, k) ^ row_bytes // 2 == octet(row, k + 64) for k in range(0, 64, 8))
+        assert sorted(index_function(f"{format}_octet_nibble")(e) for e in range(8)) == list(range(8))
+
+
+def test_lanes_of_a_slice_cover_the_block() -> None:
+    assert [index_function("rows_column")(lane) for lane in range(8)] == list(range(0, 128, 16))
+    transformed = index_function("rows_transformed_column")
+    assert [transformed(lane, half) for half in range(2) for lane in range(8)] == list(range(0, 128, 8))
+
+
+def test_prepacked_order_is_a_permutation() -> None:
+    assert sorted(fragment_order()) == list(range(128 * 128))
+    matrix = torch.randn(3, 128, 128).half()
+    packed = prepack_matrix(matrix, torch.bfloat16)
+    assert packed.shape == (3, 16384) and packed.dtype == torch.bfloat16 and packed.is_contiguous()
+    assert torch.equal(packed[1, :8], matrix[1].flatten()[torch.from_numpy(fragment_order()[:8])].bfloat16())
+
+
+def test_renamed_mma_is_the_product() -> None:
+    """quantize_dense in NumPy, lane by lane: words loaded, fragments by the PTX tables, columns a lane ends with."""
+    rng = np.random.default_rng(0)
+    x, matrix = rng.integers(-9, 10, (16, 128)), rng.integers(-9, 10, (128, 128))
+    packed = matrix.reshape(-1)[fragment_order()]
+    fn = index_function
+    lane, r, q = np.arange(32), np.arange(32) >> 2, np.arange(32) & 3
+    y = np.zeros((16, 128), int)
+    for tile in range(16):
+        total = np.zeros((16, 8), int)
+        for step in range(8):
+            a, b = np.zeros((16, 16), int), np.zeros((16, 8), int)
+            start = fn("dense_fragment_byte")(step >> 1, tile, lane) // 2 + 4 * (step & 1)
+            for i, p in np.ndindex(2, 2):  # register half, element of the pair
+                word = fn("dense_piece_word")(step, i)
+                column = fn("dense_piece_column")(step >> 1, lane) + 2 * word + p
+                k = 2 * q + 8 * i + p
+                assert (column == fn("dense_input")(step, k)).all()
+                for rows in (r, r + 8):
+                    a[rows, k] = x[rows, column]
+                b[k, r] = packed[start + 2 * i + p]
+            total += a @ b
+        n = 2 * q[:, None] + np.arange(2)
+        for rows in (r, r + 8):
+            y[rows[:, None], fn("dense_output")(tile, n)] = total[rows[:, None], n]
+    assert (y == x @ matrix).all()
+    first = fn("dense_output")(np.arange(16)[:, None], 2 * q[:4][None])  # a lane's columns are consecutive
+    assert (first == 32 * q[:4] + 2 * np.arange(16)[:, None]).all()
+
+
+def test_core_matrices_are_those_of_wgmma() -> None:
+    """K-major, without swizzle: eight columns by 16 bytes along k stand together, at the strides of the descriptor."""
+    word = index_function("dense_core_word")
+    step, k, n = np.ix_(np.arange(8), np.arange(16), np.arange(128))
+    lane = 4 * (n & 7) + (k >> 1 & 3)  # which has k and n in its B register k >> 3 of tile n >> 3
+    byte = 4 * word(step, n >> 3, k >> 3, lane) + 2 * (k & 1)
+    k_stride, n_stride = 4 * word(0, 0, 1, 0), 4 * word(0, 1, 0, 0)
+    at = 4 * word(step, 0, 0, 0) + k_stride * (k >> 3) + n_stride * (n >> 3) + 16 * (n & 7) + 2 * (k & 7)
+    assert (byte == at).all() and sorted(byte.flatten()) == list(range(0, 2 * 128 * 128, 2))
+
+
+# ---- the correctly rounded quotient ---------------------------------------------------------------------------------
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """fma of float32s with one rounding. The product is exact in float64; a sum that would be rounded twice is repaired."""
+    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    at_middle = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
+    total = np.where(at_middle & (lost != 0), np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+    return total.astype(np.float32)
+
+
+def quotient_codes_differ(mantissas: np.ndarray) -> int:
+    """For scales of these mantissas and every float32 next to a tie: how often ExactQuotient's code is not rint(t / s)."""
+    scale = (0x3F800000 | mantissas).astype(np.uint32).view(np.float32)
+    reciprocal = (np.float32(1) / scale).astype(np.float32)
+    wrong = 0
+    for tie in np.arange(0.5, 7, dtype=np.float32):
+        nearest = (tie * scale.astype(np.float64)).astype(np.float32)
+        for step in range(-3, 4):
+            t = (nearest.view(np.int32) + step).view(np.float32)
+            q0 = t * reciprocal
+            q1 = fused(fused(-q0, scale, t), reciprocal, q0)
+            wrong += int((np.rint(q1) != np.rint(t / scale)).sum())
+    return wrong
+
+
+def test_one_correction_makes_the_quotient_round_as_a_division_does() -> None:
+    rng = np.random.default_rng(0)
+    ends = np.concatenate([np.arange(2048), 2**23 - 1 - np.arange(2048)])
+    assert quotient_codes_differ(np.concatenate([ends, rng.integers(0, 2**23, 60_000)])) == 0
+
+
+# ---- machine code ---------------------------------------------------------------------------------------------------
+
+
+def compiled(config: Any, sm: int) -> Any:
+    try:
+        return compile_kernel(config.source, config.defines, arch_of(sm))
+    except Apex4Error as error:
+        if "is not installed" in str(error) or "is needed" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+THREADS_AND_CTAS = {
+    "narrow": (256, 6),
+    "resident": (1024, 1),
+    "long": (512, 1),
+    "many": (128, 2),
+    "few": (128, 2),
+    "fewest": (256, 1),
+}
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90])
+def test_every_kernel_compiles_without_a_word_and_without_spills(sm: int) -> None:
+    configs = all_configs(sm)
+    assert len({config.name for config in configs}) == len(configs)
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda config: compiled(config, sm), configs))
+    for config, result in zip(configs, results, strict=True):
+        assert result.warnings == "", config.name
+        resources = result.resources
+        assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0, config.name
+        # CTAs that are to share an SM's 65,536 registers
+        threads, ctas = THREADS_AND_CTAS.get(config.name.split("_")[2], (256, 4))
+        if config.source == "quantize/quantize_dense_sm90.cu":
+            threads, ctas = (512, 1) if "rms_norm" in config.name else (256, 2)
+        ctas -= "stream_rms_norm_none" in config.name
+        assert -(-resources.registers // 8) * 8 * threads * ctas <= 65536, config.name
+
+
+def opcodes(cubin: bytes, folder: Path) -> Counter[str]:
+    packages = importlib.util.find_spec("nvidia")
+    folders = [Path(root) / "cu13" / "bin" for root in (packages.submodule_search_locations or ())] if packages else []
+    tool = next((str(each / "nvdisasm") for each in folders if (each / "nvdisasm").is_file()), shutil.which("nvdisasm"))
+    if tool is None:
+        pytest.skip("nvdisasm is not installed")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run([tool, "-c", str(path)], check=True, capture_output=True, text=True).stdout
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text))
+
+
+@pytest.mark.parametrize(
+    ("sm", "format", "store"), [(80, "sm80", "STG.E"), (86, "sm80", "STG.E"), (90, "sm90", "STG.E.64")]
+)
+def test_machine_code_of_the_row_quantizer(sm: int, format: str, store: str, tmp_path: Path) -> None:
+    counts = opcodes(compiled(rows_config("narrow", "plain", True, "bfloat16", format), sm).cubin, tmp_path)
+    assert counts["LDG.E.128"] == 2  # sixteen columns
+    assert counts["STG.E"] + counts["STG.E.64"] == 3 and counts[store] >= 2  # two octets of codes and the scale
+    assert counts["SHFL.BFLY"] == 3 * 8 + 3  # halves swapped three times, then the largest
+    assert counts["FADD"] + counts["FFMA"] >= 7 * 16
+    assert counts["FFMA.SAT"] == 16
+    assert not any(name.startswith(("LDL", "STL", "BAR", "F2I", "I2F")) for name in counts)
+
+
+@pytest.mark.parametrize(("sm", "format"), [(80, "sm80"), (86, "sm80"), (89, "sm80"), (90, "sm90")])
+def test_machine_code_of_the_dense_quantizer(sm: int, format: str, tmp_path: Path) -> None:
+    def hmma(counts: Counter[str]) -> int:
+        return sum(count for name, count in counts.items() if name.startswith("HMMA.16816.F32"))
+
+    many = opcodes(compiled(dense_config(False, "plain", "bfloat16", format), sm).cubin, tmp_path)
+    copies = sum(count for name, count in many.items() if name.startswith("LDGSTS"))
+    if format == "sm80":
+        assert hmma(many) == 2 * 16 * 8  # row tiles, column tiles, steps
+        assert many["LDS.128"] == 16 * 4  # a fragment is read once for two products of each of two row tiles
+        assert many["LDG.E.128"] == 2 * 16  # the first rows and the next ones
+        assert many["STG.E.128"] == 4
+        assert copies == 16
+    else:
+        assert hmma(many) == 0 and many["HGMMA.64x128x16.F32.BF16"] == 8
+        assert many["LDS.128"] == 8 and copies == 3 * 8  # two rows; for two stages, and again in the loop
+        assert many["LDG.E.128"] == 8  # the matrix
+        assert many["STG.E.128"] == 4
+        assert many["WARPGROUP.ARRIVE"] == 1  # no product waits for the one before
+    few = opcodes(compiled(dense_config(True, "plain", "bfloat16", format), sm).cubin, tmp_path)
+    assert hmma(few) == 4 * 8
+    for counts in (many, few):
+        assert not any(name.startswith(("LDL", "STL", "F2I", "I2F")) for name in counts)
+
+
+# ---- the kernels' own source on a CPU -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cpu_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if cuda_on_cpu.COMPILER is None:
+        pytest.skip("no C++ compiler to run the kernels' source with")
+    return cuda_on_cpu.CpuLauncher(tmp_path_factory.mktemp("kernels"))
+
+
+def variants(base: Any) -> list[Any]:
+    few = replace(base, m=5, k=200)
+    return [
+        few,
+        replace(base, m=20, k=600, clip=0.9, seed=1),
+        replace(base, m=37, k=333, seed=2),
+        replace(base, m=1, k=128, seed=3),
+        replace(few, padding=24),
+        replace(few, padding=8, offset=1),
+        *(replace(few, data=data, seed=4) for data in ("extreme", "zero", "nan", "infinity", "ties")),
+    ]
+
+
+ROWS_80 = Case(1, 1, format="sm80", dtype="bfloat16")
+ROWS_90 = Case(1, 1, format="sm90", dtype="float16")
+DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
+FAMILIES: dict[str, list[Any]] = {
+    "hadamard, sm80": variants(ROWS_80),
+    "hadamard, sm90": variants(ROWS_90),
+    "none, sm80": variants(replace(ROWS_80, transform="none")),
+    "none, sm90": variants(replace(ROWS_90, transform="none")),
+    "groups": [replace(ROWS_80, m=9, k=1100, group=384), replace(ROWS_80, m=3, k=2000, group="channel", data="nan")],
+    "silu": variants(replace(ROWS_90, input="silu_mul")),
+    "silu, groups": [replace(ROWS_80, input="silu_mul", m=9, k=1100, group=256, seed=5)],
+    "rms": [*variants(replace(ROWS_80, input="rms_norm")), replace(ROWS_80, input="rms_norm", m=11, k=1400, group="channel")],
+    "rms, none": [replace(ROWS_90, input="rms_norm", transform="none", m=6, k=900, gain_offset=offset) for offset in (False, True)],
+    "long": [replace(ROWS_80, m=2, k=17000, group="channel"), replace(ROWS_80, m=2, k=16520, group="channel", data="infinity")],
+    "long, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="rms_norm") for group in (128, "channel")],
+    "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
+    "dense, many rows": [replace(DENSE_90, m=150, k=640), replace(DENSE_90, m=300, k=1000), replace(DENSE_90, m=150, k=640, data="nan")],
+    "dense, many rows, sm80": [replace(DENSE_80, m=161, k=520, clip=0.9)],
+    "dense, rms, more warps": [
+        *(replace(DENSE_90, m=m, k=8104, input="rms_norm", gain_offset=m > 4, seed=m) for m in (1, 2, 3, 5, 8)),
+        replace(DENSE_90, m=3, k=4098, input="rms_norm", padding=1, dtype="bfloat16"),
+    ],
+    "dense, rms": [replace(DENSE_90, m=m, k=520, input="rms_norm", gain_offset=m > 16) for m in (7, 140)],
+    "dense, rms on a board": [
+        *(replace(DENSE_90, m=m, k=504, input="rms_norm", gain_offset=m > 200, dtype=dtype)
+          for m, dtype in ((140, "float16"), (321, "bfloat16"))),
+        replace(DENSE_90, m=700, k=128, input="rms_norm", data="nan"),
+        replace(DENSE_90, m=400, k=2504, input="rms_norm", shared_matrix=True),
+    ],
+    "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_equal_the_reference(family: str, cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
+    for case in FAMILIES[family]:
+        assert gpu_check.check(case, CPU) == [], case
+
+
+def test_a_board_serves_one_launch_after_the_other(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is posted on it is, bit for bit, what row_rms.cu works out; what was posted before is not taken for it.
+
+    On a CPU one CTA runs after the other: all but the last find rows that nobody has posted, and work them out themselves.
+    """
+    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
+    board, k = torch.zeros(board_bytes(1100) // 8, dtype=torch.int64), 248
+    for launch, m in enumerate((1100, 500, 640), 1):
+        case = replace(DENSE_90, m=m, k=k, input="rms_norm", seed=launch)
+        monkeypatch.setattr(gpu_check, "board", lambda m, device: board)
+        assert gpu_check.check(case, CPU) == [], case
+        assert board[:2].view(torch.int32).tolist() == [launch, 0, 0, 0]
+        posts = board[2 : 2 + m].view(torch.int32).unflatten(0, (m, 2))
+        assert (posts[:, 1] == launch).all()
+        x, expected = gpu_check.make_operands(case, CPU).x, torch.empty(m)
+        plan = choose_row_rms(m, dtype=case.dtype)
+        kernel = cpu_launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, 0)
+        numbers = (*map(ctypes.c_int, (m, k, x.stride(0))), ctypes.c_float(gpu_check.EPS), ctypes.c_int(1))
+        kernel.bind(plan.grid, plan.block, 2, numbers)(0, expected.data_ptr(), x.data_ptr())
+        assert torch.equal(posts[:, 0].view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_the_check_expects_what_the_reference_says(
+    transform: str, monkeypatch: pytest.MonkeyPatch, cpu_launcher: Any
+) -> None:
+    """gpu_check_quantize computes its expectation itself, with bounds: here the project's reference has the last word."""
+    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
+    case = replace(ROWS_80, m=33, k=512, transform=transform, clip=0.9, seed=9)
+    operands = gpu_check.make_operands(case, CPU)
+    stored, scales, wrong = gpu_check.run(case, operands)
+    codes, expected_scales = reference.quantize_activation(operands.x, 128, clip=0.9, hadamard=transform == "hadamard")
+    assert wrong == []
+    torch.testing.assert_close(scales[:, :33].t().double(), expected_scales, rtol=1e-6, atol=0)
+    difference = (gpu_check.decode(stored, 33, "sm80") - codes).abs()
+    assert int(difference.max()) <= 1 and float((difference > 0).double().mean()) < 1e-3
+
+
+MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
+    "chunk order": (("index.cuh", "(k >> 1 ^ 16 * (row >> 1 & 3))", "(k >> 1 ^ 16 * (row & 3))"), ROWS_80),
+    "factor": (("quantize_slice.cuh", "0.08838834764831845f", "0.0883885f"), ROWS_80),
+    "clamp": (("quantize.cuh", "fmaxf(q1, -7.0f)", "fmaxf(q1, -8.0f)"), replace(ROWS_80, transform="none")),
+    "floor": (("quantize.cuh", "0x1p-100f", "0x1p-101f"), replace(ROWS_80, data="zero")),
+    "negative code": (("quantize.cuh", "one * 7u", "one * 3u"), replace(ROWS_90, transform="none")),
+    "nibble": (("index.cuh", "2 * (element & 3) + (element >> 2)", "element"), ROWS_90),
+    "shuffle": (("quantize_slice.cuh", "lane & bit ? -1.0f : 1.0f", "lane & bit ? 1.0f : -1.0f"), ROWS_80),
+    "sign": (("quantize_slice.cuh", "if (lane & 4) quantized", "if (lane & 2) quantized"), ROWS_90),
+    "moved columns": (("index.cuh", "8 * (lane & 7) + 64 * half", "16 * (lane & 7) + 8 * half"), ROWS_90),
+    "tie": (("quantize.cuh", "fmaf(fmaf(-q0, scale, t), reciprocal, q0)", "q0"), replace(ROWS_90, transform="none", data="ties", m=128)),
+    "mma word": (("index.cuh", "2 * (step & 1) + half)", "(step & 1) + 2 * half)"), DENSE_80),
+    "warp's columns": (("quantize_dense.cu", "dense_output(WARP_TILES * warp, 2", "dense_output(warp, 2"), replace(DENSE_80, m=16)),
+    "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_80, m=300, k=1000)),
+    "passes, sm90": (("quantize_dense_sm90.cu", "first += PASS_ROWS", "first += 2 * PASS_ROWS"), replace(DENSE_90, m=300, k=1000)),
+    "core matrix": (("quantize_dense_sm90.cu", "= b.z,", "= b.x,"), replace(DENSE_90, m=300, k=1000)),
+    "stores together": (("quantize_dense.cuh", "odd ? packed[i] : packed[4 + i], 1", "odd ? packed[4 + i] : packed[i], 1"), replace(DENSE_90, m=300, k=1000)),
+    "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
+    "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
+                         replace(DENSE_90, m=400, k=504, input="rms_norm")),
+    "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
+             replace(ROWS_80, input="rms_norm")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_constant_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_launcher: Any
+) -> None:
+    edit, base = MUTATIONS[name]
+    case = replace(
+        base,
+        m=20 if base.m == 1 else base.m,
+        k=584 if base.k == 1 else base.k,
+        clip=1.0 if base.data == "ties" else 0.9,
+    )
+    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
+    assert gpu_check.check(case, CPU) == []
+    monkeypatch.setattr(launcher, "kernel", cuda_on_cpu.CpuLauncher(tmp_path, [edit]).kernel)
+    try:
+        assert gpu_check.check(case, CPU) != []
+    except cuda_on_cpu.KernelFault:
+        assert name == "warp's columns"  # which then are not aligned
+
+
+def test_configurations_are_named_after_the_header() -> None:
+    text = (ROOT / "apex4_quant" / "kernels" / "cuda" / "quantize" / "quantize.cuh").read_text()
+    rows = (ROOT / "apex4_quant" / "kernels" / "cuda" / "quantize" / "quantize_rows.cu").read_text()
+
+    def number(source: str, name: str) -> int:
+        return int(re.search(rf"#define APEX4_{name} (\d+)", source)[1])
+
+    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2]
+    assert [number(rows, form.upper()) for form in quantize_configs.FORMS] == [0, 1, 2]
+    assert f"MAX_LONG_BLOCKS = {quantize_configs.LONG_BLOCKS};" in rows
+    assert f"GRID_Y = {quantize_configs.GRID_Y};" in rows

@@ -1,0 +1,114 @@
+"""The kernels of GPTQ's rounding and of descent on codes: compiled for every architecture, and their own source run on a CPU
+(tests/cuda_on_cpu) against what gptq.py and coordinate_descent.py do by operations of PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from apex4_quant.errors import Apex4Error
+from apex4_quant.kernels.runtime import launcher
+from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
+from apex4_quant.kernels.sweeps import column_sweeps
+from apex4_quant.kernels.sweeps.configs import all_configs
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = load("gpu_check_sweeps", ROOT / "scripts" / "gpu_check_sweeps.py")
+cuda_on_cpu = load("cuda_on_cpu", ROOT / "tests" / "cuda_on_cpu" / "__init__.py")
+SMALL = [shape for shape in gpu_check.SHAPES if shape[0] < 1000]
+
+
+@pytest.mark.parametrize("config", all_configs(80), ids=lambda config: config.name)
+@pytest.mark.parametrize("sm", [80, 86, 89, 90])
+def test_they_compile_without_a_word_and_without_spills(sm: int, config: Any) -> None:
+    try:
+        result = compile_kernel(config.source, config.defines, arch_of(sm))
+    except Apex4Error as error:
+        if "is not installed" in str(error) or "is needed" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert result.warnings == ""
+    resources = result.resources
+    assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0
+    assert resources.registers <= 64  # two CTAs of 512 threads on a multiprocessor
+
+
+@pytest.fixture(scope="module")
+def cpu_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if cuda_on_cpu.COMPILER is None:
+        pytest.skip("no C++ compiler to run the kernels' source with")
+    return cuda_on_cpu.CpuLauncher(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """CPU tensors go through the kernels, as a GPU's do. The sources of those launched."""
+    launched: list[str] = []
+    monkeypatch.setattr(column_sweeps, "run_on", lambda device: True)
+    monkeypatch.setattr(column_sweeps, "_stream", lambda device: 0)
+    return launched
+
+
+def launch_with(launcher_of_cpu: Any, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(source: str, *rest: Any) -> Any:
+        sources.append(source)
+        return launcher_of_cpu.kernel(source, *rest)
+
+    monkeypatch.setattr(launcher, "kernel", kernel)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_kernels_do_what_operations_of_pytorch_do(
+    shape: tuple[int, int, Any], cpu_launcher: Any, sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_with(cpu_launcher, sources, monkeypatch)
+    gpu_check.check(*shape, CPU, seed=1)
+    blocks = shape[1] // 128
+    assert sources == ["sweeps/gptq_sweep.cu"] * 2 * blocks + ["sweeps/descent_sweep.cu"] * 3 * blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_check_of_hessians_passes_on_a_cpu(dtype: torch.dtype) -> None:
+    gpu_check.check_hessian(dtype, CPU, seed=1)
+
+
+MUTATIONS = {
+    "another column's error": ("gptq_sweep.cu", "subtract(w, u, error)", "subtract(w, u, code)"),
+    "owner": ("gptq_sweep.cu", "__shfl_sync(ALL_LANES, w[c], owner)", "__shfl_sync(ALL_LANES, w[c], 31 - owner)"),
+    "cost": ("gptq_sweep.cu", "__frcp_rn(diagonal * diagonal)", "__frcp_rn(diagonal)"),
+    "smallest scale": ("gptq_sweep.cu", "fmaxf(absmax * steps[i], scale_min)", "fmaxf(absmax * steps[i], 0.0f)"),
+    "first ratio": ("gptq_sweep.cu", "error < least", "error > least"),
+    "damping": ("descent_sweep.cu", "__fmaf_rn(-added, moved, gradient[c])", "gradient[c]"),
+    "change": ("descent_sweep.cu", "(code[c] - before[c]) * scale", "(code[c] - before[c])"),
+    "slope": ("descent_sweep.cu", "subtract(gradient, h, moved)", "subtract(gradient, h, -moved)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_line_is_noticed(
+    name: str, tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cuda_on_cpu.COMPILER is None:
+        pytest.skip("no C++ compiler to run the kernels' source with")
+    changed = cuda_on_cpu.CpuLauncher(tmp_path, [MUTATIONS[name]], optimization="-O0")
+    launch_with(changed, sources, monkeypatch)
+    monkeypatch.setattr(gpu_check, "DAMPING", 0.5)  # so much that to forget it changes codes
+    with pytest.raises(AssertionError):
+        gpu_check.check(37, 384, 128, CPU, seed=1)

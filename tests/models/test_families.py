@@ -1,0 +1,334 @@
+"""Every supported architecture, as a small random model of the real class: quantize, load, compare with float64."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.format.number_format import padded_in_features
+from apex4_quant.kernels import reference
+from apex4_quant.models.families import FAMILIES, family_of
+from apex4_quant.models.layer_runner import LayerRunner
+from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.nn.fused_inputs import Deferring
+from apex4_quant.nn.linear import Apex4Linear
+from apex4_quant.nn.shared_input import prepare_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+}
+RAGGED = {"hidden_size": 192, "intermediate_size": 328, "head_dim": 48}
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama ragged": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | RAGGED)),
+    "llama biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen2 window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "qwen3 ragged": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES | RAGGED)),
+    "phi3 partial rotary": lambda: Phi3ForCausalLM(
+        Phi3Config(**SIZES, partial_rotary_factor=0.5, sliding_window=16, pad_token_id=0)
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=32, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=10.0)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+    "mixtral tied ragged": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES | RAGGED, num_local_experts=3, num_experts_per_tok=1, tie_word_embeddings=True)
+    ),
+    "qwen3moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SIZES, head_dim=32, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=128, mlp_only_layers=[0]
+        )
+    ),
+}
+# Linears of both layers, where it is not seven a layer.
+COUNTS = {
+    "phi3 partial rotary": 2 * 4,
+    "mixtral": 2 * (4 + 3 * 4),
+    "mixtral tied ragged": 2 * (4 + 3 * 3),
+    "qwen3moe": 2 * 4 + 3 + 3 * 6,
+}
+
+
+def write_model(folder: Path, name: str, **save: Any) -> nn.Module:
+    """A seeded random model of `MODELS` with the demo's tokenizer, in bfloat16, biases and norms not trivial."""
+    torch.manual_seed(len(name))
+    model = MODELS[name]()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+        elif "norm" in key:
+            offset = FAMILIES[type(model).__name__].norm_offset
+            nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(folder, **save)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_PATH / file, folder)
+    return model
+
+
+class ReferenceLinear(nn.Module):
+    """The format in float64, from the packed tensors of a loaded layer: the fake-quantized oracle."""
+
+    def __init__(self, packed: Apex4Linear) -> None:
+        super().__init__()
+        self.format, self.bias = packed.format, packed.bias
+        self.codes, self.scales = packed.codes(), packed.scales()
+        self.matrix = packed.transform_matrix()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = nn.functional.pad(rows, (0, self.format.padded_k - rows.shape[1]))
+        hadamard = self.format.transform == "hadamard128"
+        codes, scale = reference.quantize_activation(
+            rows, self.format.group_length, self.format.activation_clip, hadamard, self.matrix
+        )
+        y = reference.linear(codes, scale, self.codes, self.scales, self.bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "layout", "recipe"),
+    [(name, "rowmajor", recipe) for name in MODELS for recipe in ("rtn", "apex4")]
+    + [(name, "sm80", recipe) for name in ("llama ragged", "qwen2") for recipe in ("rtn", "apex4")]
+    + [
+        (name, "rowmajor", recipe)
+        for name in ("phi3 partial rotary", "gemma2", "mixtral tied ragged")
+        for recipe in ("apex4-gptaq", "apex4-shared")
+    ],
+)
+def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", name)
+    settings = QuantizeSettings(
+        str(tmp_path / "model"), recipe=recipe, target="none", layout=layout, samples=2, seq_len=64
+    )
+    result = quantize(settings, tmp_path / "out")
+    assert len(result.records) == COUNTS.get(name, 14)
+    assert max(record["error"] for record in result.records) < 0.25
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, Apex4Linear)}
+    assert sorted(packed) == sorted(record["name"] for record in result.records)
+
+    ids = torch.randint(0, 4096, (8, 12), generator=torch.Generator().manual_seed(1))
+    ours = model(ids, use_cache=False).logits
+    for module_name, module in packed.items():
+        model.set_submodule(module_name, ReferenceLinear(module))
+    expected = model(ids, use_cache=False).logits
+    # Only float32 rounding differs. A code at a tie may fall the other way, which moves its token and those behind it.
+    off = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert off.median() < 1e-5
+    assert (off > 1e-3).any(1).sum() <= 0.25 * len(off)  # sequences
+    plain = original.float()(ids, use_cache=False).logits
+    quantization = (expected - plain).norm() / plain.norm()
+    assert 0.05 < quantization < 0.9  # random weights forgive nothing; no change at all would mean no quantization
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernels_operators_give_the_same_model(name: str, tmp_path: Path) -> None:
+    """With shared inputs, norms and gates in the quantizers, on the operators' CPU implementations: the same bits."""
+    write_model(tmp_path / "model", name)
+    settings = QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", samples=2, seq_len=64)
+    quantize(settings, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = model(ids, use_cache=False).logits
+    for kernel in ("sm80", "sm90"):
+        prepare_model(model, FAMILIES[type(model).__name__], kernel)
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+    deferring = [module for module in model.modules() if isinstance(getattr(module, "deferring", None), Deferring)]
+    norms = [module for module in deferring if hasattr(module, "weight")]
+    assert len(norms) == (2 if "mixtral" in name else 3 if "moe" in name else 4)  # what a router reads is a tensor
+    gated = name.startswith(("gemma", "phi3"))
+    assert len(deferring) - len(norms) == (0 if gated else 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_run_one_at_a_time_are_the_model(name: str, tmp_path: Path) -> None:
+    """Embedding scale, masks, windows and rotary embeddings of every layer: what calibration sees is what there is."""
+    write_model(tmp_path, name)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(1))
+    entering: list[torch.Tensor] = []
+    for layer in (*model.model.layers, model.model.norm):
+        layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    model(ids, use_cache=False)
+
+    source = ModelSource(str(tmp_path))
+    runner = LayerRunner(source, "cpu", torch.float32)
+    runner.prepare(48)
+    embedding = f"{source.family.embedding}.weight"
+    hidden = runner.embed(ids, source.read([embedding])[embedding])
+    for index, expected in enumerate(entering):
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+        if index < source.num_layers:
+            runner.load_layer(index, source.read(source.layer_tensors(index)))
+            hidden = runner.run_layer(index, hidden)
+            runner.drop_layer(index)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_entries_say_where_inputs_come_from_and_who_writes_the_stream(name: str, tmp_path: Path) -> None:
+    """Scaling the channels of an input where it is made, and back where it is read, must change nothing."""
+    write_model(tmp_path, name)
+    source = ModelSource(str(tmp_path))
+    runner = LayerRunner(source, "cpu", torch.float32)
+    runner.prepare(32)
+    hidden = torch.randn(1, 32, source.config["hidden_size"], generator=torch.Generator().manual_seed(0))
+    for index in range(source.num_layers):
+        tensors = {n: t.float() for n, t in source.read(source.layer_tensors(index)).items()}
+        layer = runner.load_layer(index, tensors)
+        expected = runner.run_layer(index, hidden)
+        for group in source.family.groups(source.config, index):
+            scale = torch.rand(layer.get_submodule(group.linears[0]).in_features) + 0.5
+            if group.norm is not None:
+                gain, offset = layer.get_submodule(group.norm).weight, source.family.norm_offset
+                gain.copy_((gain + offset) * scale - offset)
+            else:
+                assert group.producer is not None
+                made = layer.get_submodule(group.producer.linear)
+                if group.producer.per_head:
+                    heads = (runner.config.num_key_value_heads, -1, layer.self_attn.head_dim)
+                    scale = scale.view(heads)[:, :1].expand_as(scale.view(heads))
+                    rows, scale = scale[:, 0].flatten(), scale.flatten()
+                else:
+                    rows = scale
+                first = 0 if group.producer.rows == "all" else made.out_features - len(rows)
+                for parameter in made.parameters():
+                    parameter[first:] *= rows.view(-1, *[1] * (parameter.dim() - 1))
+            for reader in (*group.linears, *group.also_read_by):
+                layer.get_submodule(reader).weight /= scale
+            torch.testing.assert_close(runner.run_layer(index, hidden), expected, rtol=1e-3, atol=1e-3)
+        for writer in source.family.residual_writers(source.config, index):
+            for parameter in layer.get_submodule(writer).parameters():
+                parameter.zero_()
+        assert torch.equal(runner.run_layer(index, hidden), hidden)
+
+
+def test_dequantized_weights_are_close_and_everything_else_is_untouched(tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", "qwen2")
+    quantize(
+        QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", transform="none", samples=1, seq_len=32),
+        tmp_path / "out",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    before = original.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("weight_packed", "weight_scale")):
+            continue
+        assert torch.equal(tensor, before[name]), name
+    for name, module in model.named_modules():
+        if isinstance(module, Apex4Linear):
+            weight = before[f"{name}.weight"].float()
+            scales = module.scales().float().repeat_interleave(module.format.group_length, dim=1)
+            dequantized = (module.codes() * scales)[:, : weight.shape[1]]
+            assert (dequantized - weight).norm() / weight.norm() < 0.15
+
+
+def test_ignored_linears_stay_as_they_were(tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", "llama")
+    settings = QuantizeSettings(
+        str(tmp_path / "model"), target="none", samples=1, seq_len=32, ignore=("*.down_proj", "self_attn.k_proj")
+    )
+    result = quantize(settings, tmp_path / "out")
+    assert len(result.records) == 10
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for layer, before in zip(model.model.layers, original.model.layers, strict=True):
+        assert type(layer.mlp.down_proj) is nn.Linear
+        assert torch.equal(layer.mlp.down_proj.weight, before.mlp.down_proj.weight)
+        assert torch.equal(layer.self_attn.k_proj.weight, before.self_attn.k_proj.weight)
+        assert isinstance(layer.self_attn.q_proj, Apex4Linear)
+
+
+def test_sharded_and_single_file_sources_give_the_same_bytes(tmp_path: Path) -> None:
+    write_model(tmp_path / "single", "llama")
+    write_model(tmp_path / "sharded", "llama", max_shard_size="1MB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    for kind in ("single", "sharded"):
+        quantize(QuantizeSettings(str(tmp_path / kind), target="none", samples=1, seq_len=32), tmp_path / f"out-{kind}")
+    shards = sorted((tmp_path / "out-single").glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "out-sharded" / shard.name).read_bytes()
+
+
+def test_group_sizes_other_than_128(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "llama")
+    for group_size in (256, "channel"):
+        out = tmp_path / f"out-{group_size}"
+        quantize(
+            QuantizeSettings(str(tmp_path / "model"), group_size=group_size, target="none", samples=1, seq_len=32), out
+        )
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        down = model.model.layers[0].mlp.down_proj  # K = 384: padded to 512 for groups of 256
+        assert down.format.padded_k == padded_in_features(384, group_size) == (512 if group_size == 256 else 384)
+        assert down.format.groups == (2 if group_size == 256 else 1)
+        assert torch.isfinite(model(torch.arange(32)[None]).logits).all()
+
+
+def test_old_llama_checkpoints_with_stored_rotary_buffers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_model(tmp_path / "model", "llama")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    quantize(QuantizeSettings(str(tmp_path / "model"), target="none", samples=1, seq_len=32), tmp_path / "out")
+    assert "rotary" not in (tmp_path / "out" / "model.safetensors.index.json").read_text()
+
+
+def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
+    import transformers
+
+    for name in FAMILIES:
+        assert hasattr(transformers, name)
+        assert any(name == type(make()).__name__ for make in MODELS.values()), f"no model of {name} is tested"
+    with pytest.raises(Exception, match=r"GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
+        family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")

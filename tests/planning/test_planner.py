@@ -1,0 +1,485 @@
+"""The planner: the knapsack against brute force, what modes choose, plan files, their use."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from apex4_quant.errors import Stopped, UsageError
+from apex4_quant.format.number_format import DENSE, HADAMARD
+from apex4_quant.hardware.gpus import GPUS
+from apex4_quant.models.source import ModelSource
+from apex4_quant.planning.cost_model import activation_seconds
+from apex4_quant.planning.planner import GroupOptions, Option, PlanSettings, choose, group_options, make_plan
+from apex4_quant.planning.selection import pareto_front
+from apex4_quant.planning.sensitivity import Choice, GroupSensitivity, choices_of
+from apex4_quant.quantization.plan_file import read_plan_file
+from apex4_quant.quantization.run import QuantizeSettings, quantize
+
+from ..conftest import stop_after
+
+FAILED, USAGE = 1, 2
+Call = Callable[..., Any]  # the fixtures of conftest.py
+SMALL = ("--samples", 2, "--seq-len", 32)
+
+
+def option(size: int | str, seconds: float, loss: float, transform: str = HADAMARD) -> Option:
+    return Option(Choice(size, transform), seconds, loss)
+
+
+def random_groups(seed: int, count: int) -> list[GroupOptions]:
+    """Finest first: slower and better, now and then also slower and worse. Half of them may have a dense transform."""
+    rng = random.Random(seed)
+    groups = []
+    for _ in range(count):
+        seconds, loss, options = rng.uniform(3, 5), rng.uniform(0, 1), []
+        dense = option(128, seconds * rng.uniform(1, 1.1), loss * rng.uniform(0.3, 1.1), DENSE)
+        for size in (128, 256, 512, "channel")[: rng.randint(1, 4)]:
+            options.append(option(size, seconds, loss))
+            seconds -= rng.uniform(-0.1, 1)
+            loss += rng.choice((0.0, rng.uniform(0, 1)))
+        options += [dense] * rng.randint(0, 1)
+        groups.append(GroupOptions(tuple(options), writes=rng.random() < 0.4))
+    return groups
+
+
+def totals(options: Any) -> tuple[float, float]:
+    options = list(options)
+    return sum(option.seconds for option in options), sum(option.loss for option in options)
+
+
+# The choice
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_auto_is_the_optimum_of_brute_force(seed: int) -> None:
+    groups = random_groups(seed, 1 + seed % 6)
+    every = [totals(selection) for selection in itertools.product(*(group.options for group in groups))]
+    fastest, least = min(seconds for seconds, _ in every), min(loss for _, loss in every)
+    for factor in (1.0, 1.02, 1.1, 1.25, 1.5, 3.0):
+        seconds, loss = totals(choose(groups, budget=factor))
+        assert seconds <= fastest * factor * (1 + 1e-6)
+        assert loss == pytest.approx(min(loss for s, loss in every if s <= fastest * factor * (1 + 1e-9)))
+        seconds, loss = totals(choose(groups, max_loss=factor))
+        assert loss <= least * factor * (1 + 1e-6)
+        assert seconds == pytest.approx(min(s for s, loss in every if loss <= least * factor * (1 + 1e-9)))
+
+
+def test_front_is_a_front_and_its_picks_are_what_it_says() -> None:
+    groups = [[(o.seconds, o.loss) for o in group.options] for group in random_groups(1, 40)]
+    front = pareto_front(groups, limit=64)
+    assert len(front) > 10
+    for before, after in itertools.pairwise(front):
+        assert before.seconds < after.seconds and before.loss > after.loss
+    for selection in front:
+        taken = [options[pick] for options, pick in zip(groups, selection.picks, strict=True)]
+        assert sum(seconds for seconds, _ in taken) == pytest.approx(selection.seconds)
+        assert sum(loss for _, loss in taken) == pytest.approx(selection.loss)
+
+
+def test_thinning_loses_little_and_a_large_model_takes_seconds() -> None:
+    groups = [[(o.seconds, o.loss) for o in group.options] for group in random_groups(2, 320)]
+    started = time.perf_counter()
+    front = pareto_front(groups)
+    assert time.perf_counter() - started < 60
+    # A point of the convex relaxation is optimal: the lower hull of the front must consist of such points.
+    fastest, least = front[0], front[-1]
+    assert fastest.seconds == pytest.approx(sum(min(s for s, _ in options) for options in groups))
+    assert least.loss == pytest.approx(sum(min(loss for _, loss in options) for options in groups))
+    gaps = [(after.seconds - before.seconds) / before.seconds for before, after in itertools.pairwise(front)]
+    assert max(gaps) < 0.005
+
+
+def test_auto_gives_g128_where_it_costs_nothing() -> None:
+    """Even if a coarser size, or a dense transform, happens to measure the same loss."""
+    options = (
+        option(128, 1.04, 0.5),
+        option(256, 1.0, 0.5),
+        option("channel", 1.0, 0.9),
+        option(128, 1.045, 0.5, DENSE),
+    )
+    group = GroupOptions(options)
+    assert [chosen.choice for chosen in choose([group] * 3)] == [(128, HADAMARD)] * 3
+    assert [chosen.choice for chosen in choose([group] * 3, budget=1.0)] == [(256, HADAMARD)] * 3
+
+
+def test_a_dense_transform_goes_where_its_time_saves_most() -> None:
+    """Two inputs, one second too few for both: the one that saves more gets it; with enough time both, with none neither;
+    never where it saves nothing."""
+
+    def group(saved: float) -> GroupOptions:
+        return GroupOptions((option(128, 10, 1.0), option("channel", 10, 1.5), option(128, 11, 1.0 - saved, DENSE)))
+
+    groups = [group(0.2), group(0.5), group(-0.1)]
+
+    def dense(mode: str, **bounds: float) -> list[int]:
+        chosen = choose(groups, mode, **bounds)
+        assert {each.choice.group_size for each in chosen} == {128}
+        return [i for i, each in enumerate(chosen) if each.choice.transform == DENSE]
+
+    for mode in ("auto", "g128"):
+        assert dense(mode) == [1]  # within 1.05 x 30
+        assert dense(mode, budget=1) == []
+        assert dense(mode, budget=1.07) == [0, 1]
+        assert dense(mode, max_loss=1) == [0, 1]
+        assert dense(mode, max_loss=1.1) == [1]
+    assert [each.choice for each in choose(groups, "mixed")] == [("channel", HADAMARD)] * 3
+
+
+def test_g128_has_no_other_size() -> None:
+    """Its budget is one of the fastest plan of 128 everywhere, however fast others are."""
+    group = GroupOptions((option(128, 10, 1.0), option("channel", 1, 1.1), option(128, 10.2, 0.5, DENSE)))
+    assert [chosen.choice for chosen in choose([group], "g128")] == [(128, DENSE)]
+    assert [chosen.choice for chosen in choose([group], "g128", budget=1)] == [(128, HADAMARD)]
+    assert [chosen.choice for chosen in choose([group])] == [("channel", HADAMARD)]
+
+
+def test_mixed() -> None:
+    def group(writes: bool, gain: float, cost: float) -> GroupOptions:
+        dense = option(128, 1, 0.1, DENSE)  # never taken: the paper has none
+        return GroupOptions((option(128, 1 + cost, 1.0), option("channel", 1.0, 1 + gain), dense), writes)
+
+    groups = [group(False, 9, 1), group(True, 1, 1), group(False, 8, 0.5), group(True, 2, 1)]
+
+    def at_128(**bounds: float) -> list[int]:
+        return [i for i, each in enumerate(choose(groups, "mixed", **bounds)) if each.choice.group_size == 128]
+
+    assert at_128() == [1, 3]
+    assert at_128(budget=1.25) == [3]  # down_proj first, the one that gains most
+    assert at_128(budget=1.7) == [1, 2, 3]  # then the most loss saved per second
+    assert at_128(budget=9) == [0, 1, 2, 3]
+    assert at_128(max_loss=5.5) == [3]
+    assert at_128(max_loss=1) == [0, 1, 2, 3]
+
+
+def test_bounds_that_make_no_sense() -> None:
+    groups = random_groups(0, 2)
+    for arguments, noun in (
+        ({"mode": "fast"}, "mode 'fast'"),
+        ({"budget": 0.9}, "--budget is 0.9"),
+        ({"max_loss": float("nan")}, "--max-loss is nan"),
+        ({"budget": 2.0, "max_loss": 2.0}, "--budget and --max-loss"),
+    ):
+        with pytest.raises(UsageError, match=noun):
+            choose(groups, **arguments)
+
+
+# Options and their times
+
+
+def test_a_dense_transform_costs_its_time_once_an_input() -> None:
+    """q, k and v read one input: its transform is computed once, whatever it is that reads it."""
+    gpu = GPUS["RTX 3090"]
+    losses = {choice: 0.1 for choice in choices_of(4096, (HADAMARD, DENSE))}
+    of_input = GroupSensitivity(0, 0, ("q", "k", "v"), (4096, 1024, 1024), 4096, False, {}, losses)
+    seconds = {each.choice: each.seconds for each in group_options(of_input, gpu, 8192).options}
+    more = activation_seconds(gpu, 8192, 4096, 128, dense=True) - activation_seconds(gpu, 8192, 4096, 128)
+    assert seconds[128, DENSE] - seconds[128, HADAMARD] == pytest.approx(more) and more > 0
+
+
+# From the command line
+
+
+@pytest.fixture
+def model(tiny_model: Call) -> Path:
+    """K is 128 for q, k, v, o, gate, up and 600 for down: ladders of one and of four sizes."""
+    return tiny_model(intermediate_size=600)
+
+
+@pytest.fixture
+def plan_of(model: Path, calib: Path, tmp_path: Path, invoke: Call) -> Call:
+    """plan_of(*options) -> the path of a plan of `model`, for the A100 with the naive mainloop."""
+
+    def make(*options: object, name: str = "plan.yaml") -> Path:
+        path = tmp_path / name
+        naive = ("--target", "A100", "--mainloop", "naive", "--device", "cpu")
+        result = invoke("plan", model, "-o", path, "--calib", calib, *SMALL, *naive, *options)
+        assert result.exit_code == 0, result.stderr
+        return path
+
+    return make
+
+
+DOWN = "model.layers.{}.mlp.down_proj"
+
+
+def column(path: Path, key: str) -> dict[str, int | str]:
+    return {name: entry[key] for name, entry in yaml.safe_load(path.read_text())["linears"].items()}
+
+
+def sizes(path: Path) -> dict[str, int | str]:
+    return column(path, "group_size")
+
+
+def test_plan_json_and_file_agree(model: Path, calib: Path, tmp_path: Path, invoke: Call) -> None:
+    options = ("--target", "RTX 3090", "--calib", calib, *SMALL, "--json", "--tokens", 4096, "--mode", "mixed")
+    result = json.loads(invoke("plan", model, *options, "-o", tmp_path / "plan.json").stdout)
+    assert list(result["linears"][6]["predicted_error"]) == [
+        "128",
+        "256",
+        "512",
+        "channel",
+    ]  # mixed: no other transform
+    errors = list(result["linears"][6]["predicted_error"].values())
+    assert errors == sorted(errors) and 0 < errors[0] < errors[-1] < 0.2
+    losses = [linear["predicted_loss"] for linear in result["linears"]]
+    assert losses[0] == losses[1] == losses[2] != losses[3]  # q, k and v read one input
+    assert result["predicted"]["loss"] == pytest.approx(sum(losses[i]["128"] for i in (0, 3, 4, 6, 7, 10, 11, 13)))
+    assert result["linears"][0]["shape"] == [128, 128]
+    total = sum(linear["predicted_microseconds"] for linear in result["linears"])
+    assert total == pytest.approx(result["predicted"]["microseconds"], rel=1e-3)
+    assert result["predicted"]["of_fastest"] >= 1 and result["predicted"]["of_least_loss"] == 1
+    written = read_plan_file(tmp_path / "plan.json").for_model(ModelSource(str(model)), DENSE)
+    keys = ("group_size", "transform")
+    assert written == {linear["name"]: {key: linear[key] for key in keys} for linear in result["linears"]}
+    assert all(entry == {"group_size": 128, "transform": HADAMARD} for entry in written.values())
+
+
+def test_modes_and_bounds_from_the_command_line(plan_of: Call, tmp_path: Path) -> None:
+    g128 = sizes(plan_of("--mode", "g128", name="a.yaml"))
+    assert set(g128.values()) == {128} and len(g128) == 14
+    hadamard = ("--transform", HADAMARD)
+    fast = sizes(plan_of(*hadamard, "--budget", 1, name="b.yaml"))
+    assert {name for name, size in fast.items() if size != 128} == {DOWN.format(0), DOWN.format(1)}
+    loss = yaml.safe_load((tmp_path / "b.yaml").read_text())["predicted"]["of_least_loss"]
+    between = sizes(plan_of(*hadamard, "--max-loss", (1 + loss) / 2, "--tokens", 4096, name="c.yml"))
+    assert between not in (g128, fast)
+
+
+def test_transforms_from_the_command_line(plan_of: Call, tmp_path: Path) -> None:
+    """The planner chooses unless told otherwise, and a recipe without a learned transform leaves it nothing to choose."""
+
+    def transforms(*options: object, name: str) -> set[int | str]:
+        return set(column(plan_of(*options, name=name), "transform").values())
+
+    assert transforms("--mode", "g128", "--budget", 9, name="a.yaml") == {DENSE}
+    assert transforms("--budget", 1, name="b.yaml") == {HADAMARD}
+    assert transforms("--transform", HADAMARD, name="c.yaml") == {HADAMARD}
+    assert transforms("--transform", "none", name="d.yaml") == {"none"}
+    assert transforms("--recipe", "gptq", "--budget", 9, name="e.yaml") == {HADAMARD}
+    assert transforms("--mode", "mixed", "--budget", 9, name="f.yaml") == {HADAMARD}
+    assert transforms("--transform", DENSE, "--recipe", "rtn", name="g.yaml") == {DENSE}
+    assert set(sizes(tmp_path / "g.yaml").values()) == {128}
+    lines = (tmp_path / "a.yaml").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if DOWN.format(0) in line)
+    for label in ("128", "256", "512", "channel", DENSE):
+        assert f"{label}: 0." in lines[place].partition("# error")[2] and f"{label}: " in lines[place - 1]
+    assert "# loss" in lines[place - 1] and lines[place - 2] == ""
+    content = yaml.safe_load((tmp_path / "e.yaml").read_text())
+    assert content["recipe"] == "gptq" and content["predicted"]["of_least_loss"] == 1
+
+
+def test_table_for_people(model: Path, calib: Path, invoke: Call) -> None:
+    result = invoke("plan", model, "--target", "A100", "--calib", calib, *SMALL)
+    assert result.exit_code == 0
+    assert "predicted" in result.stdout and "A100" in result.stdout
+    assert all(len(line) <= 120 for line in result.stdout.splitlines() if "proj" in line)
+    assert sum("_proj" in line for line in result.stdout.splitlines()) == 14
+    assert "measuring" in result.stderr
+
+
+def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path) -> None:
+    settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=2, seq_len=32, device="cpu", budget=9)
+    first, second = make_plan(settings), make_plan(settings)
+    assert first.as_dict() == second.as_dict()
+    assert {each.choice for each in first.chosen} == {(128, DENSE)}
+    assert first.predicted()["of_least_loss"] == 1
+
+
+def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
+    (tmp_path / "there.yaml").write_text("edited")
+    for options, nouns in (
+        (("--target", "sm_86"), ("'sm_86'", "RTX 3090")),
+        (("--target", "A100", "--mainloop", "best"), ("'best'", "two-ffma, naive")),
+        (("--target", "A100", "--mode", "best"), ("'best'", "mixed")),
+        (("--target", "A100", "--budget", "0.5"), ("--budget is 0.5",)),
+        (("--target", "A100", "--tokens", "0"), ("--tokens is 0",)),
+        (("--target", "A100", "-o", tmp_path / "there.yaml"), ("there.yaml", "already")),
+        (("--target", "A100", "-o", tmp_path / "plan.txt"), ("plan.txt", ".yaml")),
+        (("--target", "A100", "-o", tmp_path / "no" / "plan.yaml"), ("no/plan.yaml", "folder")),
+        (("--target", "A100", "--samples", "0"), ("--samples is 0",)),
+        (("--target", "A100", "--transform", "wush"), ("'wush'", HADAMARD, DENSE)),
+        (("--target", "A100", "--transform", "shared128"), ("'shared128'", "no predicted errors")),
+        (("--target", "A100", "--recipe", "apex4-shared"), ("'shared128'", "--transform")),
+        (("--target", "A100", "--recipe", "best"), ("'best'",)),
+        (("--target", "A100", "--mode", "mixed", "--transform", DENSE), ("--mode mixed", DENSE, "128")),
+        (("--target", "A100", "--transform", DENSE, "--budget", "2"), (DENSE, "nothing to choose", "--budget")),
+        (("--target", "A100", "--mode", "g128", "--recipe", "rtn", "--max-loss", "2"), (HADAMARD, "--max-loss")),
+        (("--target", "A100", "--mode", "g128", "--transform", "none", "--budget", "2"), ("none", "--budget")),
+    ):
+        one_sentence(invoke("plan", model, *options), USAGE, *nouns)
+    assert (tmp_path / "there.yaml").read_text() == "edited"
+
+
+# Plan files that quantize refuses
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+UP = "model.layers.1.mlp.up_proj"
+BAD_PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
+    "unknown module": (lambda p: p["linears"].update({"lm_head": {"group_size": 128}}), ("lm_head", "no linear")),
+    "illegal size": (lambda p: p["linears"][UP].update(group_size=100), (UP, "100", "multiple of 128")),
+    "size that is a list": (lambda p: p["linears"][UP].update(group_size=[128]), (UP, "[128]")),
+    "unknown key": (lambda p: p.update(groupsize=1), ("unknown key 'groupsize'",)),
+    "unknown key of a linear": (lambda p: p["linears"][UP].update(bits=8), (UP, "unknown key 'bits'")),
+    "unknown transform": (lambda p: p["linears"][UP].update(transform="wush"), (UP, "'wush'", HADAMARD, DENSE)),
+    "transform that is a list": (lambda p: p["linears"][UP].update(transform=[DENSE]), (UP, "['dense128']")),
+    "dense transform of large groups": (
+        lambda p: p["linears"][DOWN.format(1)].update(transform=DENSE, group_size=256),
+        (DOWN.format(1), DENSE, "256", "groups of 128 only"),
+    ),
+    "transforms that disagree": (
+        lambda p: p["linears"][UP].update(transform="none"),
+        ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", "and none", "read the same input"),
+    ),
+    "a transform for one of two": (  # the other has the run's, dense128
+        lambda p: p["linears"][UP].pop("transform"),
+        ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", "and dense128", "read the same input"),
+    ),
+    "no size": (lambda p: p["linears"][UP].pop("group_size"), (UP, "no group_size")),
+    "bare size": (lambda p: p["linears"].update({UP: 128}), (UP, "{group_size: 128}")),
+    "another shape": (
+        lambda p: p["linears"][UP].update(shape=[600, 256]),
+        (UP, "600 x 256", "600 x 128", "another model"),
+    ),
+    "a shape that is none": (lambda p: p["linears"][UP].update(shape="600x128"), (UP, "'600x128'")),
+    "another architecture": (lambda p: p.update(architecture="MistralForCausalLM"), ("Mistral", "LlamaForCausalLM")),
+    "sizes that disagree": (
+        lambda p: p["linears"][UP].update(group_size="channel"),
+        ("model.layers.1.mlp.gate_proj", UP, "read the same input"),
+    ),
+    "a linear missing": (lambda p: p["linears"].pop(UP), (UP, "says nothing")),
+    "another version": (lambda p: p.update(apex4_plan=2), ("apex4_plan = 2", "reads 1")),
+    "no linears": (lambda p: p.pop("linears"), ("no mapping 'linears'",)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PLANS)
+def test_bad_plan(
+    what: str, model: Path, plan_of: Call, quantize_badly: Call, one_sentence: Call, monkeypatch: Any
+) -> None:
+    change, nouns = BAD_PLANS[what]
+    path = edited(plan_of("--transform", HADAMARD, "--mode", "g128"), change)
+    monkeypatch.setattr("apex4_quant.quantization.run.LayerRunner", None)  # the model is not loaded for this
+    one_sentence(quantize_badly(model, "--plan", path), USAGE, "plan", *nouns)
+
+
+def test_plan_that_is_no_yaml(
+    model: Path, plan_of: Call, tmp_path: Path, quantize_badly: Call, one_sentence: Call
+) -> None:
+    path = plan_of()
+    text = path.read_text()
+    line = next(line for line in text.splitlines() if UP in line)
+    path.write_text(text + line + "\n")
+    one_sentence(quantize_badly(model, "--plan", path), USAGE, "not valid YAML", UP, "twice")
+    path.write_text("linears: {")
+    one_sentence(quantize_badly(model, "--plan", path), USAGE, "not valid YAML", "line 1")
+    path.write_bytes(b"\xff\xfe\x00")
+    one_sentence(quantize_badly(model, "--plan", path), USAGE, "not valid YAML")
+    one_sentence(quantize_badly(model, "--plan", tmp_path / "none.yaml"), USAGE, "none.yaml", "does not exist")
+
+
+def test_plan_and_group_size_exclude_each_other(
+    model: Path, plan_of: Call, quantize_badly: Call, one_sentence: Call
+) -> None:
+    path = plan_of()
+    for size in (128, 256):
+        one_sentence(quantize_badly(model, "--plan", path, "--group-size", size), USAGE, "--plan", "--group-size")
+    with pytest.raises(UsageError, match="--group-size"):
+        QuantizeSettings(str(model), plan=str(path), group_size="channel").resolve(ModelSource(str(model)))
+
+
+def test_bad_plan_from_python(model: Path) -> None:
+    source = ModelSource(str(model))
+    for plan, noun in (
+        ({UP: 64}, "64"),
+        ({"lm_head": 128}, "lm_head.*no linear"),
+        ({UP: 128, UP[:-7] + "gate_proj": 256}, "same input"),
+        ({UP: {"group_size": 128, "transform": "wush"}}, "'wush'"),
+        ({UP: {"transform": DENSE}}, "no group_size"),
+    ):
+        with pytest.raises(UsageError, match=noun):
+            QuantizeSettings(str(model), plan=plan).resolve(source)
+
+
+# Plan files that quantize follows
+
+
+def test_quantize_with_mixed_sizes_loads_and_computes(
+    model: Path, calib: Path, plan_of: Call, tmp_path: Path, invoke: Call
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def change(plan: dict[str, Any]) -> None:
+        plan["linears"][DOWN.format(0)]["group_size"] = "512"
+        plan["linears"][DOWN.format(1)]["group_size"] = "channel"
+        for part in ("gate_proj", "up_proj"):
+            plan["linears"][f"model.layers.0.mlp.{part}"]["group_size"] = 256
+
+    path, out = edited(plan_of("--mode", "g128", "--recipe", "gptq"), change), tmp_path / "out"
+    command = ("quantize", model, "-o", out, "--plan", path, "--calib", calib, *SMALL, "--target", "none", "--json")
+    command += ("--recipe", "gptq")
+    dry = json.loads(invoke(*command, "--dry-run").stdout)
+    assert {linear["name"]: linear["group_size"] for linear in dry["quantized"]}[DOWN.format(0)] == 512
+    result = invoke(*command)
+    assert result.exit_code == 0, result.stderr
+    modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    assert modules[DOWN.format(0)] == {"group_size": 512, "shape": [128, 600]}
+    assert modules[DOWN.format(1)] == {"group_size": "channel", "shape": [128, 600]}
+    assert modules["model.layers.0.mlp.up_proj"] == {"group_size": 256, "shape": [600, 128]}
+    assert "model.layers.1.mlp.up_proj" not in modules
+    assert json.loads((out / "apex4_report.json").read_text())["settings"]["plan"][DOWN.format(0)] == {
+        "group_size": 512,
+        "transform": HADAMARD,
+    }
+    assert invoke("check", out, "--json").exit_code == 0
+    loaded, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (out, model))
+    down = loaded.get_submodule(DOWN.format(0))
+    assert (down.format.group_length, down.format.padded_k) == (512, 1024)
+    assert loaded.get_submodule(DOWN.format(1)).format.group_length == 640
+    ids = torch.arange(24)[None] * 7
+    with torch.no_grad():
+        logits, exact = loaded(ids).logits, original(ids).logits
+    assert 0 < float((logits - exact).norm() / exact.norm()) < 0.5
+
+
+def test_ignored_linears_need_no_entry(model: Path, calib: Path, plan_of: Call, tmp_path: Path, invoke: Call) -> None:
+    path = edited(plan_of(), lambda plan: plan["linears"].pop(DOWN.format(0)))
+    command = ("quantize", model, "-o", tmp_path / "out", "--plan", path, "--calib", calib, *SMALL, "--dry-run")
+    assert invoke(*command, "--ignore", "layers.0.mlp.down_proj").exit_code == 0
+
+
+def test_resume_refuses_another_plan(
+    model: Path, calib: Path, plan_of: Call, tmp_path: Path, invoke: Call, one_sentence: Call
+) -> None:
+    first, out = plan_of("--budget", 1, name="first.yaml"), tmp_path / "out"
+    other = plan_of("--mode", "g128", name="other.yaml")
+    settings = QuantizeSettings(str(model), plan=str(first), calib=str(calib), samples=2, seq_len=32, target="none")
+    with pytest.raises(Stopped):
+        quantize(settings, out, should_stop=stop_after(1, out))
+    resume = ("quantize", "--resume", "-o", out, "--json")
+    one_sentence(invoke(*resume, "--plan", other), USAGE, "was begun with plan", "other.yaml", "first run's settings")
+    one_sentence(invoke(*resume, "--group-size", 256), USAGE, "--plan", "--group-size")
+    with pytest.raises(UsageError, match="was begun with plan"):
+        quantize(QuantizeSettings(str(model), calib=str(calib), samples=2, seq_len=32, target="none"), out, resume=True)
+    # The file is not needed any more; the same file is the same plan.
+    copy = tmp_path / "copy.yaml"
+    first.rename(copy)
+    assert invoke(*resume, "--plan", copy).exit_code == 0
+    modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    assert modules[DOWN.format(1)]["group_size"] == "channel"
