@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .format.number_format import TRANSFORMS
+from .format.transform_kind import TransformKind
 
 ROUNDINGS = ("nearest", "gptq")
 READERS, GRADIENTS = "readers", "gradients"
@@ -35,7 +35,7 @@ class Recipe:
 
     name: str
     summary: str = ""
-    transform: str = "hadamard128"
+    transform: TransformKind = TransformKind.HADAMARD
     rounding: str = "nearest"
     search_clip: bool = False
     activation_clip: float = 1.0
@@ -54,14 +54,18 @@ class Recipe:
         if unknown:
             raise UsageError(f"{where} has the unknown key {unknown[0]!r}: the keys are {', '.join(list(known)[1:])}")
         for key, value in values.items():
-            kind = {"str": str, "bool": bool, "int": int, "float": (int, float)}[str(known[key].type)]
+            kind = {"str": str, "TransformKind": str, "bool": bool, "int": int, "float": (int, float)}[
+                str(known[key].type)
+            ]
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UsageError(f"{where} has {key} = {value!r}: give {_KINDS[str(known[key].type)]}")
+        # An enum only behind the check: what is not one of its values gets a sentence.
         recipe = cls(**{k: float(v) if known[k].type == "float" else v for k, v in values.items()})
-        choices = (("transform", TRANSFORMS), ("rounding", ROUNDINGS), ("importance", (READERS, GRADIENTS)))
+        choices = (("transform", tuple(TransformKind)), ("rounding", ROUNDINGS), ("importance", (READERS, GRADIENTS)))
         for key, allowed in choices:
             if getattr(recipe, key) not in allowed:
                 raise UsageError(f"{where} has {key} = {getattr(recipe, key)!r}: give one of {', '.join(allowed)}")
+        recipe = replace(recipe, transform=TransformKind(recipe.transform))
         if not 0 < recipe.activation_clip <= 1:
             raise UsageError(f"{where} has activation_clip = {recipe.activation_clip}: give a number in (0, 1]")
         if not 0 <= recipe.diagonal <= 1:
@@ -87,10 +91,16 @@ class Recipe:
         return recipe
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"transform": str(self.transform)}
 
 
-_KINDS = {"str": "a text", "bool": "true or false", "int": "a whole number", "float": "a number"}
+_KINDS = {
+    "str": "a text",
+    "TransformKind": "a text",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+}
 
 
 def _load(path: Path, what: str) -> dict[str, Any]:

@@ -21,13 +21,6 @@ WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weigh
 WEIGHT_SCALE_MAX = 65504.0  # largest float16
 ACTIVATION_SCALE_MIN = 2.0**-100  # floor of s_a: an all-zero group gives zeros, never NaN
 
-# Group transforms that are learned, with what they multiply by stored in the checkpoint: a matrix for every block of an
-# input, or one for all of them.
-DENSE, SHARED = "dense128", "shared128"
-LEARNED = (DENSE, SHARED)
-HADAMARD, NO_TRANSFORM = "hadamard128", "none"
-TRANSFORMS = (HADAMARD, *LEARNED, NO_TRANSFORM)
-
 GroupSize = int | str
 
 

@@ -12,15 +12,13 @@ from .layouts import Layout, get_layout
 from .number_format import (
     BITS,
     BLOCK,
-    LEARNED,
-    SHARED,
-    TRANSFORMS,
     GroupSize,
     group_count,
     group_length,
     padded_in_features,
     parse_group_size,
 )
+from .transform_kind import TransformKind
 
 QUANT_METHOD = "apex4"
 FORMAT_VERSION = 1
@@ -35,9 +33,13 @@ class LinearFormat:
     in_features: int
     group_size: GroupSize
     layout: Layout
-    transform: str
+    transform: TransformKind
     activation_clip: float
     transform_from: str | None = None  # the linear that stores the dense transform of the input both read
+
+    def __post_init__(self) -> None:
+        # A plain string compares equal to a kind and is none: `is` would take the wrong branch without a word.
+        object.__setattr__(self, "transform", TransformKind(self.transform))
 
     @cached_property
     def padded_k(self) -> int:
@@ -62,9 +64,9 @@ class LinearFormat:
     @property
     def transform_shape(self) -> tuple[int, int, int] | None:
         """Of the tensor `input_transform`, if this linear stores one."""
-        if self.transform not in LEARNED or self.transform_from is not None:
+        if not self.transform.is_learned or self.transform_from is not None:
             return None
-        return (1 if self.transform == SHARED else self.padded_k // BLOCK, BLOCK, BLOCK)
+        return self.transform.matrix_count(self.padded_k // BLOCK), BLOCK, BLOCK
 
     @property
     def stored_bytes(self) -> int:
@@ -92,7 +94,7 @@ class QuantConfig:
 
     group_size: GroupSize = 128
     layout: str = "rowmajor"
-    transform: str = "hadamard128"
+    transform: TransformKind = TransformKind.HADAMARD
     activation_clip: float = 1.0
     target: dict[str, str | None] = field(default_factory=lambda: {"gpu": None, "arch": None})
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -134,14 +136,20 @@ class QuantConfig:
         ):
             if given != needed:
                 raise Apex4Error(f"quantization_config says {name} = {given!r} and this format needs {needed!r}")
-        if config.transform not in TRANSFORMS:
+        if config.transform not in list(TransformKind):
             raise Apex4Error(f"quantization_config has an unknown transform {config.transform!r}: use a newer apex4")
+        config.transform = TransformKind(config.transform)
         get_layout(config.layout)
         parse_group_size(config.group_size)
         _check_clip("activation_clip", config.activation_clip)
         for name, override in config.modules.items():
             if not isinstance(override, dict):
                 raise Apex4Error(f"quantization_config.modules[{name!r}] is {override!r} and must be an object")
+            if override.get("transform", config.transform) not in list(TransformKind):
+                raise Apex4Error(
+                    f"quantization_config.modules[{name!r}] has an unknown transform {override['transform']!r}: "
+                    "use a newer apex4"
+                )
         for name, override in config.modules.items():
             if not isinstance(override.get("shape", []), list):
                 raise Apex4Error(f"quantization_config.modules[{name!r}] has a shape that is not a list of two numbers")
@@ -152,11 +160,6 @@ class QuantConfig:
                     f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}: use a newer apex4"
                 )
             parse_group_size(override.get("group_size", config.group_size))
-            if config.transform_of(name) not in TRANSFORMS:
-                raise Apex4Error(
-                    f"quantization_config.modules[{name!r}] has an unknown transform {config.transform_of(name)!r}: "
-                    "use a newer apex4"
-                )
             owner = override.get("transform_from")
             if owner is not None and not config._stores_transform_of(name, owner):
                 raise Apex4Error(
@@ -165,15 +168,15 @@ class QuantConfig:
                 )
         return config
 
-    def transform_of(self, name: str) -> str:
+    def transform_of(self, name: str) -> TransformKind:
         """The group transform of one linear."""
-        return self.modules.get(name, {}).get("transform", self.transform)
+        return TransformKind(self.modules.get(name, {}).get("transform", self.transform))
 
     def _stores_transform_of(self, name: str, owner: Any) -> bool:
         """Whether the linear `owner` stores a learned transform of the kind that `name` has."""
         return (
             isinstance(owner, str)
-            and self.transform_of(name) in LEARNED
+            and self.transform_of(name).is_learned
             and self.transform_of(owner) == self.transform_of(name)
             and "transform_from" not in self.modules.get(owner, {})
         )

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..errors import Apex4Error
 from ..format.layouts import get_layout
-from ..format.number_format import BLOCK, LEARNED, SHARED
+from ..format.number_format import BLOCK
 from ..format.quant_config import LinearFormat
+from ..format.transform_kind import TransformKind
 from ..kernels import dispatch, ops, torch_backend
 from ..kernels.quantize.configs import prepack_matrix
 from .fused_inputs import Deferred
@@ -69,7 +70,7 @@ class Apex4Linear(nn.Module):
         module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         if module.input_transform is not None:
             assert matrix is not None
-            of_all = matrix[:1].clone() if format.transform == SHARED else matrix
+            of_all = matrix[:1].clone() if format.transform is TransformKind.SHARED else matrix
             module.input_transform = nn.Parameter(of_all, requires_grad=False)
         return module
 
@@ -110,7 +111,7 @@ class Apex4Linear(nn.Module):
             x,
             [(reader.codes(), reader.scales(), reader.bias) for reader in readers],
             clip=self.format.activation_clip,
-            hadamard=self.format.transform == "hadamard128",
+            hadamard=self.format.transform is TransformKind.HADAMARD,
             matrix=self.transform_matrix(),
         )
 
@@ -135,8 +136,8 @@ class Apex4Linear(nn.Module):
     def _how(self, x: torch.Tensor | Deferred) -> tuple[Any, ...]:
         """How x is quantized: the last arguments of the operators."""
         format = self.format
-        hadamard = format.transform == "hadamard128"
-        matrix = self._kernel_matrix(x) if format.transform in LEARNED else None
+        hadamard = format.transform is TransformKind.HADAMARD
+        matrix = self._kernel_matrix(x) if format.transform.is_learned else None
         return matrix, format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel
 
     def _kernel_matrix(self, x: torch.Tensor | Deferred) -> torch.Tensor | None:
@@ -151,7 +152,7 @@ class Apex4Linear(nn.Module):
             with torch.inference_mode(False):
                 # One matrix for all blocks is read as one: it stays in the GPU's caches.
                 owner.prepacked[x.dtype] = prepack_matrix(
-                    matrix[:1] if self.format.transform == SHARED else matrix, x.dtype
+                    matrix[:1] if self.format.transform is TransformKind.SHARED else matrix, x.dtype
                 )
         return owner.prepacked[x.dtype]
 
@@ -214,7 +215,7 @@ class Apex4Linear(nn.Module):
 
     def transform_matrix(self) -> torch.Tensor | None:
         """The learned transform of the input by block, float16 [padded K / 128, 128, 128], or None."""
-        if self.format.transform not in LEARNED:
+        if not self.format.transform.is_learned:
             return None
         owner = self.transform_owner
         matrix = owner.input_transform
@@ -225,7 +226,11 @@ class Apex4Linear(nn.Module):
         if matrix is None:
             raise Apex4Error("a linear is run without the dense transform of its input: load the model as a whole")
         matrix = matrix.to(self.weight_scale.device)
-        return matrix.repeat(self.format.padded_k // BLOCK, 1, 1) if self.format.transform == SHARED else matrix
+        return (
+            matrix.repeat(self.format.padded_k // BLOCK, 1, 1)
+            if self.format.transform is TransformKind.SHARED
+            else matrix
+        )
 
     def require_legal(self, name: str) -> None:
         """Raise Apex4Error naming the tensor if a code is -8 or a scale is not positive and finite."""

@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..format.number_format import LEARNED
 from ..kernels import dispatch
 from ..models.families import Family, InputGroup
 from .fused_inputs import Deferred, Deferring, defer_gating, defer_norm
@@ -250,7 +249,7 @@ def _readers_of_one_tensor(
             module = layer.get_submodule(name)
             if isinstance(module, Apex4Linear):
                 how = module.format
-                owner = id(module.transform_owner) if how.transform in LEARNED else None
+                owner = id(module.transform_owner) if how.transform.is_learned else None
                 transform = (how.transform, owner, how.activation_clip)
                 key = (name.rpartition(".")[0], position, how.padded_k, how.group_length, transform)
                 alike.setdefault(key, []).append(module)

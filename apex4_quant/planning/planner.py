@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..format.number_format import BLOCK, DENSE, HADAMARD, LEARNED, NO_TRANSFORM
+from ..format.number_format import BLOCK
 from ..format.storage import write_bytes
+from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES
 from ..hardware.gpus import Gpu
 from ..models.layer_runner import LayerRunner
@@ -49,7 +50,11 @@ from .selection import pareto_front
 from .sensitivity import LADDER, Choice, GroupSensitivity, measure_sensitivity
 
 MODES = ("auto", "mixed", "g128")
-PLANNED_TRANSFORMS = (HADAMARD, DENSE, NO_TRANSFORM)  # those whose errors are predicted
+PLANNED_TRANSFORMS = (
+    TransformKind.HADAMARD,
+    TransformKind.DENSE,
+    TransformKind.NONE,
+)  # those whose errors are predicted
 TOKENS = 8192  # of calibration text, unless told otherwise: the hidden states entering every layer are kept
 _SLACK = 1 + 1e-9  # bounds are met up to rounding
 
@@ -80,7 +85,7 @@ class GroupOptions:
         if mode == "g128":
             return replace(self, options=tuple(o for o in self.options if o.choice.group_size == BLOCK))
         if mode == "mixed":
-            return replace(self, options=tuple(o for o in self.options if o.choice.transform not in LEARNED))
+            return replace(self, options=tuple(o for o in self.options if not o.choice.transform.is_learned))
         return self
 
 
@@ -122,27 +127,28 @@ def require_bounds(mode: str, budget: float | None, max_loss: float | None) -> N
         raise UsageError("--budget and --max-loss bound each other's goal: give one of them")
 
 
-def transforms_of(settings: PlanSettings) -> tuple[str, ...]:
+def transforms_of(settings: PlanSettings) -> tuple[TransformKind, ...]:
     """The transforms that a plan chooses from.
 
     Raises UsageError for one that no errors are predicted for, one that the mode cannot have, and bounds on nothing.
     """
     recipe, mode = get_recipe(settings.recipe), settings.mode
     transform = settings.transform or recipe.transform
-    if transform not in PLANNED_TRANSFORMS:
+    if transform not in list(PLANNED_TRANSFORMS):
         raise UsageError(
-            f"transform {transform!r} has no predicted errors: give --transform {HADAMARD}, {DENSE} or {NO_TRANSFORM}"
+            f"transform {transform!r} has no predicted errors: give --transform {', '.join(PLANNED_TRANSFORMS[:-1])} or {PLANNED_TRANSFORMS[-1]}"
         )
+    transform = TransformKind(transform)
     if mode == "mixed":
-        if settings.transform in LEARNED:
+        if settings.transform is not None and transform.is_learned:
             raise UsageError(
                 f"--mode mixed has groups per channel and {transform} needs groups of {BLOCK}: leave --transform away, "
                 "or give another mode"
             )
-        return (HADAMARD if transform in LEARNED else transform,)
-    if settings.transform is None and transform == DENSE:
-        return (HADAMARD, DENSE)
-    if mode == "g128" or transform in LEARNED:
+        return (TransformKind.HADAMARD if transform.is_learned else transform,)
+    if settings.transform is None and transform is TransformKind.DENSE:
+        return (TransformKind.HADAMARD, TransformKind.DENSE)
+    if mode == "g128" or transform.is_learned:
         for name, value in (("budget", settings.budget), ("max-loss", settings.max_loss)):
             if value is not None:
                 raise UsageError(
@@ -188,7 +194,7 @@ def options_with_times(
         Option(
             choice,
             input_group_seconds(
-                gpu, tokens, outputs, in_features, choice.group_size, mainloop, choice.transform in LEARNED
+                gpu, tokens, outputs, in_features, choice.group_size, mainloop, choice.transform.is_learned
             ),
             loss,
         )
@@ -223,7 +229,7 @@ class QuantizationPlan:
     """The outcome: for every input group its measured sensitivity and the option taken of those under `transforms`."""
 
     settings: PlanSettings
-    transforms: tuple[str, ...]
+    transforms: tuple[TransformKind, ...]
     source: ModelSource
     gpu: Gpu
     mainloop: Mainloop
@@ -316,7 +322,7 @@ class QuantizationPlan:
         """The table for people."""
         entries = self.linears()
         width = max(len(entry["name"]) for entry in entries)
-        exact = [transform for transform in self.transforms if transform not in LEARNED]
+        exact = [transform for transform in self.transforms if not transform.is_learned]
         labels = [*map(str, LADDER if exact else ()), *(set(self.transforms) - set(exact))]
         lines = [
             f"{self.source.describe()} on {self.gpu.name}, {self.settings.tokens} tokens, mode {self.settings.mode}, "
@@ -344,7 +350,7 @@ class QuantizationPlan:
         if exact:
             lines.append(f"  128, 256, 512, channel: group sizes, transform {exact[0]}")
         if len(exact) < len(self.transforms):
-            lines.append(f"  {DENSE}: groups of {BLOCK}, a transform learned for the input")
+            lines.append(f"  {TransformKind.DENSE}: groups of {BLOCK}, a transform learned for the input")
         total = self.predicted()
         lines.append(
             f"  all linears: {total['microseconds']:.1f} us predicted, {total['of_fastest']:.2f}x the fastest plan, "
@@ -370,7 +376,7 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
     run = QuantizeSettings(
         **{name: getattr(settings, name) for name in names},
         samples=1 if settings.samples is None else settings.samples,
-        transform=HADAMARD,
+        transform=TransformKind.HADAMARD,
     ).resolve(source)
     if settings.samples is None:
         run = replace(run, samples=max(1, TOKENS // run.seq_len))

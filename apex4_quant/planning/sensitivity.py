@@ -30,8 +30,9 @@ import torch
 
 from ..calib.probes import PROBE_ROWS
 from ..format.layouts import get_layout
-from ..format.number_format import BLOCK, CHANNEL, LEARNED, SHARED, GroupSize, round_up
+from ..format.number_format import BLOCK, CHANNEL, GroupSize, round_up
 from ..format.quant_config import LinearFormat
+from ..format.transform_kind import TransformKind
 from ..kernels.torch_backend import quantize_activation
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
@@ -56,12 +57,12 @@ class Choice(NamedTuple):
     """How the linears of one input are quantized."""
 
     group_size: GroupSize
-    transform: str
+    transform: TransformKind
 
     @property
     def label(self) -> str:
         """Short, and unique among the choices of one plan: a learned transform has one group size."""
-        return self.transform if self.transform in LEARNED else str(self.group_size)
+        return str(self.transform) if self.transform.is_learned else str(self.group_size)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class GroupSensitivity:
     losses: dict[Choice, float]
 
 
-def choices_of(in_features: int, transforms: Sequence[str]) -> list[Choice]:
+def choices_of(in_features: int, transforms: Sequence[TransformKind]) -> list[Choice]:
     """What an input of K features may get, in the order of GroupSensitivity.errors."""
     return [
         Choice(size, transform)
         for transform in transforms
-        for size in ((BLOCK,) if transform in LEARNED else ladder_of(in_features))
+        for size in ((BLOCK,) if transform.is_learned else ladder_of(in_features))
     ]
 
 
@@ -157,7 +158,7 @@ def measure_sensitivity(
     runner: LayerRunner,
     samples: torch.Tensor,
     planned: Sequence[PlannedLinear],
-    transforms: Sequence[str],
+    transforms: Sequence[TransformKind],
     seed: int,
     progress: Progress,
 ) -> list[GroupSensitivity]:
@@ -220,7 +221,7 @@ def _measure_group(
     linears: Sequence[PlannedLinear],
     metric: Metric,
     stored: dict[str, torch.Tensor],
-    transforms: Sequence[str],
+    transforms: Sequence[TransformKind],
     device: torch.device,
 ) -> GroupSensitivity:
     rows, others = split_rows(group.statistics.inputs())
@@ -265,14 +266,14 @@ def split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _quickly_learned(
     rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat, metric: Metric
 ) -> torch.Tensor | None:
-    if format.transform not in LEARNED:
+    if not format.transform.is_learned:
         return None
     weighed = (
         pad_input_features(weight, format) * importance.sqrt()[:, None]
         for weight, importance in zip(weights, metric.outputs, strict=True)
     )
     padded, gradients = (pad_input_features(matrix, format) for matrix in (rows, metric.rows))
-    return learn_transform(padded, weighed, LEARNING_STEPS, format.transform == SHARED, gradients)
+    return learn_transform(padded, weighed, LEARNING_STEPS, format.transform is TransformKind.SHARED, gradients)
 
 
 def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:

@@ -24,7 +24,6 @@ from ..calib.finite import all_finite
 from ..calib.hessian import HessianAccumulator
 from ..calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
 from ..errors import Apex4Error
-from ..format.number_format import LEARNED
 from ..format.quant_config import LinearFormat
 from ..models.experts import UnfusedExperts, routed
 from ..models.families import Experts, Family, InputGroup, expert_of
@@ -205,7 +204,7 @@ class Collector:
     def _dense(self, layer: int, group: InputGroup, planned: list[PlannedLinear], streams: Streams) -> CollectedGroup:
         reader = self._family.layer_prefix(layer) + group.linears[0]
         format = planned[0].format
-        rows = rows_to_learn_from(format.in_features) if format.transform in LEARNED else PROBE_ROWS
+        rows = rows_to_learn_from(format.in_features) if format.transform.is_learned else PROBE_ROWS
         statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
         last = self._last and len(group.linears) == 1
         for (x,), original in self._calls(layer, group.linears[0], streams, last):

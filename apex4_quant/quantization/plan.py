@@ -11,9 +11,10 @@ from typing import Any
 from ..calib.probes import PROBE_ROWS, rows_to_learn_from
 from ..errors import UsageError
 from ..format.layouts import get_layout
-from ..format.number_format import BLOCK, LEARNED, GroupSize
+from ..format.number_format import BLOCK, GroupSize
 from ..format.quant_config import LinearFormat, QuantConfig
 from ..format.storage import format_bytes
+from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
 from ..models.source import ModelSource
 from ..recipes import GRADIENTS, Recipe, get_recipe
@@ -70,7 +71,7 @@ def build_plan(
     source: ModelSource,
     *,
     recipe: Recipe | str,
-    transform: str,
+    transform: TransformKind,
     group_size: GroupSize,
     layout: str,
     target: dict[str, str | None],
@@ -108,7 +109,7 @@ def build_plan(
                     transform_from=owner,
                     **({} if entries is None else entries[name]),
                 )
-                if format.transform in LEARNED:
+                if format.transform.is_learned:
                     owner = owner or name
                 linears.append(PlannedLinear(name, layer, position, format))
                 quantized_tensors.add(f"{name}.weight")
@@ -153,7 +154,7 @@ def _override(format: LinearFormat, base: LinearFormat) -> dict[str, Any]:
     if format.group_size != base.group_size:
         entry["group_size"] = format.group_size
     if format.transform != base.transform:
-        entry["transform"] = format.transform
+        entry["transform"] = str(format.transform)
     if format.is_padded:
         entry["shape"] = [format.out_features, format.in_features]
     if format.transform_from is not None:
@@ -184,7 +185,7 @@ def estimate_peak_memory(
         working += (
             (4 if plan.recipe.refinement else 3) * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
         )
-    learned = [linear.format for linear in plan.linears if linear.format.transform in LEARNED]
+    learned = [linear.format for linear in plan.linears if linear.format.transform.is_learned]
     if learned:  # rows of inputs and weights, twice, and a dozen matrices
         from ..transforms.learned_transform import WEIGHT_SAMPLE
 
@@ -273,7 +274,7 @@ def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str, 
     passes = 1.25 if device == "cpu" else 3
     multiplies = passes * sum(seen(expert_of(linear.name)) * linear.elements for linear in plan.linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in plan.linears}
-    learned = {(p.layer, p.input_group): p.format.padded_k for p in plan.linears if p.format.transform in LEARNED}
+    learned = {(p.layer, p.input_group): p.format.padded_k for p in plan.linears if p.format.transform.is_learned}
     if learned:
         from ..transforms.learned_transform import ROWS, WEIGHT_ROWS
 
@@ -306,7 +307,7 @@ def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:
                 "name": linear.name,
                 "shape": [linear.format.out_features, linear.format.in_features],
                 "group_size": linear.format.group_size,
-                "transform": linear.format.transform,
+                "transform": str(linear.format.transform),
                 "bytes": linear.format.stored_bytes,
             }
             for linear in plan.linears

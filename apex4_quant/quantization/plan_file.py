@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import UsageError
-from ..format.number_format import BLOCK, LEARNED, TRANSFORMS, GroupSize, parse_group_size
+from ..format.number_format import BLOCK, GroupSize, parse_group_size
+from ..format.transform_kind import TransformKind
 
 if TYPE_CHECKING:
     from ..models.source import ModelSource
@@ -36,12 +37,12 @@ _ENTRY_KEYS = ("group_size", "transform", "shape")
 @dataclass(frozen=True)
 class PlanEntry:
     group_size: GroupSize
-    transform: str | None = None  # None: that of the run
+    transform: TransformKind | None = None  # None: that of the run
     shape: tuple[int, int] | None = None  # [out, in] as the file claims it
 
     def as_dict(self) -> dict[str, Any]:
         """What the run records, and what build_plan takes."""
-        return {"group_size": self.group_size} | ({} if self.transform is None else {"transform": self.transform})
+        return {"group_size": self.group_size} | ({} if self.transform is None else {"transform": str(self.transform)})
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,18 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
     except UsageError as error:
         raise UsageError(f"plan {path}, {name}: {error}") from error
     transform = entry.get("transform")
-    if transform is not None and transform not in TRANSFORMS:
-        raise UsageError(f"plan {path} has transform {transform!r} for {name}: give one of {', '.join(TRANSFORMS)}")
-    if transform in LEARNED and group_size != BLOCK:
+    if transform is not None and transform not in list(TransformKind):
+        raise UsageError(f"plan {path} has transform {transform!r} for {name}: give one of {', '.join(TransformKind)}")
+    if transform is not None and TransformKind(transform).is_learned and group_size != BLOCK:
         raise UsageError(
             f"plan {path} has transform {transform} and group size {group_size} for {name}, and kernels have a learned "
             f"transform with groups of {BLOCK} only: change one of them"
         )
-    return PlanEntry(group_size, transform, None if shape is None else (shape[0], shape[1]))
+    return PlanEntry(
+        group_size,
+        None if transform is None else TransformKind(transform),
+        None if shape is None else (shape[0], shape[1]),
+    )
 
 
 def require_plan_path(path: Path) -> None:

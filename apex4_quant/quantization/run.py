@@ -31,9 +31,10 @@ from ..calib.text import load_text
 from ..checkpoint.load import REPORT_NAME
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.layouts import get_layout
-from ..format.number_format import LEARNED, SHARED, TRANSFORMS, GroupSize, parse_group_size
+from ..format.number_format import GroupSize, parse_group_size
 from ..format.quant_config import QuantConfig
 from ..format.storage import copy_file, require_free_space, sha256, write_json, write_tensors
+from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
 from ..hardware.gpus import resolve_target
 from ..models.families import expert_of
@@ -97,8 +98,8 @@ class QuantizeSettings:
         require_rotatable(source, recipe)
         target = resolve_target(self.target)
         transform = self.transform or recipe.transform
-        if transform not in TRANSFORMS:
-            raise UsageError(f"transform {transform!r} is not known: give one of {', '.join(TRANSFORMS)}")
+        if transform not in list(TransformKind):
+            raise UsageError(f"transform {transform!r} is not known: give one of {', '.join(TransformKind)}")
         for name, value in (("samples", self.samples), ("seq-len", self.seq_len)):
             if value < 1:
                 raise UsageError(f"--{name} is {value}: give a positive number")
@@ -122,7 +123,7 @@ class QuantizeSettings:
             group_size=parse_group_size(self.group_size),
             target=target.gpu or target.arch or "none",
             layout=get_layout(self.layout or target.layout).name,
-            transform=transform,
+            transform=str(transform),
             seq_len=min(self.seq_len, context),
             device=resolve_device(self.device),
             dtype=resolve_dtype(self.dtype, source.config),
@@ -184,7 +185,7 @@ def plan_of(source: ModelSource, settings: QuantizeSettings) -> Plan:
     return build_plan(
         source,
         recipe=get_recipe(settings.recipe),
-        transform=settings.transform or "none",
+        transform=TransformKind(settings.transform or TransformKind.NONE),
         group_size=settings.group_size,
         layout=settings.layout or target.layout,
         target={"gpu": target.gpu, "arch": target.arch},
@@ -477,12 +478,12 @@ class _Run:
     ) -> torch.Tensor | None:
         """The transform learned for all linears of an input together, where the plan wants one, by block."""
         format = group.parts[0].planned[0].format
-        if format.transform not in LEARNED:
+        if not format.transform.is_learned:
             return None
         inputs, weights = pad_input_features(group.statistics.inputs(), format), self._weighed(layer, group, stored)
         found = self._gradients_of(group)
         gradients = None if found is None else pad_input_features(found.rows, format)
-        shared, steps = format.transform == SHARED, self.recipe.transform_steps
+        shared, steps = format.transform is TransformKind.SHARED, self.recipe.transform_steps
         return learn_transform(inputs, weights, steps, shared, gradients)
 
     def _clip(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from ..format.number_format import LEARNED
 from ..format.quant_config import LinearFormat
+from ..format.transform_kind import TransformKind
 from ..kernels.block_matrix import apply_block_matrix
 from ..kernels.hadamard import apply_block_hadamard
 
@@ -22,10 +22,10 @@ def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
 
 
 def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:
-    assert (matrix is not None) == (format.transform in LEARNED)
+    assert (matrix is not None) == format.transform.is_learned
     if matrix is not None:
         return apply_block_matrix(x, matrix.float())
-    return apply_block_hadamard(x) if format.transform == "hadamard128" else x
+    return apply_block_hadamard(x) if format.transform is TransformKind.HADAMARD else x
 
 
 def transform_weight(weight: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:

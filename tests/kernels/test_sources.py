@@ -26,7 +26,7 @@ def test_nvcc_has_nothing_to_say(source: str, tmp_path: Path) -> None:
         pytest.skip("nvcc is not on PATH")
     arch, configuration = next((arch, found) for arch in ARCHS if (found := first_of(source, arch)))
     command = [nvcc, f"-arch={arch}", "-std=c++17", "-cubin", "-Xcompiler=-Wall,-Wextra", "-o", str(tmp_path / "cubin")]
-    command += [*compiler.macros(configuration.defines), str(compiler.SOURCES / source)]
+    command += [*compiler.macros(configuration.defines), f"-I{compiler.SOURCES}", str(compiler.SOURCES / source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from apex4_quant.errors import UsageError
-from apex4_quant.format.number_format import CHANNEL, DENSE, HADAMARD
+from apex4_quant.format.number_format import CHANNEL
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.hardware.gpus import GPUS
 from apex4_quant.planning.cost_model import (
     DEFAULT_TOKENS,
@@ -31,6 +32,8 @@ from apex4_quant.planning.cost_model import (
 from apex4_quant.planning.issue_model import EFFICIENCY
 from apex4_quant.planning.planner import choose, group_options
 from apex4_quant.planning.sensitivity import GroupSensitivity, choices_of
+
+DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
 
 Call = Callable[..., Any]
 PREFILL = (2048, 4096, 8192)  # tokens at which a GEMM of an 8B model is bound by compute

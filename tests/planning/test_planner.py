@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from apex4_quant.errors import Stopped, UsageError
-from apex4_quant.format.number_format import DENSE, HADAMARD
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.hardware.gpus import GPUS
 from apex4_quant.models.source import ModelSource
 from apex4_quant.planning.cost_model import activation_seconds
@@ -26,6 +26,8 @@ from apex4_quant.quantization.plan_file import read_plan_file
 from apex4_quant.quantization.run import QuantizeSettings, quantize
 
 from ..conftest import stop_after
+
+DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
 
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py

@@ -22,8 +22,8 @@ from transformers import (
 
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import get_layout
-from apex4_quant.format.number_format import DENSE, HADAMARD
 from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.models.families import expert_of
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
@@ -45,6 +45,8 @@ from apex4_quant.progress import Progress
 from apex4_quant.quantization.gradients import gradients_through
 from apex4_quant.quantization.run import QuantizeSettings, plan_of, quantize
 from apex4_quant.rounding.nearest import quantize_weight_rtn
+
+DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 SIZES: dict[str, Any] = {

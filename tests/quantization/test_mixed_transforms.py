@@ -15,7 +15,7 @@ from torch import nn
 
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.format.layouts import get_layout
-from apex4_quant.format.number_format import DENSE, HADAMARD
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels.block_matrix import apply_block_matrix
 from apex4_quant.kernels.hadamard import apply_block_hadamard
 from apex4_quant.models.source import ModelSource
@@ -23,6 +23,8 @@ from apex4_quant.quantization import run as pipeline
 from apex4_quant.quantization.run import QuantizeSettings, quantize
 
 from ..conftest import stop_after
+
+DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 FAILED, USAGE = 1, 2

@@ -17,8 +17,8 @@ import apex4_quant
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import get_layout
-from apex4_quant.format.number_format import DENSE, SHARED
 from apex4_quant.format.quant_config import LinearFormat, QuantConfig
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels import reference, torch_backend
 from apex4_quant.kernels.block_matrix import apply_block_matrix
 from apex4_quant.models.families import Producer
@@ -33,6 +33,8 @@ from apex4_quant.transforms.block_transforms import (
 )
 from apex4_quant.transforms.importance import scale_by_readers
 from apex4_quant.transforms.learned_transform import learn_transform
+
+DENSE, SHARED = TransformKind.DENSE, TransformKind.SHARED
 
 
 def dense_format(n: int, k: int, group: int | str = 128, owner: str | None = None) -> LinearFormat:
