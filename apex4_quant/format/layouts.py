@@ -135,7 +135,7 @@ class Layout:
 
 
 def _split(value: int, digits: Digits) -> dict[str, int]:
-    parts = {}
+    parts: dict[str, int] = {}
     for name, size in reversed(digits):
         value, parts[name] = divmod(value, size)
     return parts
@@ -192,7 +192,8 @@ def _twos_complement(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
-    return bytes_.unflatten(-1, (-1, 4)).roll(by, -1).flatten(-2)
+    words: torch.Tensor = bytes_.unflatten(-1, (-1, 4))
+    return words.roll(by, -1).flatten(-2)
 
 
 ROWMAJOR = Layout(

@@ -81,7 +81,7 @@ class LinearFormat:
         )
 
 
-def _check_clip(name: str, value: Any) -> None:
+def _check_clip(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise Apex4Error(f"quantization_config.{name} is {value!r} and must be a positive number")
 
@@ -172,7 +172,7 @@ class QuantConfig:
         """The group transform of one linear."""
         return TransformKind(self.modules.get(name, {}).get("transform", self.transform))
 
-    def _stores_transform_of(self, name: str, owner: Any) -> bool:
+    def _stores_transform_of(self, name: str, owner: object) -> bool:
         """Whether the linear `owner` stores a learned transform of the kind that `name` has."""
         return (
             isinstance(owner, str)

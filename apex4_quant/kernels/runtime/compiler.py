@@ -16,14 +16,14 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from ...errors import Apex4Error
+from .bindings import Handle, Nvrtc, Status
 
 SOURCES = Path(__file__).parents[1] / "cuda"
 CUDA_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")  # NVRTC brings the others itself
@@ -53,7 +53,9 @@ class CompileError(Apex4Error):
         if log:
             self.add_note(log)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # it comes back from the processes of kernel_build.py
+    def __reduce__(
+        self,
+    ) -> tuple[type[CompileError], tuple[str, str]]:  # it comes back from the processes of kernel_build.py
         return type(self), (str(self), self.log)
 
 
@@ -142,11 +144,12 @@ def installed_nvrtc() -> str:
 
 
 @cache
-def _nvrtc() -> tuple[Any, tuple[int, int]]:
+def _nvrtc() -> tuple[Nvrtc, tuple[int, int]]:
     try:
-        from cuda.bindings import nvrtc
+        from cuda.bindings import nvrtc as bindings
     except ImportError as error:
         raise Apex4Error(f"cuda-core is needed to compile kernels and is not installed: {INSTALL}") from error
+    nvrtc: Nvrtc = bindings
     try:
         status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # a RuntimeError of cuda.bindings or an error of cuda.pathfinder, by version
@@ -219,10 +222,14 @@ def _compile(source: str, defines: Mapping[str, int | str], arch: str) -> Compil
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _fetch(size_of: Any, get: Any, program: Any) -> bytes:
+def _fetch(
+    size_of: Callable[[Handle], tuple[Status, int]],
+    get: Callable[[Handle, bytearray], tuple[Status]],
+    program: Handle,
+) -> bytes:
     buffer = bytearray(size_of(program)[1])
     (status,) = get(program, buffer)
-    if status != 0:
+    if int(status) != 0:
         raise CompileError(f"NVRTC does not give its result: {status.name}", "")
     return bytes(buffer)
 
