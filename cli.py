@@ -92,7 +92,11 @@ def cli() -> None:
 @click.option(
     "--ignore", multiple=True, metavar="PATTERN", help="Keep matching linears, e.g. '*.down_proj'. Repeatable."
 )
-@click.option("--resume", is_flag=True, help="Go on with the stopped run in OUT, with its settings.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in OUT, with its settings; begin it if OUT is empty and MODEL is given.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
 @click.pass_context
@@ -114,19 +118,22 @@ def quantize(
     if options["plan"] and context.get_parameter_source("group_size") == ParameterSource.COMMANDLINE:
         raise UsageError("--plan decides every group size: leave --group-size away")
     from apex4_quant.format.storage import format_bytes
-    from apex4_quant.quantization import run as pipeline
+    from apex4_quant.quantization import run
+    from apex4_quant.quantization.estimates import preview
     from apex4_quant.quantization.plan import plan_as_text
+    from apex4_quant.quantization.settings import QuantizeSettings, ResolvedSettings
 
+    settings: QuantizeSettings | ResolvedSettings | None = None
     if resume:
         if out is None:
             raise UsageError("--resume needs the folder of the run: give -o OUT")
         given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
         asked = {name: options[name] for name in given} | ({"model": model} if model else {})
-        settings = pipeline.settings_to_resume(out, asked)
-    else:
-        settings = pipeline.QuantizeSettings(model=str(model), **options)
+        settings = run.settings_to_resume(out, asked)
+    if settings is None:
+        settings = QuantizeSettings(model=str(model), **options)
     if dry_run:
-        plan = pipeline.preview(settings)
+        plan = preview(settings)
         if as_json:
             click.echo(json.dumps(plan.as_dict()))
             return
@@ -137,17 +144,15 @@ def quantize(
         )
         return
     assert out is not None
-    result = pipeline.quantize(
-        settings, out, resume=resume, progress=_progress(as_json), should_stop=_stop_on_signals()
-    )
+    result = run.quantize(settings, out, resume=resume, progress=_progress(as_json), should_stop=_stop_on_signals())
     summary = result.as_dict()
     if as_json:
         click.echo(json.dumps(summary))
         return
-    reasons: dict[str, int] = {}
-    for kept in result.plan.kept:
-        reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
-    kept_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    if result.was_finished:
+        click.echo(f"{out}: finished before with these settings, nothing is left to do")
+        return
+    kept_text = ", ".join(f"{count} {reason}" for reason, count in result.kept.items())
     before, after = summary["bytes_before"], summary["bytes_after"]
     click.echo(f"{out}: {summary['linears_quantized']} linears quantized; tensors kept: {kept_text}")
     click.echo(

@@ -53,7 +53,7 @@ from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize.configs import board_bytes, prepack_matrix
 from apex4_quant.kernels.quantize.launch import run_quantize
-from apex4_quant.transforms.learned_transform import _storable
+from apex4_quant.transforms.learned_transform import storable
 
 U = 2.0**-24
 BUTTERFLY_ERROR, TENSOR_CORE_ERROR = 8 * U, 136 * U
@@ -141,7 +141,7 @@ def make_operands(case: Case, device: torch.device) -> Operands:
             matrix = torch.where(hadamard_128(torch.float32, device) > 0, 1.0, -1.0)[None]
             factor = BLOCK**-0.5
         else:
-            matrix = _storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
+            matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
     return Operands(_strided(x, case, device), second, matrix, factor)
 
 

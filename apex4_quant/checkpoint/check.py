@@ -13,10 +13,11 @@ from ..errors import Apex4Error
 from ..format.layouts import get_layout
 from ..format.number_format import BLOCK
 from ..format.quant_config import LinearFormat
+from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..models.source import INDEX_NAME, read_tensors
 from .inspect import Checkpoint
-from .load import REPORT_NAME, load_model, verify_checksums
+from .load import load_model, verify_checksums
 
 
 def check(path: str, progress: Callable[[str], None] = lambda line: None) -> list[dict[str, str]]:

@@ -32,8 +32,10 @@ from ..hardware.gpus import Gpu
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..progress import Progress
+from ..quantization.calibration import draw_calibration
+from ..quantization.plan import plan_of
 from ..quantization.plan_file import plan_file_json, plan_file_text, require_plan_path
-from ..quantization.run import QuantizeSettings, draw_calibration, plan_of
+from ..quantization.settings import QuantizeSettings
 from ..recipes import DEFAULT_RECIPE, get_recipe
 from .cost_model import (
     DEFAULT_BUDGET,

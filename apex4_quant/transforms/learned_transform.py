@@ -48,14 +48,14 @@ WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one
 EXACT_INVERSE = 20  # steps from one computed inverse to the next
 SAME_MOMENTS = 2  # steps that go by the same A' and B', which change slowly
 BETAS, EPSILON = (0.8, 0.9), 1e-8
-ROWS, WEIGHT_ROWS = 1024, 512  # looked at in one step; others in the next
+INPUT_ROWS_PER_STEP, WEIGHT_ROWS_PER_STEP = 1024, 512  # looked at in one step; others in the next
 COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
-WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
+WEIGHT_ROWS_KEPT = 4096  # of all the weights, to draw from: so many to twice as many
 SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
 
 
 @dataclass
-class _Blocks:
+class BlockStatistics:
     """Everything by block: rows [G, T, 128] of the input and weights [G, N', 128] that stand for N rows, both views of
     matrices [T, K], and A and B."""
 
@@ -68,7 +68,7 @@ class _Blocks:
     @classmethod
     def of(
         cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
-    ) -> _Blocks:
+    ) -> BlockStatistics:
         x = _by_block(inputs)
         b = x.new_zeros(len(x), BLOCK, BLOCK)
         total, stride = 0, 1
@@ -78,7 +78,7 @@ class _Blocks:
                 _add_products(b, _by_block(weight))
             total += len(weight)
             kept = torch.cat([kept, weight[::stride]])
-            while len(kept) > 2 * WEIGHT_SAMPLE:  # every row stands for as many
+            while len(kept) > 2 * WEIGHT_ROWS_KEPT:  # every row stands for as many
                 kept, stride = kept[::2].clone(), 2 * stride
         if gradients is not None:
             _add_products(b, _by_block(gradients))
@@ -110,18 +110,18 @@ def learn_transform(
     `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
     that of the weights, whose rows have to be scaled by how much their errors matter.
     """
-    blocks = _Blocks.of(inputs, weights, gradients)
-    with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
+    blocks = BlockStatistics.of(inputs, weights, gradients)
+    with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
         start = (
-            apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else _balanced_hadamard(blocks)
+            apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else balanced_hadamard(blocks)
         )
         learned = _descend(blocks, start, steps)
         before, after = _error(blocks, start), _error(blocks, learned)
     better = torch.isfinite(after) & (after < before)  # False for NaN
-    return _storable(torch.where(better[:, None, None], learned, start)).expand(len(blocks.x), -1, -1)
+    return storable(torch.where(better[:, None, None], learned, start)).expand(len(blocks.x), -1, -1)
 
 
-def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
+def balanced_hadamard(blocks: BlockStatistics) -> torch.Tensor:
     """diag(d) H, d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel (DESIGN 3.1)."""
     a, b = (matrix.diagonal(dim1=1, dim2=2) for matrix in (blocks.a, blocks.b))
     alive = (a.amax(1, keepdim=True) > 0) & (b.amax(1, keepdim=True) > 0)
@@ -132,13 +132,13 @@ def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
     return d[..., None] * apply_block_hadamard(torch.eye(BLOCK, device=a.device))
 
 
-def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
+def _descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.Tensor:
     transform, inverse = start, torch.linalg.inv(start)
     first, second = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
         if step % SAME_MOMENTS == 0:
             moments = _moments(blocks, transform, inverse)
-        x, w = _window(blocks.x, ROWS, step), _window(blocks.w, WEIGHT_ROWS, step)
+        x, w = _window(blocks.x, INPUT_ROWS_PER_STEP, step), _window(blocks.w, WEIGHT_ROWS_PER_STEP, step)
         slope = _slope(blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1)
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
@@ -180,7 +180,9 @@ def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
 
 
-def _moments(blocks: _Blocks, transform: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(
+    blocks: BlockStatistics, transform: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A' and B', [G, 128, 128]."""
     return transform.transpose(1, 2) @ (blocks.a @ transform), inverse @ blocks.b @ inverse.transpose(1, 2)
 
@@ -206,7 +208,7 @@ def _trace(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
+def _error(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tensor:
     """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
     inverse = torch.linalg.inv(transform)
     x_peak = _mean_peak(_window(blocks.x, COMPARED_ROWS, 0) @ transform)
@@ -221,7 +223,7 @@ def _mean_peak(values: torch.Tensor) -> torch.Tensor:
     return values.abs().amax(-1).square().mean(1)
 
 
-def _storable(transform: torch.Tensor) -> torch.Tensor:
+def storable(transform: torch.Tensor) -> torch.Tensor:
     """Scale each block by a power of two to a largest entry in [1/2, 1) and round to what both 16-bit formats hold."""
     _, exponent = torch.frexp(transform.abs().amax((1, 2), keepdim=True))
     mantissa, exponents = torch.frexp(torch.ldexp(transform, -exponent))

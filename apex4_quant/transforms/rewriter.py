@@ -1,4 +1,4 @@
-"""The float model as a recipe wants it before quantization: its tensors on the way from the source to the pipeline.
+"""The float model as a recipe wants it before quantization: its tensors on the way from the source to quantization.
 
 One decoder layer at a time, in float32 and rounded once, to the dtype it came in. Everything depends on the source, the
 recipe, the seed and the hidden states alone, so a resumed run writes the same bytes.
@@ -21,7 +21,7 @@ from ..recipes import Recipe
 from .function_preserving import Tensors, balance, merged_by_norm, rotate_reader, rotate_stream, rotate_values
 from .orthogonal import Orthogonal, derived_seed
 
-ROWS = 8192  # of an embedding that are float32 at a time
+EMBEDDING_ROWS_AT_ONCE = 8192  # of an embedding that are float32 at a time
 
 
 def require_rotatable(source: ModelSource, recipe: Recipe) -> None:
@@ -135,7 +135,7 @@ class Rewriter:
                 self._say(f"{', '.join(group.linears)}: the diagonal can be folded nowhere and is left away")
 
     def _by_rows(self, weight: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for rows in weight.split(ROWS):
+        for rows in weight.split(EMBEDDING_ROWS_AT_ONCE):
             rows.copy_(change(rows.to(self._runner.device, torch.float32)))
 
 

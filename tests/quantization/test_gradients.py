@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from apex4_quant.calib.samples import windows
 from apex4_quant.calib.text import load_text
-from apex4_quant.checkpoint.load import REPORT_NAME
 from apex4_quant.errors import Apex4Error, Stopped
+from apex4_quant.format.storage import REPORT_NAME
 from apex4_quant.models import layer_runner
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import ModelSource
@@ -23,11 +23,12 @@ from apex4_quant.models.tokenizers import load_tokenizer
 from apex4_quant.progress import Progress
 from apex4_quant.quantization import predictions
 from apex4_quant.quantization.gradients import InputGradients, gradients_through
-from apex4_quant.quantization.predictions import LeavingGradients, disk_bytes
-from apex4_quant.quantization.run import QuantizeSettings, quantize
-from apex4_quant.quantization.run_state import GRADIENTS, RunState
+from apex4_quant.quantization.predictions import LeavingGradients, gradient_bytes_on_disk
+from apex4_quant.quantization.run import quantize
+from apex4_quant.quantization.run_state import RunState, StateKind
+from apex4_quant.quantization.settings import QuantizeSettings
 from apex4_quant.recipes import get_recipe
-from apex4_quant.transforms.learned_transform import _Blocks, learn_transform
+from apex4_quant.transforms.learned_transform import BlockStatistics, learn_transform
 from apex4_quant.transforms.rewriter import Rewriter
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -128,7 +129,7 @@ def test_a_transform_is_learned_by_them() -> None:
     """Gradients W^T W of the weights themselves are no news; others lead to another matrix."""
     torch.manual_seed(0)
     x, w = torch.randn(256, 256), torch.randn(96, 256)
-    plain, told = _Blocks.of(x, [w]), _Blocks.of(x, [w], w)
+    plain, told = BlockStatistics.of(x, [w]), BlockStatistics.of(x, [w], w)
     assert torch.equal(plain.b, told.b) and torch.equal(plain.w, told.w)
     assert torch.equal(learn_transform(x, [w], 5), learn_transform(x, [w], 5, gradients=w))
     assert not torch.equal(learn_transform(x, [w], 5), learn_transform(x, [w], 5, gradients=torch.randn(99, 256)))
@@ -162,7 +163,7 @@ def test_predictions_are_closer_with_them(tmp_path: Path) -> None:
 @pytest.fixture
 def taken(tiny_model: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LeavingGradients, RunState, Path]:
     """Of three of the five windows of 24 tokens of a model of two layers."""
-    monkeypatch.setattr(predictions, "TOKENS", 49)
+    monkeypatch.setattr(predictions, "GRADIENT_TOKENS", 49)
     model = tiny_model()
     source = ModelSource(str(model))
     runner = LayerRunner(source, "cpu", torch.float32)
@@ -208,14 +209,14 @@ def test_they_are_taken_again_only_where_they_are_gone(taken: tuple[LeavingGradi
     leaving.take(1, 5, Progress(), lambda: False)
     leaving.take(2, 5, Progress(), lambda: False)  # nothing left to quantize
     assert times == {path: path.stat().st_mtime_ns for path in state.folder.glob("*.safetensors")}
-    state.drop(GRADIENTS, 0)
+    state.drop(StateKind.LEAVING_GRADIENTS, 0)
     leaving.take(0, 5, Progress(), lambda: False)
     assert files == {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
-    state.drop(GRADIENTS, 1)  # also one that is not needed first
+    state.drop(StateKind.LEAVING_GRADIENTS, 1)  # also one that is not needed first
     leaving.take(0, 5, Progress(), lambda: False)
     assert files == {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
-    state.drop(GRADIENTS, 0)
-    state.drop(GRADIENTS, 1)
+    state.drop(StateKind.LEAVING_GRADIENTS, 0)
+    state.drop(StateKind.LEAVING_GRADIENTS, 1)
     leaving.take(1, 5, Progress(), lambda: False)  # of a run whose first layer is finished
     assert [path.name for path in state.folder.glob("*.safetensors")] == ["gradients-00001.safetensors"]
     assert files["gradients-00001.safetensors"] == (state.folder / "gradients-00001.safetensors").read_bytes()
@@ -229,9 +230,9 @@ def test_a_stop_between_layers_leaves_nothing_that_looks_done(
     answers = iter([False] * (asked - 1) + [True])
     with pytest.raises(Stopped, match="--resume"):
         leaving.take(0, 5, Progress(), lambda: next(answers))
-    assert not state.has(GRADIENTS, 0)
+    assert not state.has(StateKind.LEAVING_GRADIENTS, 0)
     leaving.take(0, 5, Progress(), lambda: False)
-    assert state.has(GRADIENTS, 0)
+    assert state.has(StateKind.LEAVING_GRADIENTS, 0)
 
 
 def test_damaged_ones_are_a_sentence(taken: tuple[LeavingGradients, RunState, Path]) -> None:
@@ -258,7 +259,7 @@ def test_what_they_need_on_disk(taken: tuple[LeavingGradients, RunState, Path]) 
         return False
 
     leaving.take(0, 5, Progress(), look)
-    needed = disk_bytes(ModelSource(str(path)), (5, 24), torch.float32)
+    needed = gradient_bytes_on_disk(ModelSource(str(path)), (5, 24), torch.float32)
     assert 0.5 * needed < most <= needed + 4096
 
 
@@ -279,7 +280,7 @@ def test_in_a_rotated_stream_they_are_rotated(tiny_model: Call, calib: Path, tmp
 
 
 def test_experts_keep_their_readers_and_attention_has_gradients(tmp_path: Path) -> None:
-    from .test_gptaq import moe
+    from ..rounding.test_gptaq import moe
 
     settings = QuantizeSettings(
         str(moe(tmp_path / "moe")), recipe="apex4", samples=4, seq_len=64, target="none", device="cpu"

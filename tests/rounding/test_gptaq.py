@@ -18,9 +18,11 @@ from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
 from apex4_quant.quantization.collector import Collector
+from apex4_quant.quantization.estimates import preview
 from apex4_quant.quantization.plan import build_plan
-from apex4_quant.quantization.run import QuantizeSettings, preview, quantize
+from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.run_state import RunState, Streams
+from apex4_quant.quantization.settings import QuantizeSettings
 from apex4_quant.rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -176,7 +178,7 @@ def test_experts_see_the_tokens_of_the_quantized_models_router_in_both_streams(t
     streams = Streams(hidden, hidden + 0.3 * torch.randn_like(hidden))
     plan = build_plan(source, recipe="gptq", transform="none", group_size=128, layout="rowmajor", target={}, ignore=())
     collector = Collector(runner, source.family, source.config, True, lambda line: None, original)
-    groups = list(collector.groups_of(0, runner.layer(0), plan.of_layer(0), streams))
+    groups = list(collector.inputs_of(0, runner.layer(0), plan.of_layer(0), streams))
 
     calls = [
         next(iter(each.calls_of(0, "mlp.experts", states)))

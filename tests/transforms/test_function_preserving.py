@@ -24,7 +24,7 @@ from apex4_quant.models.expert_tensors import published_name
 from apex4_quant.models.families import ATTENTION, FAMILIES, GATED_MLP, Family, InputGroup
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import ModelSource
-from apex4_quant.quantization.run import preview
+from apex4_quant.quantization.estimates import preview
 from apex4_quant.recipes import Recipe, named_recipes
 from apex4_quant.transforms.function_preserving import (
     balance,

@@ -66,15 +66,15 @@ def output_error(x: torch.Tensor, w: torch.Tensor, format: LinearFormat, matrix:
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradient_is_that_of_the_objective(shared: bool) -> None:
     x, w = inputs_and_weight(48, 256, tokens=64)
-    blocks = learned_transform._Blocks.of(x, [w])
+    blocks = learned_transform.BlockStatistics.of(x, [w])
     torch.manual_seed(0)
-    start = learned_transform._balanced_hadamard(blocks)[: 1 if shared else None]
+    start = learned_transform.balanced_hadamard(blocks)[: 1 if shared else None]
     transform = start + 0.01 * torch.randn_like(start)
     direction = torch.randn_like(start)
     inverse = torch.linalg.inv(transform)
     rows = blocks.weight_rows, blocks.x @ transform, blocks.w @ inverse.transpose(1, 2)
     slope = learned_transform._slope(*rows, *learned_transform._moments(blocks, transform, inverse), shared)
-    exact = learned_transform._Blocks.of(x.double(), [w.double()])
+    exact = learned_transform.BlockStatistics.of(x.double(), [w.double()])
     at, step = transform.double(), 1e-6
     up, down = (learned_transform._error(exact, at + s * at @ direction.double()).log() for s in (step, -step))
     torch.testing.assert_close((slope * direction).sum((1, 2)).double(), (up - down) / (2 * step), rtol=1e-3, atol=1e-4)
