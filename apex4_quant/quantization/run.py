@@ -42,7 +42,7 @@ from ..models.layer_runner import LayerRunner
 from ..models.source import INDEX_NAME, ModelSource
 from ..models.tokenizers import load_tokenizer
 from ..nn.linear import Apex4Linear
-from ..nn.shared_input import share_input
+from ..nn.prepare import share_input
 from ..progress import Progress
 from ..recipes import DEFAULT_RECIPE, GRADIENTS, get_recipe, named_recipes
 from ..rounding.activation_clip import ROWS as CLIP_ROWS
