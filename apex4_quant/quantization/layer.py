@@ -34,7 +34,7 @@ from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..nn.linear import Apex4Linear
-from ..nn.shared_input import share_input
+from ..nn.prepare import share_input
 from ..recipes import Recipe, Rounding
 from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
 from ..rounding.gptq import drift_correction, inverse_factor, quantize_weight_gptq

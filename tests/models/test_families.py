@@ -37,9 +37,9 @@ from apex4_quant.kernels import reference
 from apex4_quant.models.families import FAMILIES, family_of
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
-from apex4_quant.nn.fused_inputs import Deferring
+from apex4_quant.nn.deferring import Deferring
 from apex4_quant.nn.linear import Apex4Linear
-from apex4_quant.nn.shared_input import prepare_model
+from apex4_quant.nn.prepare import prepare_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -181,7 +181,9 @@ def test_the_kernels_operators_give_the_same_model(name: str, tmp_path: Path) ->
     for kernel in ("sm80", "sm90"):
         prepare_model(model, FAMILIES[type(model).__name__], kernel)
         assert torch.equal(model(ids, use_cache=False).logits, expected)
-    deferring = [module for module in model.modules() if isinstance(getattr(module, "deferring", None), Deferring)]
+    deferring = [
+        module for module in model.modules() if isinstance(getattr(module, "apex4_deferring", None), Deferring)
+    ]
     norms = [module for module in deferring if hasattr(module, "weight")]
     assert len(norms) == (2 if "mixtral" in name else 3 if "moe" in name else 4)  # what a router reads is a tensor
     gated = name.startswith(("gemma", "phi3"))

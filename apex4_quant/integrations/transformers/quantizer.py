@@ -16,7 +16,7 @@ from ...format.quant_config import QUANT_METHOD, QuantConfig
 from ...models.experts import UnfusedExperts, unfuse_experts
 from ...models.families import FAMILIES
 from ...nn.linear import Apex4Linear
-from ...nn.shared_input import prepare_model
+from ...nn.prepare import prepare_model
 
 
 @register_quantization_config(QUANT_METHOD)
