@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -15,6 +16,7 @@ from .format.transform_kind import TransformKind
 MOST_STEPS, MOST_SWEEPS = 100_000, 100
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "apex4"
+_NAMED = Path(__file__).with_name("recipes.yaml")
 
 
 class Rounding(StrEnum):
@@ -140,10 +142,15 @@ def _load(path: Path, what: str) -> dict[str, Any]:
     return values
 
 
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package, simplest first. YAML is not loaded: --help says them."""
+    return re.findall(r"^([\w-]+):", _NAMED.read_text("utf-8"), re.MULTILINE)
+
+
 @cache
 def named_recipes() -> dict[str, Recipe]:
     """Those that come with the package, by name."""
-    entries = _load(Path(__file__).with_name("recipes.yaml"), "recipes.yaml")
+    entries = _load(_NAMED, "recipes.yaml")
     return {name: Recipe.from_dict({"name": name} | entry, f"recipe {name!r}") for name, entry in entries.items()}
 
 

@@ -42,6 +42,7 @@ from math import prod
 import torch
 
 from ..errors import UsageError
+from .layout_name import LayoutName
 from .number_format import BLOCK, CODE_MAX, FORBIDDEN_CODE, WEIGHT_SCALE_MIN, round_up
 
 # Output features of a tile in the layouts that kernels read (`sm80` and `sm90`).
@@ -200,11 +201,11 @@ def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
 
 
 ROWMAJOR = Layout(
-    name="rowmajor", rows=(("n", 1),), cols=(("k", BLOCK),), order=("n", "k"), scale_rows=(("n", 1),),
+    name=LayoutName.ROWMAJOR.value, rows=(("n", 1),), cols=(("k", BLOCK),), order=("n", "k"), scale_rows=(("n", 1),),
     scale_order=("n",),
 )  # fmt: skip
 SM80 = Layout(
-    name="sm80",
+    name=LayoutName.SM80.value,
     rows=(("j", 8), ("r", 8)),
     cols=(("s", 2), ("h", 2), ("q", 4), ("i", 8)),
     order=("j", "r", "q", "s", "h", "i"),
@@ -212,7 +213,7 @@ SM80 = Layout(
     scale_order=("q", "j", "e"),
 )
 SM90 = Layout(
-    name="sm90",
+    name=LayoutName.SM90.value,
     rows=(("w", 4), ("u", 2), ("r", 8)),
     cols=(("c", 2), ("s", 2), ("h", 2), ("q", 4), ("i", 4)),
     order=("c", "w", "r", "q", "s", "h", "i", "u"),

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from ..errors import Apex4Error
+from .layout_name import LayoutName
 from .layouts import Layout, get_layout
 from .number_format import (
     BITS,
@@ -93,7 +94,7 @@ class QuantConfig:
     [out, in] where the stored tensors are padded."""
 
     group_size: GroupSize = 128
-    layout: str = "rowmajor"
+    layout: str = LayoutName.ROWMAJOR
     transform: TransformKind = TransformKind.HADAMARD
     activation_clip: float = 1.0
     target: dict[str, str | None] = field(default_factory=lambda: {"gpu": None, "arch": None})

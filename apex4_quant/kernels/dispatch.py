@@ -13,10 +13,10 @@ from functools import cache
 
 import torch
 
+from ..environment import KERNEL as VARIABLE
 from ..errors import Apex4Error, UsageError
 from .catalogue import FAMILIES, kernel_family
 
-VARIABLE = "APEX4_KERNEL"
 REFERENCE = "reference"
 
 

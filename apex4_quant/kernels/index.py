@@ -1,4 +1,4 @@
-"""The index functions of cuda/index.cuh, callable from Python: the same text, evaluated on ints or NumPy arrays."""
+"""The index functions of cuda/index.cuh, callable from Python: the same text, evaluated on ints, NumPy arrays or tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, overload
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 SOURCE = Path(__file__).parent / "cuda" / "common" / "index.cuh"
@@ -23,7 +24,10 @@ class IndexFunction(Protocol):
     def __call__(self, *arguments: int) -> int: ...  # type: ignore[overload-overlap]  # of ints alone: an int
 
     @overload
-    def __call__(self, *arguments: int | NDArray[np.integer]) -> NDArray[np.integer]: ...
+    def __call__(self, *arguments: int | NDArray[np.integer]) -> NDArray[np.integer]: ...  # type: ignore[overload-overlap]  # as above
+
+    @overload
+    def __call__(self, *arguments: int | torch.Tensor) -> torch.Tensor: ...
 
 
 @cache

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..environment import CACHE_DIR
 from ..errors import Apex4Error, UsageError
 from ..kernels.catalogue import FAMILIES, Configuration, configurations, sm_of
 from ..kernels.runtime import compiler
@@ -81,7 +82,7 @@ def build(archs: Sequence[str], out: Path | None, jobs: int | None, progress: Pr
     compiler.header_folder()
     reason = compiler.why_not_writable(where)
     if reason:
-        raise Apex4Error(f"{where} cannot be written ({reason}): give another folder with -o or in APEX4_CACHE_DIR")
+        raise Apex4Error(f"{where} cannot be written ({reason}): give another folder with -o or in {CACHE_DIR}")
     tasks: list[_Task] = [
         (each, arch_of(sm), str(out) if out else None) for sm in sms for each in configurations(arch_of(sm))
     ]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ... import environment
 from ...errors import Apex4Error
 from .bindings import Handle, Nvrtc, Status
 
@@ -238,8 +239,8 @@ def _fetch(
 
 
 def cache_folder() -> Path:
-    """APEX4_CACHE_DIR, else apex4 in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    given = os.environ.get("APEX4_CACHE_DIR")
+    """APEX4_CACHE_DIR (environment.py), else apex4 in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    given = os.environ.get(environment.CACHE_DIR)
     if given:
         return Path(given)
     # XDG: a relative path is to be ignored.
@@ -340,6 +341,6 @@ def _remove_abandoned(folder: Path) -> None:
 @cache  # once a process
 def _say_not_kept(reason: str) -> None:
     print(
-        f"apex4: compiled kernels cannot be kept ({reason}), so every process compiles them: set APEX4_CACHE_DIR",
+        f"apex4: compiled kernels cannot be kept ({reason}), so every process compiles them: set {environment.CACHE_DIR}",
         file=sys.stderr,
     )
