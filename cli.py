@@ -22,6 +22,25 @@ from apex4_quant import __version__
 from apex4_quant.errors import Apex4Error, UsageError
 
 
+class Count(click.ParamType):
+    """A whole number that fits in 31 bits, as every count and length of tensors here has to; 1 or more if `positive`.
+
+    Without `positive` the library says what is too small.
+    """
+
+    name = "integer"
+    most = 2**31 - 1
+
+    def __init__(self, positive: bool = False) -> None:
+        self._least = 1 if positive else -self.most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(click.INT.convert(value, param, ctx))
+        if not self._least <= number <= self.most:
+            self.fail(f"{number} is out of range: give a whole number from 1 to {self.most}", param, ctx)
+        return number
+
+
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """One sentence on stderr and the exit code, instead of a traceback, for what a user can cause."""
 
@@ -189,7 +208,7 @@ def gpus(as_json: bool) -> None:
     "--budget", type=float, help="Time allowed, in multiples of the fastest plan's.  [default: 1.05; mixed: any]"
 )
 @click.option("--max-loss", type=float, help="Loss allowed, in multiples of the least; then time is minimised.")
-@click.option("--tokens", default=2048, show_default=True, help="Tokens a step, for predicted times.")
+@click.option("--tokens", type=Count(), default=2048, show_default=True, help="Tokens a step, for predicted times.")
 @click.option("--mainloop", default="two-ffma", show_default=True, help="two-ffma, or naive to compare.")
 @click.option(
     "--transform",
@@ -215,17 +234,21 @@ def plan(out: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("path")
 @click.option("--baseline", metavar="MODEL", help="Measure this model too and print the difference.")
 @click.option("--text", default="heldout", show_default=True, help="heldout, wikitext2, a file, or a Hub data set.")
-@click.option("--seq-len", default=2048, show_default=True, help="Window length, at most the model's context.")
+@click.option(
+    "--seq-len", type=Count(), default=2048, show_default=True, help="Window length, at most the model's context."
+)
 @click.option(
     "--tasks", default="", help="lm-eval tasks, comma separated; apex4_choice and apex4_lastword are bundled."
 )
 @click.option("--include-path", help="Folder with more lm-eval task YAMLs.")
-@click.option("--batch-size", default=8, show_default=True, help="For --tasks.")
-@click.option("--limit", type=int, help="At most so many windows of text and rows of each task.")
+@click.option("--batch-size", type=Count(), default=8, show_default=True, help="For --tasks.")
+@click.option("--limit", type=Count(), help="At most so many windows of text and rows of each task.")
 @click.option("--throughput", is_flag=True, help="Measure tokens a second and memory instead.")
-@click.option("--batch", default=1, show_default=True, help="Requests at once, for --throughput.")
-@click.option("--prompt-len", default=512, show_default=True, help="Tokens of a prompt, for --throughput.")
-@click.option("--gen-len", default=128, show_default=True, help="Tokens of an answer, for --throughput.")
+@click.option("--batch", type=Count(), default=1, show_default=True, help="Requests at once, for --throughput.")
+@click.option(
+    "--prompt-len", type=Count(), default=512, show_default=True, help="Tokens of a prompt, for --throughput."
+)
+@click.option("--gen-len", type=Count(), default=128, show_default=True, help="Tokens of an answer, for --throughput.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
 @click.option(
     "--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or auto: the checkpoint's."
@@ -347,7 +370,7 @@ def kernels() -> None:
 @kernels.command("build")
 @click.option("--arch", "archs", multiple=True, required=True, metavar="ARCH", help="For example sm_86. Repeatable.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for .cubin files, beside the cache.")
-@click.option("--jobs", type=int, help="Processes.  [default: one a core]")
+@click.option("--jobs", type=Count(), help="Processes.  [default: one a core]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
 @_reports_errors
 def build_kernels(archs: tuple[str, ...], out: Path | None, jobs: int | None, as_json: bool) -> None:
@@ -362,7 +385,7 @@ def build_kernels(archs: tuple[str, ...], out: Path | None, jobs: int | None, as
 @click.option("--shapes", default="", help="Models of 'apex4 bench', MODEL:LAYER, or NxK, comma separated.")
 @click.option("--m", "tokens", default="", help="Numbers of tokens, comma separated.  [default: 16 to 8192]")
 @click.option("--out-dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16"]), help="Of y.")
-@click.option("--repeats", default=10, show_default=True, help="Measurements of every plan.")
+@click.option("--repeats", type=Count(positive=True), default=10, show_default=True, help="Measurements of every plan.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
 @_reports_errors
 def tune_kernels(shapes: str, tokens: str, out_dtype: str, repeats: int, as_json: bool) -> None:
