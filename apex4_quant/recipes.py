@@ -93,7 +93,8 @@ class Recipe:
                 raise UsageError(f"{where} has {key} = {value!r}: give {wanted}")
             if key in _ENUMS and value not in list(_ENUMS[key]):
                 raise UsageError(f"{where} has {key} = {value!r}: give one of {', '.join(_ENUMS[key])}")
-        recipe = cls(**{k: float(v) if known[k].type == "float" else v for k, v in values.items()})
+        given: dict[str, Any] = {k: float(v) if known[k].type == "float" else v for k, v in values.items()}
+        recipe = cls(**given)
         if not 0 < recipe.activation_clip <= 1:
             raise UsageError(f"{where} has activation_clip = {recipe.activation_clip}: give a number in (0, 1]")
         if not 0 <= recipe.diagonal <= 1:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import torch
 
 from ..calib.errors import CalibrationError
+from ..calib.probes import PROBE_ROWS
 from ..calib.samples import draw_samples
 from ..calib.text import load_text
 from ..errors import Apex4Error, UsageError
 from ..models.source import ModelSource
 from ..models.tokenizers import load_tokenizer
 from ..progress import Progress
+from .plan import Plan
 from .settings import ResolvedSettings
+
+
+def windows_needed(plan: Plan, settings: ResolvedSettings) -> int:
+    """How many calibration windows a run uses: all that are asked for, if anything is learned from them.
+
+    Else they only serve to measure the errors in the report, for which as many tokens do as an input's probe keeps.
+    """
+    if plan.learns_from_text:
+        return settings.samples
+    return min(settings.samples, -(-PROBE_ROWS // settings.seq_len))
 
 
 def draw_calibration(

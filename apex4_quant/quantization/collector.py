@@ -25,7 +25,7 @@ from ..calib.hessian import HessianAccumulator
 from ..calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
 from ..errors import Apex4Error
 from ..format.quant_config import LinearFormat
-from ..models.experts import UnfusedExperts, routed
+from ..models.experts import Expert, UnfusedExperts, routed
 from ..models.families import Experts, Family, InputGroup, expert_of
 from ..models.layer_runner import LayerRunner
 from ..transforms.block_transforms import pad_input_features, transform_hessian
@@ -147,6 +147,13 @@ def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
     return {linear.partition(".")[0] for stage in stages for input_group in stage for linear in input_group.linears}
 
 
+def _expert(experts: nn.Module | None, number: int) -> Expert:
+    assert isinstance(experts, UnfusedExperts)
+    expert = experts[number]
+    assert isinstance(expert, Expert)
+    return expert
+
+
 class Collector:
     """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics.
 
@@ -205,14 +212,14 @@ class Collector:
 
     def _calls(
         self, layer: int, module: str, streams: Streams, last: bool = False
-    ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
-        """What `module` is called with (LayerRunner.calls_of), beside what it is called with in the original model."""
+    ) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
+        """What `module` is called with (LayerRunner.calls_of), beside its first input in the original model."""
         calls = self._runner.calls_of(layer, module, streams.hidden, self._settled, last)
         if self._original is None or streams.original is None:
             yield from ((call, None) for call in calls)
         else:
             others = self._original.calls_of(layer, module, streams.original, self._settled, last)
-            yield from zip(calls, others, strict=True)
+            yield from ((call, other[0]) for call, other in zip(calls, others, strict=True))
 
     def _dense(
         self, layer: int, input_group: InputGroup, planned: list[PlannedLinear], streams: Streams
@@ -223,7 +230,7 @@ class Collector:
         statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
         last = self._last and len(input_group.linears) == 1
         for (x,), original in self._calls(layer, input_group.linears[0], streams, last):
-            statistics.add(x, original and original[0])
+            statistics.add(x, original)
         return CollectedInput(statistics, [Part(reader, planned, statistics)])
 
     def _entering(
@@ -234,15 +241,15 @@ class Collector:
         everything = self._statistics(name, InputProbe(streams.tokens), planned[0])
         own = self._own(name, planned)
         for (states, index, _), original in self._calls(layer, experts.module, streams):
-            everything.add(states, original and original[0])
+            everything.add(states, original)
             for expert, tokens, _ in routed(index):
                 if expert in own:
-                    own[expert].statistics.add(states[tokens], original and original[0][tokens])
+                    own[expert].statistics.add(states[tokens], None if original is None else original[tokens])
         fed, starved = self._split(own)
         if starved:
             linears = [linear for part in starved for linear in part.planned]
-            tokens = {expert: n for part in starved for expert, n in part.tokens.items()}
-            fed.append(Part(name, linears, everything, tokens, shared=True))
+            seen = {expert: n for part in starved for expert, n in part.tokens.items()}
+            fed.append(Part(name, linears, everything, seen, shared=True))
         return [CollectedInput(everything, fed)]
 
     def _inside(
@@ -250,16 +257,16 @@ class Collector:
     ) -> list[CollectedInput]:
         """One input per expert: that of its down projection."""
         own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
-        before = self._original and self._original.layer(layer).get_submodule(experts.module)
+        before = None if self._original is None else self._original.layer(layer).get_submodule(experts.module)
 
-        def add(part: Part, expert: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
-            inner = None if original is None else before[expert].inner(original)
-            part.statistics.add(module[expert].inner(states), inner)
+        def add(part: Part, number: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
+            inner = None if original is None else _expert(before, number).inner(original)
+            part.statistics.add(_expert(module, number).inner(states), inner)
 
         for (states, index, _), original in self._calls(layer, experts.module, streams):
             for expert, tokens, _ in routed(index):
                 if expert in own:
-                    add(own[expert], expert, states[tokens], original and original[0][tokens])
+                    add(own[expert], expert, states[tokens], None if original is None else original[tokens])
         _, starved = self._split(own)
         for part in starved:
             part.statistics = self._statistics(part.reader, InputProbe(streams.tokens, EXPERT_ROWS), part.planned[0])
@@ -268,7 +275,7 @@ class Collector:
             for (states, _, _), original in self._calls(layer, experts.module, streams):
                 for part in starved:
                     (expert,) = part.tokens
-                    add(part, expert, states, original and original[0])
+                    add(part, expert, states, original)
         return [CollectedInput(part.statistics, [part]) for part in own.values()]
 
     def _own(self, name: str, planned: list[PlannedLinear]) -> dict[int, Part]:

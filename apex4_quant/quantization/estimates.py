@@ -20,6 +20,7 @@ from ..models.source import ModelSource
 from ..recipes import Importance, Rounding
 from ..rounding.nearest import search_scales
 from ..transforms.learned_transform import INPUT_ROWS_PER_STEP, WEIGHT_ROWS_KEPT, WEIGHT_ROWS_PER_STEP
+from .calibration import windows_needed
 from .collector import EXPERT_ROWS
 from .plan import Plan, plan_as_dict, plan_of
 from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk, gradient_windows
@@ -51,7 +52,7 @@ def preview(settings: QuantizeSettings | ResolvedSettings) -> Preview:
     plan = plan_of(source, resolved)
     dtype = DTYPES[resolved.dtype]
     LayerRunner(source, resolved.device, dtype)  # refuses tensors that are not those of the model
-    tokens = resolved.samples * resolved.seq_len
+    tokens = windows_needed(plan, resolved) * resolved.seq_len
     peak = estimate_peak_memory(source, plan, tokens, resolved.seq_len, dtype.itemsize)
     return Preview(plan, source, resolved, peak, estimate_seconds(source, plan, tokens, resolved.device))
 

@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,9 +138,8 @@ class LayerQuantizer:
         packed: dict[str, Apex4Linear] = {}
         records: dict[str, dict[str, Any]] = {}
         for collected in self._collector.inputs_of(layer, module, planned, streams):
-            decision = decide_input(
-                collected, self._recipe, gradients, lambda names: self._weighed(layer, names, tensors, gradients)
-            )
+            weighed = partial(self._weighed, layer, collected.linears, tensors, gradients)
+            decision = decide_input(collected, self._recipe, gradients, weighed, self._say)
             return_free_memory()
             readers = tuple(linear.name.removeprefix(prefix) for linear in collected.linears)
             owner: Apex4Linear | None = None  # of the transform that all use
@@ -180,12 +180,14 @@ class LayerQuantizer:
             format = planned.format
             if decision.clip is not None:
                 format = replace(format, activation_clip=decision.clip)
+            replaced = module.get_submodule(local)
+            assert isinstance(replaced, nn.Linear)
             weight = tensors.take_weight(name).to(self._runner.device)
             codes, scales = round_weight(name, weight, format, decision.matrix, moments, self._recipe.refinement)
-            linear = pack(format, codes, scales, module.get_submodule(local).bias, decision.matrix, owner)
+            linear = pack(format, codes, scales, replaced.bias, decision.matrix, owner)
             owner = owner or linear
             error = measure_error(linear, weight, inputs)
-            del weight, codes, scales
+            del weight, codes, scales, replaced
             module.set_submodule(local, linear)
             shape = f"{format.out_features} x {format.in_features}"
             self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
@@ -247,26 +249,28 @@ def decide_input(
     collected: CollectedInput,
     recipe: Recipe,
     gradients: Mapping[str, InputGradients],
-    weighed: Callable[[tuple[PlannedLinear, ...]], Iterator[torch.Tensor]],
+    weighed: Callable[[], Iterator[torch.Tensor]],
+    say: Say,
 ) -> InputDecision:
     """Learn the input's transform, where the plan wants one, and search its clip ratio, where the recipe does.
 
     `weighed` gives the weights that read the input, float32 [N_i, padded K], rows scaled by how much their errors matter;
     `gradients` are by full linear name, as far as they are known.
     """
-    format, linears = collected.format, collected.linears
-    found = gradients.get(linears[0].name)
+    format, reader = collected.format, collected.linears[0].name
+    found = gradients.get(reader)
     matrix = clip = None
     if format.transform.is_learned:
         matrix = learn_transform(
             pad_input_features(collected.statistics.inputs(), format),
-            weighed(linears),
+            weighed(),
             recipe.transform_steps,
             format.transform is TransformKind.SHARED,
             None if found is None else pad_input_features(found.rows, format),
+            warn=lambda text: say(f"{reader}: {text}"),
         )
     if recipe.search_clip:
-        amplifying = weighed(linears) if found is None else iter([found.rows])  # an error of the input
+        amplifying = weighed() if found is None else iter([found.rows])  # an error of the input
         bases = (transform_weight(rows, format, matrix) for rows in amplifying)
         inputs = evenly_spaced(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
         clip = search_activation_clip(transform_input(inputs, format, matrix), bases, format.group_length)

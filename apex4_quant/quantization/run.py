@@ -42,7 +42,7 @@ from ..models.source import INDEX_NAME, ModelSource
 from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
-from .calibration import draw_calibration
+from .calibration import draw_calibration, windows_needed
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
@@ -154,7 +154,12 @@ def quantize(
     source = ModelSource(settings.model)
     resolved = settings.resolve(source)
     plan = plan_of(source, resolved)
-    samples = draw_calibration(source, resolved, asked_seq_len, progress)
+    windows = windows_needed(plan, resolved)
+    if windows < resolved.samples:
+        progress.line(
+            f"nothing is learned from text: {windows} of {resolved.samples} calibration windows are used, to measure errors"
+        )
+    samples = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))

@@ -148,9 +148,9 @@ def test_transforms_are_learned_only_where_the_plan_has_them(
     learned = []
     learn = layer_of_a_run.learn_transform
 
-    def counting(inputs: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def counting(inputs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         learned.append(inputs.shape[1])
-        return learn(inputs, *arguments)
+        return learn(inputs, *arguments, **options)
 
     monkeypatch.setattr(layer_of_a_run, "learn_transform", counting)
     quantize(settings, tmp_path / "out")
