@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from apex4_quant.kernels import dispatch
 from apex4_quant.models.families import FAMILIES
 from apex4_quant.nn.call_scope import CallScope
 from apex4_quant.nn.linear import Apex4Linear
@@ -20,6 +22,14 @@ from apex4_quant.nn.prepare import prepare_model
 
 THREADS, CALLS = 4, 60
 LLAMA = FAMILIES["LlamaForCausalLM"]
+
+
+@pytest.fixture
+def threads_that_switch_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 class Looking(nn.Module):
@@ -70,6 +80,7 @@ def test_a_copy_has_a_scope_of_its_own() -> None:
     assert CallScope.of(module) is not scope and module.seen == [None]
 
 
+@pytest.mark.usefixtures("threads_that_switch_often")
 @pytest.mark.parametrize("kernel", ["sm80", "sm90", None])
 def test_a_model_called_from_four_threads(kernel: str | None, small_llama: Callable[[], Any]) -> None:
     model = small_llama()
@@ -93,14 +104,11 @@ def test_a_model_called_from_four_threads(kernel: str | None, small_llama: Calla
         assert list(pool.map(serve, range(THREADS))) == [0] * THREADS
 
 
+@pytest.mark.usefixtures("threads_that_switch_often")
 def test_the_first_calls_come_from_several_threads(
     small_llama: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers that are put in order by the call itself: once, and nobody computes with half of it."""
-    import sys
-
-    from apex4_quant.kernels import dispatch
-
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     monkeypatch.setattr(dispatch, "kernel_format", lambda device: "sm90")
     packed = []
@@ -111,22 +119,17 @@ def test_the_first_calls_come_from_several_threads(
         prepare(self, kernel)
 
     monkeypatch.setattr(Apex4Linear, "prepare", counted)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(5):
-            linear = small_llama().model.layers[0].mlp.gate_proj
-            expected = linear.reference(x)
-            packed.clear()
-            barrier = threading.Barrier(THREADS)
+    for _ in range(5):
+        linear = small_llama().model.layers[0].mlp.gate_proj
+        expected = linear.reference(x)
+        packed.clear()
+        barrier = threading.Barrier(THREADS)
 
-            def run(_: int, linear: Any = linear, barrier: Any = barrier) -> torch.Tensor:
-                barrier.wait()
-                result: torch.Tensor = linear(x)
-                return result
+        def run(_: int, linear: Any = linear, barrier: Any = barrier) -> torch.Tensor:
+            barrier.wait()
+            result: torch.Tensor = linear(x)
+            return result
 
-            with ThreadPoolExecutor(THREADS) as pool:
-                assert all(torch.equal(y, expected) for y in pool.map(run, range(THREADS)))
-            assert packed == [linear]
-    finally:
-        sys.setswitchinterval(before)
+        with ThreadPoolExecutor(THREADS) as pool:
+            assert all(torch.equal(y, expected) for y in pool.map(run, range(THREADS)))
+        assert packed == [linear]

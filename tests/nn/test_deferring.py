@@ -249,9 +249,17 @@ def prepare(model: Any) -> None:
     prepare_model(model, LLAMA, "sm90")
 
 
+class Counting(ModelHook):
+    calls = 0
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        Counting.calls += 1
+        return output
+
+
 def add(model: Any) -> None:
     for name in ACCELERATED:
-        add_hook_to_module(model.get_submodule(f"{LAYER}{name}".removesuffix(".")), ModelHook())
+        add_hook_to_module(model.get_submodule(f"{LAYER}{name}".removesuffix(".")), Counting())
 
 
 def remove(model: Any) -> None:
@@ -266,11 +274,9 @@ def test_accelerates_hooks_in_any_order(order: tuple[Any, ...], small_llama: Mak
     for step in order:
         step(model)
         hooked = step is add or (hooked and step is not remove)
-        norm = model.model.layers[1].input_layernorm
-        assert hasattr(norm, "_hf_hook") == hooked and hasattr(norm, "_old_forward") == hooked
-        if hooked:  # accelerate's forward is the one that is called
-            assert type(norm.forward).__name__ == "partial"
+        Counting.calls = 0
         assert torch.equal(logits_of(model), expected)
+        assert Counting.calls == (len(ACCELERATED) if hooked else 0)
     if prepare in order:
         assert fused_in(model)[0] >= 2 and fused_in(model)[1] >= 1  # of the other layer
     remove(model)
