@@ -200,7 +200,8 @@ def gpus(as_json: bool) -> None:
 @_reports_errors
 def plan(out: Path | None, as_json: bool, **options: Any) -> None:
     """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
-    from apex4_quant.planning.planner import PlanSettings, make_plan
+    from apex4_quant.planning.planner import make_plan
+    from apex4_quant.planning.settings import PlanSettings
 
     result = make_plan(PlanSettings(**options), out, _progress(as_json))
     click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
