@@ -198,7 +198,8 @@ def gpus(as_json: bool) -> None:
 @options.COMPUTING
 def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
     """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
-    from apex4_quant.planning.planner import PlanSettings, make_plan
+    from apex4_quant.planning.planner import make_plan
+    from apex4_quant.planning.settings import PlanSettings
 
     result = make_plan(PlanSettings(**asked), out, _progress(as_json))
     _print(as_json, result.as_dict(), result.as_text)

@@ -15,6 +15,7 @@ from apex4_quant.errors import UsageError
 from apex4_quant.format.number_format import CHANNEL
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.hardware.gpus import GPUS
+from apex4_quant.planning.choosing import choose
 from apex4_quant.planning.cost_model import (
     DEFAULT_TOKENS,
     MEMORY_SHARE,
@@ -30,8 +31,9 @@ from apex4_quant.planning.cost_model import (
     input_group_seconds,
 )
 from apex4_quant.planning.issue_model import EFFICIENCY
-from apex4_quant.planning.planner import choose, group_options
-from apex4_quant.planning.sensitivity import GroupSensitivity, choices_of
+from apex4_quant.planning.options import choices_of
+from apex4_quant.planning.planner import group_options
+from apex4_quant.planning.sensitivity import GroupSensitivity
 
 DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
 
