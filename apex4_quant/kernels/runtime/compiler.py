@@ -249,7 +249,10 @@ def cache_key(source: str, defines: Mapping[str, int | str], arch: str, version:
             text = path.read_bytes()
         except FileNotFoundError as error:
             raise Apex4Error(f"there is no kernel source {source!r} in {SOURCES}") from error
-        digest.update(f"{path.relative_to(SOURCES)} {len(text)}\n".encode() + text)
+        name = (
+            path.relative_to(SOURCES) if path.is_relative_to(SOURCES) else path.name
+        )  # the control kernel is elsewhere
+        digest.update(f"{name} {len(text)}\n".encode() + text)
     for part in (_headers()[1], *macros(defines), "", *FLAGS, "", version, arch):
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()
