@@ -56,7 +56,7 @@ class Rates:
 
     CUDA C++ Programming Guide, throughput of native arithmetic instructions, results per clock and SM: FP32 64 on 8.0 and
     128 on 8.6, 8.9 and 9.0; 32-bit integer 64 on all; I2F 16 on 8.0 and 64 later, where it is another instruction
-    (I2FP). The guide's table could not be read when this was written: the I2F figures are DESIGN's, not verified.
+    (I2FP). The guide's table could not be read when this was written: the I2F figures are assumed, not verified.
     """
 
     fma: float

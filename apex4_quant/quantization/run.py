@@ -1,4 +1,4 @@
-"""`apex4 quantize`: one decoder layer at a time, restartable after each. DESIGN §4.
+"""`apex4 quantize`: one decoder layer at a time, restartable after each. Memory holds one layer, whatever the model's size.
 
 where the recipe asks for it, gradients of the float model's predictions by what leaves each layer (predictions.py)
 source shards -> load one layer, rewritten as the recipe wants it (rewriter.py)

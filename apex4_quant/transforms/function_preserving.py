@@ -1,4 +1,4 @@
-"""Changes of a float model that leave its function as it is and make it easier to quantize. DESIGN §3.
+"""Changes of a float model that leave its function as it is and make it easier to quantize.
 
     rotate_stream   R1: the residual stream x -> x Q. What writes it is rotated, what reads it turned back. An RMSNorm
                     commutes with Q only without its gain, so the gain goes into the readers first (QuaRot, arXiv

@@ -122,7 +122,10 @@ def learn_transform(
 
 
 def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
-    """diag(d) H, d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel (DESIGN 3.1)."""
+    """diag(d) H, d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel.
+
+    A = E[x x^T] of the inputs, B = W^T W of the weights that read them.
+    """
     a, b = (matrix.diagonal(dim1=1, dim2=2) for matrix in (blocks.a, blocks.b))
     alive = (a.amax(1, keepdim=True) > 0) & (b.amax(1, keepdim=True) > 0)
     # A dead channel is taken for a quiet one: its factor is bounded.
