@@ -319,16 +319,19 @@ def doctor(as_json: bool) -> None:
     default="apex4,apex4+q,bf16,fp8",
 )
 @click.option("--quick", is_flag=True, help="Three shapes, four numbers of tokens.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the speed-ups to write, .svg.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the speed-ups to write, .svg or .png.")
 @options.JSON
 def bench(shapes: str, tokens: str, contenders: str, quick: bool, plot: Path | None, as_json: bool) -> None:
     """Time W4A4 linears of real models on this GPU, beside BF16 and FP8."""
-    from apex4_quant.tools.bench import BenchSettings, as_svg, as_text, parse_list, parse_tokens, run
+    from apex4_quant.tools.bench import BenchSettings, as_text, draw, parse_list, parse_tokens, run
+    from apex4_quant.tools.pictures import check_picture, save_picture
 
+    if plot is not None:
+        check_picture(plot)
     settings = BenchSettings(parse_list(shapes), parse_tokens(tokens), parse_list(contenders), quick)
     result = run(settings, _progress(as_json))
     if plot is not None:
-        plot.write_text(as_svg(result), encoding="utf-8")
+        save_picture(plot, lambda: draw(result))
     _print(as_json, result, lambda: as_text(result))
 
 

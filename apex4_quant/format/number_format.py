@@ -1,4 +1,4 @@
-"""The W4A4 number format: codes, groups, scales. The normative text is docs/format.md.
+"""The W4A4 number format: codes, groups, scales. docs/format.md is normative.
 
     y[m, n] = sum_g  s_a[m, g] * s_w[n, g] * ( sum_{k in g} q_a[m, k] * q_w[n, k] )  +  bias[n]
 

@@ -1,4 +1,8 @@
-"""The GPUs the planner knows. Rates are dense datasheet figures; rho = INT4 tensor / FP32 CUDA-core rate."""
+"""The GPUs the planner knows. Rates are dense datasheet figures; rho = INT4 tensor-core rate / FP32 CUDA-core rate.
+
+Hopper has no INT4 tensor cores, so that its rho is that of 8-bit products. docs/issue_slots.md names the rates that are
+not simply read off a datasheet.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     apex4_worker.py RECIPE MODEL OUT [--device cuda] [--samples 128] [--seq-len 2048]
 
-scripts/bench/gpu_quantize starts it: `apex4 quantize` does not tell its peak of GPU memory.
+scripts/bench/quantize starts it: `apex4 quantize` does not tell its peak of GPU memory.
 """
 
 from __future__ import annotations

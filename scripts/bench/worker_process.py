@@ -1,4 +1,4 @@
-"""What scripts/bench/rivals and scripts/bench/gpu_quantize share: processes that are measured, and the windows they get.
+"""What scripts/bench/rivals and scripts/bench/quantize share: processes that are measured, and the windows they get.
 
 Importing this imports no torch: on Linux a child's peak resident set starts at that of the process that started it.
 """

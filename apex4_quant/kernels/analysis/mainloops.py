@@ -1,4 +1,4 @@
-"""The committed account of every GEMM's main loop, mainloop_counts.json: made by scripts/account/count_sass, checked by a test.
+"""The committed account of every GEMM's main loop, mainloop_counts.json: made by scripts/account/issue_slots, checked by a test.
 
 A row per configuration and architecture: instructions of one turn of the main loop and one warp by class (sass.py), mma
 and memory opcodes in full, registers, shared memory, spills, and `products`, the number of accumulators times groups of

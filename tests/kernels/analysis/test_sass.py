@@ -12,7 +12,7 @@ from apex4_quant.kernels.analysis import mainloops, sass
 from apex4_quant.kernels.catalogue import FAMILIES
 from apex4_quant.kernels.runtime import compiler
 
-UPDATE = "the kernels have changed: run scripts/account/count_sass --update"
+UPDATE = "the kernels have changed: run scripts/account/issue_slots count --update"
 LISTINGS = Path(__file__).parent / "sass"  # tiny.cu, compiled and disassembled
 
 

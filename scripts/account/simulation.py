@@ -1,4 +1,4 @@
-"""One scheduler that issues a main loop's real instructions in order. Used by simulate_issue and bench_stand_in.
+"""`scripts/account/issue_slots simulate`: one scheduler that issues a main loop's real instructions in order.
 
 Every SASS instruction carries what the compiler decided: clocks until the warp's next one may issue, and which of six
 scoreboards it sets and waits for. The simulation issues one instruction a clock from the warps that a scheduler holds,

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
-"""How much of the account of issue slots a real GPU reaches: the sm_80 main loop, timed on Hopper with another mma.
+"""`scripts/account/issue_slots stand-in`: the sm_80 main loop, timed on Hopper with another mma.
 
-    scripts/account/stand_in [--simulate]     # needs a GPU of sm_90; --simulate also nvdisasm
+It shows how much of the account of issue slots a real GPU reaches.
 
 Hopper has no 4-bit tensor cores, and emulates their mma too slowly to time. But m16n8k32 with 8-bit operands takes the same
 registers as m16n8k64 with 4-bit ones. Put in its place, everything else in gemm_sm80.cu and in the control stays what it
@@ -18,7 +17,6 @@ main loop and this scheduler: NOT an Ampere or Ada GPU. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
@@ -29,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from simulation import spread, steps_of
 
-from apex4_quant.planning.issue_model import RATES
-from apex4_quant.kernels.runtime import launcher
 from apex4_quant.kernels.analysis import sass
-from apex4_quant.kernels.runtime.compiler import SOURCES, compile_kernel
-from apex4_quant.kernels.gemm.configs import SHARED_LIMITS, GemmConfig
 from apex4_quant.kernels.analysis.mainloops import CONTROL
-from issue_simulation import spread, steps_of
+from apex4_quant.kernels.gemm.configs import SHARED_LIMITS, GemmConfig
+from apex4_quant.kernels.runtime import launcher
+from apex4_quant.kernels.runtime.compiler import SOURCES, compile_kernel
+from apex4_quant.planning.issue_model import RATES
 
 SM = 90
 K_BLOCKS = 512
@@ -64,12 +62,12 @@ class Loop:
 def once(text: str, old: str, new: str) -> str:
     """`text` with `old`, which must stand there once, replaced: the stand-in follows its kernel or fails."""
     if text.count(old) != 1:
-        sys.exit(f"{old!r} stands {text.count(old)} times in the kernel's source, expected once: adapt {sys.argv[0]}")
+        sys.exit(f"{old!r} stands {text.count(old)} times in the kernel's source, expected once: adapt {__file__}")
     return text.replace(old, new)
 
 
 def our_source(repeats: int) -> str:
-    mma = once((SOURCES / "ptx.cuh").read_text(), "void mma_s4(", "void stand_in(")
+    mma = once((SOURCES / "common" / "ptx.cuh").read_text(), "void mma_s4(", "void stand_in(")
     mma = (
         "__device__ __forceinline__ void stand_in(" + mma.partition("void stand_in(")[2].partition("\n}\n")[0] + "\n}\n"
     )
@@ -78,7 +76,7 @@ def our_source(repeats: int) -> str:
     mma = once(mma, f'{S4} {operands}{{%10, %11, %12, %13}};"', f'{S8} {operands}{{%10, %11, %12, %13}};{more}"')
     if repeats > 1:  # results are written before the operands are read for the last time
         mma = mma.replace('"=r"', '"=&r"')
-    text = (SOURCES / "gemm_sm80.cu").read_text().replace("ptx::mma_s4(", "stand_in(")
+    text = (SOURCES / "gemm" / "gemm_sm80.cu").read_text().replace("ptx::mma_s4(", "stand_in(")
     text = once(text, "constexpr int THREADS", STAMPS + mma + "constexpr int THREADS")
     text = once(text, "  ptx::wait_for_predecessor();\n", START)
     return once(text, "  ptx::let_successor_start();\n", STOP)
@@ -223,12 +221,10 @@ def pipes(loop: Loop, mma: float) -> dict[str, float]:
     return {pipe: clocks / products for pipe, clocks in spent.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulate", action="store_true")
-    asked = parser.parse_args()
+def time_stand_in(with_simulation: bool) -> None:
+    """Print measured clocks per product of every loop beside its account and, if asked, what the simulation says."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        sys.exit("bench_stand_in needs a GPU of sm_90")
+        sys.exit("issue_slots stand-in needs a GPU of sm_90")
     sms, stream = torch.cuda.get_device_properties(0).multi_processor_count, torch.cuda.current_stream().cuda_stream
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -252,7 +248,7 @@ def main() -> None:
                 "account": {k: round(v, 2) for k, v in account.items()},
             }
             text = " ".join(f"{pipe} {value:.2f}" for pipe, value in account.items())
-            if asked.simulate:
+            if with_simulation:
                 compiled = compile_kernel(loop.source, loop.defines, launcher.device_arch(0))
                 steps = steps_of(compiled.cubin, loop.entry)
                 of_warp = loop.tile[0] * loop.tile[1] / loop.threads
@@ -266,7 +262,3 @@ def main() -> None:
             )
             rows.append(row)
     print(json.dumps({"mma_clocks": round(mma, 3), "beside_ffma": [round(each, 3) for each in beside], "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()

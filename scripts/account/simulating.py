@@ -1,23 +1,20 @@
-#!/usr/bin/env python
-"""One scheduler issuing the main loop's real instructions in order: does the overlap that the account assumes happen?
+"""`scripts/account/issue_slots simulate`: does the overlap that the account assumes happen?
 
-    scripts/account/simulate_issue       # large-tile kernels and the control on A100 and GA102; needs NVRTC and nvdisasm, no GPU
-
-The simulation is that of issue_simulation.py, with thread blocks that start nearly together and half a turn apart; the
-least and the most of all its runs are printed. It is NOT validated on these GPUs; scripts/account/stand_in holds it against a
-Hopper GPU that runs the same main loop with another mma. The last line is JSON.
+The simulation (simulation.py) runs with thread blocks that start nearly together and half a turn apart. It is NOT
+validated on these GPUs; `issue_slots stand-in` holds it against a Hopper GPU that runs the same main loop with another mma.
 """
 
 from __future__ import annotations
 
 import json
 
+from simulation import spread, steps_of
+
 from apex4_quant.hardware.gpus import GPUS, Gpu
-from apex4_quant.planning.issue_model import loops
 from apex4_quant.kernels.analysis import mainloops, sass
-from apex4_quant.kernels.runtime.compiler import compile_kernel
 from apex4_quant.kernels.gemm.configs import SHARED_LIMITS
-from issue_simulation import spread, steps_of
+from apex4_quant.kernels.runtime.compiler import compile_kernel
+from apex4_quant.planning.issue_model import loops
 
 
 def resident(kernel: mainloops.Kernel, gpu: Gpu) -> tuple[int, int]:
@@ -28,7 +25,8 @@ def resident(kernel: mainloops.Kernel, gpu: Gpu) -> tuple[int, int]:
     return min(65536 // registers, SHARED_LIMITS[gpu.sm][1] // (row["shared_memory"] + 1024)), threads // 128
 
 
-def main() -> None:
+def simulate_all() -> None:
+    """Every large-tile kernel and the control on A100 and GA102: the least and the most of all runs, in clocks per product."""
     results = []
     print(f"{'GPU':9} {'kernel':24} {'blocks':>6} {'warps':>5} {'account':>8}  simulated clocks per product")
     for name in ("A100", "RTX 3090"):
@@ -46,7 +44,3 @@ def main() -> None:
             print(f"{name:9} {kernel.name:24} {blocks:6} {warps:5} {account:8.2f}  {low} to {high}", flush=True)
             results.append({"gpu": name, "kernel": kernel.name, "account": account, "simulated": [low, high]})
     print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

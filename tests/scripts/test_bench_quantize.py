@@ -1,4 +1,4 @@
-"""scripts/bench/gpu_quantize on a CPU, with tiny layers and without the rivals' environment."""
+"""scripts/bench/quantize on a CPU, with tiny layers and without the rivals' environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "bench" / "gpu_quantize"
+SCRIPT = ROOT / "scripts" / "bench" / "quantize"
 TINY = ("--device", "cpu", "--hidden", "128", "--intermediate", "128", "--heads", "2", "--kv-heads", "1",
         "--samples", "2", "--seq-len", "32", "--threads", "1")  # fmt: skip
 

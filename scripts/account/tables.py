@@ -1,7 +1,6 @@
-#!/usr/bin/env python
-"""The tables of docs/issue_slots.md: clocks by pipe, the control against the paper, predictions. Computed, not measured.
+"""`scripts/account/issue_slots tables`: the tables of docs/issue_slots.md, computed from the committed counts.
 
-scripts/account/issue_account        # Markdown, from apex4_quant/kernels/analysis/mainloop_counts.json; no GPU, no torch, no compiler
+Clocks by pipe, the control against the paper, predictions. Nothing is measured; no GPU, torch or compiler is needed.
 """
 
 from __future__ import annotations
@@ -10,9 +9,17 @@ import re
 import sys
 from pathlib import Path
 
-from apex4_quant.planning.cost_model import activation_seconds, fp16_seconds
 from apex4_quant.hardware.gpus import GPUS
-from apex4_quant.planning.issue_model import EFFICIENCY, EFFICIENCY_LIMIT, Loop, best_loop, control, efficiency, gemm_seconds
+from apex4_quant.planning.cost_model import activation_seconds, fp16_seconds
+from apex4_quant.planning.issue_model import (
+    EFFICIENCY,
+    EFFICIENCY_LIMIT,
+    Loop,
+    best_loop,
+    control,
+    efficiency,
+    gemm_seconds,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "issue_slots.md"
 SIDE = 4096  # M = N = K
@@ -95,10 +102,11 @@ def hopper_table() -> list[str]:
     return lines
 
 
-def main() -> None:
+def write_tables(update: bool) -> None:
+    """Print the tables as Markdown, and put them into the page if `update`."""
     tables = ["\n".join(table) for table in (clocks_table(), control_table(), predictions_table(), hopper_table())]
     print("\n\n".join(tables))
-    if "--update" in sys.argv[1:]:
+    if update:
         page = PAGE.read_text("utf-8")
         for table in tables:  # known by its header
             header = re.escape(table.partition("\n")[0])
@@ -106,7 +114,3 @@ def main() -> None:
             if not found:
                 sys.exit(f"{PAGE.name} has no table with this header, put it in by hand:\n{table}")
         PAGE.write_text(page, "utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,14 @@
-#!/usr/bin/env python
-"""Count the machine code of every GEMM's main loop: docs/issue_slots.md. Needs NVRTC and nvdisasm, no GPU.
-
-    scripts/account/count_sass             # compile, count, print, and compare with the committed table
-    scripts/account/count_sass --update    # and write apex4_quant/kernels/analysis/mainloop_counts.json
-
-Exit code 1 if the table is not what the kernels compile to, or a kernel breaks a promise. The last line is JSON.
-"""
+"""`scripts/account/issue_slots count`: compile every GEMM and count the machine code of its main loop."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 
 from apex4_quant.kernels.analysis import mainloops
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write the table")
-    args = parser.parse_args()
+def count(update: bool) -> bool:
+    """Print the counts and how they differ from the committed table, or write the table. False if something is wrong."""
     table = mainloops.build()
     print(mainloops.as_text(table))
     broken = {
@@ -30,7 +19,7 @@ def main() -> None:
     for kernel, reasons in broken.items():
         print(f"{kernel}: {', '.join(reasons)}")
     changed = []
-    if args.update:
+    if update:
         mainloops.TABLE.write_text(mainloops.as_json(table), "utf-8")
     elif not mainloops.TABLE.is_file():
         changed = ["there is no table yet"]
@@ -41,8 +30,4 @@ def main() -> None:
     for line in changed:
         print(line)
     print(json.dumps({"kernels": len(table["kernels"]), "changed": len(changed), "broken": len(broken)}))
-    sys.exit(bool(changed or broken))
-
-
-if __name__ == "__main__":
-    main()
+    return not (changed or broken)
