@@ -146,6 +146,39 @@ def invoke() -> Iterator[Callable[..., Result]]:
         signal.signal(number, handler)
 
 
+def write_tiny_model(folder: Path, *, sharded: bool = False, seed: int = 0, **overrides: Any) -> Path:
+    """A small random bf16 Llama in `folder`, with the demo's tokenizer; as the fixture tiny_model says."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{
+            "vocab_size": 4096,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": None,
+        }
+        | overrides
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="600KB" if sharded else "5GB")
+    for file in TOKENIZER_FILES:
+        shutil.copy(DEMO_PATH / file, folder / file)
+    return folder
+
+
+def write_calibration(path: Path) -> Path:
+    path.write_text("The quick brown fox jumps over the lazy dog and sleeps until the morning. " * 40)
+    return path
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     """tiny_model(name="tiny", sharded=False, seed=0, **config) -> the folder of a small random bf16 Llama in tmp_path.
@@ -153,32 +186,8 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     It has the demo's tokenizer. `sharded` gives several safetensors files and an index; `config` overrides LlamaConfig.
     """
 
-    def make(name: str = "tiny", *, sharded: bool = False, seed: int = 0, **overrides: Any) -> Path:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        folder = tmp_path / name
-        config = LlamaConfig(
-            **{
-                "vocab_size": 4096,
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "max_position_embeddings": 256,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-                "pad_token_id": None,
-            }
-            | overrides
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.save_pretrained(folder, max_shard_size="600KB" if sharded else "5GB")
-        for file in TOKENIZER_FILES:
-            shutil.copy(DEMO_PATH / file, folder / file)
-        return folder
+    def make(name: str = "tiny", **how: Any) -> Path:
+        return write_tiny_model(tmp_path / name, **how)
 
     return make
 
@@ -186,9 +195,7 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def calib(tmp_path: Path) -> Path:
     """A short calibration text: the bundled one takes half a second to tokenize."""
-    path = tmp_path / "calibration.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog and sleeps until the morning. " * 40)
-    return path
+    return write_calibration(tmp_path / "calibration.txt")
 
 
 @pytest.fixture

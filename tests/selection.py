@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Patterns of test ids below tests/ (only * is special), by the reason. `@pytest.mark.slow(reason)` says the same of a test
 # whose parameters are chosen where it stands.
-SLOW: dict[str, tuple[str, ...]] = {}
+SLOW: dict[str, tuple[str, ...]] = {
+    "the same steps of other layers: a quick test takes one of each kind": (
+        "quantization/test_restart.py::test_killed_before_every_other_step",
+        "quantization/test_restart.py::test_disk_full_at_every_write",
+        "quantization/test_restart.py::test_disk_full_at_the_hidden_states",
+    ),
+}
 
 # Files that take longest: they start first, so that no worker has one left when the others are done.
 LONG: tuple[str, ...] = (
