@@ -1,4 +1,4 @@
-"""Checks of the operators that quantize and multiply in one call, on a GPU. Part of scripts/gpu_check.
+"""The operators that quantize and multiply in one call.
 
 They must give what the quantizer and the GEMM give one after the other, bit for bit, with the same plan of the GEMM; those are
 checked against the float64 reference. For few tokens on Hopper this is another kernel, which quantizes in shared memory.
@@ -7,8 +7,10 @@ checked against the float64 reference. For few tokens on Hopper this is another 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 
 from apex4_quant.format.layouts import get_layout
@@ -18,6 +20,7 @@ from apex4_quant.kernels.gemm import configs as gemm_configs
 from apex4_quant.kernels.gemm import fused_linear
 
 EPS = 1e-5
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # m, n, k: ragged in all three, one block, several rounds of a thread block, tiles that share a thread block, clusters.
 SHAPES = (
     (1, 64, 128), (1, 4096, 4096), (1, 6144, 4096), (1, 4096, 14336), (1, 8192, 28672), (1, 200, 1000), (1, 9, 8192),
@@ -43,8 +46,12 @@ OPERATORS = {
 }
 
 
+def format_of(sm: int) -> str:
+    return "sm90" if sm == 90 else "sm80"
+
+
 def _check(
-    m: int, n: int, k: int, input: str, dtype: torch.dtype, format: str, generator: torch.Generator, padding: int = 0,
+    format: str, generator: torch.Generator, *, m: int, n: int, k: int, input: str, dtype: torch.dtype, padding: int = 0,
     clip: float = 1.0, damage: float | None = None, hadamard: bool = True,
 ) -> None:  # fmt: skip
     layout, padded = get_layout(format), round_up(k, BLOCK)
@@ -113,18 +120,52 @@ def _check_replay(format: str, generator: torch.Generator) -> None:
         assert torch.equal(y, expected), "a replay differs"
 
 
-def checks(sm: int, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    format = "sm90" if sm == 90 else "sm80"
-    generator = torch.Generator("cuda").manual_seed(seed)
-    for input in OPERATORS:
-        for dtype in (torch.bfloat16, torch.float16):
-            name = f"linear {input} {str(dtype).removeprefix('torch.')}"
-            for m, n, k in SHAPES:
-                yield f"{name} {m} x {n} x {k}", lambda a=(m, n, k, input, dtype, format, generator): _check(*a)
-            for m in (1, 3):
-                base = (m, 328, 1000, input, dtype, format, generator)
-                yield f"{name} {m} rows of a wider tensor", lambda a=base: _check(*a, padding=8, clip=0.9)
-                yield f"{name} {m} unaligned rows", lambda a=base: _check(*a, padding=6)
-                yield f"{name} {m} extremes", lambda a=base: _check(*a, damage=float("nan"))
-                yield f"{name} {m} no transform", lambda a=base: _check(*a, hadamard=False)
-    yield "linear graph", lambda: _check_replay(format, generator)
+def shapes(_: int, __: pytest.Config) -> dict[str, dict[str, Any]]:
+    return {
+        f"{input} {name} {m} x {n} x {k}": {"input": input, "dtype": dtype, "m": m, "n": n, "k": k}
+        for input in OPERATORS
+        for name, dtype in DTYPES.items()
+        for m, n, k in SHAPES
+    }
+
+
+def one_shape(**more: Any) -> Callable[[int, pytest.Config], dict[str, dict[str, Any]]]:
+    return lambda *_: {
+        f"{input} {name} {m} rows": {"input": input, "dtype": dtype, "m": m, "n": 328, "k": 1000} | more
+        for input in OPERATORS
+        for name, dtype in DTYPES.items()
+        for m in (1, 3)
+    }
+
+
+CASES: dict[str, Callable[[int, pytest.Config], dict[str, Any]]] = {
+    "test_shapes": shapes,
+    "test_rows_of_a_wider_tensor": one_shape(padding=8, clip=0.9),
+    "test_unaligned_rows": one_shape(padding=6),
+    "test_extremes": one_shape(damage=float("nan")),
+    "test_no_transform": one_shape(hadamard=False),
+}
+
+
+def test_shapes(case: dict[str, Any], gpu: Any) -> None:
+    _check(format_of(gpu.sm), gpu.generator, **case)
+
+
+def test_rows_of_a_wider_tensor(case: dict[str, Any], gpu: Any) -> None:
+    _check(format_of(gpu.sm), gpu.generator, **case)
+
+
+def test_unaligned_rows(case: dict[str, Any], gpu: Any) -> None:
+    _check(format_of(gpu.sm), gpu.generator, **case)
+
+
+def test_extremes(case: dict[str, Any], gpu: Any) -> None:
+    _check(format_of(gpu.sm), gpu.generator, **case)
+
+
+def test_no_transform(case: dict[str, Any], gpu: Any) -> None:
+    _check(format_of(gpu.sm), gpu.generator, **case)
+
+
+def test_a_chain_replayed_in_a_graph(gpu: Any) -> None:
+    _check_replay(format_of(gpu.sm), gpu.generator)

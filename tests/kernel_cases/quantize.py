@@ -1,7 +1,4 @@
-#!/usr/bin/env python3
-"""The activation quantizers on a GPU against the float64 reference.
-
-    python scripts/gpu_check_quantize.py [--quick] [--seed N]
+"""Cases of the activation quantizers, and what must hold of them, against the float64 reference.
 
 Every case poisons the outputs, runs one quantizer and decodes what it wrote. What must hold, and why:
 
@@ -19,26 +16,15 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
   for some shapes (quantize_configs.product_is_faster).
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
 
-Prints "N passed, N failed"; the last line is JSON. The checks take tensors anywhere; tests/test_quantize_kernels.py runs
-them on a CPU.
+tests/gpu/test_quantize.py runs all cases on a GPU, tests/kernels/quantize/test_quantize_kernels.py some on a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
 import torch
-
-try:
-    import apex4_quant  # noqa: F401
-except ImportError:  # a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from apex4_quant.format.number_format import (
     ACTIVATION_SCALE_MIN,
@@ -82,6 +68,14 @@ class Case:
     data: str = "normal"  # extreme, zero, nan, infinity, ties
     shared_matrix: bool = False  # dense: the Hadamard matrix through the tensor cores
     seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """The test's id: sizes, kinds, and what is not as usual; without the seed."""
+        head = f"{self.input} {self.transform} {self.dtype} {self.format} {self.m} x {self.k} group {self.group}"
+        unusual = {field.name: getattr(self, field.name) for field in fields(self)[7:-1]}
+        usual = {field.name: field.default for field in fields(self)}
+        return " ".join([head, *(f"{name} {value}" for name, value in unusual.items() if value != usual[name])])
 
 
 # ---- operands -------------------------------------------------------------------------------------------------------
@@ -368,29 +362,3 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                         yield replace(small, shared_matrix=True, m=1000, k=8192)
                         if input == "rms_norm":
                             yield replace(small, shared_matrix=True, m=5000, k=4096, gain_offset=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: of the clock")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this check needs a GPU")
-    device = torch.device("cuda", torch.cuda.current_device())
-    print(f"{torch.cuda.get_device_name(device)}, seed {args.seed}")
-    started, passed, failed = time.monotonic(), 0, []
-    for case in cases(args.quick, args.seed):
-        wrong = check(case, device)
-        passed += not wrong
-        if wrong:
-            failed.append({"case": str(case), "wrong": wrong})
-            print(f"FAILED {case}: {'; '.join(wrong)}", flush=True)
-    print(f"{passed} passed, {len(failed)} failed in {time.monotonic() - started:.0f} s")
-    gpu = torch.cuda.get_device_name(device)
-    print(json.dumps({"check": "quantize", "gpu": gpu, "seed": args.seed, "passed": passed, "failed": failed[:50]}))
-    sys.exit(bool(failed))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,11 @@
-"""Checks of the W4A4 GEMM kernels on a GPU against the float64 reference. Part of scripts/gpu_check."""
+"""Launches of the W4A4 GEMM kernels and what must hold of them, against the float64 reference.
+
+tests/gpu/test_gemm.py runs the checks on a GPU, tests/kernels/gemm/test_gemm_kernels.py those that it can on a CPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -201,21 +203,7 @@ def band_tile(index: int, tiles_m: int, tiles_n: int, band: int = 8) -> tuple[in
     return first + within % height, within // height
 
 
-# ---- the checks: (name, function that raises AssertionError) -------------------------------------------------------------
-
-
-def checks(sm: int, sm_count: int, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """All checks of the kernels that run on this GPU; on Hopper also those for sm_80, whose mma is emulated there."""
-    families = [90, 80, 86] if sm == 90 else [sm]
-    generator = torch.Generator("cuda").manual_seed(seed)
-    for family in families:
-        for config in gemm_configs.all_configs(family):
-            label = f"gemm {config.name}{' (emulated)' if family != sm else ''}"
-            yield f"{label} shapes", lambda c=config: check_shapes(c, sm_count, generator)
-            if config.out == "bf16":
-                yield f"{label} integer sums", lambda c=config: check_integers(c, sm_count, generator)
-                yield f"{label} extremes", lambda c=config: check_extremes(c, sm_count, generator)
-                yield f"{label} deterministic, graph, streams", lambda c=config: check_replay(c, sm_count, generator)
+# ---- the checks: each raises AssertionError -------------------------------------------------------------------------
 
 
 def _shapes(config: GemmConfig) -> list[tuple[int, int, int, int]]:

@@ -1,12 +1,12 @@
-"""Checks of what quantizes weights on a GPU: GPTQ's rounding, descent on its codes, Hessians. Part of scripts/gpu_check.
+"""What quantizes weights on a GPU, held against PyTorch: GPTQ's rounding, descent on its codes, Hessians.
 
 Kernels are held against what operations of PyTorch make of the same tensors. Sums are in another order there, so that a value
 next to a tie may fall to the other side, and what follows in its row then differs: few codes may, and the loss must not.
+tests/gpu/test_sweeps.py runs the checks on a GPU, tests/kernels/sweeps/test_column_sweeps.py the small ones on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import torch
@@ -104,11 +104,3 @@ def check_hessian(dtype: torch.dtype, device: torch.device, seed: int) -> None:
         error = float(((moments.take_matrix() - expected).abs() / scale).max())
         assert error <= 1e-4, f"an entry is off by {error:.1e} of what the inputs' sizes allow"
     assert torch.get_float32_matmul_precision() == before, "the precision of products stays changed"
-
-
-def checks(seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    device = torch.device("cuda", torch.cuda.current_device())
-    for shape in SHAPES:
-        yield f"sweeps {shape}", lambda shape=shape: check(*shape, device, seed)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield f"Hessian of {dtype}", lambda dtype=dtype: check_hessian(dtype, device, seed)
