@@ -70,8 +70,8 @@ def _coverage(checkpoint: Checkpoint) -> str:
         for entry in checkpoint.report["kept"]:
             if entry["name"] not in checkpoint.infos:
                 raise Apex4Error(f"{entry['name']} was kept by the plan and is missing from the checkpoint")
-    plain = sum(name in kept for name in linears)
-    return f"{len(linears) - plain} linears quantized, {plain} kept on request"
+    untouched = sum(name in kept for name in linears)
+    return f"{len(linears) - untouched} linears quantized, {untouched} kept on request"
 
 
 def _checksums(checkpoint: Checkpoint) -> str:

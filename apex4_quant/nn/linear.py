@@ -237,7 +237,7 @@ class Apex4Linear(nn.Module):
         if not self.format.transform.is_learned:
             return None
         owner = self.transform_owner
-        matrix = owner.input_transform
+        matrix: torch.Tensor | None = owner.input_transform
         if matrix is not None and matrix.device.type == "meta":
             # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
             matrix = offloaded_tensor(owner, "input_transform")
@@ -266,7 +266,7 @@ class Apex4Linear(nn.Module):
         exact = {name: getattr(self, name) for name in ("weight_scale", "input_transform")}
         # .data, not the Parameter: nn.Module changes that in place
         before = {name: tensor.data for name, tensor in exact.items() if tensor is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, data in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float16:
