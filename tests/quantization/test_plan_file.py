@@ -23,7 +23,7 @@ from apex4_quant.quantization.plan_file import (
 
 GATE, UP = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
 ENTRIES: dict[str, dict[str, Any]] = {
-    GATE: {"group_size": 256, "transform": "hadamard128", "shape": [256, 128]},
+    GATE: {"group_size": 256, "transform": TransformKind.HADAMARD, "shape": [256, 128]},
     UP: {"group_size": "channel", "shape": [256, 128]},
 }
 
