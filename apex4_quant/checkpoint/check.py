@@ -87,14 +87,14 @@ def _config_of_report(checkpoint: Checkpoint) -> str:
     decided = settings.get("transform", quant.transform)
     if decided != quant.transform:
         raise Apex4Error(
-            f"the transform is {quant.transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+            f"the transform is '{quant.transform}' in config.json and '{decided}' in {REPORT_NAME}: {advice}"
         )
     for entry in checkpoint.report["quantized"]:
         transform = quant.transform_of(entry["name"])
         decided = entry.get("transform", transform)
         if decided != transform:
             raise Apex4Error(
-                f"{entry['name']} has transform {transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+                f"{entry['name']} has transform '{transform}' in config.json and '{decided}' in {REPORT_NAME}: {advice}"
             )
         clip = quant.modules.get(entry["name"], {}).get("activation_clip", quant.activation_clip)
         decided = entry.get("activation_clip", clip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,3 +92,10 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     if not as_it_is and not multiplies_fast(torch.device(device), dtype):
         multiply_in_float32(model)
     return model.eval()
+
+
+def release_memory() -> None:
+    """Give back to the GPU what a model that is gone has used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
