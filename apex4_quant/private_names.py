@@ -1,12 +1,13 @@
-"""Every private name of torch, accelerate, transformers and lm-eval that apex4 touches, each behind one function.
+"""Every private name of torch, accelerate, lm-eval and transformers that apex4 touches, each behind one function.
 
 A private name may change with any release. So each function says which name it hides, why no public name does the same, and
-the versions in which the name was seen. Nothing else in apex4 uses such a name. This module imports nothing of apex4.
+the versions in which the name was seen. Nothing else in apex4 uses such a name. This module imports nothing of apex4, and
+of the libraries torch only; the others when they are asked for.
 
     torch         seen in 2.13
     accelerate    seen in 1.15
-    transformers  seen in 5.17 to 5.23
     lm-eval       seen in 0.4.9 to 0.4.13
+    transformers  seen in 5.17 to 5.23
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from ...environment import GEMM as VARIABLE
 from ...errors import UsageError
 from ...format.layouts import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
 from . import tuned
 
-VARIABLE = "APEX4_GEMM"
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
 _LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
 DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share the input features of one tile of weights
