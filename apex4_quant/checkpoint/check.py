@@ -13,10 +13,11 @@ from ..errors import Apex4Error
 from ..format.layouts import get_layout
 from ..format.number_format import BLOCK
 from ..format.quant_config import LinearFormat
+from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..models.source import INDEX_NAME, read_tensors
 from .inspect import Checkpoint
-from .load import REPORT_NAME, load_model, verify_checksums
+from .load import load_model, verify_checksums
 
 
 def check(path: str, progress: Callable[[str], None] = lambda line: None) -> list[dict[str, str]]:
@@ -69,8 +70,8 @@ def _coverage(checkpoint: Checkpoint) -> str:
         for entry in checkpoint.report["kept"]:
             if entry["name"] not in checkpoint.infos:
                 raise Apex4Error(f"{entry['name']} was kept by the plan and is missing from the checkpoint")
-    plain = sum(name in kept for name in linears)
-    return f"{len(linears) - plain} linears quantized, {plain} kept on request"
+    untouched = sum(name in kept for name in linears)
+    return f"{len(linears) - untouched} linears quantized, {untouched} kept on request"
 
 
 def _checksums(checkpoint: Checkpoint) -> str:

@@ -10,14 +10,12 @@ import torch
 
 from ..errors import Apex4Error, UsageError
 from ..format.quant_config import QUANT_METHOD, QuantConfig
-from ..format.storage import read_json, sha256
+from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import multiplies_fast, multiply_in_float32
 from ..models.source import read_config, read_tensor_infos, verify_listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-REPORT_NAME = "apex4_report.json"
 
 
 def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:

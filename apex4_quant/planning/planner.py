@@ -18,8 +18,10 @@ from ..hardware.gpus import Gpu
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..progress import Progress
+from ..quantization.calibration import draw_calibration
+from ..quantization.plan import plan_of
 from ..quantization.plan_file import require_plan_path
-from ..quantization.run import QuantizeSettings, draw_calibration, plan_of
+from ..quantization.settings import QuantizeSettings
 from .choosing import choose, require_bounds
 from .cost_model import OURS, Mainloop, get_gpu, get_mainloop, input_group_seconds
 from .options import GroupOptions, Option

@@ -37,7 +37,7 @@ from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..progress import Progress
-from ..quantization.collector import CollectedGroup, Collector
+from ..quantization.collector import CollectedInput, Collector
 from ..quantization.gradients import InputGradients, gradients_through
 from ..quantization.plan import PlannedLinear
 from ..quantization.predictions import gradients_of_predictions
@@ -151,7 +151,7 @@ def measure_sensitivity(
             readers = [tuple(name.removeprefix(prefix) for name in names) for names in _readers(of_layer).values()]
             known, gradients = gradients_through(runner, layer, readers, hidden, gradients)
             measured = []
-            for group in collector.groups_of(layer, module, of_layer, Streams(hidden)):
+            for group in collector.inputs_of(layer, module, of_layer, Streams(hidden)):
                 linears = [linear for part in group.parts for linear in part.planned]
                 metric = _metric(linears, {prefix + name: gradient for name, gradient in known.items()}, prefix, size)
                 measured.append(_measure_group(group, linears, metric, stored, transforms, runner.device))
@@ -184,7 +184,7 @@ def _metric(linears: Sequence[PlannedLinear], known: dict[str, InputGradients], 
 
 
 def _measure_group(
-    group: CollectedGroup,
+    group: CollectedInput,
     linears: Sequence[PlannedLinear],
     metric: Metric,
     stored: dict[str, torch.Tensor],

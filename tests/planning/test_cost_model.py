@@ -93,7 +93,7 @@ def test_times_by_hand() -> None:
     assert activation_seconds(a100, 4096, 4096, 128) == pytest.approx(
         4096 * (2 * 4096 + 2048 + 128) / (2039e9 * MEMORY_SHARE)
     )
-    # one token: the weight's codes and scales, DESIGN's N K (0.5 + 2/128) bytes
+    # one token: the weight's codes and scales, N K (0.5 + 2/128) bytes
     floor = 14336 * 4096 * (0.5 + 2 / 128) / (2039e9 * MEMORY_SHARE)
     assert gemm_seconds(a100, 1, 14336, 4096, 128) == pytest.approx(floor, rel=2e-3)
     assert fp16_seconds(a100, 1, 14336, 4096) == pytest.approx(14336 * 4096 * 2 / (2039e9 * MEMORY_SHARE), rel=2e-3)

@@ -14,8 +14,8 @@ import torch
 
 from ...format.number_format import BLOCK, CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
 from .. import dispatch
-from ..catalogue import Configuration
 from ..runtime import launcher
+from ..runtime.configuration import Configuration
 from .configs import DESCENT, GPTQ, WARPS
 
 
