@@ -23,6 +23,9 @@ from apex4_quant import __version__, environment
 from apex4_quant import command_options as options
 from apex4_quant.errors import UsageError
 from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.planning.cost_model import DEFAULT_BUDGET, DEFAULT_TOKENS, MAINLOOPS, OURS
+from apex4_quant.planning.options import Mode
+from apex4_quant.planning.settings import PLANNED_TRANSFORMS, TOKENS, PlanSettings
 from apex4_quant.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
@@ -177,29 +180,28 @@ def gpus(as_json: bool) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Plan file to write: .yaml, .yml or .json.")
 @options.RECIPE
 @click.option("--target", default="auto", show_default=True, help="GPU of 'apex4 gpus', or auto.")
-@click.option(
-    "--mode", default="auto", show_default=True, help="auto, g128 (transforms only), mixed (128 for down_proj only)."
-)
+@options.choice("--mode", list(Mode), Mode.AUTO, "g128: transforms only; mixed: 128 for down_proj only.")
 @click.option(
     "--budget",
     type=options.Multiple(),
-    help="Time allowed, in multiples of the fastest plan's.  [default: 1.05; mixed: any]",
+    help=f"Time allowed, in multiples of the fastest plan's.  [default: {DEFAULT_BUDGET}; mixed: any]",
 )
 @click.option(
     "--max-loss", type=options.Multiple(), help="Loss allowed, in multiples of the least; then time is minimised."
 )
-@options.number("--tokens", options.COUNT, 2048, "Tokens a step, for predicted times.")
-@click.option("--mainloop", default="two-ffma", show_default=True, help="two-ffma, or naive to compare.")
-@click.option(
+@options.number("--tokens", options.COUNT, DEFAULT_TOKENS, "Tokens a step, for predicted times.")
+@options.choice("--mainloop", list(MAINLOOPS), OURS.name, "Whose time is predicted; naive to compare.")
+@options.choice(
     "--transform",
-    help="For all: hadamard128, dense128 or none.  [default: hadamard128 and dense128 if the recipe has that]",
+    PLANNED_TRANSFORMS,
+    None,
+    f"For all.  [default: {TransformKind.HADAMARD}, and {TransformKind.DENSE} if the recipe has that]",
 )
-@options.calibration(None, "Calibration windows.  [default: 8192 tokens]")
+@options.calibration(None, f"Calibration windows.  [default: {TOKENS} tokens]")
 @options.COMPUTING
 def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
     """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
     from apex4_quant.planning.planner import make_plan
-    from apex4_quant.planning.settings import PlanSettings
 
     result = make_plan(PlanSettings(**asked), out, _progress(as_json))
     _print(as_json, result.as_dict(), result.as_text)

@@ -154,6 +154,7 @@ def number(name: str, type: Whole, default: int | None, help: str) -> Option:
 
 
 def choice(name: str, names: Sequence[str], default: str | None, help: str) -> Option:
+    default = None if default is None else str(default)  # click would show the name of an enum's member
     return click.option(name, type=OneOf(names), default=default, show_default=default is not None, help=help)
 
 

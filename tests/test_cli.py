@@ -219,12 +219,13 @@ def test_eval_json_with_baseline_and_bundled_tasks(run_cli: Call, demo_checkpoin
 def test_eval_for_people(invoke: Call, demo_checkpoint: Path) -> None:
     result = invoke("eval", demo_checkpoint, "--baseline", "demo", "--limit", 2, "--seq-len", 128)
     assert result.exit_code == 0
-    head, text, columns, row = result.stdout.splitlines()
+    head, text, columns, row, divergence, agreement = result.stdout.splitlines()
     assert "W4A4 g128, apex4" in head and "KV cache 16 bits" in head
     assert "256 tokens of heldout in windows of 128" in text
     assert columns.split() == ["baseline", "model", "difference"]
     _, baseline, model, difference = row.split()[:4]
     assert float(model) - float(baseline) == pytest.approx(float(difference), abs=2e-4)
+    assert "KL divergence" in divergence and agreement.endswith("%")
 
 
 def test_eval_says_that_windows_are_capped(invoke: Call, tmp_path: Path) -> None:

@@ -154,7 +154,12 @@ class LayerRunner:
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
 
+    def arguments(self, index: int) -> dict[str, Any]:
+        """What layer `index` is called with beside the hidden states: rotary embeddings, masks, positions. See `prepare`."""
+        return self._calls[index]
+
     def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index`, on the meta device unless it is loaded."""
         return self._layers[index]
 
     def drop_layer(self, index: int) -> None:

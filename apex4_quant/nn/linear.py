@@ -32,11 +32,10 @@ from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels import dispatch, ops, torch_backend
 from ..kernels.activation_quantization import ActivationQuantization, OperatorArguments
+from ..kernels.operands import HALVES
 from ..kernels.quantize.configs import prepack_matrix
 from ..private_names import is_offloaded, offloaded_tensor
 from .fused_inputs import KernelWeights, LinearInput, Plain
-
-HALVES = (torch.bfloat16, torch.float16)  # what the kernels read and write
 
 # Held while tensors are put in order for the kernels, which the first calls of a model may ask for in several threads.
 PREPARING = threading.RLock()
@@ -206,6 +205,8 @@ class Apex4Linear(nn.Module):
                 self._prepared_on = device
             elif self.weight_packed.device == device:
                 self.prepare(kernel)
+            if self.quantizes_by_torch:
+                dispatch.warn_of_wide_groups([f"a linear ({self.extra_repr()})"], self.format.group_length)
 
     @torch.inference_mode(False)
     def _renew(self) -> None:
@@ -223,6 +224,11 @@ class Apex4Linear(nn.Module):
         if self.shared is not None:
             self.shared.stale = True
 
+    @property
+    def quantizes_by_torch(self) -> bool:
+        """Whether this linear's input is quantized by PyTorch operations though it has kernels: none takes such groups."""
+        return self.kernel is not None and self.format.transform.is_learned and self.format.group_length != BLOCK
+
     def take_transform_from(self, owner: Apex4Linear) -> None:
         """Use the dense transform that `owner`, which reads the same input, stores."""
         self._transform_owner = (owner,)
@@ -237,7 +243,7 @@ class Apex4Linear(nn.Module):
         if not self.format.transform.is_learned:
             return None
         owner = self.transform_owner
-        matrix = owner.input_transform
+        matrix: torch.Tensor | None = owner.input_transform
         if matrix is not None and matrix.device.type == "meta":
             # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
             matrix = offloaded_tensor(owner, "input_transform")
@@ -266,7 +272,7 @@ class Apex4Linear(nn.Module):
         exact = {name: getattr(self, name) for name in ("weight_scale", "input_transform")}
         # .data, not the Parameter: nn.Module changes that in place
         before = {name: tensor.data for name, tensor in exact.items() if tensor is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, data in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float16:

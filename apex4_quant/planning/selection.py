@@ -150,7 +150,7 @@ def _solve_core(
             )
         if found.x is None:
             return None
-        result = taken.copy()
+        result: NDArray[np.bool_] = taken.copy()
         result[free] = np.asarray(found.x, np.float64) > 0.5
         beyond = float(costs[result].sum()) - 1.0
         if beyond <= _KEPT:

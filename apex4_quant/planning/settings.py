@@ -46,7 +46,8 @@ def transforms_of(settings: PlanSettings) -> tuple[TransformKind, ...]:
     transform = settings.transform or recipe.transform
     if transform not in list(PLANNED_TRANSFORMS):
         raise UsageError(
-            f"transform {transform!r} has no predicted errors: give --transform {', '.join(PLANNED_TRANSFORMS[:-1])} or {PLANNED_TRANSFORMS[-1]}"
+            f"transform '{transform}' has no predicted errors: give --transform {', '.join(PLANNED_TRANSFORMS[:-1])} "
+            f"or {PLANNED_TRANSFORMS[-1]}"
         )
     transform = TransformKind(transform)
     if mode == Mode.MIXED:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,16 @@ def plan_file_json(header: dict[str, Any], groups: list[dict[str, dict[str, Any]
     return json.dumps({"apex4_plan": PLAN_VERSION, **header, "linears": linears}, indent=2) + "\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes enums of text, such as TransformKind, as their text."""
+
+
+_Dumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(str(value)))
+
+
 def _flow(value: Any) -> str:
     """One line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True
+    )
     return text.removesuffix("\n").removesuffix("\n...")

@@ -204,7 +204,7 @@ class Timer:
                 replay()
                 end.record()
             self.stream.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in events[1:]) / 1e3
+        return float(statistics.median(begin.elapsed_time(end) for begin, end in events[1:])) / 1e3
 
     def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
@@ -242,11 +242,11 @@ def _bench_layer(
                 continue
             try:
                 call = makers[contender](x)
-                error = float(torch.linalg.vector_norm(call().float() - expected) / torch.linalg.vector_norm(expected))
+                wrong = float(torch.linalg.vector_norm(call().float() - expected) / torch.linalg.vector_norm(expected))
                 limit = MAX_ERROR.get(family.partition("-")[0], 0.01)
-                row.errors[contender] = error
-                if not error <= limit:
-                    raise Unavailable(f"wrong result (relative error {error:.2g})")
+                row.errors[contender] = wrong
+                if not wrong <= limit:
+                    raise Unavailable(f"wrong result (relative error {wrong:.2g})")
                 row.seconds[contender] = timer.seconds(call)
                 if timer.eager:
                     row.eager.append(contender)

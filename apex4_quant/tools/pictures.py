@@ -9,18 +9,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Apex4Error, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 SUFFIXES = (".svg", ".png")
 # Wong's palette (Nature Methods 8, 441, 2011), which stays apart for most kinds of colour blindness.
 COLOURS = ("#0072b2", "#56b4e9", "#777777", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#000000")
 # A fixed salt makes the ids of an SVG the same in every run; its text stays text, so that it can be searched.
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.hashsalt": "apex4",
     "svg.fonttype": "none",
     "font.size": 9,

@@ -72,7 +72,7 @@ class BlockStatistics:
 
     x: torch.Tensor
     w: torch.Tensor
-    weight_rows: int  # N: `_peaks` takes a mean over rows, the error of the weights is a sum
+    weight_rows: int  # N: `peaks_and_slopes` takes a mean over rows, the error of the weights is a sum
     a: torch.Tensor
     b: torch.Tensor
 
@@ -175,8 +175,8 @@ def learn_transform(
     with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
         hadamard = apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None]
         start = hadamard if shared else balanced_hadamard(blocks)
-        learned = _descend(blocks, start, steps)
-        before, after = _error(blocks, start), _error(blocks, learned)
+        learned = descend(blocks, start, steps)
+        before, after = block_errors(blocks, start), block_errors(blocks, learned)
     better = torch.isfinite(after) & (after < before)  # False for NaN
     stored = storable(learned)
     sound = is_sound(stored)
@@ -214,14 +214,17 @@ def balanced_hadamard(blocks: BlockStatistics) -> torch.Tensor:
     return d[..., None] * apply_block_hadamard(torch.eye(BLOCK, device=a.device))
 
 
-def _descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.Tensor:
+def descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.Tensor:
+    """T after `steps` steps from `start`, float32 [G, 128, 128], or [1, 128, 128] for one that all blocks share."""
     transform, inverse = start, _inverse(start)
     first, second = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
         if step % SAME_MOMENTS == 0:
-            moments = _moments(blocks, transform, inverse)
-        x, w = _window(blocks.x, INPUT_ROWS_PER_STEP, step), _window(blocks.w, WEIGHT_ROWS_PER_STEP, step)
-        slope = _slope(blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1)
+            moments = moments_in_basis(blocks, transform, inverse)
+        x, w = rows_of_step(blocks.x, INPUT_ROWS_PER_STEP, step), rows_of_step(blocks.w, WEIGHT_ROWS_PER_STEP, step)
+        slope = slope_of_log_error(
+            blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1
+        )
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
         rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
@@ -242,14 +245,14 @@ def _inverse(transform: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def _window(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
+def rows_of_step(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
     """About `count` of the rows [G, R, 128], evenly spaced, in every step others until all have come; all, if there are no
     more."""
     stride = -(-rows.shape[1] // count)
     return rows[:, step % stride :: stride]
 
 
-def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def peaks_and_slopes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values y float32 [G, R, 128] -> per block the mean over rows of the largest square, and d^T y, [G, 128, 128], with d
     its gradient by y."""
     blocks, rows, _ = values.shape
@@ -268,20 +271,20 @@ def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
 
 
-def _moments(
+def moments_in_basis(
     blocks: BlockStatistics, transform: torch.Tensor, inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A' and B', [G, 128, 128]."""
     return transform.transpose(1, 2) @ (blocks.a @ transform), inverse @ blocks.b @ inverse.transpose(1, 2)
 
 
-def _slope(
+def slope_of_log_error(
     weight_rows: int, y: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, shared: bool
 ) -> torch.Tensor:
     """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
     all. y [G, R, 128] and v [G, R', 128] are rows of the input and of the weights in the basis of T."""
-    x_peak, x_back = _peaks(y)
-    w_peak, w_back = _peaks(v)
+    x_peak, x_back = peaks_and_slopes(y)
+    w_peak, w_back = peaks_and_slopes(v)
     w_peak, w_back = w_peak * weight_rows, w_back * weight_rows
     a_trace, b_trace = _trace(a), _trace(b)
     slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
@@ -296,10 +299,10 @@ def _trace(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _error(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tensor:
+def block_errors(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tensor:
     """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
     inverse = _inverse(transform)
-    x_peak = _mean_peak(_window(blocks.x, COMPARED_ROWS, 0) @ transform)
+    x_peak = _mean_peak(rows_of_step(blocks.x, COMPARED_ROWS, 0) @ transform)
     w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))

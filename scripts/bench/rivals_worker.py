@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from apex4_quant.evaluation.evaluate import measure_perplexity
+from apex4_quant.evaluation.predictions import measure_perplexity
 
 GROUP = 128
 

@@ -97,7 +97,8 @@ def test_plan_json_and_file_agree(model: Path, calib: Path, tmp_path: Path, invo
     total = sum(linear["predicted_microseconds"] for linear in result["linears"])
     assert total == pytest.approx(result["predicted"]["microseconds"], rel=1e-3)
     assert result["predicted"]["of_fastest"] >= 1 and result["predicted"]["of_least_loss"] == 1
-    written = read_plan_file(tmp_path / "plan.json").for_model(ModelSource(str(model)), DENSE)
+    read = read_plan_file(tmp_path / "plan.json").for_model(ModelSource(str(model)), DENSE)
+    written = {name: entry.as_dict() for name, entry in read.items()}
     keys = ("group_size", "transform")
     assert written == {linear["name"]: {key: linear[key] for key in keys} for linear in result["linears"]}
     assert all(entry == {"group_size": 128, "transform": HADAMARD} for entry in written.values())
@@ -168,7 +169,7 @@ def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: 
         (("--target", "A100", "--samples", "0"), ("--samples is 0",)),
         (("--target", "A100", "--transform", "wush"), ("'wush'", HADAMARD, DENSE)),
         (("--target", "A100", "--transform", "shared128"), ("'shared128'", "no predicted errors")),
-        (("--target", "A100", "--recipe", "apex4-shared"), ("'shared128'", "--transform")),
+        (("--target", "A100", "--recipe", "apex4-shared"), ("transform 'shared128' has", "--transform")),
         (("--target", "A100", "--recipe", "best"), ("'best'",)),
         (("--target", "A100", "--mode", "mixed", "--transform", DENSE), ("--mode mixed", DENSE, "128")),
         (("--target", "A100", "--transform", DENSE, "--budget", "2"), (DENSE, "nothing to choose", "--budget")),

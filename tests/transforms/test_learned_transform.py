@@ -32,7 +32,17 @@ from apex4_quant.transforms.block_transforms import (
     transform_weight,
 )
 from apex4_quant.transforms.importance import scale_by_readers
-from apex4_quant.transforms.learned_transform import BlockStatistics, is_sound, learn_transform
+from apex4_quant.transforms.learned_transform import (
+    BlockStatistics,
+    balanced_hadamard,
+    block_errors,
+    is_sound,
+    learn_transform,
+    moments_in_basis,
+    peaks_and_slopes,
+    rows_of_step,
+    slope_of_log_error,
+)
 
 DENSE, SHARED = TransformKind.DENSE, TransformKind.SHARED
 
@@ -68,15 +78,15 @@ def test_gradient_is_that_of_the_objective(shared: bool) -> None:
     x, w = inputs_and_weight(48, 256, tokens=64)
     blocks = BlockStatistics.of(x, [w])
     torch.manual_seed(0)
-    start = learned_transform.balanced_hadamard(blocks)[: 1 if shared else None]
+    start = balanced_hadamard(blocks)[: 1 if shared else None]
     transform = start + 0.01 * torch.randn_like(start)
     direction = torch.randn_like(start)
     inverse = torch.linalg.inv(transform)
     rows = blocks.weight_rows, blocks.x @ transform, blocks.w @ inverse.transpose(1, 2)
-    slope = learned_transform._slope(*rows, *learned_transform._moments(blocks, transform, inverse), shared)
+    slope = slope_of_log_error(*rows, *moments_in_basis(blocks, transform, inverse), shared)
     exact = BlockStatistics.of(x.double(), [w.double()])
     at, step = transform.double(), 1e-6
-    up, down = (learned_transform._error(exact, at + s * at @ direction.double()).log() for s in (step, -step))
+    up, down = (block_errors(exact, at + s * at @ direction.double()).log() for s in (step, -step))
     torch.testing.assert_close((slope * direction).sum((1, 2)).double(), (up - down) / (2 * step), rtol=1e-3, atol=1e-4)
 
 
@@ -84,9 +94,9 @@ def test_on_a_gpu_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(3, 50, 128)
     values[1, 4] = 0.0
     values[2, 7, 5] = values[2, 7].abs().max() * -2
-    mean, back = learned_transform._peaks(values)
+    mean, back = peaks_and_slopes(values)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    other_mean, other_back = learned_transform._peaks(values)
+    other_mean, other_back = peaks_and_slopes(values)
     torch.testing.assert_close(other_back, back)
     assert torch.equal(other_mean, mean)
     torch.testing.assert_close(mean, values.abs().amax(-1).square().mean(1), rtol=1e-4, atol=0)
@@ -94,9 +104,9 @@ def test_on_a_gpu_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_row_is_looked_at_before_one_is_again() -> None:
     rows = torch.arange(10.0).view(1, 10, 1).expand(2, -1, 128)
-    seen = [learned_transform._window(rows, 4, step)[0, :, 0].tolist() for step in range(4)]
+    seen = [rows_of_step(rows, 4, step)[0, :, 0].tolist() for step in range(4)]
     assert seen == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8], [0, 3, 6, 9]]
-    assert learned_transform._window(rows, 20, 3).shape == (2, 10, 128)
+    assert rows_of_step(rows, 20, 3).shape == (2, 10, 128)
 
 
 @pytest.mark.parametrize(("n", "k", "outliers"), [(192, 256, False), (64, 384, True), (300, 200, False)])
@@ -183,7 +193,7 @@ def test_a_worse_result_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = inputs_and_weight(32, 256)
     untouched = learn_transform(x, [w], steps=0)
     for bad in (torch.eye(128).expand(2, -1, -1), torch.full((2, 128, 128), torch.nan)):
-        monkeypatch.setattr(learned_transform, "_descend", lambda blocks, start, steps, bad=bad: bad.clone())
+        monkeypatch.setattr(learned_transform, "descend", lambda blocks, start, steps, bad=bad: bad.clone())
         assert torch.equal(learn_transform(x, [w]), untouched)
 
 
@@ -237,17 +247,17 @@ def test_a_learned_matrix_that_cannot_be_stored_is_not_taken(monkeypatch: pytest
     """A row of the first block is below what is stored: that block starts from where it was, and only that one."""
     x, w = inputs_and_weight(32, 256)
     good, untouched = learn_transform(x, [w], 10), learn_transform(x, [w], 0)
-    descend = learned_transform._descend
+    descend = learned_transform.descend
 
     def lose_a_row(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.Tensor:
         learned = descend(blocks, start, steps)
         learned[0, 3] *= 1e-6
         return learned
 
-    monkeypatch.setattr(learned_transform, "_descend", lose_a_row)
+    monkeypatch.setattr(learned_transform, "descend", lose_a_row)
     told: list[str] = []
     errors = iter([torch.ones(2), torch.zeros(2)])
-    monkeypatch.setattr(learned_transform, "_error", lambda blocks, matrix: next(errors))
+    monkeypatch.setattr(learned_transform, "block_errors", lambda blocks, matrix: next(errors))
     found = learn_transform(x, [w], 10, warn=told.append)
     assert torch.equal(found[0], untouched[0]) and torch.equal(found[1], good[1])
     assert told == ["1 of 2 learned transforms cannot be stored in 16 bits, their start is used"]

@@ -64,8 +64,9 @@ class Kernel:
 
 def kernels() -> Iterator[Kernel]:
     """Every GEMM configuration for every architecture with bfloat16 output, those that quantize, and the control kernel."""
+    from ...format.layouts import KERNEL_TILE_N
     from ..gemm import fused_linear
-    from ..gemm.configs import WEIGHT_TILE_N, all_configs
+    from ..gemm.configs import all_configs
 
     for sm in FAMILIES:
         for config in all_configs(sm):
@@ -86,7 +87,7 @@ def kernels() -> Iterator[Kernel]:
             )
         for fused in fused_linear.all_configs(sm):
             if fused.dtype == "bfloat16":
-                tile = (fused_linear.TILE_M, WEIGHT_TILE_N)
+                tile = (fused_linear.TILE_M, KERNEL_TILE_N)
                 accumulators = fused_linear.TILE_M // 2
                 yield Kernel(
                     fused.name, arch_of(sm), fused.source, fused.entry, dict(fused.defines), tile, accumulators, False,

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.format.layouts import KERNEL_TILE_N
 from apex4_quant.format.number_format import BLOCK
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.gemm import configs as gemm_configs
 from apex4_quant.kernels.gemm.configs import (
     SHARED_LIMITS,
-    WEIGHT_TILE_N,
     GemmConfig,
     GemmPlan,
     all_configs,
@@ -52,9 +52,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("APEX4_GEMM", raising=False)
-    choose_gemm.cache_clear()
     yield
-    choose_gemm.cache_clear()
 
 
 @pytest.mark.parametrize("sm", SHARED_LIMITS)
@@ -69,7 +67,7 @@ def test_every_configuration_fits_a_multiprocessor(sm: int) -> None:
         assert config.threads % 32 == 0 and config.threads <= 1024, config.name
         assert config.defines["SHARED_BYTES"] == config.shared_bytes
         assert (
-            config.tile_n % WEIGHT_TILE_N == 0 and config.tile_m % (8 if sm == 90 else gemm_configs.ROW_ALIGNMENT) == 0
+            config.tile_n % KERNEL_TILE_N == 0 and config.tile_m % (8 if sm == 90 else gemm_configs.ROW_ALIGNMENT) == 0
         )
         if config.family == "sm80":
             resident = gemm_configs._resident(sm, config)
@@ -124,9 +122,9 @@ def launchable(plan: GemmPlan) -> None:
     starts = [tile * plan.k_blocks for tile in range(min(tiles, 50))]
     most = max((start + plan.k_blocks - 1) // plan.span - start // plan.span + 1 for start in starts)
     assert most <= plan.parts
-    halves = -(-plan.m // config.tile_m) * -(-plan.n // WEIGHT_TILE_N)
+    halves = -(-plan.m // config.tile_m) * -(-plan.n // KERNEL_TILE_N)
     assert plan.counters == halves
-    assert plan.workspace_floats == halves * plan.parts * config.tile_m * WEIGHT_TILE_N
+    assert plan.workspace_floats == halves * plan.parts * config.tile_m * KERNEL_TILE_N
 
 
 @pytest.mark.parametrize("sm", SHARED_LIMITS)
