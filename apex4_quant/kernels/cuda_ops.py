@@ -17,7 +17,7 @@ from ..format.number_format import BLOCK
 from ..private_names import current_cuda_stream
 from . import cpu_ops
 from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
-from .gemm.fused_linear import MOST_TOKENS, FusedShape, fused_launch
+from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, FusedShape, fused_launch
 from .operands import (
     ROW_BYTES,
     Operands,
@@ -97,7 +97,13 @@ class _Source:
     def fused(self, n: int, k_padded: int, group: int, clip: float, hadamard: bool, format: str) -> Launch | None:
         """The kernel that quantizes and multiplies, where the shape gets it."""
         x = self.x
-        if x.shape[0] > MOST_TOKENS or format != "sm90" or group != BLOCK or not hadamard:
+        if (
+            x.shape[0] > MOST_TOKENS
+            or self.input not in FUSED_INPUTS
+            or format != "sm90"
+            or group != BLOCK
+            or not hadamard
+        ):
             return None
         index = x.device.index
         shape = FusedShape(
@@ -176,8 +182,10 @@ def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_torch(matrix: torch.Tensor | None) -> bool:
-    """Whether PyTorch operations quantize: the kernel with a matrix has groups of 128 only, and a matrix as it is stored says that
-    the groups are others. dispatch.warn_of_wide_groups has told the user."""
+    """Whether PyTorch operations quantize: kernels read a prepacked matrix, and have one for groups of 128 only.
+
+    That linears have wider groups the user was told as the model was prepared (dispatch.warn_of_wide_groups).
+    """
     return matrix is not None and matrix.dim() == 3
 
 

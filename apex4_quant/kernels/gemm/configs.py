@@ -7,7 +7,6 @@ below; winners that `apex4 kernels tune` measured on this kind of GPU come befor
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from ...errors import UsageError
 from ...format.layouts import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
+from ...private_names import environment_variable
 from . import tuned
 
 VARIABLE = "APEX4_GEMM"
@@ -317,9 +317,17 @@ class PlanSource(NamedTuple):
     winners: int  # tuned.generation
 
 
+_forced_plan = environment_variable(VARIABLE)
+_last_source = PlanSource(None, 0)
+
+
 def plan_source() -> PlanSource:
     """As it is now: the environment and the winners may change at any time."""
-    return PlanSource(os.environ.get(VARIABLE) or None, tuned.generation())
+    global _last_source
+    last, forced, winners = _last_source, _forced_plan() or None, tuned.generation()
+    if last.forced != forced or last.winners != winners:
+        _last_source = last = PlanSource(forced, winners)
+    return last
 
 
 def choose_gemm(
