@@ -130,7 +130,8 @@ def _solve_core(
 ) -> NDArray[np.bool_] | None:
     """The best selection of the options in `core`, or None if there is none."""
     alone = np.bincount(group[core], minlength=count)[group] == 1
-    taken, free = core & alone, core & ~alone
+    taken: NDArray[np.bool_] = core & alone
+    free = core & ~alone
     room = 1.0 - float(costs[taken].sum())
     if not free.any():
         return taken if room >= -_KEPT else None
