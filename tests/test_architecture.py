@@ -19,7 +19,7 @@ PACKAGE = "apex4_quant"
 # Lowest first. A part is a module or a sub-package of apex4_quant. It may import itself and parts of the lines above
 # its own, nothing else. The root module `apex4_quant` (its public names) is the last line: nothing imports it.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "private_names", "calib"),
+    ("errors", "progress", "private_names", "environment", "calib"),
     ("format",),
     ("hardware", "recipes"),
     ("kernels",),
@@ -31,8 +31,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("integrations",),
     ("checkpoint",),
     ("evaluation", "tools"),
+    ("command_options",),
     ("cli",),
-    ("",),
+    ("__main__", ""),
 )
 # The same for the modules and sub-packages of `kernels`; "*" stands for those that are named nowhere. Here the modules of
 # one line may import each other.

@@ -73,7 +73,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # A pair with output_loading_info, which the annotation of from_pretrained does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -84,6 +85,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     finally:
         if shown:
             logging.enable_progress_bar()
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     for name, stored, needed in sorted(info["mismatched_keys"]):
         raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
     if info["missing_keys"]:

@@ -24,7 +24,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 Advance = Callable[[int], object]
 _ROWS = 256  # tokens whose probabilities are held in float32 at one time

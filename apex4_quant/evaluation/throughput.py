@@ -149,7 +149,9 @@ class _Run:
         self._places = torch.arange(self._length, device=ids.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         # A sliding window's place is counted on the host, which a graph would not do again.
-        self.uses_graph = ids.device.type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+        self.uses_graph = ids.device.type == "cuda" and not any(
+            getattr(layer, "is_sliding", False) for layer in self._cache.layers
+        )
 
     def prefill(self) -> None:
         self._cache.reset()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from ctypes import c_int
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from ..format.number_format import BLOCK
 from ..private_names import current_cuda_stream
 from . import cpu_ops
+from .activation_quantization import OperatorNumbers
 from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
-from .gemm.fused_linear import MOST_TOKENS, FusedShape, fused_launch
+from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, FusedShape, fused_launch
 from .operands import (
     ROW_BYTES,
     Operands,
@@ -97,7 +97,13 @@ class _Source:
     def fused(self, n: int, k_padded: int, group: int, clip: float, hadamard: bool, format: str) -> Launch | None:
         """The kernel that quantizes and multiplies, where the shape gets it."""
         x = self.x
-        if x.shape[0] > MOST_TOKENS or format != "sm90" or group != BLOCK or not hadamard:
+        if (
+            x.shape[0] > MOST_TOKENS
+            or self.input not in FUSED_INPUTS
+            or format != "sm90"
+            or group != BLOCK
+            or not hadamard
+        ):
             return None
         index = x.device.index
         shape = FusedShape(
@@ -107,7 +113,7 @@ class _Source:
         return fused_launch(launcher.kernel, shape)
 
 
-def _quantize(source: _Source, matrix: torch.Tensor | None, *how: Any) -> Operands:
+def _quantize(source: _Source, matrix: torch.Tensor | None, *how: *OperatorNumbers) -> Operands:
     x = source.x
     codes, scales = empty_operands(x, matrix, *how)
     if x.shape[0]:
@@ -125,7 +131,7 @@ def _quantize(source: _Source, matrix: torch.Tensor | None, *how: Any) -> Operan
 
 def _linear(
     source: _Source, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: Any,
+    matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     """As `_quantize` and `_multiply`, in one kernel or with one piece of memory for all that is gone afterwards."""
     x = source.x
@@ -176,8 +182,10 @@ def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_torch(matrix: torch.Tensor | None) -> bool:
-    """Whether PyTorch operations quantize: the kernel with a matrix has groups of 128 only, and a matrix as it is stored says that
-    the groups are others. dispatch.warn_of_wide_groups has told the user."""
+    """Whether PyTorch operations quantize: kernels read a prepacked matrix, and have one for groups of 128 only.
+
+    That linears have wider groups the user was told as the model was prepared (dispatch.warn_of_wide_groups).
+    """
     return matrix is not None and matrix.dim() == 3
 
 
@@ -222,7 +230,7 @@ def _multiply(
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 
-def quantize(x: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Operands:
+def quantize(x: torch.Tensor, matrix: torch.Tensor | None, *how: *OperatorNumbers) -> Operands:
     if _by_torch(matrix):
         return cpu_ops.quantize(x, matrix, *how)
     require_quantizer("quantize", True, x, matrix, *how)
@@ -230,7 +238,12 @@ def quantize(x: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Operand
 
 
 def rms_norm_quantize(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, matrix: torch.Tensor | None, *how: Any
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    gain_offset: float,
+    matrix: torch.Tensor | None,
+    *how: *OperatorNumbers,
 ) -> Operands:
     if _by_torch(matrix):
         return cpu_ops.rms_norm_quantize(x, gain, eps, gain_offset, matrix, *how)
@@ -238,7 +251,9 @@ def rms_norm_quantize(
     return _quantize(_Source("rms_norm", x, gain, eps, bool(gain_offset)), matrix, *how)
 
 
-def silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Operands:
+def silu_mul_quantize(
+    gate: torch.Tensor, up: torch.Tensor, matrix: torch.Tensor | None, *how: *OperatorNumbers
+) -> Operands:
     if _by_torch(matrix):
         return cpu_ops.silu_mul_quantize(gate, up, matrix, *how)
     require_quantizer("silu_mul_quantize", True, gate, matrix, *how, up=up)
@@ -262,7 +277,7 @@ def gemm(
 
 def linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: Any,
+    matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         return gemm(*cpu_ops.quantize(x, matrix, *how), packed, scale, bias, x.shape[0], n, x.dtype)
@@ -273,7 +288,7 @@ def linear(
 
 def rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: Any,
+    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         operands = cpu_ops.rms_norm_quantize(x, gain, eps, gain_offset, matrix, *how)
@@ -286,7 +301,7 @@ def rms_norm_linear(
 
 def silu_mul_linear(
     gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: Any,
+    matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         operands = cpu_ops.silu_mul_quantize(gate, up, matrix, *how)

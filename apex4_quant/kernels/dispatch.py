@@ -74,7 +74,8 @@ def warn_of_dtype(dtype: torch.dtype) -> None:
 
 def warn_of_wide_groups(linears: Sequence[str], group_length: int) -> None:
     """Called where linears have a learned transform and groups of more than 128, which no kernel quantizes."""
-    others = f" and {len(linears) - 1} other linears have" if len(linears) > 1 else " has"
+    more = len(linears) - 1
+    others = f" and {more} other linear{'s' if more > 1 else ''} have" if more else " has"
     _warn(
         f"{linears[0]}{others} a learned transform with groups of {group_length}, and the kernels have learned transforms with "
         "groups of 128 only",

@@ -7,12 +7,12 @@
 magnitude. A row's 16-byte chunks are permuted as index.cuh says. Rows from M on are padding and may hold anything.
 
 The `require_` functions are what the operators of ops.py ask of their operands, on every device and when they are traced: a
-kernel reads memory by the shapes that it is told. What does not depend on the number of rows is checked once.
+kernel reads memory by the shapes that it is told.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import weakref
 from typing import NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -25,6 +25,7 @@ from .index import index_function
 Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # codes and scales
 
 FORMATS = ("sm80", "sm90")
+HALVES = (torch.bfloat16, torch.float16)  # the dtypes of inputs that kernels read
 CHUNK = 16  # bytes
 ROW_BYTES = {"sm80": BLOCK // 2, "sm90": BLOCK}
 
@@ -94,52 +95,26 @@ WEIGHT_TILE_BYTES = KERNEL_TILE_N * BLOCK // 2  # of 64 output features of one b
 MATRIX_ELEMENTS = BLOCK * BLOCK
 
 
-class _Kind(NamedTuple):
-    """What is checked of a tensor once, however often it comes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: int  # -1: CPU
-    dense: bool
-
-
-def _kind(tensor: torch.Tensor) -> _Kind:
-    return _Kind(tensor.shape, tensor.dtype, tensor.get_device(), tensor.is_contiguous())
-
-
 def _refuse(operator: str, argument: str, got: object, needed: str) -> NoReturn:
-    if isinstance(got, torch.Size):
-        got = list(got)
     raise Apex4Error(f"apex4.{operator}: {argument} is {got}, and {needed} is needed")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def require_quantizer(
     operator: str, kernels: bool, x: torch.Tensor, matrix: torch.Tensor | None, k_padded: int, group: int, clip: float,
     hadamard: bool, format: str, gain: torch.Tensor | None = None, up: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Raise Apex4Error, naming operator and argument, if x cannot be quantized so. `kernels`: by kernels, on a GPU, which
-    read less than PyTorch operations do. `gain` and `up`: what is fused with it."""
-    if x.dim() != 2:
-        _refuse(operator, "the input's shape", x.shape, "[M, K]")
-    if up is not None and (up.shape != x.shape or up.dtype != x.dtype or up.device != x.device):
-        _refuse(
-            operator,
-            "up",
-            f"{up.dtype} {list(up.shape)} on {up.device}",
-            f"the gate's {x.dtype} {list(x.shape)} on {x.device}",
-        )
-    check = _check_quantizer if type(x) is torch.Tensor else _check_quantizer.__wrapped__  # shapes may be symbols
-    check(
-        operator, kernels, x.shape[1], x.dtype, x.get_device(), k_padded, group, clip, format,
-        None if matrix is None else _kind(matrix), None if gain is None else _kind(gain),
-    )  # fmt: skip
+    """Raise Apex4Error, naming operator and argument, if x cannot be quantized so.
 
-
-@lru_cache(maxsize=4096)
-def _check_quantizer(
-    operator: str, kernels: bool, k: int, dtype: torch.dtype, device: int, k_padded: int, group: int, clip: float, format: str,
-    matrix: _Kind | None, gain: _Kind | None,
-) -> None:  # fmt: skip
+    `kernels`: by kernels, on a GPU, which read less than PyTorch operations do. `gain` and `up`: what is fused with it.
+    """
+    shape = x.shape
+    if len(shape) != 2:
+        _refuse(operator, "the input's shape", list(shape), "[M, K]")
+    k = shape[1]
     if format not in FORMATS:
         _refuse(operator, "format", repr(format), f"one of {', '.join(FORMATS)}")
     if group < BLOCK or group % BLOCK:
@@ -150,52 +125,85 @@ def _check_quantizer(
         )
     if not clip > 0:
         _refuse(operator, "clip", clip, "more than 0")
-    if kernels and dtype not in (torch.bfloat16, torch.float16):
-        _refuse(operator, "the input's dtype", dtype, "bfloat16 or float16")
-    if gain is not None and (gain.shape != (k,) or gain.dtype != dtype or gain.device != device or not gain.dense):
-        _refuse(operator, "gain", f"{gain.dtype} {list(gain.shape)}", f"{dtype} {[k]} without gaps, beside the input,")
+    if kernels and x.dtype not in HALVES:
+        _refuse(operator, "the input's dtype", x.dtype, "bfloat16 or float16")
+    if gain is not None:
+        _require(operator, "gain", gain, x, x.dtype, (k,))
+    if up is not None and (up.shape != shape or up.dtype != x.dtype or up.get_device() != x.get_device()):
+        _refuse(operator, "up", _described(up), f"{_described(x)} beside the gate, as that is,")
     if matrix is not None:
-        if matrix.device != device or not matrix.dense:
-            _refuse(operator, "matrix", f"{matrix.dtype} {list(matrix.shape)}", "one without gaps, beside the input,")
-        _check_matrix(operator, matrix, k_padded // BLOCK, dtype if kernels and group == BLOCK else None)
+        _require_matrix(operator, matrix, x, k_padded // BLOCK, kernels and group == BLOCK)
 
 
-def _check_matrix(operator: str, matrix: _Kind, blocks: int, prepacked: torch.dtype | None) -> None:
-    """`prepacked`: the dtype in which kernels read it; None: as it is stored."""
-    got = f"{matrix.dtype} {list(matrix.shape)}"
-    if prepacked is None:
-        if matrix.shape != (blocks, BLOCK, BLOCK):
-            _refuse(operator, "matrix", got, f"float16 {[blocks, BLOCK, BLOCK]}")
-    elif matrix.shape not in ((1, MATRIX_ELEMENTS), (blocks, MATRIX_ELEMENTS)) or matrix.dtype != prepacked:
-        _refuse(operator, "matrix", got, f"{prepacked} [1 or {blocks}, {MATRIX_ELEMENTS}] of prepack_matrix")
+def _require(
+    operator: str, argument: str, tensor: torch.Tensor, beside: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:  # fmt: skip
+    if (
+        tensor.shape != shape or tensor.dtype != dtype or tensor.get_device() != beside.get_device()
+        or not tensor.is_contiguous()
+    ):  # fmt: skip
+        _refuse(operator, argument, _described(tensor), f"{dtype} {list(shape)} without gaps, beside the input,")
+
+
+def _require_matrix(operator: str, matrix: torch.Tensor, x: torch.Tensor, blocks: int, prepacked: bool) -> None:
+    if not prepacked:
+        _require(operator, "matrix", matrix, x, matrix.dtype, (blocks, BLOCK, BLOCK))
+    else:  # one for all blocks, or one for each
+        _require(operator, "matrix", matrix, x, x.dtype, (1 if len(matrix) == 1 else blocks, MATRIX_ELEMENTS))
+
+
+class _Weights(NamedTuple):
+    """Weights that were found to belong together, and with what."""
+
+    packed: weakref.ref[torch.Tensor]
+    scale: weakref.ref[torch.Tensor]
+    bias: weakref.ref[torch.Tensor] | None
+    n: int
+    k_padded: int
+    group: int
+    device: int
+
+
+_found_right: dict[int, _Weights] = {}  # by the id of weight_packed, as long as that lives
 
 
 def require_weights(
     operator: str, x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
     matrix: torch.Tensor | None, k_padded: int, group: int, *_: object,
 ) -> None:  # fmt: skip
-    """Raise Apex4Error if the weights do not belong to such an input, or have fewer than `n` outputs."""
-    check = _check_weights if type(x) is torch.Tensor else _check_weights.__wrapped__
-    of_bias = None if bias is None else _kind(bias)
-    check(operator, x.get_device(), _kind(packed), _kind(scale), of_bias, n, k_padded // BLOCK, k_padded // group)
+    """Raise Apex4Error if the weights do not belong to such an input, or have fewer than `n` outputs.
+
+    A model calls with the same tensors again and again: what was found right of them is not looked at again.
+    """
+    found = _found_right.get(id(packed))
+    if (
+        found is not None
+        and found.packed() is packed
+        and found.scale() is scale
+        and (found.bias is None if bias is None else found.bias is not None and found.bias() is bias)
+        and found[3:] == (n, k_padded, group, packed.get_device())
+        and found.device == x.get_device()
+    ):
+        return
+    _require_weights(operator, x, packed, scale, bias, n, k_padded // BLOCK, k_padded // group)
+    if type(x) is torch.Tensor:  # and no stand-in of a trace
+        key = id(packed)
+        gone = weakref.ref(packed, lambda _: _found_right.pop(key, None))
+        of_bias = None if bias is None else weakref.ref(bias)
+        _found_right[key] = _Weights(gone, weakref.ref(scale), of_bias, n, k_padded, group, packed.get_device())
 
 
-@lru_cache(maxsize=4096)
-def _check_weights(
-    operator: str, device: int, packed: _Kind, scale: _Kind, bias: _Kind | None, n: int, blocks: int, groups: int
-) -> None:
-    def require(argument: str, kind: _Kind, dtype: torch.dtype, *shape: int) -> None:
-        if kind.shape != shape or kind.dtype != dtype or kind.device != device or not kind.dense:
-            needed = f"{dtype} {list(shape)} without gaps, beside the input,"
-            _refuse(operator, argument, f"{kind.dtype} {list(kind.shape)}", needed)
-
-    tiles = packed.shape[0] if packed.shape else 0
-    require("weight_packed", packed, torch.uint8, tiles, blocks, WEIGHT_TILE_BYTES)
-    require("weight_scale", scale, torch.float16, tiles, groups, KERNEL_TILE_N)
+def _require_weights(
+    operator: str, x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int, blocks: int,
+    groups: int,
+) -> None:  # fmt: skip
+    tiles = packed.shape[0] if packed.dim() else 0
+    _require(operator, "weight_packed", packed, x, torch.uint8, (tiles, blocks, WEIGHT_TILE_BYTES))
+    _require(operator, "weight_scale", scale, x, torch.float16, (tiles, groups, KERNEL_TILE_N))
     if not 0 < n <= tiles * KERNEL_TILE_N:
         _refuse(operator, "n", n, f"1 to the {tiles * KERNEL_TILE_N} outputs of weight_packed")
     if bias is not None:
-        require("bias", bias, torch.float32, n)
+        _require(operator, "bias", bias, x, torch.float32, (n,))
 
 
 def require_gemm(
@@ -203,32 +211,14 @@ def require_gemm(
     bias: torch.Tensor | None, m: int, n: int,
 ) -> None:  # fmt: skip
     """Raise Apex4Error if these are no operands of m tokens and weights of n outputs that belong together."""
-    codes_kind, scales_kind = _kind(codes), _kind(scales)
-    whole = type(codes) is torch.Tensor
-    check = _check_codes if whole else _check_codes.__wrapped__
-    check(operator, codes_kind, scales_kind)
-    if whole and not 0 <= m <= codes_kind.shape[1]:
-        _refuse(operator, "m", m, f"0 to the {codes_kind.shape[1]} rows of codes")
-    check = _check_weights if whole else _check_weights.__wrapped__
-    of_bias = None if bias is None else _kind(bias)
-    blocks, groups = codes_kind.shape[0], scales_kind.shape[0]
-    check(operator, codes_kind.device, _kind(packed), _kind(scale), of_bias, n, blocks, groups)
-
-
-@lru_cache(maxsize=4096)
-def _check_codes(operator: str, codes: _Kind, scales: _Kind) -> None:
-    got = f"{codes.dtype} {list(codes.shape)}"
-    needed = f"uint8 [K / {BLOCK}, rows, {' or '.join(map(str, ROW_BYTES.values()))}] without gaps"
-    if (
-        len(codes.shape) != 3
-        or codes.shape[2] not in ROW_BYTES.values()
-        or codes.dtype != torch.uint8
-        or not codes.dense
-    ):
-        _refuse(operator, "codes", got, needed)
-    got = f"{scales.dtype} {list(scales.shape)}"
-    if (
-        len(scales.shape) != 2 or scales.shape[1] != codes.shape[1] or scales.dtype != torch.float32 or not scales.dense
-        or scales.device != codes.device or scales.shape[0] < 1 or codes.shape[0] % scales.shape[0]
-    ):  # fmt: skip
-        _refuse(operator, "scales", got, f"float32 [groups of {codes.shape[0]} blocks, {codes.shape[1]}] beside codes")
+    shape, groups = codes.shape, scales.shape[0] if scales.dim() else 0
+    if len(shape) != 3 or shape[2] not in ROW_BYTES.values() or codes.dtype != torch.uint8 or not codes.is_contiguous():
+        needed = f"torch.uint8 [K / {BLOCK}, rows, {' or '.join(map(str, ROW_BYTES.values()))}] without gaps"
+        _refuse(operator, "codes", _described(codes), needed)
+    blocks, rows, _ = shape
+    if groups < 1 or blocks % groups:
+        _refuse(operator, "scales", _described(scales), f"torch.float32 [groups of {blocks} blocks, {rows}]")
+    _require(operator, "scales", scales, codes, torch.float32, (groups, rows))
+    if type(codes) is torch.Tensor and not 0 <= m <= rows:  # in a trace both may be symbols
+        _refuse(operator, "m", m, f"0 to the {rows} rows of codes")
+    require_weights(operator, codes, packed, scale, bias, n, None, blocks * BLOCK, blocks // groups * BLOCK)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.operands import HALVES
 from .call_scope import CallScope
 from .fused_inputs import Gate, Normed
-from .linear import HALVES, Apex4Linear
+from .linear import Apex4Linear
 from .observers import Observers, has_own_forward
 
 ATTRIBUTE = "apex4_deferring"  # of the module

@@ -32,11 +32,10 @@ from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels import dispatch, ops, torch_backend
 from ..kernels.activation_quantization import ActivationQuantization, OperatorArguments
+from ..kernels.operands import HALVES
 from ..kernels.quantize.configs import prepack_matrix
 from ..private_names import is_offloaded, offloaded_tensor
 from .fused_inputs import KernelWeights, LinearInput, Plain
-
-HALVES = (torch.bfloat16, torch.float16)  # what the kernels read and write
 
 # Held while tensors are put in order for the kernels, which the first calls of a model may ask for in several threads.
 PREPARING = threading.RLock()
@@ -206,6 +205,8 @@ class Apex4Linear(nn.Module):
                 self._prepared_on = device
             elif self.weight_packed.device == device:
                 self.prepare(kernel)
+            if self.quantizes_by_torch:
+                dispatch.warn_of_wide_groups([f"a linear ({self.extra_repr()})"], self.format.group_length)
 
     @torch.inference_mode(False)
     def _renew(self) -> None:
@@ -222,6 +223,11 @@ class Apex4Linear(nn.Module):
         self.prepacked = {}
         if self.shared is not None:
             self.shared.stale = True
+
+    @property
+    def quantizes_by_torch(self) -> bool:
+        """Whether this linear's input is quantized by PyTorch operations though it has kernels: none takes such groups."""
+        return self.kernel is not None and self.format.transform.is_learned and self.format.group_length != BLOCK
 
     def take_transform_from(self, owner: Apex4Linear) -> None:
         """Use the dense transform that `owner`, which reads the same input, stores."""

@@ -44,7 +44,8 @@ def prepare_model(
     decides. May be called again at any time; what an earlier call has set up is taken away first.
     """
     fuse = fusing_is_asked() if fuse is None else fuse
-    for module in model.modules():
+    by_torch: list[tuple[str, Apex4Linear]] = []
+    for name, module in model.named_modules():
         CallScope.remove_from(module)
         deferring = getattr(module, DEFERRING, None)
         if isinstance(deferring, Deferring):
@@ -54,6 +55,10 @@ def prepare_model(
                 module.shared.detach()
             if module.weight_packed.device.type != "meta":
                 module.prepare(kernel or dispatch.kernel_format(module.weight_packed.device))
+            if module.quantizes_by_torch:
+                by_torch.append((name, module))
+    if by_torch:
+        dispatch.warn_of_wide_groups([name for name, _ in by_torch], by_torch[0][1].format.group_length)
     if family is None or not fuse:
         return
     config = model.config.to_dict()

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apex4_quant.errors import UsageError
 from apex4_quant.models.families import FAMILIES
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.nn.prepare import prepare_model
@@ -321,34 +320,3 @@ def test_a_forward_of_somebody_else_stays(small_llama: Make, expected: torch.Ten
     assert fused_in(model) == (3, 2)
     prepare_model(model, None, None)
     assert norm.forward is counting and torch.equal(logits_of(model), expected)
-
-
-# ---- the switch ------------------------------------------------------------------------------------------------------
-
-
-def test_the_switch(small_llama: Make, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_llama()
-    layers = model.model.layers
-
-    def fuses() -> bool:
-        assert torch.equal(logits_of(model), expected)
-        with Operators() as operators:
-            logits_of(model)
-        assert operators.count in ({"linear": 14}, {"rms_norm_linear": 4, "silu_mul_linear": 2, "linear": 2})
-        return operators.count["linear"] == 2
-
-    prepare_model(model, LLAMA, "sm90", fuse=False)
-    assert not fuses() and layers[0].self_attn.q_proj.shared is None
-    prepare_model(model, LLAMA, "sm90")
-    assert fuses()
-    monkeypatch.setenv("APEX4_FUSE", "0")
-    prepare_model(model, LLAMA, "sm90")
-    assert not fuses()
-    prepare_model(model, LLAMA, "sm90", fuse=True)
-    assert fuses()
-    monkeypatch.setenv("APEX4_FUSE", "1")
-    prepare_model(model, LLAMA, "sm90")
-    assert fuses()
-    monkeypatch.setenv("APEX4_FUSE", "no")
-    with pytest.raises(UsageError, match=r"APEX4_FUSE=no is not known: give 0"):
-        prepare_model(model, LLAMA, "sm90")

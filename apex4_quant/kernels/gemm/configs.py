@@ -7,17 +7,17 @@ below; winners that `apex4 kernels tune` measured on this kind of GPU come befor
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from ...environment import GEMM as VARIABLE
 from ...errors import UsageError
 from ...format.layouts import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
+from ...private_names import environment_variable
 from . import tuned
 
-VARIABLE = "APEX4_GEMM"
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
 _LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
 DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share the input features of one tile of weights
@@ -317,9 +317,17 @@ class PlanSource(NamedTuple):
     winners: int  # tuned.generation
 
 
+_forced_plan = environment_variable(VARIABLE)
+_last_source = PlanSource(None, 0)
+
+
 def plan_source() -> PlanSource:
     """As it is now: the environment and the winners may change at any time."""
-    return PlanSource(os.environ.get(VARIABLE) or None, tuned.generation())
+    global _last_source
+    last, forced, winners = _last_source, _forced_plan() or None, tuned.generation()
+    if last.forced != forced or last.winners != winners:
+        _last_source = last = PlanSource(forced, winners)
+    return last
 
 
 def choose_gemm(
