@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...environment import GEMM as VARIABLE
 from ...errors import UsageError
-from ...format.layouts import KERNEL_TILE_N
+from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ...private_names import environment_variable
 from . import tuned
