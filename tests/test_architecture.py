@@ -42,7 +42,7 @@ KERNELS_ORDER: tuple[tuple[str, ...], ...] = (
     ("*",),
     ("quantize",),
     ("gemm", "sweeps"),  # some GEMMs quantize what they read
-    ("catalogue", "dispatch", "torch_backend", "ops"),
+    ("catalogue", "cpu_ops", "cuda_ops", "ops"),
     ("analysis",),
 )
 MOST_FILES = 13  # of Python, in one package, its __init__.py counted
@@ -69,7 +69,6 @@ TESTED_IN: dict[str, dict[str, str]] = {
         "checkpoint/check.py": "test_bad_models.py",
         "checkpoint/inspect.py": "test_cli.py",
         "checkpoint/load.py": "integrations/test_transformers.py",
-        "evaluation/evaluate.py": "test_cli.py",
         "quantization/run.py": "quantization/test_restart.py",
         "quantization/run_state.py": "quantization/test_restart.py",
         "tools/kernel_build.py": "tools/test_doctor.py",
