@@ -59,10 +59,7 @@ TESTED_IN: dict[str, dict[str, str]] = {
         "kernels/quantize/launch.py": "kernels/quantize/test_quantize_kernels.py",
     },
     "what the operators read and choose is only seen in what they do": {
-        "kernels/dispatch.py": "kernels/test_ops.py",
         "kernels/gemm/fused_linear.py": "kernels/test_ops.py",
-        "kernels/operands.py": "kernels/test_ops.py",
-        "kernels/runtime/workspace.py": "kernels/test_ops.py",
         "kernels/gemm/tuned.py": "tools/test_tuning.py",
     },
     "the command or the run that it implements is tested as a whole": {
