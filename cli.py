@@ -158,6 +158,7 @@ def quantize(
         f"  relative output error of a linear: mean {summary['mean_relative_error']:.4f}, "
         f"largest {summary['max_relative_error']:.4f}"
     )
+    click.echo(f"  next: apex4 eval {out} --baseline {summary['model']} --record; apex4 publish {out} ORG/NAME")
 
 
 @cli.command()
@@ -206,6 +207,14 @@ def plan(out: Path | None, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
 
 
+def _recorder(path: str) -> Callable[[dict[str, Any]], object]:
+    """What keeps a result in the checkpoint `path`. Refuses a folder that cannot, before anything is measured."""
+    from apex4_quant.publishing.records import record_evaluation, require_recordable
+
+    require_recordable(path)
+    return lambda result: record_evaluation(path, result, sys.argv[1:])
+
+
 @cli.command("eval")
 @click.argument("path")
 @click.option("--baseline", metavar="MODEL", help="Measure this model too and print the difference.")
@@ -218,6 +227,7 @@ def plan(out: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--batch-size", default=8, show_default=True, help="For --tasks.")
 @click.option("--limit", type=int, help="At most so many windows of text and rows of each task.")
 @click.option("--throughput", is_flag=True, help="Measure tokens a second and memory instead.")
+@click.option("--record", is_flag=True, help="Keep the result in the checkpoint PATH, for 'apex4 card' and 'apex4 publish'.")
 @click.option("--batch", default=1, show_default=True, help="Requests at once, for --throughput.")
 @click.option("--prompt-len", default=512, show_default=True, help="Tokens of a prompt, for --throughput.")
 @click.option("--gen-len", default=128, show_default=True, help="Tokens of an answer, for --throughput.")
@@ -228,8 +238,11 @@ def plan(out: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
 @click.pass_context
 @_reports_errors
-def evaluate(context: click.Context, path: str, tasks: str, throughput: bool, as_json: bool, **options: Any) -> None:
+def evaluate(
+    context: click.Context, path: str, tasks: str, throughput: bool, record: bool, as_json: bool, **options: Any
+) -> None:
     """Perplexity and lm-eval tasks, or the speed, of PATH (a quantized or original model, or 'demo')."""
+    keep = _recorder(path) if record else None
     speed = {name: options.pop(name) for name in ("batch", "prompt_len", "gen_len")}
     given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     others = ("tasks", "text", "seq_len", "include_path", "batch_size", "limit") if throughput else tuple(speed)
@@ -243,12 +256,16 @@ def evaluate(context: click.Context, path: str, tasks: str, throughput: bool, as
 
         common = {name: options[name] for name in ("baseline", "device", "dtype")}
         measured = measure(ThroughputSettings(model=path, **common, **speed), _progress(as_json))
+        if keep:
+            keep(measured)
         click.echo(json.dumps(measured) if as_json else throughput_as_text(measured))
         return
     from apex4_quant.evaluation.evaluate import EvalSettings, evaluate, evaluation_as_text
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
     result = evaluate(EvalSettings(model=path, tasks=names, **options), _progress(as_json))
+    if keep:
+        keep(result)
     click.echo(json.dumps(result) if as_json else evaluation_as_text(result))
 
 
@@ -377,6 +394,64 @@ def list_kernels(archs: tuple[str, ...], as_json: bool) -> None:
     from apex4_quant.tools.kernel_build import kernels_as_dict, kernels_as_text
 
     click.echo(json.dumps(kernels_as_dict(archs)) if as_json else kernels_as_text(archs))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--repository", metavar="ORG/NAME", help="Where it will be published, for the commands that load it.")
+@click.option("--base-model", metavar="ORG/NAME[@REVISION]", help="The original, where it was quantized from a folder.")
+@click.option("--license", "licence", help="Hub identifier of the licence.  [default: the original's]")
+@click.option("--pictures", is_flag=True, help="Draw them too (needs matplotlib: pip install 'apex4-quant[report]').")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def card(path: Path, as_json: bool, **options: Any) -> None:
+    """Write the model card, README.md, of the checkpoint PATH; hand-written text in it stays."""
+    from apex4_quant.publishing.card import write_card
+
+    result = write_card(path, **options)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{result['card']}: {'written' if result['changed'] else 'unchanged'}, {result['records']} measurements")
+    if result["license"] is None:
+        click.echo("  the licence is not known: give --license, or 'apex4 publish' will refuse", err=True)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@_reports_errors
+def report(path: Path, out: Path, as_json: bool) -> None:
+    """Write one HTML page about the checkpoint PATH: measurements, errors of all linears, plan, pictures."""
+    from apex4_quant.publishing.report import write_report
+
+    result = write_report(path, out)
+    click.echo(json.dumps(result) if as_json else f"{out}: {result['linears']} linears, {result['records']} measurements")
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make a private repository.")
+@click.option("--revision", metavar="BRANCH", help="Branch to publish to, made if there is none.  [default: main]")
+@click.option("--tag", help="Tag to set on the published commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--message", help="Of the commit.")
+@click.option("--no-eval", "without_records", is_flag=True, help="Publish although nothing was measured.")
+@click.option("--exist-ok", is_flag=True, help="Replace another model that the repository holds.")
+@click.option("--base-model", metavar="ORG/NAME[@REVISION]", help="The original, where it was quantized from a folder.")
+@click.option("--license", "licence", help="Hub identifier of the licence.  [default: the original's]")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+@_reports_errors
+def publish(path: Path, repository: str, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Check the checkpoint PATH, make its card and publish both on the Hub as ORG/NAME."""
+    from apex4_quant.publishing.publish import PublishSettings, publication_as_text, publish
+
+    settings = PublishSettings(path, repository, **options)
+    result = publish(settings, _progress(as_json), dry_run)
+    click.echo(json.dumps(result) if as_json else publication_as_text(result))
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..errors import Apex4Error, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (run_state.py)
 TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
@@ -77,6 +78,8 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file. Its bytes depend on the tensors alone."""
+    from safetensors.torch import save_file  # torch: most of this module does without it
+
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _atomic(path) as temporary:
         # One metadata entry only: safetensors writes several in a random order.

@@ -39,7 +39,7 @@ from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
 from ..hardware.gpus import resolve_target
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
-from ..models.source import INDEX_NAME, ModelSource
+from ..models.source import INDEX_NAME, ModelSource, hub_revision
 from ..models.tokenizers import load_tokenizer
 from ..nn.linear import Apex4Linear
 from ..nn.shared_input import share_input
@@ -604,6 +604,8 @@ class _Run:
                 for key in ("error", "activation_clip", "calibration_tokens", "fallback")
                 if key in record
             }
+        revision = hub_revision(self.source.folder)
+        plan |= {"model_revision": revision} if revision else {}
         return plan | {
             "versions": {
                 "apex4": __version__,
