@@ -207,12 +207,25 @@ def plan(out: Path | None, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(result.as_dict()) if as_json else result.as_text())
 
 
-def _recorder(path: str) -> Callable[[dict[str, Any]], object]:
+def _command_line(context: click.Context) -> list[str]:
+    """The command as it was given, without the program's name and without what only prints."""
+    words = [str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        if name == "as_json" or context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
+            continue
+        option = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
+        words += option if value is True else [*option, str(value)]
+    return words
+
+
+def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], object]:
     """What keeps a result in the checkpoint `path`. Refuses a folder that cannot, before anything is measured."""
     from apex4_quant.publishing.records import record_evaluation, require_recordable
 
     require_recordable(path)
-    return lambda result: record_evaluation(path, result, sys.argv[1:])
+    command = _command_line(context)
+    return lambda result: record_evaluation(path, result, command)
 
 
 @cli.command("eval")
@@ -227,7 +240,9 @@ def _recorder(path: str) -> Callable[[dict[str, Any]], object]:
 @click.option("--batch-size", default=8, show_default=True, help="For --tasks.")
 @click.option("--limit", type=int, help="At most so many windows of text and rows of each task.")
 @click.option("--throughput", is_flag=True, help="Measure tokens a second and memory instead.")
-@click.option("--record", is_flag=True, help="Keep the result in the checkpoint PATH, for 'apex4 card' and 'apex4 publish'.")
+@click.option(
+    "--record", is_flag=True, help="Keep the result in the checkpoint PATH, for 'apex4 card' and 'apex4 publish'."
+)
 @click.option("--batch", default=1, show_default=True, help="Requests at once, for --throughput.")
 @click.option("--prompt-len", default=512, show_default=True, help="Tokens of a prompt, for --throughput.")
 @click.option("--gen-len", default=128, show_default=True, help="Tokens of an answer, for --throughput.")
@@ -242,7 +257,7 @@ def evaluate(
     context: click.Context, path: str, tasks: str, throughput: bool, record: bool, as_json: bool, **options: Any
 ) -> None:
     """Perplexity and lm-eval tasks, or the speed, of PATH (a quantized or original model, or 'demo')."""
-    keep = _recorder(path) if record else None
+    keep = _recorder(context, path) if record else None
     speed = {name: options.pop(name) for name in ("batch", "prompt_len", "gen_len")}
     given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     others = ("tasks", "text", "seq_len", "include_path", "batch_size", "limit") if throughput else tuple(speed)
@@ -427,7 +442,9 @@ def report(path: Path, out: Path, as_json: bool) -> None:
     from apex4_quant.publishing.report import write_report
 
     result = write_report(path, out)
-    click.echo(json.dumps(result) if as_json else f"{out}: {result['linears']} linears, {result['records']} measurements")
+    click.echo(
+        json.dumps(result) if as_json else f"{out}: {result['linears']} linears, {result['records']} measurements"
+    )
 
 
 @cli.command()

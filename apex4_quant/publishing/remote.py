@@ -31,11 +31,12 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -176,7 +177,7 @@ class Hub:
                 found = self._call(
                     f"{path} is read", hf_hub_download, self.repository, path, revision=revision, local_dir=folder
                 )
-            except EntryNotFoundError:
+            except RemoteEntryNotFoundError:
                 return None
             return Path(found).read_text("utf-8", errors="replace")
 
@@ -281,7 +282,7 @@ class Hub:
             except (
                 RepositoryNotFoundError,
                 RevisionNotFoundError,
-                EntryNotFoundError,
+                RemoteEntryNotFoundError,
                 LocalTokenNotFoundError,
             ) as error:
                 if not (
@@ -382,8 +383,9 @@ class _Told(io.FileIO):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """huggingface_hub wraps a failed upload of one file into a RuntimeError."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+    """huggingface_hub wraps a failed upload into a RuntimeError, and a failed download into one that says that the file
+    is not in the cache."""
+    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -394,6 +396,8 @@ def _status(error: BaseException) -> int | None:
 
 def _is_network(error: BaseException) -> bool:
     """Transport errors of httpx, under whichever name huggingface_hub uses it, and of the socket beneath."""
+    if isinstance(error, HfHubHTTPError):  # an answer, though its class is one of httpx too
+        return False
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(modules & {"httpx", "httpx2", "httpcore", "httpcore2"}) or isinstance(
         error, ConnectionError | TimeoutError
@@ -407,7 +411,8 @@ def _wait(error: BaseException, attempt: int) -> float | None:
         assert isinstance(error, HfHubHTTPError)
         asked = error.response.headers.get("Retry-After", "")
         return float(asked) if asked.isdigit() else float(2 ** (attempt - 1))
-    return float(2 ** (attempt - 1)) if _is_network(error) else None
+    passes = _is_network(error) and not isinstance(error, OfflineModeIsEnabled)
+    return float(2 ** (attempt - 1)) if passes else None
 
 
 def _reason(error: BaseException) -> str:
