@@ -159,6 +159,18 @@ def errors_by_layer(checkpoint: CheckpointFolder) -> dict[str, dict[int, float]]
     }
 
 
+def choices_by_layer(checkpoint: CheckpointFolder) -> dict[str, dict[int, str]]:
+    """{kind of linear: {layer: "group size, transform"}}."""
+    found: dict[str, dict[int, str]] = {}
+    for entry in checkpoint.report["quantized"]:
+        match = _LAYER.search("." + entry["name"])
+        if match is not None:
+            kind = _EXPERT.sub(".experts.", "." + match[2]).lstrip(".")
+            transform = entry.get("transform", checkpoint.quantization.get("transform", "none"))
+            found.setdefault(kind, {})[int(match[1])] = f"{entry['group_size']}, {transform}"
+    return found
+
+
 def errors(checkpoint: CheckpointFolder) -> list[float]:
     return [float(entry["error"]) for entry in checkpoint.report["quantized"] if entry.get("error") is not None]
 

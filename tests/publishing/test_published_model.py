@@ -108,7 +108,9 @@ def test_the_revision_of_the_original_is_recorded(
     at_hub: HubServer, tiny_model: Callable[..., Path], calib: Path, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:
     base = tiny_model()
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE.txt\nlanguage: [no]\n---\n")
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE.txt\nlanguage: [no]\n---\n"
+    )
     store = at_hub.store
     store.create("acme/tiny", private=False)
     lines = [{"key": "header", "value": {"summary": "model"}}] + [
@@ -117,7 +119,20 @@ def test_the_revision_of_the_original_is_recorded(
     commit = store.commit("acme/tiny", "main", lines, create_pr=False)["oid"]
     again = [lines[0], {"key": "file", "value": {"path": "config.json", "content": b"{}"}}]
     store.commit("acme/tiny", "main", again, create_pr=False)  # the branch goes on, and is no model any more
-    small = ("--calib", calib, "--samples", 2, "--seq-len", 32, "--target", "none", "--recipe", "rtn", "--device", "cpu")
+    small = (
+        "--calib",
+        calib,
+        "--samples",
+        2,
+        "--seq-len",
+        32,
+        "--target",
+        "none",
+        "--recipe",
+        "rtn",
+        "--device",
+        "cpu",
+    )
     made = invoke("quantize", f"acme/tiny@{commit[:8]}", "-o", tmp_path / "out", *small)
     assert made.exit_code == 0, made.stderr
     assert "apex4 publish" in made.stdout.splitlines()[-1]
