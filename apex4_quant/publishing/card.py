@@ -89,6 +89,14 @@ def write_card(
     }
 
 
+def card_as_text(result: dict[str, Any]) -> str:
+    """What the command prints for people."""
+    line = f"{result['card']}: {'written' if result['changed'] else 'unchanged'}, {result['records']} measurements"
+    if result["license"] is None:
+        line += "\n  the licence is not known: give --license, or 'apex4 publish' will refuse"
+    return line
+
+
 def handwritten(card: str) -> str:
     """What a person wrote of a card: its text without ours."""
     return _BLOCK.sub("", read_metadata(card)[1]).strip()

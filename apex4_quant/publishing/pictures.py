@@ -1,4 +1,4 @@
-"""Pictures of a checkpoint, as SVG text: the same bytes for the same numbers. Needs matplotlib (the extra `report`)."""
+"""Pictures of a checkpoint, as SVG text: the same bytes for the same numbers. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw(checkpoint: CheckpointFolder) -> dict[str, str]:
     try:
         import matplotlib
     except ImportError as error:
-        raise UsageError("pictures need matplotlib: pip install 'apex4-quant[report]'") from error
+        raise UsageError("pictures need matplotlib: pip install 'apex4-quant[plot]'") from error
     with matplotlib.rc_context(_STYLE):
         drawn = {
             "output_error": _errors(facts.errors_by_layer(checkpoint)),

@@ -110,7 +110,7 @@ def test_refusals(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: 
         with pytest.raises(UsageError, match=sentence):
             write_report(folder, out)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"pictures need matplotlib: pip install 'apex4-quant.report.'"):
+    with pytest.raises(UsageError, match=r"pictures need matplotlib: pip install 'apex4-quant.plot.'"):
         write_report(folder, tmp_path / "report.html")
 
 
