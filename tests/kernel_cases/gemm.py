@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.layouts import KERNEL_TILE_N, get_layout
 from apex4_quant.format.number_format import BLOCK, CODE_MAX
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.gemm import configs as gemm_configs
@@ -169,7 +169,7 @@ def partial_sums(launch: Launch) -> torch.Tensor:
     thread = torch.arange(config.threads if config.family == "sm80" else 128, device=launch.y.device)
     lane, warp = thread % 32, thread // 32
     row_of, column_of = index_function("accumulator_row"), index_function("accumulator_column")
-    tile_n = config.tile_n if config.family == "sm80" else gemm_configs.WEIGHT_TILE_N
+    tile_n = config.tile_n if config.family == "sm80" else KERNEL_TILE_N
     tiles = launch.partial.reshape(-1, plan.parts, config.tile_m * tile_n // (4 * len(thread)), len(thread), 4)[
         :, :parts
     ]
