@@ -211,7 +211,7 @@ def test_eval_json_with_baseline_and_bundled_tasks(run_cli: Call, demo_checkpoin
     assert 5 < result["baseline_perplexity"] < result["perplexity"] < 4096**0.75
     for found in (result["tasks"], result["baseline_tasks"]):
         assert set(found) == {"apex4_choice", "apex4_lastword"}
-        assert {"acc", "acc_norm"} <= set(found["apex4_choice"])
+        assert {"acc", "acc_norm"} <= set(found["apex4_choice"]) and found["apex4_choice"]["rows"] == 8
         assert 0 <= found["apex4_choice"]["acc"] <= 1 and found["apex4_lastword"]["perplexity"] > 1
     assert result["tasks"] != result["baseline_tasks"]
 

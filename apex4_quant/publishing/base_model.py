@@ -54,7 +54,7 @@ def base_model_of(checkpoint: CheckpointFolder, given: str | None = None, offlin
         hub_id = _id_of_snapshot(local)
     elif re.fullmatch(rf"{_HUB_ID}(@[\w./-]+)?", recorded):
         hub_id = recorded.partition("@")[0]
-    name = hub_id or ("the demo model that apex4 brings along" if recorded == DEMO else Path(recorded).name)
+    name = hub_id or ("The demo model of apex4" if recorded == DEMO else Path(recorded).name)
     card = _card(local, hub_id, revision, offline)
     metadata = read_metadata(card)[0] if card is not None else {}
     inherited = {key: metadata[key] for key in INHERITED if key in metadata}

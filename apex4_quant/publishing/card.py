@@ -7,7 +7,6 @@ the metadata that are none of ours. Every number comes from apex4_report.json, c
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -331,13 +330,12 @@ def _made_with(checkpoint: CheckpointFolder) -> list[str]:
 
 def _gpus(checkpoint: CheckpointFolder) -> list[str]:
     quant = checkpoint.quantization
-    return textwrap.wrap(
-        f"The codes are stored in the order `{quant.get('layout')}`, for {facts.packed_for(checkpoint)}. apex4 has kernels "
-        f"for {_KERNELS_FOR}: on each of them the model loads and is put into its order while it loads, which "
-        f"`apex4 repack` makes permanent. On any other GPU, and on a CPU, it computes the same through PyTorch operations, "
-        "slowly.",
-        120,
-    )
+    return [
+        f"The codes are stored in the order `{quant.get('layout')}`, for {facts.packed_for(checkpoint)}.",
+        f"apex4 has kernels for {_KERNELS_FOR}: on each of them the model is put into its order while it loads.",
+        "`apex4 repack` makes that permanent.",
+        "On any other GPU, and on a CPU, the model computes the same through PyTorch operations, slowly.",
+    ]
 
 
 def _limits(metadata: dict[str, Any]) -> list[str]:
@@ -349,7 +347,7 @@ def _limits(metadata: dict[str, Any]) -> list[str]:
         "* The KV cache is not quantized.",
     ]
     if licence:
-        lines.append(f"* The licence is that of the original, `{licence}`: its conditions hold for this model too.")
+        lines.append(f"* Licence: `{licence}`. What the original's licence asks for holds for this model too.")
     return lines
 
 

@@ -38,17 +38,20 @@ class Comparison:
     original: float | None
     stderr: float | None = None
     digits: int = 4
+    rows: int | None = None
+    of_both: bool = False  # a figure that compares the two: the original has none of its own
 
     def row(self) -> Row:
         """original | quantized | difference, as text."""
         spread = "" if self.stderr is None else f" ± {self.stderr:.{self.digits}f}"
         ours = f"{self.quantized:.{self.digits}f}{spread}"
+        name = self.name if self.rows is None else f"{self.name}, {self.rows} rows"
         if self.original is None:
-            return (self.name, "not measured", ours, "")
+            return (name, "" if self.of_both else "not measured", ours, "")
         difference = f"{self.quantized - self.original:+.{self.digits}f}"
         if self.original:
             difference += f" ({100 * (self.quantized / self.original - 1):+.2f} %)"
-        return (self.name, f"{self.original:.{self.digits}f}", ours, difference)
+        return (name, f"{self.original:.{self.digits}f}", ours, difference)
 
 
 def comparisons(record: dict[str, Any]) -> list[Comparison]:
@@ -58,30 +61,25 @@ def comparisons(record: dict[str, Any]) -> list[Comparison]:
     found = [
         Comparison("perplexity", "perplexity", text, result["perplexity"], result.get("baseline_perplexity")),
     ]
-    if result.get("divergence") is not None:
-        found.append(
-            Comparison(
-                "KL divergence from the original, nats a token",
-                "kl_divergence",
-                text,
-                result["divergence"],
-                None,
-                digits=5,
-            )
-        )
-    if result.get("top1_agreement") is not None:
-        found.append(
-            Comparison(
-                "most likely token as in the original, share", "top1_agreement", text, result["top1_agreement"], None
-            )
-        )
+    of_both = (
+        ("divergence", "KL divergence from the original, nats/token", "kl_divergence", 5),
+        ("top1_agreement", "same most probable token, share", "top1_agreement", 4),
+    )
+    found += [
+        Comparison(name, metric, text, result[key], None, digits=digits, of_both=True)
+        for key, name, metric, digits in of_both
+        if result.get(key) is not None
+    ]
     others = result.get("baseline_tasks") or {}
     for task, metrics in sorted((result.get("tasks") or {}).items()):
         for metric, value in metrics.items():
-            if metric.endswith("_stderr") or not isinstance(value, int | float) or metric == "sample_len":
+            if metric.endswith("_stderr") or not isinstance(value, int | float) or metric == "rows":
                 continue
+            rows = int(metrics["rows"]) if "rows" in metrics else None
             other = others.get(task, {}).get(metric)
-            found.append(Comparison(f"{task}: {metric}", metric, task, value, other, metrics.get(f"{metric}_stderr")))
+            found.append(
+                Comparison(f"{task}: {metric}", metric, task, value, other, metrics.get(f"{metric}_stderr"), rows=rows)
+            )
     return found
 
 

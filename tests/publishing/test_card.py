@@ -206,6 +206,32 @@ def test_an_edited_recipe_and_a_plan_are_in_the_command(checkpoint: Callable[...
     assert "--group-size" not in card and "--ignore '*.down_proj'" in card
 
 
+DATA = Path(__file__).parent / "data" / "demo-w4a4"
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "example_card.md"
+
+
+def test_the_example_is_what_the_code_makes() -> None:
+    """From the files of a real run. A change of the card is written down with
+
+    python -m apex4_quant card tests/publishing/data/demo-w4a4 --repository ORG/demo-w4a4 &&
+    mv tests/publishing/data/demo-w4a4/README.md docs/example_card.md
+    """
+    checkpoint = CheckpointFolder(DATA)
+    made = make_card(checkpoint, base_model_of(checkpoint), "ORG/demo-w4a4")
+    assert made == EXAMPLE.read_text("utf-8")
+    ModelCard(made).validate()
+
+
+def test_a_card_of_today_has_the_parts_of_the_example(demo_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo-w4a4"
+    folder.mkdir()
+    for name in ("config.json", "apex4_report.json"):
+        (folder / name).write_bytes((demo_checkpoint / name).read_bytes())
+    parts = re.findall(r"^## .*|^[a-z_-]+:", card_of(folder), re.MULTILINE)
+    example = re.findall(r"^## .*|^[a-z_-]+:", EXAMPLE.read_text("utf-8"), re.MULTILINE)
+    assert parts == [part for part in example if part != "model-index:"]
+
+
 @pytest.mark.parametrize("repository", [None, NAME])
 def test_making_a_card_twice_gives_the_same_bytes(checkpoint: Callable[..., Path], repository: str | None) -> None:
     folder = CheckpointFolder(checkpoint())

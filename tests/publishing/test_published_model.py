@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,13 @@ with torch.no_grad():
 """
 
 
+def readme_commands() -> list[list[str]]:
+    """The lines of the README's block that publishes, as words, with a namespace that the server knows."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    (block,) = [block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "apex4 publish" in block]
+    return [shlex.split(line) for line in block.replace("ORG/demo-w4a4", NAME).splitlines()]
+
+
 def python_block(card: str) -> str:
     (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     return str(block)
@@ -34,16 +42,20 @@ def test_from_a_measurement_to_a_process_that_loads_it_by_name(
     at_hub: HubServer,
     published_demo: Path,
     invoke: Callable[..., Result],
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
     python: Callable[..., subprocess.Popen[str]],
-    hub_environment: dict[str, str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measured = invoke("eval", published_demo, "--baseline", "demo", "--limit", 2, "--seq-len", 64, "--device", "cpu",
-                      "--record", "--json")  # fmt: skip
+    quantize, evaluate, publish, load = readme_commands()
+    assert quantize == ["apex4", "quantize", "demo", "-o", "demo-w4a4"]  # which `published_demo` is
+    monkeypatch.chdir(tmp_path)
+    small = ("--limit", "2", "--seq-len", "64", "--device", "cpu", "--json")
+    measured = invoke(*evaluate[1:], *small)
     assert measured.exit_code == 0, measured.stderr
-    result = invoke("publish", published_demo, NAME, "--tag", "v1", "--json")
+    result = invoke(*publish[1:], "--tag", "v1", "--json")
     assert result.exit_code == 0, result.stderr
+    loaded = python(load[2])
+    assert (loaded.communicate(timeout=120), loaded.returncode) == (("", ""), 0)
     published = json.loads(result.stdout)
     card = at_hub.content(NAME, "README.md").decode()
     perplexity = json.loads(measured.stdout)["perplexity"]
@@ -100,7 +112,7 @@ def test_dry_run_needs_no_torch(
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     said, errors = python(code).communicate(timeout=60)
-    assert "would be made, public; licence apache-2.0" in said, errors
+    assert "would be made, public; licence other" in said, errors
     assert "Traceback" not in errors and not hub.writes()
 
 
