@@ -147,7 +147,8 @@ def test_quantize_for_people(invoke: Call, tiny_model: Call, calib: Path, tmp_pa
         "apex4-hadamard",
     )
     assert result.exit_code == 0
-    first, sizes, errors = result.stdout.splitlines()
+    first, sizes, errors, following = result.stdout.splitlines()
+    assert following == f"  next: apex4 eval {out} --baseline {model} --record; apex4 publish {out} ORG/NAME"
     assert first == f"{out}: 14 linears quantized; tensors kept: 3 outside the decoder layers, 4 not a linear weight"
     assert "4.125 bits per quantized weight" in sizes and "MB -> " in sizes
     assert "mean 0." in errors and "largest 0." in errors

@@ -29,7 +29,8 @@ with torch.no_grad():
 def readme_commands() -> list[list[str]]:
     """The lines of the README's block that publishes, as words, with a namespace that the server knows."""
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
-    (block,) = [block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "apex4 publish" in block]
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if "apex4 publish" in block]
     return [shlex.split(line) for line in block.replace("ORG/demo-w4a4", NAME).splitlines()]
 
 
