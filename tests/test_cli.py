@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_a_group_without_a_command_shows_its_help(group: tuple[str, ...], invoke
 # quantize
 
 
-def test_quantize_json(run_cli: Call, tiny_model: Call, calib: Path, tmp_path: Path) -> None:
+def test_quantize_json(run_cli: Call, invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) -> None:
     model, out = tiny_model(sharded=True), tmp_path / "out"
     options = ("--calib", calib, "--samples", 2, "--seq-len", 32, "--target", "RTX 3090", "--ignore", "layers.0.mlp.*")
     result = run_cli("quantize", model, "-o", out, *options, "--json")
@@ -127,7 +128,7 @@ def test_quantize_json(run_cli: Call, tiny_model: Call, calib: Path, tmp_path: P
         "lm_head",
         *(f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down")),
     ]
-    one_object(run_cli("check", out, "--json"))
+    one_object(invoke("check", out, "--json"))
 
 
 def test_quantize_for_people(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) -> None:
@@ -191,11 +192,13 @@ def test_dry_run(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) ->
 # eval
 
 
-def test_eval_json_with_baseline_and_bundled_tasks(run_cli: Call, demo_checkpoint: Path) -> None:
+def test_eval_json_with_baseline_and_bundled_tasks(
+    invoke: Call, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Offline: the bundled tasks and texts need no Hub."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
     tasks = ("--tasks", "apex4_choice,apex4_lastword", "--limit", 8)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    result = one_object(run_cli("eval", demo_checkpoint, "--baseline", "demo", *tasks, "--json", env=offline))
+    result = one_object(invoke("eval", demo_checkpoint, "--baseline", "demo", *tasks, "--json"))
     assert set(result) >= {
         "model",
         "perplexity",
