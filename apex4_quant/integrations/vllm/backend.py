@@ -14,26 +14,26 @@ from ...errors import Apex4Error
 from ...format.layouts import get_layout
 from ...kernels import dispatch, ops, torch_backend
 
-_library = torch.library.Library("apex4_vllm", "DEF")
+library = torch.library.Library("apex4_vllm", "DEF")
 _HOW = "Tensor? bias, Tensor? matrix, float clip, bool hadamard"
 for _schema in (
     f"cached_linear(Tensor x, Tensor weight, Tensor? scale, {_HOW}) -> Tensor",
     f"packed_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, int n, str layout, {_HOW}) -> Tensor",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.register_fake("apex4_vllm::cached_linear", lib=_library)
+@torch.library.register_fake("apex4_vllm::cached_linear", lib=library)
 def _(x, weight, scale, bias, matrix, clip, hadamard):
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
-@torch.library.register_fake("apex4_vllm::packed_linear", lib=_library)
+@torch.library.register_fake("apex4_vllm::packed_linear", lib=library)
 def _(x, weight_packed, weight_scale, n, layout, bias, matrix, clip, hadamard):
     return x.new_empty((x.shape[0], n))
 
 
-def _cached_linear(
+def cached_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
@@ -52,7 +52,7 @@ def _cached_linear(
     return y
 
 
-def _packed_linear(
+def packed_linear(
     x: torch.Tensor,
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -69,8 +69,8 @@ def _packed_linear(
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("cached_linear", _cached_linear, _device)
-    _library.impl("packed_linear", _packed_linear, _device)
+    library.impl("cached_linear", cached_linear, _device)
+    library.impl("packed_linear", packed_linear, _device)
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -17,6 +17,7 @@ from .backend import FloatBudget
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -68,11 +69,14 @@ class Apex4Config(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Raises Apex4Error for a layer whose members cannot run in one."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from .linear import Apex4LinearMethod
 
         self.has_published_names |= names.stored_name(prefix) != prefix
+        if isinstance(layer, RoutedExperts):
+            return self._method_of_experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None  # embeddings, heads and attention are vLLM's
         members = names.member_names(prefix, self.packed_modules_mapping)
@@ -85,3 +89,22 @@ class Apex4Config(QuantizationConfig):
                 f"vLLM runs {plain[0]}, which is not quantized, and {other}, which is, in one layer: quantize both or neither"
             )
         return Apex4LinearMethod(self, members)
+
+    def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        from .experts import Apex4MoEMethod
+
+        experts = names.stored_name(prefix)
+        linears = [
+            f"{experts}.{index}.{name}"
+            for index in range(layer.global_num_experts)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        ]
+        plain = [name for name in linears if name in self.kept]
+        if len(plain) == len(linears):
+            return None  # vLLM's own
+        if plain:
+            other = next(name for name in linears if name not in self.kept)
+            raise Apex4Error(
+                f"vLLM runs all experts of {experts} in one way, {plain[0]} is not quantized and {other} is: quantize all or none"
+            )
+        return Apex4MoEMethod(self, layer, prefix)

@@ -127,14 +127,18 @@ class Apex4LinearMethod(LinearMethodBase):
         """Check what was loaded and make it what the device computes with. Raises Apex4Error."""
         matrix = getattr(layer, "input_transform", None)
         if self.is_dummy:
-            self._fill(layer)
+            fill_randomly(self.stored, layer.weight_packed.data, layer.weight_scale.data, matrix)
         else:
             self.stored.require_complete()
             self.stored.require_legal(layer.weight_packed.data, layer.weight_scale.data, matrix)
         device = layer.weight_packed.device
         self.kernel = backend.kernel_of(device, self.dtype)
-        layer.apex4_bias = None if layer.bias is None else _constant(layer.bias.float())
-        layer.apex4_matrix = None if matrix is None else _constant(self._matrix(matrix.data))
+        layer.apex4_bias = None if layer.bias is None else constant(layer.bias.float())
+        layer.apex4_matrix = (
+            None
+            if matrix is None
+            else constant(kernel_matrix(matrix.data, self.kernel, self.padded_k, self.group, self.dtype))
+        )
         if matrix is not None:
             del layer.input_transform
         if self.kernel is not None:
@@ -149,13 +153,13 @@ class Apex4LinearMethod(LinearMethodBase):
     def _pack(self, layer: torch.nn.Module, layout_name: str) -> None:
         """Put the rows of all members one behind the other, in the named layout."""
         if layout_name == self.layout and self.stored.is_dense():
-            layer.weight_packed = _constant(layer.weight_packed.data)
-            layer.weight_scale = _constant(layer.weight_scale.data)
+            layer.weight_packed = constant(layer.weight_packed.data)
+            layer.weight_scale = constant(layer.weight_scale.data)
             return
         codes, scales = self.stored.codes_and_scales(layer.weight_packed.data, layer.weight_scale.data)
         layout = get_layout(layout_name)
-        layer.weight_packed = _constant(layout.pack(codes))
-        layer.weight_scale = _constant(layout.pack_scales(scales))
+        layer.weight_packed = constant(layout.pack(codes))
+        layer.weight_scale = constant(layout.pack_scales(scales))
         self.layout = layout_name
 
     def _keep_floats(self, layer: torch.nn.Module, device: torch.device) -> None:
@@ -164,34 +168,14 @@ class Apex4LinearMethod(LinearMethodBase):
         if self.is_cached:
             codes, scales = self.stored.codes_and_scales(layer.weight_packed.data, layer.weight_scale.data)
             weight, scale = torch_backend.grouped_weight(codes, scales)
-            layer.apex4_weight = _constant(weight.contiguous())
-            layer.apex4_weight_scale = None if scale is None else _constant(scale)
-            layer.weight_packed = _constant(layer.weight_packed.data)
-            layer.weight_scale = _constant(layer.weight_scale.data)
+            layer.apex4_weight = constant(weight.contiguous())
+            layer.apex4_weight_scale = None if scale is None else constant(scale)
+            layer.weight_packed = constant(layer.weight_packed.data)
+            layer.weight_scale = constant(layer.weight_scale.data)
         else:
             if device.type == "cpu":
                 logger.warning_once("apex4: the weights as float32 would take too much memory; unpacked at every call")
             self._pack(layer, self.layout)
-
-    def _matrix(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The learned transform, float16 as stored, as the operator that computes reads it."""
-        blocks = self.padded_k // BLOCK
-        if self.kernel is not None and self.group == BLOCK and matrix.device.type == "cuda":
-            return prepack_matrix(matrix, self.dtype)
-        matrix = matrix.expand(blocks, -1, -1).contiguous()
-        return matrix if self.kernel is not None else matrix.float()
-
-    def _fill(self, layer: torch.nn.Module) -> None:
-        """Random legal tensors, for vLLM's `--load-format dummy`: speed does not depend on what they are."""
-        packed, scale = layer.weight_packed.data, layer.weight_scale.data
-        matrix = getattr(layer, "input_transform", None)
-        if matrix is not None:
-            matrix.data.copy_(torch.randn_like(matrix.data, dtype=torch.float32) * BLOCK**-0.5)
-        layout = self.stored.first.format.layout
-        shape = len(packed) * layout.tile_n, self.padded_k
-        codes = torch.randint(-CODE_MAX, CODE_MAX + 1, shape, dtype=torch.int8, device=packed.device)
-        packed.copy_(layout.pack(codes))
-        scale.fill_(0.005)  # of weights with a standard deviation of 0.02
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N]; `bias` is the layer's or None (another rank adds it, or vLLM later)."""
@@ -214,5 +198,27 @@ class Apex4LinearMethod(LinearMethodBase):
         return y.view(*x.shape[:-1], self.n)
 
 
-def _constant(tensor: torch.Tensor) -> torch.nn.Parameter:
+def constant(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def kernel_matrix(
+    matrix: torch.Tensor, kernel: str | None, padded_k: int, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """A learned transform, float16 as stored, as the operator that computes reads it."""
+    if kernel is not None and group == BLOCK and matrix.device.type == "cuda":
+        return prepack_matrix(matrix, dtype)
+    matrix = matrix.expand(padded_k // BLOCK, -1, -1).contiguous()
+    return matrix if kernel is not None else matrix.float()
+
+
+def fill_randomly(
+    stored: StoredLinears, packed: torch.Tensor, scale: torch.Tensor, matrix: torch.Tensor | None
+) -> None:
+    """Legal tensors for vLLM's `--load-format dummy`: speed does not depend on what they are."""
+    if matrix is not None:
+        matrix.data.copy_(torch.randn_like(matrix.data, dtype=torch.float32) * BLOCK**-0.5)
+    layout = stored.first.format.layout
+    shape = len(packed) * layout.tile_n, stored.first.padded_k
+    packed.copy_(layout.pack(torch.randint(-CODE_MAX, CODE_MAX + 1, shape, dtype=torch.int8, device=packed.device)))
+    scale.fill_(0.005)  # of weights with a standard deviation of 0.02

@@ -77,15 +77,17 @@ class StoredLinears:
     The tensors are those of `shapes`; whoever owns them (parameters of a layer) passes them in.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], stores_transform: bool = True) -> None:
+        """`stores_transform`: whether a member that stores the transform of the input is loaded with it here."""
         self.members = tuple(members)
         _require_alike(self.members)
         self.first = self.members[0]
         self.loaded: set[tuple[ShardId, str]] = set()
         self.by_shard = {member.shard: member for member in self.members}
-        self.owner = next((member for member in self.members if member.format.transform_shape is not None), None)
-        kind = self.first.format.transform
-        if kind.is_learned and self.owner is None:
+        self.owner = None
+        if stores_transform:
+            self.owner = next((member for member in self.members if member.format.transform_shape is not None), None)
+        if stores_transform and self.first.format.transform.is_learned and self.owner is None:
             raise Apex4Error(
                 f"{self.first.name} takes its transform from {self.first.format.transform_from}, which vLLM runs in another "
                 "layer: the checkpoint cannot be served"
