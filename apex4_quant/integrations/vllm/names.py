@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ...models.families import FAMILIES, MIXTRAL_NAMES
 
+# What vLLM's layers of these names are where a model class does not say otherwise (Qwen3-MoE has dense layers and says nothing).
+USUAL_MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ROUTERS = tuple({f".{family.experts.router}" for family in FAMILIES.values() if family.experts is not None})
 
 
@@ -38,4 +40,4 @@ def member_names(prefix: str, packed_modules: Mapping[str, Sequence[str]]) -> li
     """
     parent, _, last = stored_name(prefix).rpartition(".")
     dot = "." if parent else ""
-    return [f"{parent}{dot}{name}" for name in packed_modules.get(last, [last])]
+    return [f"{parent}{dot}{name}" for name in packed_modules.get(last) or USUAL_MEMBERS.get(last, (last,))]
