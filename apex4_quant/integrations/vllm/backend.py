@@ -78,7 +78,7 @@ def kernel_of(device: torch.device, dtype: torch.dtype) -> str | None:
 
     Raises Apex4Error for a GPU without kernels, or a dtype that they do not read, unless APEX4_KERNEL=reference.
     """
-    if device.type != "cuda" or dispatch.reference_is_forced():
+    if dispatch.reference_is_forced() or device.type != "cuda":
         return None
     with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter("always")

@@ -58,7 +58,7 @@ class ExpertProducts:
                 )
         self.transform_loaded = False
         self.format = first.format
-        self.n, self.padded_k, self.group = self.linears[0].out_features, first.padded_k, first.group_length
+        self.n, self.padded_k, self.group = self.linears[0].out_features, first.padded_k, first.format.group_length
         self.layout = first.format.layout.name
         self.clips = [linear.first.format.activation_clip for linear in self.linears]
 

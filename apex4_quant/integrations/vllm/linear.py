@@ -108,7 +108,7 @@ class Apex4LinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         first = self.stored.first
         self.n, self.layout = self.stored.out_features, first.format.layout.name
-        self.padded_k, self.group = first.padded_k, first.group_length
+        self.padded_k, self.group = first.padded_k, first.format.group_length
         self.clip = first.format.activation_clip
         self.transform = first.format.transform
         self.hadamard = self.transform is TransformKind.HADAMARD

@@ -85,7 +85,12 @@ def cut_features(name: str, format: LinearFormat, rank: int, ranks: int) -> tupl
     """(first input feature, number of them) of this rank's part along K. Raises UsageError for a cut through a group."""
     if ranks == 1:
         return 0, format.in_features
-    unit = BLOCK if format.group_size == CHANNEL else format.group_length
+    unit = format.group_length
+    if format.group_size == CHANNEL:
+        raise UsageError(
+            f"{name} has one group for all of its {format.in_features} input features, which a tensor-parallel size of "
+            f"{ranks} cuts: give a tensor-parallel size of 1, or quantize with a group size of {BLOCK}"
+        )
 
     def fits(number: int) -> bool:
         return number == 1 or format.in_features % (number * unit) == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import Apex4Error
-from ...format.number_format import BLOCK, CHANNEL
+from ...format.number_format import BLOCK
 from ...format.quant_config import LinearFormat
 from ...format.transform_kind import TransformKind
 
@@ -49,19 +49,12 @@ class Member:
         return self.format.padded_k if self.is_whole else self.features[1]
 
     @property
-    def group_length(self) -> int:
-        """With one group per channel a rank quantizes its own part of the input with a scale of its own."""
-        return self.padded_k if self.format.group_size == CHANNEL else self.format.group_length
-
-    @property
     def blocks(self) -> slice:
         first = self.features[0] // BLOCK
         return slice(first, first + self.padded_k // BLOCK)
 
     @property
     def groups(self) -> slice:
-        if self.format.group_size == CHANNEL:
-            return slice(0, 1)
         first = self.features[0] // self.format.group_length
         return slice(first, first + self.padded_k // self.format.group_length)
 
@@ -103,7 +96,7 @@ class StoredLinears:
         layout = self.first.format.layout
         tiles = sum(part.stop - part.start for member in self.members for part in member.tiles)
         member = self.first
-        blocks, groups = member.padded_k // BLOCK, member.padded_k // member.group_length
+        blocks, groups = member.padded_k // BLOCK, member.padded_k // member.format.group_length
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight_packed": ((tiles, blocks, layout.tile_n * BLOCK // 2), torch.uint8),
             "weight_scale": ((tiles, groups, layout.tile_n), torch.float16),
