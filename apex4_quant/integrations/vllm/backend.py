@@ -24,12 +24,12 @@ for _schema in (
 
 
 @torch.library.register_fake("apex4_vllm::cached_linear", lib=library)
-def _(x, weight, scale, bias, matrix, clip, hadamard):
+def _(x: torch.Tensor, weight: torch.Tensor, *how: object) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
 @torch.library.register_fake("apex4_vllm::packed_linear", lib=library)
-def _(x, weight_packed, weight_scale, n, layout, bias, matrix, clip, hadamard):
+def _(x: torch.Tensor, weight_packed: torch.Tensor, weight_scale: torch.Tensor, n: int, *how: object) -> torch.Tensor:
     return x.new_empty((x.shape[0], n))
 
 

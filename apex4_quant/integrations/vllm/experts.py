@@ -276,7 +276,7 @@ class Apex4MoEMethod(FusedMoEMethodBase):
                 product.load(layer, part, local, shard, loaded)
             yield f"{product.stem}_{part}"
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and make it what the device computes with. Raises Apex4Error."""
         products = self.gate_up, self.down
         for product in products:
@@ -325,12 +325,12 @@ backend.library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake("apex4_vllm::experts", lib=backend.library)
-def _(x, *others):
+def _(x: torch.Tensor, *others: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
 class _Product:
-    """The second half of a schema's arguments as one thing: y of x, for an expert."""
+    """One product of all experts: the arguments of the operator that begin with `in_` or `out_`."""
 
     def __init__(
         self,
@@ -387,8 +387,8 @@ def _experts(
     expert_map: torch.Tensor | None,
     *arguments: Any,
 ) -> torch.Tensor:
-    *arguments, how, most_captured = arguments
-    entering, leaving = _Product(how, *arguments[:8]), _Product(how, *arguments[8:])
+    *products, how, most_captured = arguments
+    entering, leaving = _Product(how, *products[:8]), _Product(how, *products[8:])
     local = topk_ids if expert_map is None else expert_map[topk_ids.long()]
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     count = len(entering.weight)

@@ -67,8 +67,8 @@ def members_of(config: Apex4Config, layer: LinearBase, names: Sequence[str], cut
     members = []
     for name, shard, pieces in stored:
         format = config.fields.linear_format(name, sum(piece.rows for piece in pieces), layer.input_size)
-        rows = cut_rows(name, format, pieces, rank_n, ranks_n)
-        members.append(Member(name, format, shard, rows, cut_features(name, format, rank_k, ranks_k)))
+        ranges = cut_rows(name, format, pieces, rank_n, ranks_n)
+        members.append(Member(name, format, shard, ranges, cut_features(name, format, rank_k, ranks_k)))
     return members
 
 
@@ -123,7 +123,7 @@ class Apex4LinearMethod(LinearMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and make it what the device computes with. Raises Apex4Error."""
         matrix = getattr(layer, "input_transform", None)
         if self.is_dummy:
@@ -150,7 +150,7 @@ class Apex4LinearMethod(LinearMethodBase):
                 "apex4 computes with PyTorch operations on %s: exact, and slow for large models", device.type
             )
 
-    def _pack(self, layer: torch.nn.Module, layout_name: str) -> None:
+    def _pack(self, layer: Any, layout_name: str) -> None:
         """Put the rows of all members one behind the other, in the named layout."""
         if layout_name == self.layout and self.stored.is_dense():
             layer.weight_packed = constant(layer.weight_packed.data)
@@ -162,7 +162,7 @@ class Apex4LinearMethod(LinearMethodBase):
         layer.weight_scale = constant(layout.pack_scales(scales))
         self.layout = layout_name
 
-    def _keep_floats(self, layer: torch.nn.Module, device: torch.device) -> None:
+    def _keep_floats(self, layer: Any, device: torch.device) -> None:
         """For PyTorch operations: on a CPU the weights as float32, if there is room."""
         self.is_cached = device.type == "cpu" and self.config.budget.take(4 * self.n * self.padded_k)
         if self.is_cached:
@@ -177,7 +177,7 @@ class Apex4LinearMethod(LinearMethodBase):
                 logger.warning_once("apex4: the weights as float32 would take too much memory; unpacked at every call")
             self._pack(layer, self.layout)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N]; `bias` is the layer's or None (another rank adds it, or vLLM later)."""
         rows = x.reshape(-1, x.shape[-1])
         added = None if bias is None else layer.apex4_bias
@@ -195,7 +195,8 @@ class Apex4LinearMethod(LinearMethodBase):
                 rows, layer.weight_packed, layer.weight_scale, self.n, self.layout, added, layer.apex4_matrix, self.clip,
                 self.hadamard,
             )  # fmt: skip
-        return y.view(*x.shape[:-1], self.n)
+        output: torch.Tensor = y.view(*x.shape[:-1], self.n)
+        return output
 
 
 def constant(tensor: torch.Tensor) -> torch.nn.Parameter:
