@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ import apex4_quant
 from apex4_quant.calib.text import load_text
 from apex4_quant.format.layouts import get_layout
 
-FAILED = 1
+FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
-COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "doctor", "repack")
-GROUPS = {"kernels": ("build", "list")}
+COMMANDS = ("quantize", "plan", "eval", "inspect", "check", "gpus", "doctor", "repack", "bench")
+GROUPS = {"kernels": ("build", "list", "tune")}
 REPORT = "apex4_report.json"
 INDEX = "model.safetensors.index.json"
 
@@ -45,18 +44,14 @@ def one_object(result: Any) -> dict[str, Any]:
     [(), *((name,) for name in COMMANDS), *((group, name) for group in GROUPS for name in GROUPS[group])],
     ids=lambda c: " ".join(c) or "apex4",
 )
-def test_help_is_quick_and_imports_no_library(command: tuple[str, ...], run_cli: Call) -> None:
-    run_cli("--version")  # compiles what has to be compiled
-    started = time.perf_counter()
+def test_help_imports_no_library(command: tuple[str, ...], run_cli: Call) -> None:
     result = run_cli(*command, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
-    seconds = time.perf_counter() - started
     assert result.returncode == 0
     assert result.stdout.startswith("Usage: apex4 " + " ".join(command))
     assert all(name in result.stdout for name in ((*COMMANDS, *GROUPS) if not command else ("--json", "--help")))
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert {"click", "apex4_quant"} <= imported
     assert not {"torch", "numpy", "transformers", "safetensors", "tqdm", "yaml"} & imported
-    assert seconds < 2
 
 
 def test_version(run_cli: Call) -> None:
@@ -64,16 +59,32 @@ def test_version(run_cli: Call) -> None:
     assert (result.returncode, result.stdout) == (0, f"apex4, version {apex4_quant.__version__}\n")
 
 
-def test_usage_errors_of_the_parser(invoke: Call) -> None:
-    for arguments, noun in (
-        (("quantise",), "quantise"),
-        (("quantize", "--grop-size", 128), "--grop-size"),
-        (("quantize", "demo", "--samples", "many"), "'many'"),
-        (("eval",), "PATH"),
-        (("check", "a", "b"), "b"),
-    ):
-        result = invoke(*arguments)
-        assert result.exit_code == 2 and noun in result.stderr and "Usage:" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "nouns"),
+    [
+        (("--jason",), ("no such option", "--jason", "'apex4 --help'")),
+        (("quantise",), ("no such command 'quantise'", "'apex4 --help'")),
+        (("quantize", "--grop-size", 128), ("no such option", "--grop-size", "'apex4 quantize --help'")),
+        (("eval",), ("missing argument 'PATH'", "'apex4 eval --help'")),
+        (("check", "a", "b"), ("unexpected extra argument (b)", "'apex4 check --help'")),
+        (("kernels", "tune", "--out-dtype", "fp8"), ("out-dtype 'fp8'", "bf16, fp16")),
+        (("kernels", "build", "--jobs", "2"), ("missing option", "--arch", "'apex4 kernels build --help'")),
+        (("plan", "demo", "--budget", "0.5"), ("--budget is 0.5", "1 or more")),
+        (("plan", "demo", "--max-loss", "nan"), ("--max-loss is nan", "1 or more")),
+        (("plan", "demo", "--max-loss", "little"), ("--max-loss is little", "1 or more")),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_usage_errors_of_the_parser(
+    arguments: tuple[object, ...], nouns: tuple[str, ...], invoke: Call, one_sentence: Call
+) -> None:
+    one_sentence(invoke(*arguments), USAGE, *nouns)
+
+
+@pytest.mark.parametrize("group", [(), ("kernels",)], ids=["apex4", "kernels"])
+def test_a_group_without_a_command_shows_its_help(group: tuple[str, ...], invoke: Call) -> None:
+    result = invoke(*group)
+    assert result.exit_code == USAGE and "Commands:" in result.stdout + result.stderr
 
 
 # quantize
@@ -208,12 +219,13 @@ def test_eval_json_with_baseline_and_bundled_tasks(run_cli: Call, demo_checkpoin
 def test_eval_for_people(invoke: Call, demo_checkpoint: Path) -> None:
     result = invoke("eval", demo_checkpoint, "--baseline", "demo", "--limit", 2, "--seq-len", 128)
     assert result.exit_code == 0
-    head, text, columns, row = result.stdout.splitlines()
+    head, text, columns, row, divergence, agreement = result.stdout.splitlines()
     assert "W4A4 g128, apex4" in head and "KV cache 16 bits" in head
     assert "256 tokens of heldout in windows of 128" in text
     assert columns.split() == ["baseline", "model", "difference"]
     _, baseline, model, difference = row.split()[:4]
     assert float(model) - float(baseline) == pytest.approx(float(difference), abs=2e-4)
+    assert "KL divergence" in divergence and agreement.endswith("%")
 
 
 def test_eval_says_that_windows_are_capped(invoke: Call, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write to a temporary name, fsync, rename, fsync the folder."""
+"""Files of a checkpoint that are whole or absent: write to a temporary name, fsync, rename, fsync the folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from ..errors import Apex4Error, UsageError
 
-RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (run_state.py)
+REPORT_NAME = "apex4_report.json"  # in a checkpoint: what was done to every tensor, and every file's checksum
+RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (quantization/run_state.py)
+RUN_SETTINGS_NAME = "settings.json"  # inside RUN_FOLDER: written first of all, so that without it no run was begun
 TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
 
 
@@ -105,6 +107,26 @@ def require_free_space(folder: Path, needed: int) -> None:
             f"{folder} has {format_bytes(free)} free and the run needs {format_bytes(needed)}: "
             "free some space or choose another output folder"
         )
+
+
+def require_empty(out: Path) -> None:
+    """Raise UsageError unless `out` is absent, empty, or holds only a run killed before it began."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"output {out} is a file: give a folder")
+    if not out.is_dir():
+        return
+    begun = (out / RUN_FOLDER / RUN_SETTINGS_NAME).is_file()
+    if begun or any(path.name != RUN_FOLDER for path in out.iterdir()):
+        advice = "add --resume to go on with the run it holds" if begun else "choose another folder or empty it"
+        raise UsageError(f"output folder {out} is not empty: {advice}")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out`, and those above it. Raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
 
 
 def remove_temporaries(folder: Path) -> None:

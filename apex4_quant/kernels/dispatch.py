@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+from ..environment import KERNEL as VARIABLE
 from ..errors import Apex4Error, UsageError
-from .catalogue import FAMILIES, kernel_family
+from .runtime import compiler, launcher
+from .runtime.architectures import FAMILIES, kernel_family
 
-VARIABLE = "APEX4_KERNEL"
 REFERENCE = "reference"
 
 
@@ -58,8 +60,6 @@ def _format_of_gpu(index: int) -> str | None:
 
 def _require_tools(index: int) -> None:
     """Raise Apex4Error, saying what to install, if kernels cannot be compiled or launched here."""
-    from .runtime import compiler, launcher
-
     compiler.nvrtc_version()
     compiler.header_folder()
     launcher.primary_context(index)
@@ -72,5 +72,16 @@ def warn_of_dtype(dtype: torch.dtype) -> None:
     _warn(f"the kernels read bfloat16 and float16, and the model runs in {name} (load it with dtype=torch.bfloat16)")
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(f"apex4: {reason}; computing with PyTorch operations, exact but slow", RuntimeWarning, stacklevel=2)
+def warn_of_wide_groups(linears: Sequence[str], group_length: int) -> None:
+    """Called where linears have a learned transform and groups of more than 128, which no kernel quantizes."""
+    more = len(linears) - 1
+    others = f" and {more} other linear{'s' if more > 1 else ''} have" if more else " has"
+    _warn(
+        f"{linears[0]}{others} a learned transform with groups of {group_length}, and the kernels have learned transforms with "
+        "groups of 128 only",
+        "quantizing their inputs",
+    )
+
+
+def _warn(reason: str, what: str = "computing") -> None:
+    warnings.warn(f"apex4: {reason}; {what} with PyTorch operations, exact but slow", RuntimeWarning, stacklevel=2)

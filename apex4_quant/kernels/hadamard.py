@@ -10,34 +10,19 @@ from functools import lru_cache
 import torch
 
 from ..format.number_format import BLOCK
-from .quantize.configs import prepack_matrix
 
 
 @lru_cache(maxsize=8)
 def hadamard_128(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[128, 128], Sylvester's construction, entries +-1/sqrt(128)."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix: torch.Tensor = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < BLOCK:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / BLOCK**0.5).to(device=device, dtype=dtype)
-
-
-_signs: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-
-
-def signs(index: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """sqrt(128) H, whose entries +-1 are exact in 16 bits, on the GPU `index`, as `prepack_matrix` makes it: [1, 16384].
-
-    Made once and kept for good: CUDA graphs may have it. None where it would have to be made while one is captured.
-    """
-    found = _signs.get((index, dtype))
-    if found is None and not torch.cuda.is_current_stream_capturing():
-        matrix = hadamard_128(torch.float64, torch.device("cpu")).sign()[None]
-        found = _signs[index, dtype] = prepack_matrix(matrix, dtype).to(torch.device("cuda", index))
-        torch.cuda.current_stream(index).synchronize()  # there before another stream may read it
-    return found
+    matrix = matrix / BLOCK**0.5
+    return matrix.to(device=device, dtype=dtype)
 
 
 def apply_block_hadamard(x: torch.Tensor) -> torch.Tensor:
     """x [..., K] with K a multiple of 128 -> the transformed x, same shape and dtype."""
-    return (x.unflatten(-1, (-1, BLOCK)) @ hadamard_128(x.dtype, x.device)).flatten(-2)
+    blocks: torch.Tensor = x.unflatten(-1, (-1, BLOCK))
+    return (blocks @ hadamard_128(x.dtype, x.device)).flatten(-2)

@@ -5,16 +5,27 @@
 
 `sm80` holds two two's-complement nibbles a byte, k even in the low one; `sm90` one byte a code, sign (bit 7) and
 magnitude. A row's 16-byte chunks are permuted as index.cuh says. Rows from M on are padding and may hold anything.
+
+The `require_` functions are what the operators of ops.py ask of their operands, on every device and when they are traced: a
+kernel reads memory by the shapes that it is told.
 """
 
 from __future__ import annotations
 
+import weakref
+from typing import NamedTuple, NoReturn, TypeAlias
+
 import torch
 
+from ..errors import Apex4Error
+from ..format.layouts import KERNEL_TILE_N
 from ..format.number_format import BLOCK, round_up
 from .index import index_function
 
+Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # codes and scales
+
 FORMATS = ("sm80", "sm90")
+HALVES = (torch.bfloat16, torch.float16)  # the dtypes of inputs that kernels read
 CHUNK = 16  # bytes
 ROW_BYTES = {"sm80": BLOCK // 2, "sm90": BLOCK}
 
@@ -29,13 +40,22 @@ def row_stride(rows: int) -> int:
     return (rows + 15) // 16 * 16
 
 
+def empty_operands(
+    x: torch.Tensor, matrix: torch.Tensor | None, k_padded: int, group: int, clip: float, hadamard: bool, format: str
+) -> Operands:
+    """Room for the codes and scales of x [M, K]. The arguments behind x are the operators'."""
+    m_stride = row_stride(x.shape[0])
+    codes = x.new_empty((k_padded // BLOCK, m_stride, ROW_BYTES[format]), dtype=torch.uint8)
+    return codes, x.new_empty((k_padded // group, m_stride), dtype=torch.float32)
+
+
 def _places(m_stride: int, format: str) -> torch.Tensor:
     """int64 [m_stride * chunks]: where in a block, in chunks, chunk c of row m stands."""
     rows, chunks = torch.arange(m_stride)[:, None], torch.arange(ROW_BYTES[format] // CHUNK)
     return (index_function(f"{format}_activation_byte")(rows, chunks) // CHUNK).flatten()
 
 
-def pack_activations(codes: torch.Tensor, scales: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_activations(codes: torch.Tensor, scales: torch.Tensor, format: str) -> Operands:
     """Integer codes [M, K] and float32 scales [M, G] -> the two operands in `format`. Padding is zero."""
     rows, k = codes.shape
     m_stride = round_up(rows, 16)
@@ -67,3 +87,138 @@ def unpack_activations(codes: torch.Tensor, scales: torch.Tensor, rows: int) -> 
         magnitude = (stored & 0x7F).to(torch.int8)
         values = torch.where(stored >= 0x80, -magnitude, magnitude)
     return values.transpose(0, 1).reshape(rows, blocks * BLOCK), scales[:, :rows].t()
+
+
+# ---- what operators ask of their operands ----------------------------------------------------------------------------
+
+WEIGHT_TILE_BYTES = KERNEL_TILE_N * BLOCK // 2  # of 64 output features of one block of 128 input features
+MATRIX_ELEMENTS = BLOCK * BLOCK
+
+
+def _refuse(operator: str, argument: str, got: object, needed: str) -> NoReturn:
+    raise Apex4Error(f"apex4.{operator}: {argument} is {got}, and {needed} is needed")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def require_quantizer(
+    operator: str, kernels: bool, x: torch.Tensor, matrix: torch.Tensor | None, k_padded: int, group: int, clip: float,
+    hadamard: bool, format: str, gain: torch.Tensor | None = None, up: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Raise Apex4Error, naming operator and argument, if x cannot be quantized so.
+
+    `kernels`: by kernels, on a GPU, which read less than PyTorch operations do. `gain` and `up`: what is fused with it.
+    """
+    shape = x.shape
+    if len(shape) != 2:
+        _refuse(operator, "the input's shape", list(shape), "[M, K]")
+    k = shape[1]
+    if format not in FORMATS:
+        _refuse(operator, "format", repr(format), f"one of {', '.join(FORMATS)}")
+    if group < BLOCK or group % BLOCK:
+        _refuse(operator, "group", group, f"a multiple of {BLOCK}")
+    if k_padded < k or k_padded < group or k_padded % group:
+        _refuse(
+            operator, "k_padded", k_padded, f"a multiple of the group's {group} that holds the input's {k} features"
+        )
+    if not clip > 0:
+        _refuse(operator, "clip", clip, "more than 0")
+    if kernels and x.dtype not in HALVES:
+        _refuse(operator, "the input's dtype", x.dtype, "bfloat16 or float16")
+    if gain is not None:
+        _require(operator, "gain", gain, x, x.dtype, (k,))
+    if up is not None and (up.shape != shape or up.dtype != x.dtype or up.get_device() != x.get_device()):
+        _refuse(operator, "up", _described(up), f"{_described(x)} beside the gate, as that is,")
+    if matrix is not None:
+        _require_matrix(operator, matrix, x, k_padded // BLOCK, kernels and group == BLOCK)
+
+
+def _require(
+    operator: str, argument: str, tensor: torch.Tensor, beside: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:  # fmt: skip
+    if (
+        tensor.shape != shape or tensor.dtype != dtype or tensor.get_device() != beside.get_device()
+        or not tensor.is_contiguous()
+    ):  # fmt: skip
+        _refuse(operator, argument, _described(tensor), f"{dtype} {list(shape)} without gaps, beside the input,")
+
+
+def _require_matrix(operator: str, matrix: torch.Tensor, x: torch.Tensor, blocks: int, prepacked: bool) -> None:
+    if not prepacked:
+        _require(operator, "matrix", matrix, x, matrix.dtype, (blocks, BLOCK, BLOCK))
+    else:  # one for all blocks, or one for each
+        _require(operator, "matrix", matrix, x, x.dtype, (1 if len(matrix) == 1 else blocks, MATRIX_ELEMENTS))
+
+
+class _Weights(NamedTuple):
+    """Weights that were found to belong together, and with what."""
+
+    packed: weakref.ref[torch.Tensor]
+    scale: weakref.ref[torch.Tensor]
+    bias: weakref.ref[torch.Tensor] | None
+    n: int
+    k_padded: int
+    group: int
+    device: int
+
+
+_found_right: dict[int, _Weights] = {}  # by the id of weight_packed, as long as that lives
+
+
+def require_weights(
+    operator: str, x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    matrix: torch.Tensor | None, k_padded: int, group: int, *_: object,
+) -> None:  # fmt: skip
+    """Raise Apex4Error if the weights do not belong to such an input, or have fewer than `n` outputs.
+
+    A model calls with the same tensors again and again: what was found right of them is not looked at again.
+    """
+    found = _found_right.get(id(packed))
+    if (
+        found is not None
+        and found.packed() is packed
+        and found.scale() is scale
+        and (found.bias is None if bias is None else found.bias is not None and found.bias() is bias)
+        and found[3:] == (n, k_padded, group, packed.get_device())
+        and found.device == x.get_device()
+    ):
+        return
+    _require_weights(operator, x, packed, scale, bias, n, k_padded // BLOCK, k_padded // group)
+    if type(x) is torch.Tensor:  # and no stand-in of a trace
+        key = id(packed)
+        gone = weakref.ref(packed, lambda _: _found_right.pop(key, None))
+        of_bias = None if bias is None else weakref.ref(bias)
+        _found_right[key] = _Weights(gone, weakref.ref(scale), of_bias, n, k_padded, group, packed.get_device())
+
+
+def _require_weights(
+    operator: str, x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int, blocks: int,
+    groups: int,
+) -> None:  # fmt: skip
+    tiles = packed.shape[0] if packed.dim() else 0
+    _require(operator, "weight_packed", packed, x, torch.uint8, (tiles, blocks, WEIGHT_TILE_BYTES))
+    _require(operator, "weight_scale", scale, x, torch.float16, (tiles, groups, KERNEL_TILE_N))
+    if not 0 < n <= tiles * KERNEL_TILE_N:
+        _refuse(operator, "n", n, f"1 to the {tiles * KERNEL_TILE_N} outputs of weight_packed")
+    if bias is not None:
+        _require(operator, "bias", bias, x, torch.float32, (n,))
+
+
+def require_gemm(
+    operator: str, codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None, m: int, n: int,
+) -> None:  # fmt: skip
+    """Raise Apex4Error if these are no operands of m tokens and weights of n outputs that belong together."""
+    shape, groups = codes.shape, scales.shape[0] if scales.dim() else 0
+    if len(shape) != 3 or shape[2] not in ROW_BYTES.values() or codes.dtype != torch.uint8 or not codes.is_contiguous():
+        needed = f"torch.uint8 [K / {BLOCK}, rows, {' or '.join(map(str, ROW_BYTES.values()))}] without gaps"
+        _refuse(operator, "codes", _described(codes), needed)
+    blocks, rows, _ = shape
+    if groups < 1 or blocks % groups:
+        _refuse(operator, "scales", _described(scales), f"torch.float32 [groups of {blocks} blocks, {rows}]")
+    _require(operator, "scales", scales, codes, torch.float32, (groups, rows))
+    if type(codes) is torch.Tensor and not 0 <= m <= rows:  # in a trace both may be symbols
+        _refuse(operator, "m", m, f"0 to the {rows} rows of codes")
+    require_weights(operator, codes, packed, scale, bias, n, None, blocks * BLOCK, blocks // groups * BLOCK)

@@ -1,5 +1,15 @@
 """The quantized linear layer: tensors in the checkpoint's layout, arithmetic from `kernels`.
 
+The way of an activation through a decoder layer, and the module of each step:
+
+    norm, activation function     deferring.py      return a tensor, or what their readers' quantizer will compute
+    the linear's call             linear.py         asks for what was computed with a linear that read the same input before it
+    linears of one input          shared_input.py   quantize it once, and multiply once
+    quantizer and GEMM            fused_inputs.py   the operators of kernels/ops.py for this kind of input
+
+Imports go the other way: shared_input.py and deferring.py know linear.py, that knows fused_inputs.py. prepare.py puts a whole
+model in order. What a call has made so far stands in call_scope.py.
+
 On a GPU that has kernels the tensors are put, once, into the order these read (`prepare`). That order is this process's
 affair: `state_dict`, and so `save_pretrained`, gives and takes the tensors in the checkpoint's own layout, so that what
 is saved is always what config.json says.
@@ -7,9 +17,10 @@ is saved is always what config.json says.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Sequence
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,13 +31,24 @@ from ..format.number_format import BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels import dispatch, ops, torch_backend
+from ..kernels.activation_quantization import ActivationQuantization, OperatorArguments
+from ..kernels.operands import HALVES
 from ..kernels.quantize.configs import prepack_matrix
-from .fused_inputs import Deferred
+from ..private_names import is_offloaded, offloaded_tensor
+from .fused_inputs import KernelWeights, LinearInput, Plain
 
-if TYPE_CHECKING:
-    from .shared_input import SharedInput
+# Held while tensors are put in order for the kernels, which the first calls of a model may ask for in several threads.
+PREPARING = threading.RLock()
 
-HALVES = (torch.bfloat16, torch.float16)  # what the kernels read and write
+
+class InputSharing(Protocol):
+    """What a linear asks of those that read the same input (shared_input.py)."""
+
+    stale: bool
+
+    def output_of(self, member: Any, x: torch.Tensor | LinearInput) -> torch.Tensor | None: ...
+
+    def detach(self) -> None: ...
 
 
 class Apex4Linear(nn.Module):
@@ -52,7 +74,8 @@ class Apex4Linear(nn.Module):
         self._prepared_on: torch.device | None = None
         self.float_bias: torch.Tensor | None = None  # what the kernels add
         self.prepacked: dict[torch.dtype, torch.Tensor] = {}  # the dense transform stored here, as kernels read it
-        self.shared: SharedInput | None = None  # with the linears that read the same input
+        self._quantization: ActivationQuantization | None = None  # for `kernel`
+        self.shared: InputSharing | None = None  # with the linears that read the same input
 
     @classmethod
     def from_codes(
@@ -82,23 +105,24 @@ class Apex4Linear(nn.Module):
         """float16 [N, G]."""
         return self.layout.unpack_scales(self.weight_scale, self.out_features)
 
-    def forward(self, x: torch.Tensor | Deferred) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | LinearInput) -> torch.Tensor:
         if self._prepared_on != x.device:
             self._prepare_late(x.device)
-        shared = None if self.shared is None else self.shared.output_of(self, x)
-        if shared is not None:
-            return shared
-        if not self.computes_with_kernels(x):
-            return self.reference(x.tensor() if isinstance(x, Deferred) else x)
-        packed, scale = self._operands()
-        return self.quantize_and_multiply(x, packed, scale, self.float_bias, self.out_features)
+        if self.shared is not None:
+            y = self.shared.output_of(self, x)
+            if y is not None:
+                return y
+        if not self.computes_with_kernels(x.dtype):
+            return self.reference(x.tensor() if isinstance(x, LinearInput) else x)
+        return input_of(x).linear(self.kernel_weights(), self.quantizer_arguments(x.dtype, x.device))
 
-    def computes_with_kernels(self, x: torch.Tensor | Deferred) -> bool:
+    def computes_with_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether an input of this dtype goes to the operators of kernels/ops.py, not to PyTorch operations."""
         if self.kernel is None:
             return False
-        if x.dtype in HALVES:
+        if dtype in HALVES:
             return True
-        dispatch.warn_of_dtype(x.dtype)
+        dispatch.warn_of_dtype(dtype)
         return False
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,59 +139,39 @@ class Apex4Linear(nn.Module):
             matrix=self.transform_matrix(),
         )
 
-    def quantize(self, x: torch.Tensor | Deferred) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [..., K] -> codes and scales in the format of the kernels."""
-        if isinstance(x, Deferred):
-            return x.quantize(*self._how(x))
-        return ops.quantize(x.reshape(-1, x.shape[-1]), *self._how(x))
-
-    def quantize_and_multiply(
-        self, x: torch.Tensor | Deferred, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
-    ) -> torch.Tensor:
-        """y [..., n] of x [..., K], quantized as this linear's input is, and weights in the kernels' layout: this linear's, or
-        those of several that read the same input."""
-        weights = packed, scale, bias, n
-        if isinstance(x, Deferred):
-            y = x.linear(*weights, *self._how(x))
-        else:
-            y = ops.linear(x.reshape(-1, x.shape[-1]), *weights, *self._how(x))
-        return y.view(*x.shape[:-1], n)
-
-    def _how(self, x: torch.Tensor | Deferred) -> tuple[Any, ...]:
-        """How x is quantized: the last arguments of the operators."""
-        format = self.format
-        hadamard = format.transform is TransformKind.HADAMARD
-        matrix = self._kernel_matrix(x) if format.transform.is_learned else None
-        return matrix, format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel
-
-    def _kernel_matrix(self, x: torch.Tensor | Deferred) -> torch.Tensor | None:
-        """The dense transform as the operators read it."""
-        matrix = self.transform_matrix()
-        if matrix is None or x.device.type != "cuda" or self.format.group_length != BLOCK:
-            return matrix
-        owner = self.transform_owner
-        if _is_offloaded(owner):
-            return prepack_matrix(matrix, x.dtype)
-        if x.dtype not in owner.prepacked:
-            with torch.inference_mode(False):
-                # One matrix for all blocks is read as one: it stays in the GPU's caches.
-                owner.prepacked[x.dtype] = prepack_matrix(
-                    matrix[:1] if self.format.transform is TransformKind.SHARED else matrix, x.dtype
-                )
-        return owner.prepacked[x.dtype]
-
-    def multiply(self, operands: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor | Deferred) -> torch.Tensor:
-        """y [..., N] of the operands that `quantize` made of x."""
-        rows = prod(x.shape[:-1])
-        packed, scale = self._operands()
-        y = ops.gemm(*operands, packed, scale, self.float_bias, rows, self.out_features, x.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def kernel_weights(self) -> KernelWeights:
+        """What the operators multiply by."""
         if self.layout.name == self.kernel:
-            return self.weight_packed, self.weight_scale
+            return KernelWeights(self.weight_packed, self.weight_scale, self.float_bias, self.out_features)
         layout = get_layout(self.kernel or "")  # offloaded: the tensors come anew for every call, in the stored order
-        return layout.pack(self.codes()), layout.pack_scales(self.scales())
+        packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
+        return KernelWeights(packed, scale, self.float_bias, self.out_features)
+
+    def quantizer_arguments(self, dtype: torch.dtype, device: torch.device) -> OperatorArguments:
+        """The last arguments of the operators, for an input of this dtype on this device."""
+        assert self._quantization is not None
+        matrix = self._kernel_matrix(dtype, device) if self.format.transform.is_learned else None
+        return self._quantization.arguments(matrix)
+
+    def _kernel_matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """The learned transform as the operators read it."""
+        if device.type != "cuda" or self.format.group_length != BLOCK:
+            return self.transform_matrix()
+        owner = self.transform_owner
+        if is_offloaded(owner):
+            matrix = self.transform_matrix()
+            return None if matrix is None else prepack_matrix(matrix, dtype)
+        found = owner.prepacked.get(dtype)
+        if found is None:
+            # dynamo traces no lock. Traced code finds the matrix made, or makes it for one thread.
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else PREPARING, torch.inference_mode(False):
+                matrix = self.transform_matrix()
+                assert matrix is not None
+                # One matrix for all blocks is read as one: it stays in the GPU's caches.
+                one_for_all = self.format.transform is TransformKind.SHARED
+                found = prepack_matrix(matrix[:1] if one_for_all else matrix, dtype)
+                owner.prepacked[dtype] = found
+        return found
 
     @torch.inference_mode(False)  # what it makes outlives the call that may be under it
     def prepare(self, kernel: str | None) -> None:
@@ -175,34 +179,55 @@ class Apex4Linear(nn.Module):
 
         The tensors are put into the layout of the same name, one linear's at a time, in the place of the old ones.
         """
-        self.kernel, self._prepared_on = kernel, self.weight_packed.device
-        if kernel is not None and self._prepared_on.type == "cuda":
-            ops.prepare(self._prepared_on)
-        if kernel is not None and self.layout.name != kernel:
-            layout = get_layout(kernel)
-            packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
-            self.weight_packed = nn.Parameter(packed, requires_grad=False)
-            self.weight_scale = nn.Parameter(scale, requires_grad=False)
-            self.layout = layout
-        self._renew()
+        with PREPARING:
+            device = self.weight_packed.device
+            if kernel is not None and device.type == "cuda":
+                ops.prepare(device)
+            if kernel is not None and self.layout.name != kernel:
+                layout = get_layout(kernel)
+                packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
+                self.weight_packed = nn.Parameter(packed, requires_grad=False)
+                self.weight_scale = nn.Parameter(scale, requires_grad=False)
+                self.layout = layout
+            self.kernel = kernel
+            self._renew()
+            self._prepared_on = device  # last: until then other threads that call this linear wait for the lock
 
     def _prepare_late(self, device: torch.device) -> None:
         """For a layer that was made on its device, or comes there for the call only (offloaded by accelerate)."""
-        kernel = dispatch.kernel_format(device)
-        if _is_offloaded(self):
-            self.kernel, self._prepared_on = kernel, device
-            self._renew()
-        elif self.weight_packed.device == device:
-            self.prepare(kernel)
+        with PREPARING:
+            if self._prepared_on == device:  # by another thread meanwhile
+                return
+            kernel = dispatch.kernel_format(device)
+            if is_offloaded(self):
+                self.kernel = kernel
+                self._renew()
+                self._prepared_on = device
+            elif self.weight_packed.device == device:
+                self.prepare(kernel)
+            if self.quantizes_by_torch:
+                dispatch.warn_of_wide_groups([f"a linear ({self.extra_repr()})"], self.format.group_length)
 
     @torch.inference_mode(False)
     def _renew(self) -> None:
-        """After the tensors changed: what is derived from them."""
+        """After the tensors or the kernel changed: what is derived from them."""
+        format = self.format
+        self._quantization = None
+        if self.kernel is not None:
+            hadamard = format.transform is TransformKind.HADAMARD
+            self._quantization = ActivationQuantization(
+                format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel
+            )
         bias = self.bias if self.kernel is not None else None
         self.float_bias = None if bias is None or bias.device.type == "meta" else bias.detach().float()
         self.prepacked = {}
         if self.shared is not None:
             self.shared.stale = True
+
+    @property
+    def quantizes_by_torch(self) -> bool:
+        """Whether this linear's input is quantized by PyTorch operations though it has kernels: none takes such groups."""
+        return self.kernel is not None and self.format.transform.is_learned and self.format.group_length != BLOCK
 
     def take_transform_from(self, owner: Apex4Linear) -> None:
         """Use the dense transform that `owner`, which reads the same input, stores."""
@@ -218,11 +243,10 @@ class Apex4Linear(nn.Module):
         if not self.format.transform.is_learned:
             return None
         owner = self.transform_owner
-        matrix = owner.input_transform
+        matrix: torch.Tensor | None = owner.input_transform
         if matrix is not None and matrix.device.type == "meta":
             # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
-            offloaded = getattr(getattr(owner, "_hf_hook", None), "weights_map", None)
-            matrix = offloaded["input_transform"] if offloaded is not None else None
+            matrix = offloaded_tensor(owner, "input_transform")
         if matrix is None:
             raise Apex4Error("a linear is run without the dense transform of its input: load the model as a whole")
         matrix = matrix.to(self.weight_scale.device)
@@ -248,7 +272,7 @@ class Apex4Linear(nn.Module):
         exact = {name: getattr(self, name) for name in ("weight_scale", "input_transform")}
         # .data, not the Parameter: nn.Module changes that in place
         before = {name: tensor.data for name, tensor in exact.items() if tensor is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, data in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float16:
@@ -282,7 +306,5 @@ class Apex4Linear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, group={group}, layout={self.layout.name}"
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps this module's tensors elsewhere and brings them for each call."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+def input_of(x: torch.Tensor | LinearInput) -> LinearInput:
+    return x if isinstance(x, LinearInput) else Plain(x)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ..environment import GEMM as VARIABLE
 from ..errors import Apex4Error, UsageError
 from ..format.number_format import BLOCK, CODE_MAX
 from ..kernels.gemm import tuned
@@ -50,21 +51,15 @@ def settings_of(shapes: str, tokens: str, out: str, repeats: int) -> TuneSetting
 @contextmanager
 def plan_forced(plan: GemmPlan) -> Iterator[None]:
     """The operators use this plan."""
-    from ..kernels import ops
-
-    before = os.environ.get("APEX4_GEMM")
-    os.environ["APEX4_GEMM"] = plan.label
-    choose_gemm.cache_clear()
-    ops._gemm_launch.cache_clear()
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = plan.label
     try:
         yield
     finally:
         if before is None:
-            del os.environ["APEX4_GEMM"]
+            del os.environ[VARIABLE]
         else:
-            os.environ["APEX4_GEMM"] = before
-        choose_gemm.cache_clear()
-        ops._gemm_launch.cache_clear()
+            os.environ[VARIABLE] = before
 
 
 def winner(times: list[tuple[GemmPlan, float]], heuristic: GemmPlan) -> tuple[GemmPlan, float]:
@@ -101,7 +96,6 @@ def tune(settings: TuneSettings, progress: Progress | None = None) -> dict[str, 
                     f"heuristic {entry['heuristic']:24} {entry['heuristic_microseconds']:9.1f} us"
                 )
     file = tuned.add(sm, sm_count, properties.name, measured)
-    choose_gemm.cache_clear()
     return {"gpu": properties.name, "file": str(file), "shapes": measured}
 
 

@@ -25,8 +25,10 @@ from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels import dispatch
 from apex4_quant.kernels.operands import FORMATS
 from apex4_quant.models.families import FAMILIES
+from apex4_quant.nn.call_scope import CallScope
 from apex4_quant.nn.linear import Apex4Linear
-from apex4_quant.nn.shared_input import SharedInput, prepare_model
+from apex4_quant.nn.prepare import prepare_model
+from apex4_quant.nn.shared_input import SharedInput
 
 IDS = torch.arange(48)[None] * 31 % 4096
 Call = Callable[..., Any]
@@ -304,8 +306,7 @@ def test_outside_its_parents_call_a_linear_is_alone(inputs: dict[str, torch.Tens
     with Calls() as calls:
         assert torch.equal(parent.k(inputs["x"]), parent.k.reference(inputs["x"]))
     assert calls.count == {"quantize": 1, "gemm": 1}
-    shared = parent.k.shared
-    assert shared is not None and shared._x is None and not shared._outputs
+    assert CallScope.of(parent).current() is None
 
 
 def test_a_write_between_two_calls_is_seen(inputs: dict[str, torch.Tensor]) -> None:
@@ -407,12 +408,15 @@ def test_norms_and_activations_are_tensors_outside_their_layer(demo_checkpoint: 
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_whoever_else_reads_a_deferred_input_is_stopped(demo_checkpoint: Path) -> None:
-    model = load(demo_checkpoint, "sm90")
-    layer = model.model.layers[2]
-    layer.self_attn.k_proj = nn.Linear(256, layer.self_attn.k_proj.out_features, bias=False, dtype=torch.bfloat16)
-    with pytest.raises((TypeError, AttributeError)):
-        logits_of(model)
+def test_a_linear_that_was_put_in_a_readers_place_gets_a_tensor(demo_checkpoint: Path) -> None:
+    model, plain = load(demo_checkpoint, "sm90"), AutoModelForCausalLM.from_pretrained(demo_checkpoint)
+    torch.manual_seed(0)
+    other = nn.Linear(256, model.model.layers[2].self_attn.k_proj.out_features, bias=False, dtype=torch.bfloat16)
+    for each in (model, plain):
+        each.model.layers[2].self_attn.k_proj = other
+    with Calls() as calls:
+        assert torch.equal(logits_of(model), logits_of(plain))
+    assert calls.count["rms_norm_quantize"] == 2 * model.config.num_hidden_layers - 1
 
 
 def test_a_layer_with_one_linear_kept_defers_nothing_to_it(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels.gemm import tuned
+from apex4_quant.kernels.gemm import configs, tuned
 from apex4_quant.kernels.gemm.configs import GemmPlan, candidates, choose_gemm
 from apex4_quant.tools import tuning
 
@@ -21,11 +21,14 @@ SHAPE = (90, 132, 100, 4096, 32, 1, "bf16")
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("APEX4_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("APEX4_GEMM", raising=False)
-    for each in (choose_gemm, tuned.winners):
-        each.cache_clear()
+    forget()
     yield tmp_path
-    for each in (choose_gemm, tuned.winners):
-        each.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """As another process, which has chosen nothing yet."""
+    tuned.winners.cache_clear(), configs._choose_gemm.cache_clear()
 
 
 def another_plan() -> GemmPlan:
@@ -33,9 +36,7 @@ def another_plan() -> GemmPlan:
 
 
 def keep(plan: GemmPlan) -> Path:
-    file = tuned.add(90, 132, "Some GPU", {tuned.key(*SHAPE[2:]): {"plan": plan.label}})
-    choose_gemm.cache_clear()
-    return file
+    return tuned.add(90, 132, "Some GPU", {tuned.key(*SHAPE[2:]): {"plan": plan.label}})
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_winners_of_other_kernels_are_not_used() -> None:
     heuristic = choose_gemm(*SHAPE)
     file = keep(another_plan())
     file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": "0" * 64}))
-    tuned.winners.cache_clear(), choose_gemm.cache_clear()
+    forget()
     assert choose_gemm(*SHAPE) == heuristic
 
 
@@ -81,7 +82,7 @@ def test_winners_of_other_kernels_are_not_used() -> None:
 def test_a_damaged_file_is_as_none(damage: str) -> None:
     heuristic = choose_gemm(*SHAPE)
     keep(another_plan()).write_text(damage)
-    tuned.winners.cache_clear(), choose_gemm.cache_clear()
+    forget()
     assert choose_gemm(*SHAPE) == heuristic
 
 

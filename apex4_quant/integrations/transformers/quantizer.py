@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -16,7 +17,7 @@ from ...format.quant_config import QUANT_METHOD, QuantConfig
 from ...models.experts import UnfusedExperts, unfuse_experts
 from ...models.families import FAMILIES
 from ...nn.linear import Apex4Linear
-from ...nn.shared_input import prepare_model
+from ...nn.prepare import prepare_model
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -25,7 +26,8 @@ class Apex4Config(QuantizationConfigMixin):
 
     def __init__(self, **values: Any) -> None:
         self.fields = QuantConfig.from_dict(values)
-        self.quant_method = QUANT_METHOD
+        # transformers annotates its own methods only, and reads a name of any kind.
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         return self.fields.to_dict()
@@ -48,7 +50,7 @@ class Apex4HfQuantizer(HfQuantizer):
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
             _require_tensors(model, [Path(file) for file in checkpoint_files])
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, module in model.named_modules():
             if isinstance(module, Apex4Linear):
                 module.requires_grad_(False)

@@ -7,17 +7,19 @@ below; winners that `apex4 kernels tune` measured on this kind of GPU come befor
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
+from ...environment import GEMM as VARIABLE
 from ...errors import UsageError
+from ...format.layouts import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
+from ...private_names import environment_variable
 from . import tuned
 
-WEIGHT_TILE_N = 64  # T of the layouts sm80 and sm90
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
-_LAYOUT_BYTES = WEIGHT_TILE_N * BLOCK // 2  # of a tile of weights
+_LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
 DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share the input features of one tile of weights
 
 # sm -> (shared memory a thread block may have, shared memory of a multiprocessor, registers of a multiprocessor), bytes
@@ -25,7 +27,7 @@ DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share th
 SHARED_LIMITS = {80: (166912, 167936), 86: (101376, 102400), 89: (101376, 102400), 90: (232448, 233472)}
 _RESERVED_SHARED = 1024  # of every thread block, for the system
 _MAX_SPLITS = 32
-# sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (kernels/README.md): blocks of a group.
+# sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (docs/kernels.md): blocks of a group.
 _MOST_GROUP_BLOCKS = (2**22 - 1) // (CODE_MAX**2 * BLOCK)
 
 
@@ -81,7 +83,7 @@ class GemmConfig:
     @property
     def consumers(self) -> int:
         """sm90: warpgroups that multiply."""
-        return DECODE_PARTS if self.few_tokens else self.tile_n // WEIGHT_TILE_N
+        return DECODE_PARTS if self.few_tokens else self.tile_n // KERNEL_TILE_N
 
     @cached_property
     def threads(self) -> int:
@@ -93,12 +95,12 @@ class GemmConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Stage times STAGES, or struct Shared."""
         if self.few_tokens:
-            block = self.tile_m * (BLOCK + 4) + _LAYOUT_BYTES + 2 * WEIGHT_TILE_N
+            block = self.tile_m * (BLOCK + 4) + _LAYOUT_BYTES + 2 * KERNEL_TILE_N
             stage = round_up(DECODE_PARTS * block + 16, 1024)
-            output = self.tile_m * WEIGHT_TILE_N * (2 + 4 * DECODE_PARTS) + 16  # y, sums of others, two barriers
+            output = self.tile_m * KERNEL_TILE_N * (2 + 4 * DECODE_PARTS) + 16  # y, sums of others, two barriers
             return round_up(self.stages * stage + output, 1024)
         if self.family == "sm90":  # parts of the tokens' scales, too, and three barriers
-            block = self.tile_m * (BLOCK + 4 + 16) + self.consumers * (_LAYOUT_BYTES + 2 * WEIGHT_TILE_N) + 24
+            block = self.tile_m * (BLOCK + 4 + 16) + self.consumers * (_LAYOUT_BYTES + 2 * KERNEL_TILE_N) + 24
             return round_up(self.stages * round_up(block, 1024) + self.tile_n * self.tile_m * 2 + self.consumers, 1024)
         return self.stages * (self.tile_m * (BLOCK // 2 + 4) + self.tile_n * (BLOCK // 2 + 2))
 
@@ -208,7 +210,7 @@ class GemmPlan:
     def counters(self) -> int:
         """uint32 zeros needed if `parts` > 1."""
         if self.config.family == "sm90":
-            return -(-self.m // self.config.tile_m) * -(-self.n // WEIGHT_TILE_N)
+            return -(-self.m // self.config.tile_m) * -(-self.n // KERNEL_TILE_N)
         return self.config.tiles(self.m, self.n)
 
     @property
@@ -216,7 +218,7 @@ class GemmPlan:
         """float32 of partial sums needed if `parts` > 1."""
         if self.parts == 1:
             return 0
-        tile_n = WEIGHT_TILE_N if self.config.family == "sm90" else self.config.tile_n
+        tile_n = KERNEL_TILE_N if self.config.family == "sm90" else self.config.tile_n
         return self.counters * self.parts * self.config.tile_m * tile_n
 
 
@@ -308,7 +310,26 @@ def candidates(
     return found
 
 
-@lru_cache(maxsize=4096)
+class PlanSource(NamedTuple):
+    """What a plan is chosen by beside the shape: part of the key of whatever keeps plans."""
+
+    forced: str | None  # APEX4_GEMM
+    winners: int  # tuned.generation
+
+
+_forced_plan = environment_variable(VARIABLE)
+_last_source = PlanSource(None, 0)
+
+
+def plan_source() -> PlanSource:
+    """As it is now: the environment and the winners may change at any time."""
+    global _last_source
+    last, forced, winners = _last_source, _forced_plan() or None, tuned.generation()
+    if last.forced != forced or last.winners != winners:
+        _last_source = last = PlanSource(forced, winners)
+    return last
+
+
 def choose_gemm(
     sm: int,
     sm_count: int,
@@ -318,11 +339,20 @@ def choose_gemm(
     blocks_per_group: int,
     out: str = "bf16",
     measured: bool = True,
+    source: PlanSource | None = None,
 ) -> GemmPlan:
     """The kernel of an [m, k_blocks * 128] by [n, k_blocks * 128]^T product on a GPU of `sm_count` multiprocessors.
 
-    Raises UsageError if there is no kernel for `sm` or for so wide a group, or APEX4_GEMM names none of its configurations.
+    `source`: what `plan_source` says, if it was asked already. Raises UsageError if there is no kernel for `sm` or for so wide
+    a group, or APEX4_GEMM names none of its configurations.
     """
+    return _choose_gemm(sm, sm_count, m, n, k_blocks, blocks_per_group, out, measured, source or plan_source())
+
+
+@lru_cache(maxsize=4096)
+def _choose_gemm(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str, measured: bool, source: PlanSource
+) -> GemmPlan:  # fmt: skip
     if sm != 90 and min(blocks_per_group, k_blocks) > _MOST_GROUP_BLOCKS:
         raise UsageError(
             f"a group of {blocks_per_group * BLOCK} input features is wider than the {_MOST_GROUP_BLOCKS * BLOCK} whose sums "
@@ -331,9 +361,8 @@ def choose_gemm(
     options = candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, out)
     if not options:
         raise UsageError(f"there is no W4A4 kernel for sm_{sm}")
-    wanted = os.environ.get("APEX4_GEMM")
-    if wanted:
-        return _named(wanted, sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
+    if source.forced is not None:
+        return _named(source.forced, sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
     if measured:
         won = tuned.winners(sm, sm_count).get(tuned.key(m, n, k_blocks, blocks_per_group, out))
         if won is not None:
@@ -359,7 +388,7 @@ def _named(wanted: str, sm: int, shape: GemmPlan) -> GemmPlan:
                 return replace(plan, splits=int(cut or 1))
     names = sorted({config.tile_name for config in alike})
     raise UsageError(
-        f"APEX4_GEMM={wanted!r} names no kernel here: give NAME or NAME/CUT with one of {', '.join(names)}"
+        f"{VARIABLE}={wanted!r} names no kernel here: give NAME or NAME/CUT with one of {', '.join(names)}"
     )
 
 

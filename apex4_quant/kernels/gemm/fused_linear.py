@@ -11,11 +11,13 @@ from collections.abc import Callable
 from ctypes import c_float, c_int
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from typing import NamedTuple
 
+from ...format.layouts import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..quantize.configs import DTYPES, INPUTS
 from ..runtime.launcher import Kernel, Launch
-from .configs import DECODE_PARTS, SHARED_LIMITS, WEIGHT_TILE_N, GemmPlan, choose_gemm
+from .configs import DECODE_PARTS, SHARED_LIMITS, GemmPlan, PlanSource, choose_gemm
 
 FUSED_INPUTS = ("plain", "silu_mul")  # RMSNorm needs sums over rows first: in a model that cost more (measured, H100)
 MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of them (measured, H100)
@@ -42,8 +44,8 @@ class FusedConfig:
     @cached_property
     def shared_bytes(self) -> int:
         """Of struct Shared; the kernel asserts it."""
-        stage = round_up(DECODE_PARTS * (WEIGHT_TILE_N * BLOCK // 2 + 2 * WEIGHT_TILE_N) + 16, 128)
-        output = TILE_M * WEIGHT_TILE_N * (2 + 4 * DECODE_PARTS) + 16
+        stage = round_up(DECODE_PARTS * (KERNEL_TILE_N * BLOCK // 2 + 2 * KERNEL_TILE_N) + 16, 128)
+        output = TILE_M * KERNEL_TILE_N * (2 + 4 * DECODE_PARTS) + 16
         return round_up(STAGES * stage + output, 128)
 
     @cached_property
@@ -81,17 +83,16 @@ class FusedPlan:
         return self.config.shared_bytes + self.own_blocks * (4 * TILE_M + self.gemm.m * BLOCK) + 128
 
 
-@lru_cache(maxsize=4096)
 def choose_fused(
-    sm: int, sm_count: int, m: int, n: int, k_blocks: int, input: str, dtype: str, gemm: str | None = None
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, input: str, dtype: str, source: PlanSource | None = None
 ) -> FusedPlan | None:
     """The plan of a linear with the Hadamard transform and groups of 128, or None: quantizer and GEMM apart.
 
-    `gemm` stands for APEX4_GEMM, which choose_gemm reads: with one that names another tile nothing is fused.
+    `source`: see choose_gemm. Where APEX4_GEMM names another tile nothing is fused.
     """
     if sm != 90 or not 1 <= m <= MOST_TOKENS or input not in FUSED_INPUTS:
         return None
-    chosen = choose_gemm(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype])
+    chosen = choose_gemm(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype], source=source)
     if chosen.config.tile_m != TILE_M:
         return None
     plan = FusedPlan(fused_config(input, dtype), chosen)
@@ -99,21 +100,38 @@ def choose_fused(
     return plan if fits else None
 
 
+class FusedShape(NamedTuple):
+    """All that a launch depends on but pointers, named as in QuantizerShape of quantize/launch.py."""
+
+    device: int
+    sm: int
+    sm_count: int
+    m: int
+    n: int
+    k: int
+    k_blocks: int
+    ldx: int
+    ld_second: int
+    aligned: bool
+    dtype: str
+    input: str
+    clip: float
+    source: PlanSource
+
+
 @lru_cache(maxsize=4096)
-def fused_launch(
-    kernel: Callable[..., Kernel], device: int, sm: int, sm_count: int, m: int, n: int, k: int, k_blocks: int, ldx: int,
-    ld_second: int, aligned: bool, dtype: str, input: str, clip: float, gemm: str | None,
-) -> Launch | None:  # fmt: skip
+def fused_launch(kernel: Callable[..., Kernel], shape: FusedShape) -> Launch | None:
     """The kernel of a shape with all but its pointers, which are y, x, second, w_packed, w_scale and bias; None: see above.
 
-    `kernel` is launcher.kernel; the rest is named as in quantize_launch.py.
+    `kernel` is launcher.kernel.
     """
-    plan = choose_fused(sm, sm_count, m, n, k_blocks, input, dtype, gemm)
+    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source = shape
+    plan = choose_fused(sm, sm_count, m, n, k_blocks, input, dtype, source)
     if plan is None:
         return None
     config, grid = plan.config, plan.gemm
-    numbers = (m, n, k, k_blocks, ldx, ld_second, n, -(-n // WEIGHT_TILE_N))
-    return kernel(config.source, config.entry, config.defines, device).bind(
+    numbers = (m, n, k, k_blocks, ldx, ld_second, n, -(-n // KERNEL_TILE_N))
+    return kernel(config.source, config.entry, config.defines, shape.device).bind(
         grid.grid,
         grid.block - 64,  # one warp copies, not three
         6,

@@ -1,6 +1,6 @@
 """Measured winners among the GEMM's plans, in a file beside the compiled kernels. Torch-free.
 
-`apex4 kernels tune` (tuning.py) writes it, `gemm_configs.choose_gemm` reads it. A file belongs to one kind of GPU and to one
+`apex4 kernels tune` (tools/tuning.py) writes it, `choose_gemm` (configs.py) reads it. A file belongs to one kind of GPU and to one
 state of the kernels: after any change of them it is not used any more, since its winners may not be.
 """
 
@@ -41,6 +41,17 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """Another number whenever this process has added winners: who keeps a plan by it chooses anew then.
+
+    What another process adds is seen by those that start after it.
+    """
+    return _generation
+
+
 @cache
 def winners(sm: int, sm_count: int) -> dict[str, dict[str, Any]]:
     """{key: {"plan": label, ...}}; {} where nothing was measured, for other kernels, or the file is damaged."""
@@ -61,4 +72,6 @@ def add(sm: int, sm_count: int, gpu: str, measured: dict[str, dict[str, Any]]) -
     content = {"fingerprint": fingerprint(), "gpu": gpu, "shapes": shapes}
     compiler.write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
     winners.cache_clear()
+    global _generation
+    _generation += 1
     return file

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...format.number_format import BLOCK, CODE_MAX
 from ..runtime import launcher
@@ -54,66 +54,72 @@ class Quantizer:
             self.launch(stream, codes, scales, x, second)
 
 
-def quantizer(
-    device: int,
-    m: int,
-    k: int,
-    k_blocks: int,
-    m_stride: int,
-    ldx: int,
-    ld_second: int,
-    aligned: bool,
-    dtype: str,
-    format: str,
-    sm_count: int,
-    blocks_per_group: int = 1,
-    transform: str = "hadamard",
-    clip: float = 1.0,
-    input: str = "plain",
-    eps: float = 0.0,
-    gain_offset: bool = False,
-    matrix_is_shared: bool = False,
-    matrix_factor: float = 1.0,
-    programmatic: bool = False,
-) -> Quantizer:
-    """The Quantizer of m >= 1 rows: made once for a shape. `aligned`: see `rows_are_aligned`; the rest: `run_quantize`."""
-    return _quantizer(
-        launcher.kernel, device, m, k, k_blocks, m_stride, ldx, ld_second, aligned, dtype, format, sm_count,
-        blocks_per_group, transform, clip, input, eps, gain_offset, matrix_is_shared, matrix_factor, programmatic,
-    )  # fmt: skip
+class QuantizerShape(NamedTuple):
+    """All that a quantizer depends on but pointers. `aligned`: see `rows_are_aligned`; the rest: `run_quantize`.
+
+    A NamedTuple and no dataclass: it is made, hashed and compared in every call of an operator, in C.
+    """
+
+    device: int
+    m: int  # at least 1
+    k: int
+    k_blocks: int
+    m_stride: int
+    ldx: int
+    ld_second: int
+    aligned: bool
+    dtype: str
+    format: str
+    sm_count: int
+    blocks_per_group: int = 1
+    transform: str = "hadamard"
+    clip: float = 1.0
+    input: str = "plain"
+    eps: float = 0.0
+    gain_offset: bool = False
+    matrix_is_shared: bool = False
+    matrix_factor: float = 1.0
+    programmatic: bool = False
+
+
+def quantizer(shape: QuantizerShape) -> Quantizer:
+    """Made once for a shape."""
+    return _quantizer(launcher.kernel, shape)
 
 
 @lru_cache(maxsize=4096)
-def _quantizer(
-    kernel: Callable[..., Kernel], device: int, m: int, k: int, k_blocks: int, m_stride: int, ldx: int, ld_second: int,
-    aligned: bool, dtype: str, format: str, sm_count: int, blocks_per_group: int, transform: str, clip: float, input: str,
-    eps: float, gain_offset: bool, matrix_is_shared: bool, matrix_factor: float, programmatic: bool,
-) -> Quantizer:  # fmt: skip
+def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantizer:
     def bound(plan: QuantizePlan, pointers: int, *numbers: Any) -> Launch:
         config = plan.config
-        made = kernel(config.source, config.entry, config.defines, device)
+        made = kernel(config.source, config.entry, config.defines, shape.device)
         return made.bind(
             plan.grid, plan.block, pointers, numbers,
-            shared_bytes=plan.shared_bytes, cluster=plan.cluster, programmatic=programmatic,
+            shared_bytes=plan.shared_bytes, cluster=plan.cluster, programmatic=shape.programmatic,
         )  # fmt: skip
 
-    shape = {"dtype": dtype, "format": format, "sm_count": sm_count, "input": input}
-    if transform not in ("none", "hadamard", "dense"):
-        raise ValueError(f"transform {transform!r} is not none, hadamard or dense")
-    if transform != "dense":
-        plan = choose_rows(m, k_blocks, blocks_per_group, hadamard=transform == "hadamard", **shape)
-        integers = (m, k, k_blocks, blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta)
-        behind = _float(clip / CODE_MAX), _float(eps), _float(1 / k), _int(gain_offset), _int(aligned)
+    m, k, k_blocks, m_stride, ldx, ld_second = shape[1:7]
+    input, dtype, format, sm_count = shape.input, shape.dtype, shape.format, shape.sm_count
+    scale_factor, eps, aligned = _float(shape.clip / CODE_MAX), _float(shape.eps), _int(shape.aligned)
+    if shape.transform not in ("none", "hadamard", "dense"):
+        raise ValueError(f"transform {shape.transform!r} is not none, hadamard or dense")
+    if shape.transform != "dense":
+        plan = choose_rows(
+            m, k_blocks, shape.blocks_per_group,
+            input=input, hadamard=shape.transform == "hadamard", dtype=dtype, format=format, sm_count=sm_count,
+        )  # fmt: skip
+        integers = m, k, k_blocks, shape.blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
+        behind = scale_factor, eps, _float(1 / k), _int(shape.gain_offset), aligned
         return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
-    if blocks_per_group != 1:
-        raise ValueError(f"a dense transform needs groups of {BLOCK}, not {blocks_per_group * BLOCK}")
+    if shape.blocks_per_group != 1:
+        raise ValueError(f"a dense transform needs groups of {BLOCK}, not {shape.blocks_per_group * BLOCK}")
     statistics = None
-    plan = choose_dense(m, k_blocks, aligned=aligned, **shape)
+    plan = choose_dense(m, k_blocks, input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count)
     if plan.needs_statistics:
-        statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), _float(eps), _int(aligned))
+        statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), eps, aligned)
+    matrix_stride = 0 if shape.matrix_is_shared else MATRIX_CHUNKS
     launch = bound(
-        plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, 0 if matrix_is_shared else MATRIX_CHUNKS)),
-        _float(matrix_factor), _float(clip / CODE_MAX), _float(eps), _int(gain_offset), _int(aligned),
+        plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, matrix_stride)),
+        _float(shape.matrix_factor), scale_factor, eps, _int(shape.gain_offset), aligned,
     )  # fmt: skip
     return Quantizer(launch, True, statistics, board_bytes(m) if plan.needs_board else 0)
 
@@ -142,7 +148,7 @@ def run_quantize(
     `matrix_factor`, if matrix_is_shared) and, with input "rms_norm", memory: float32 [m] at `inverse_rms`, for this call
     alone, and `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
     input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half.
-    `how`: what else `quantizer` takes.
+    `how`: what else `QuantizerShape` has.
     """
     if m == 0:
         return
@@ -150,5 +156,6 @@ def run_quantize(
     if input != "plain":
         operands.append((second, ld_second if input == "silu_mul" else 0))
     aligned = rows_are_aligned(k, *operands)
-    run = quantizer(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
+    shape = QuantizerShape(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
+    run = quantizer(shape)
     run(stream, codes, scales, x, second, matrix, inverse_rms, board)

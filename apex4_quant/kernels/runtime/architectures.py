@@ -1,0 +1,25 @@
+"""The architectures that there are kernels for."""
+
+from __future__ import annotations
+
+import re
+
+from ...errors import UsageError
+from .compiler import arch_of
+
+# sm -> the GEMM it runs. Others have no INT4 mma and no wgmma, or nothing written for them: they compute through PyTorch.
+FAMILIES = {80: "gemm_sm80", 86: "gemm_sm80", 89: "gemm_sm80", 90: "gemm_sm90"}
+
+
+def kernel_family(sm: int) -> str | None:
+    """ "gemm_sm80", "gemm_sm90", or None where models compute through PyTorch."""
+    return FAMILIES.get(sm)
+
+
+def sm_of(arch: str) -> int:
+    """ "sm_86" -> 86; "sm_90" and "sm_90a" -> 90. Raises UsageError for an architecture without kernels."""
+    match = re.fullmatch(r"sm_?(\d+)(a?)", arch.strip().lower())
+    if not match or int(match[1]) not in FAMILIES or (match[2] and match[1] != "90"):
+        known = ", ".join(arch_of(sm) for sm in FAMILIES)
+        raise UsageError(f"there are no kernels for architecture {arch!r}: give one of {known}")
+    return int(match[1])
