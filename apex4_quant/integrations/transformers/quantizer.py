@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -18,6 +17,10 @@ from ...models.experts import UnfusedExperts, unfuse_experts
 from ...models.families import FAMILIES
 from ...nn.linear import Apex4Linear
 from ...nn.prepare import prepare_model
+
+if TYPE_CHECKING:
+    # Not at run time: this module is imported while transformers.modeling_utils, which defines it, still is.
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(QUANT_METHOD)
