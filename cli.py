@@ -209,7 +209,9 @@ def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
 
 @cli.command("eval")
 @click.argument("path")
-@click.option("--baseline", metavar="MODEL", help="Measure this model too and print the difference.")
+@click.option(
+    "--baseline", metavar="MODEL", help="The original: measure it too, and how far the predictions are from it."
+)
 @click.option("--text", default="heldout", show_default=True, help="heldout, wikitext2, a file, or a Hub data set.")
 @options.number("--seq-len", options.Whole(2, options.LARGEST), 2048, "Window length, at most the model's context.")
 @options.listed("--tasks", "lm-eval tasks; apex4_choice and apex4_lastword are bundled.")

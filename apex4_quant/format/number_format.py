@@ -30,10 +30,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def parse_group_size(value: GroupSize) -> GroupSize:
-    """Return a legal group size: a multiple of 128 from 128 to LARGEST_GROUP, or "channel".
-
-    Raises UsageError for anything else.
-    """
+    """A legal group size: a multiple of 128 up to LARGEST_GROUP, or "channel". Raises UsageError for anything else."""
     if value == CHANNEL:
         return CHANNEL
     try:

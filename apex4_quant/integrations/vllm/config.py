@@ -88,7 +88,7 @@ class Apex4Config(QuantizationConfig):
             raise Apex4Error(
                 f"vLLM runs {plain[0]}, which is not quantized, and {other}, which is, in one layer: quantize both or neither"
             )
-        return Apex4LinearMethod(self, members)
+        return Apex4LinearMethod(self.fields, self.budget, members)
 
     def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         from .experts import Apex4MoEMethod
@@ -107,4 +107,4 @@ class Apex4Config(QuantizationConfig):
             raise Apex4Error(
                 f"vLLM runs all experts of {experts} in one way, {plain[0]} is not quantized and {other} is: quantize all or none"
             )
-        return Apex4MoEMethod(self, layer, prefix)
+        return Apex4MoEMethod(self.fields, self.budget, layer, prefix)

@@ -13,7 +13,7 @@ launch 3 to 4 kernels an expert. There is no grouped kernel yet.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -25,15 +25,13 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from ...errors import Apex4Error
 from ...format.layouts import get_layout
 from ...format.number_format import BLOCK
+from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
 from ...kernels import torch_backend
 from . import backend, names
 from .linear import constant, fill_randomly, kernel_matrix
 from .slices import Piece, cut_features, cut_rows
 from .stored import Member, StoredLinears
-
-if TYPE_CHECKING:
-    from .config import Apex4Config
 
 logger = init_logger("vllm.apex4")
 
@@ -163,9 +161,9 @@ class ExpertProducts:
 class Apex4MoEMethod(FusedMoEMethodBase):
     """The method of the experts of one layer."""
 
-    def __init__(self, config: Apex4Config, layer: RoutedExperts, prefix: str) -> None:
+    def __init__(self, fields: QuantConfig, budget: backend.FloatBudget, layer: RoutedExperts, prefix: str) -> None:
         super().__init__(layer.moe_config)
-        self.config, self.prefix = config, names.stored_name(prefix)
+        self.fields, self.budget, self.prefix = fields, budget, names.stored_name(prefix)
         self.kernel: str | None = None
         self.is_cached = False
         if layer.moe_config.activation != MoEActivation.SILU or layer.apply_router_weight_on_input:
@@ -192,7 +190,7 @@ class Apex4MoEMethod(FusedMoEMethodBase):
 
         def member(expert: int, name: str, shard: str, rows: int, features: int, down: bool) -> Member:
             full = f"{self.prefix}.{expert}.{name}"
-            format = self.config.fields.linear_format(full, rows, features)
+            format = self.fields.linear_format(full, rows, features)
             cut_n, cut_k = ((0, 1), (rank, ranks)) if down else ((rank, ranks), (0, 1))
             return Member(
                 full,
@@ -284,7 +282,7 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         device = layer.w13_weight_packed.device
         self.kernel = backend.kernel_of(device, self.dtype)
         size = sum(4 * len(product.linears) * product.n * product.padded_k for product in products)
-        self.is_cached = device.type == "cpu" and self.config.budget.take(size)
+        self.is_cached = device.type == "cpu" and self.budget.take(size)
         for product in products:
             product.prepare(layer, self.kernel, self.is_cached, self.dtype)
         self.how = (

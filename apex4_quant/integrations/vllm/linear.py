@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -19,15 +19,13 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from ...errors import Apex4Error
 from ...format.layouts import get_layout
 from ...format.number_format import BLOCK, CODE_MAX
+from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
 from ...kernels import torch_backend
 from ...kernels.quantize.configs import prepack_matrix
 from . import backend
 from .slices import Piece, cut_features, cut_rows
 from .stored import Member, ShardId, StoredLinears
-
-if TYPE_CHECKING:
-    from .config import Apex4Config
 
 logger = init_logger("vllm.apex4")  # vLLM prints what is logged below its own name
 
@@ -46,7 +44,7 @@ def pieces_of(layer: LinearBase) -> list[tuple[ShardId, int, int | None]]:
     return [(None, layer.output_size, None)]
 
 
-def members_of(config: Apex4Config, layer: LinearBase, names: Sequence[str], cut_k: bool, cut_n: bool) -> list[Member]:
+def members_of(fields: QuantConfig, layer: LinearBase, names: Sequence[str], cut_k: bool, cut_n: bool) -> list[Member]:
     """The linears of the checkpoint that `layer` runs, with the parts that this rank computes. Raises Apex4Error."""
     parts = pieces_of(layer)
     rank, ranks = layer.tp_rank, layer.tp_size
@@ -66,7 +64,7 @@ def members_of(config: Apex4Config, layer: LinearBase, names: Sequence[str], cut
         raise Apex4Error(f"vLLM runs {', '.join(names)} in one layer of {len(parts)} parts, which apex4 does not know")
     members = []
     for name, shard, pieces in stored:
-        format = config.fields.linear_format(name, sum(piece.rows for piece in pieces), layer.input_size)
+        format = fields.linear_format(name, sum(piece.rows for piece in pieces), layer.input_size)
         ranges = cut_rows(name, format, pieces, rank_n, ranks_n)
         members.append(Member(name, format, shard, ranges, cut_features(name, format, rank_k, ranks_k)))
     return members
@@ -83,8 +81,8 @@ class Apex4LinearMethod(LinearMethodBase):
         apex4_weight, apex4_weight_scale   what a CPU computes with, where that is kept
     """
 
-    def __init__(self, config: Apex4Config, names: Sequence[str]) -> None:
-        self.config, self.names = config, tuple(names)
+    def __init__(self, fields: QuantConfig, budget: backend.FloatBudget, names: Sequence[str]) -> None:
+        self.fields, self.budget, self.names = fields, budget, tuple(names)
         self.kernel: str | None = None
         self.is_cached = False
 
@@ -101,7 +99,7 @@ class Apex4LinearMethod(LinearMethodBase):
         assert isinstance(layer, LinearBase)
         cut_k = input_size_per_partition != input_size
         cut_n = layer.tp_size > 1 and sum(output_partition_sizes) != output_size
-        members = members_of(self.config, layer, self.names, cut_k, cut_n)
+        members = members_of(self.fields, layer, self.names, cut_k, cut_n)
         self.stored = StoredLinears(members)
         assert self.stored.out_features == sum(output_partition_sizes)
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
@@ -164,7 +162,7 @@ class Apex4LinearMethod(LinearMethodBase):
 
     def _keep_floats(self, layer: Any, device: torch.device) -> None:
         """For PyTorch operations: on a CPU the weights as float32, if there is room."""
-        self.is_cached = device.type == "cpu" and self.config.budget.take(4 * self.n * self.padded_k)
+        self.is_cached = device.type == "cpu" and self.budget.take(4 * self.n * self.padded_k)
         if self.is_cached:
             codes, scales = self.stored.codes_and_scales(layer.weight_packed.data, layer.weight_scale.data)
             weight, scale = torch_backend.grouped_weight(codes, scales)
