@@ -207,7 +207,7 @@ def test_scripts_import_what_exists(script: Path) -> None:
 
 def test_the_root_of_scripts_has_only_what_a_user_runs() -> None:
     files = {path.name for path in (ROOT / "scripts").iterdir() if path.is_file()}
-    assert files <= {"_env.sh", "demo", "docs", "gpu_check", "test", "test-transformers"}
+    assert files <= {"_env.sh", "demo", "docs", "gpu_check", "test", "test-transformers", "test-vllm"}
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
