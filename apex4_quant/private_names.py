@@ -7,7 +7,7 @@ of the libraries torch only; the others when they are asked for.
     Python        seen in 3.11
     torch         seen in 2.13
     accelerate    seen in 1.15
-    lm-eval       seen in 0.4.9 to 0.4.13
+    lm-eval       seen in 0.4.10 to 0.4.13
     transformers  seen in 5.17 to 5.23
 """
 
@@ -131,7 +131,7 @@ def offloaded_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
 def without_git_commit() -> Iterator[None]:
     """Let lm-eval not ask git for the commit of the working directory: git complains on stderr where there is none.
 
-    `lm_eval.evaluator.get_git_commit_hash`, lm-eval 0.4.9 to 0.4.13. `simple_evaluate` has no option for it.
+    `lm_eval.evaluator.get_git_commit_hash`, lm-eval 0.4.10 to 0.4.13. `simple_evaluate` has no option for it.
     """
     from lm_eval import evaluator
 
