@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ...format.number_format import BLOCK
 from ..index import index_function
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 INPUTS = ("plain", "rms_norm", "silu_mul")  # APEX4_INPUT is the position
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
@@ -269,8 +269,10 @@ def choose_row_rms(m: int, *, dtype: str = "bfloat16") -> QuantizePlan:
 
 
 @cache
-def fragment_order() -> np.ndarray:
+def fragment_order() -> NDArray[np.int64]:
     """int64 [16384]: which element (row * 128 + column) of a block's matrix stands where in its prepacked form."""
+    import numpy as np  # not for `apex4 kernels list`
+
     column_in, column_out = index_function("dense_input"), index_function("dense_output")
     byte = index_function("dense_fragment_byte")
     order = np.full(BLOCK * BLOCK, -1)
@@ -282,7 +284,7 @@ def fragment_order() -> np.ndarray:
     return order
 
 
-def prepack_matrix(matrix: torch.Tensor, dtype: Any = None) -> torch.Tensor:
+def prepack_matrix(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """T [KB, 128, 128], as the checkpoint has it -> [KB, 16384] as quantize_dense.cu reads it, of `dtype` (that of x)."""
     import torch
 
