@@ -11,16 +11,14 @@ else who meets one stops with an error and never goes on with a wrong number. Re
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels import ops
 from ..kernels.activation_quantization import OperatorArguments
-
-# The codes and scales of an input, as kernels/operands.py says.
-Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+from ..kernels.operands import Operands
 
 
 class KernelWeights(NamedTuple):
@@ -80,7 +78,8 @@ class Plain(LinearInput):
         return self._x
 
     def quantize(self, how: OperatorArguments) -> Operands:
-        return ops.quantize(self._rows(self._x), *how)
+        operands: Operands = ops.quantize(self._rows(self._x), *how)
+        return operands
 
     def linear(self, weights: KernelWeights, how: OperatorArguments) -> torch.Tensor:
         return self._shaped(ops.linear(self._rows(self._x), *weights, *how))
@@ -94,10 +93,13 @@ class Normed(LinearInput):
         self._norm, self._eps, self._offset = norm, eps, offset
 
     def tensor(self) -> torch.Tensor:
-        return type(self._norm).forward(self._norm, self._x)
+        y: torch.Tensor = type(self._norm).forward(self._norm, self._x)
+        return y
 
     def quantize(self, how: OperatorArguments) -> Operands:
-        return ops.rms_norm_quantize(self._rows(self._x), self._norm.weight, self._eps, self._offset, *how)
+        rows = self._rows(self._x)
+        operands: Operands = ops.rms_norm_quantize(rows, self._norm.weight, self._eps, self._offset, *how)
+        return operands
 
     def linear(self, weights: KernelWeights, how: OperatorArguments) -> torch.Tensor:
         rows = self._rows(self._x)
@@ -115,7 +117,8 @@ class Gated(LinearInput):
         return nn.functional.silu(self._gate) * self._x
 
     def quantize(self, how: OperatorArguments) -> Operands:
-        return ops.silu_mul_quantize(self._rows(self._gate), self._rows(self._x), *how)
+        operands: Operands = ops.silu_mul_quantize(self._rows(self._gate), self._rows(self._x), *how)
+        return operands
 
     def linear(self, weights: KernelWeights, how: OperatorArguments) -> torch.Tensor:
         return self._shaped(ops.silu_mul_linear(self._rows(self._gate), self._rows(self._x), *weights, *how))

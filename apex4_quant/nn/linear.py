@@ -243,7 +243,7 @@ class Apex4Linear(nn.Module):
         if not self.format.transform.is_learned:
             return None
         owner = self.transform_owner
-        matrix = owner.input_transform
+        matrix: torch.Tensor | None = owner.input_transform
         if matrix is not None and matrix.device.type == "meta":
             # accelerate has offloaded the owner's tensors, and brings them back only while the owner itself runs.
             matrix = offloaded_tensor(owner, "input_transform")
