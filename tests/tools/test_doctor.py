@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from apex4_quant import kernels
 from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.kernels import catalogue
 from apex4_quant.kernels.catalogue import Configuration, configurations, kernel_family, sm_of
 from apex4_quant.kernels.runtime import compiler
 from apex4_quant.progress import Progress
@@ -141,8 +141,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     }  # fmt: skip
     for name, configs in of_modules.items():
         module = SimpleNamespace(all_configs=lambda sm, configs=configs: configs)
-        monkeypatch.setitem(sys.modules, f"apex4_quant.kernels.{name}", module)
-        monkeypatch.setattr(kernels, name, module, raising=False)
+        monkeypatch.setattr(catalogue, name, module)
     return made
 
 
@@ -151,7 +150,7 @@ def test_configurations_are_those_of_all_modules(toy: list[Configuration]) -> No
 
 
 def test_two_kernels_of_one_name_are_a_bug(toy: list[Configuration], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "quantize_configs", kernels.gemm_configs)
+    monkeypatch.setattr(catalogue, "quantize_configs", catalogue.gemm_configs)
     with pytest.raises(ValueError, match="the name toy_1"):
         configurations("sm_86")
 
