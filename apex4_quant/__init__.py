@@ -19,12 +19,17 @@ from .integrations.transformers.registration import arm as _arm
 _arm()
 
 if _TYPE_CHECKING:
-    from .quantization.run import QuantizeSettings, quantize
+    from .quantization.run import quantize
+    from .quantization.settings import QuantizeSettings
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("QuantizeSettings", "quantize"):
-        from .quantization import run as pipeline
+    if name == "quantize":
+        from .quantization.run import quantize
 
-        return getattr(pipeline, name)
+        return quantize
+    if name == "QuantizeSettings":
+        from .quantization.settings import QuantizeSettings
+
+        return QuantizeSettings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

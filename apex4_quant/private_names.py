@@ -1,18 +1,21 @@
-"""Every private name of Python, torch, accelerate and transformers that apex4 touches, each behind one function.
+"""Every private name of Python, torch, accelerate, lm-eval and transformers that apex4 touches, each behind one function.
 
 A private name may change with any release. So each function says which name it hides, why no public name does the same, and
-the versions in which the name was seen. Nothing else in apex4 uses such a name. This module imports nothing of apex4.
+the versions in which the name was seen. Nothing else in apex4 uses such a name. This module imports nothing of apex4, and
+of the libraries torch only; the others when they are asked for.
 
     Python        seen in 3.11
     torch         seen in 2.13
     accelerate    seen in 1.15
+    lm-eval       seen in 0.4.10 to 0.4.13
     transformers  seen in 5.17 to 5.23
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,3 +122,36 @@ def offloaded_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     """
     tensors = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     return None if tensors is None else tensors[name]
+
+
+# ---- lm-eval ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_git_commit() -> Iterator[None]:
+    """Let lm-eval not ask git for the commit of the working directory: git complains on stderr where there is none.
+
+    `lm_eval.evaluator.get_git_commit_hash`, lm-eval 0.4.10 to 0.4.13. `simple_evaluate` has no option for it.
+    """
+    from lm_eval import evaluator
+
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def is_weight_converter(conversion: object) -> bool:
+    """Whether a conversion of a checkpoint's tensors fuses, splits or computes, and does not only rename.
+
+    `transformers.core_model_loading.WeightConverter`, transformers 5.17 to 5.23. It is in no page of the documentation's
+    reference; quantizers are handed its instances and have to tell them from `WeightRenaming`.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    return isinstance(conversion, WeightConverter)

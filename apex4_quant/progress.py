@@ -31,7 +31,11 @@ class TerminalProgress(Progress):
         with tqdm(
             total=total, desc=name, unit=unit, unit_scale=True, bar_format=form, file=sys.stderr, mininterval=pause
         ) as bar:
-            yield bar.update
+
+            def tell(done: int) -> None:
+                bar.update(done)
+
+            yield tell
 
     def line(self, text: str) -> None:
         from tqdm import tqdm

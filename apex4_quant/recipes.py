@@ -1,9 +1,11 @@
-"""Named ways to quantize, as data (recipes.yaml). A recipe decides what is done; the pipeline decides when."""
+"""Named ways to quantize, as data (recipes.yaml). A recipe says what is done; quantization/run.py says in which order."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,40 +13,72 @@ from typing import Any
 from .errors import UsageError
 from .format.transform_kind import TransformKind
 
-ROUNDINGS = ("nearest", "gptq")
-READERS, GRADIENTS = "readers", "gradients"
 MOST_STEPS, MOST_SWEEPS = 100_000, 100
-SUFFIXES = (".yaml", ".yml", ".json")
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "apex4"
+_NAMED = Path(__file__).with_name("recipes.yaml")
+
+
+class Rounding(StrEnum):
+    """How a weight becomes codes. The value is what recipes say."""
+
+    NEAREST = "nearest"  # every weight on its own (rounding/nearest.py)
+    GPTQ = "gptq"  # errors of a column are made up for by those behind it (rounding/gptq.py)
+
+
+class Importance(StrEnum):
+    """By what outputs and inputs are weighed where a transform and a clip ratio are chosen. The value is what recipes say."""
+
+    READERS = "readers"  # the norms of the weights that read them (transforms/importance.py)
+    GRADIENTS = "gradients"  # gradients of the model's predictions (quantization/gradients.py); experts keep the first
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`transform` is the group transform used unless --transform says otherwise: "hadamard128", "dense128" (learned for
-    every block of every input), "shared128" (learned, one matrix for all blocks of an input) or "none". `rounding` is
-    "nearest" or "gptq". `search_clip` looks for an activation clip ratio per linear input; without it all are
-    `activation_clip`. `rotation` merges random Hadamard rotations of the residual stream and of the values into the
-    weights, `diagonal` is the exponent of the balancing factors (0: none). Both leave the model's function as it is
-    (function_preserving.py). `gptaq` is how far GPTQ's targets are moved from what a linear makes of its inputs, which come
-    through quantized layers, to what it makes of the original model's (0: not at all, 1: all the way; gptq.py).
-    `importance` is how outputs and inputs are weighed where a transform and a clip ratio are chosen: "readers", by the
-    weights that read them (importance.py), or "gradients", by what their errors do to the model's predictions
-    (gradients.py; experts keep the first). `transform_steps` is how long a transform is learned, `refinement` how often
-    the codes of GPTQ are gone over again (coordinate_descent.py).
+    """What is done to every linear.
+
+    transform        the group transform, unless --transform or a plan says otherwise
+    rounding         how weights become codes
+    search_clip      look for an activation clip ratio of every linear input; without it all are `activation_clip`
+    activation_clip  the largest value of a group that is represented, over its absmax: in (0, 1]
+    rotation         merge random Hadamard rotations of the residual stream and of the values into the weights
+    diagonal         exponent of the balancing factors (0: none), in [0, 1]
+    gptaq            how far GPTQ's targets are moved from what a linear makes of its inputs, which come through quantized
+                     layers, to what it makes of the original model's (0: not at all, 1: all the way; rounding/gptq.py)
+    importance       by what errors are weighed where a transform and a clip ratio are chosen
+    transform_steps  steps in which a transform is learned
+    refinement       how often the codes of GPTQ are gone over again (rounding/coordinate_descent.py)
+
+    `rotation` and `diagonal` leave the model's function as it is (transforms/function_preserving.py).
     """
 
     name: str
     summary: str = ""
     transform: TransformKind = TransformKind.HADAMARD
-    rounding: str = "nearest"
+    rounding: Rounding = Rounding.NEAREST
     search_clip: bool = False
     activation_clip: float = 1.0
     rotation: bool = False
     diagonal: float = 0.0
     gptaq: float = 0.0
-    importance: str = READERS
+    importance: Importance = Importance.READERS
     transform_steps: int = 100
     refinement: int = 0
+
+    def __post_init__(self) -> None:
+        # A plain string compares equal to a member and is none: `is` would take the wrong branch without a word.
+        for name, kind in _ENUMS.items():
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether calibration text decides anything but the group transform, which is not the recipe's alone."""
+        return (
+            self.rounding is Rounding.GPTQ
+            or self.importance is Importance.GRADIENTS
+            or self.search_clip
+            or self.diagonal > 0
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Recipe:
@@ -54,18 +88,13 @@ class Recipe:
         if unknown:
             raise UsageError(f"{where} has the unknown key {unknown[0]!r}: the keys are {', '.join(list(known)[1:])}")
         for key, value in values.items():
-            kind = {"str": str, "TransformKind": str, "bool": bool, "int": int, "float": (int, float)}[
-                str(known[key].type)
-            ]
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise UsageError(f"{where} has {key} = {value!r}: give {_KINDS[str(known[key].type)]}")
-        # An enum only behind the check: what is not one of its values gets a sentence.
-        recipe = cls(**{k: float(v) if known[k].type == "float" else v for k, v in values.items()})
-        choices = (("transform", tuple(TransformKind)), ("rounding", ROUNDINGS), ("importance", (READERS, GRADIENTS)))
-        for key, allowed in choices:
-            if getattr(recipe, key) not in allowed:
-                raise UsageError(f"{where} has {key} = {getattr(recipe, key)!r}: give one of {', '.join(allowed)}")
-        recipe = replace(recipe, transform=TransformKind(recipe.transform))
+            types, wanted = _VALUES["str" if key in _ENUMS else str(known[key].type)]
+            if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
+                raise UsageError(f"{where} has {key} = {value!r}: give {wanted}")
+            if key in _ENUMS and value not in list(_ENUMS[key]):
+                raise UsageError(f"{where} has {key} = {value!r}: give one of {', '.join(_ENUMS[key])}")
+        given: dict[str, Any] = {k: float(v) if known[k].type == "float" else v for k, v in values.items()}
+        recipe = cls(**given)
         if not 0 < recipe.activation_clip <= 1:
             raise UsageError(f"{where} has activation_clip = {recipe.activation_clip}: give a number in (0, 1]")
         if not 0 <= recipe.diagonal <= 1:
@@ -80,26 +109,25 @@ class Recipe:
             raise UsageError(
                 f"{where} has refinement = {recipe.refinement}: give a whole number from 0 to {MOST_SWEEPS}"
             )
-        if recipe.refinement and recipe.rounding != "gptq":
-            raise UsageError(
-                f"{where} has refinement = {recipe.refinement} and rounding = {recipe.rounding!r}: add 'rounding: gptq'"
-            )
-        if recipe.gptaq and recipe.rounding != "gptq":
-            raise UsageError(
-                f"{where} has gptaq = {recipe.gptaq} and rounding = {recipe.rounding!r}: add 'rounding: gptq'"
-            )
+        for key in ("refinement", "gptaq"):
+            if getattr(recipe, key) and recipe.rounding is not Rounding.GPTQ:
+                raise UsageError(
+                    f"{where} has {key} = {getattr(recipe, key)} and rounding = '{recipe.rounding}': add 'rounding: gptq'"
+                )
         return recipe
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"transform": str(self.transform)}
+        """What recipes.yaml would say, in plain values."""
+        return asdict(self) | {name: str(getattr(self, name)) for name in _ENUMS}
 
 
-_KINDS = {
-    "str": "a text",
-    "TransformKind": "a text",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
+_ENUMS: dict[str, type[StrEnum]] = {"transform": TransformKind, "rounding": Rounding, "importance": Importance}
+# By the annotation of a field: the types that a value may have, and what to give instead of another.
+_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
 }
 
 
@@ -115,10 +143,15 @@ def _load(path: Path, what: str) -> dict[str, Any]:
     return values
 
 
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package, simplest first. YAML is not loaded: --help says them."""
+    return re.findall(r"^([\w-]+):", _NAMED.read_text("utf-8"), re.MULTILINE)
+
+
 @cache
 def named_recipes() -> dict[str, Recipe]:
     """Those that come with the package, by name."""
-    entries = _load(Path(__file__).with_name("recipes.yaml"), "recipes.yaml")
+    entries = _load(_NAMED, "recipes.yaml")
     return {name: Recipe.from_dict({"name": name} | entry, f"recipe {name!r}") for name, entry in entries.items()}
 
 
@@ -131,7 +164,7 @@ def get_recipe(recipe: Recipe | str | Mapping[str, Any]) -> Recipe:
     if recipe in named_recipes():
         return named_recipes()[recipe]
     path = Path(recipe)
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in RECIPE_SUFFIXES:
         raise UsageError(f"recipe {recipe!r} is not known: give one of {', '.join(named_recipes())}, or a .yaml file")
     if not path.is_file():
         raise UsageError(f"recipe {recipe!r} does not exist: give a YAML file or one of {', '.join(named_recipes())}")

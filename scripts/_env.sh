@@ -1,4 +1,4 @@
-# Sourced by scripts/demo and scripts/test: makes .venv with the pinned packages and this checkout, once.
+# Sourced by the scripts beside it: makes .venv with the pinned packages and this checkout, once.
 # PYTHON names the interpreter (3.11 or newer). Runs from any directory; says what it does on stderr.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -16,6 +16,11 @@ find_python() {
     return 1
 }
 
+pip_install() {
+    "$VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check --retries 5 \
+        -c "$ROOT/constraints.txt" "$@" 1>&2
+}
+
 ensure_venv() {
     # The stamp changes with whatever decides what is installed, and with the folder (an editable install names it).
     local stamp python
@@ -27,7 +32,7 @@ ensure_venv() {
     echo "apex4: setting up $VENV (once)" >&2
     "$python" -m venv --clear "$VENV"
     # torch first and by its exact version, so that nothing else chooses another build of it.
-    "$VENV/bin/python" -m pip install -q -c "$ROOT/constraints.txt" torch 1>&2
-    "$VENV/bin/python" -m pip install -q -c "$ROOT/constraints.txt" -e "$ROOT[test]" 1>&2
+    pip_install torch
+    pip_install -e "$ROOT[test,docs]"
     echo "$stamp" >"$VENV/apex4-stamp"
 }

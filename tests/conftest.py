@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -21,13 +25,42 @@ from apex4_quant.cli import cli
 from apex4_quant.models.source import DEMO_PATH
 from apex4_quant.recipes import named_recipes
 
-# On a busy machine torch's threads wait for each other ten times as long as these small models compute.
+from . import selection
+
+# One thread for every process of a test: on a busy machine torch's threads wait for each other ten times as long as these
+# small models compute. pytest-xdist has one process a core.
 torch.set_num_threads(1)
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 MOST_STEPS = 100
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    selection.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow(reason): left out unless --all is given or the test is named by its id")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    selection.modify_items(config, items)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return selection.header(config)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,12 +75,33 @@ def quickly_learned() -> Iterator[None]:
     recipes.update(full)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the file `path` against the other processes of this test run; a process that dies lets go of it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
-def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`demo` quantized once, for no GPU in particular. Read only: copy it before changing anything."""
-    out = tmp_path_factory.mktemp("demo") / "demo-w4a4"
-    settings = apex4_quant.QuantizeSettings(model="demo", target="none", samples=4, seq_len=128, device="cpu")
-    apex4_quant.quantize(settings, out)
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run that the workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(run_folder: Path, quickly_learned: None) -> Path:
+    """`demo` quantized once a test run, for no GPU in particular. Read only: copy it before changing anything."""
+    out = run_folder / "demo-w4a4"
+    with locked(run_folder / "demo.lock"):
+        if not out.exists():
+            unfinished = run_folder / "unfinished"
+            settings = apex4_quant.QuantizeSettings(model="demo", target="none", samples=4, seq_len=128, device="cpu")
+            apex4_quant.quantize(settings, unfinished)
+            unfinished.rename(out)
     return out
 
 
@@ -92,6 +146,39 @@ def invoke() -> Iterator[Callable[..., Result]]:
         signal.signal(number, handler)
 
 
+def write_tiny_model(folder: Path, *, sharded: bool = False, seed: int = 0, **overrides: Any) -> Path:
+    """A small random bf16 Llama in `folder`, with the demo's tokenizer; as the fixture tiny_model says."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{
+            "vocab_size": 4096,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": None,
+        }
+        | overrides
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="600KB" if sharded else "5GB")
+    for file in TOKENIZER_FILES:
+        shutil.copy(DEMO_PATH / file, folder / file)
+    return folder
+
+
+def write_calibration(path: Path) -> Path:
+    path.write_text("The quick brown fox jumps over the lazy dog and sleeps until the morning. " * 40)
+    return path
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     """tiny_model(name="tiny", sharded=False, seed=0, **config) -> the folder of a small random bf16 Llama in tmp_path.
@@ -99,32 +186,8 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     It has the demo's tokenizer. `sharded` gives several safetensors files and an index; `config` overrides LlamaConfig.
     """
 
-    def make(name: str = "tiny", *, sharded: bool = False, seed: int = 0, **overrides: Any) -> Path:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        folder = tmp_path / name
-        config = LlamaConfig(
-            **{
-                "vocab_size": 4096,
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "max_position_embeddings": 256,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-                "pad_token_id": None,
-            }
-            | overrides
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.save_pretrained(folder, max_shard_size="600KB" if sharded else "5GB")
-        for file in TOKENIZER_FILES:
-            shutil.copy(DEMO_PATH / file, folder / file)
-        return folder
+    def make(name: str = "tiny", **how: Any) -> Path:
+        return write_tiny_model(tmp_path / name, **how)
 
     return make
 
@@ -132,9 +195,7 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def calib(tmp_path: Path) -> Path:
     """A short calibration text: the bundled one takes half a second to tokenize."""
-    path = tmp_path / "calibration.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog and sleeps until the morning. " * 40)
-    return path
+    return write_calibration(tmp_path / "calibration.txt")
 
 
 @pytest.fixture

@@ -144,8 +144,10 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--recipe", "magic"): ("recipe 'magic'", "rtn"),
     ("--dtype", "int4"): ("dtype 'int4'", "bfloat16"),
     ("--device", "tpu"): ("device 'tpu'", "cpu", "cuda"),
-    ("--samples", "0"): ("--samples is 0", "positive"),
-    ("--seq-len", "0"): ("--seq-len is 0", "positive"),
+    ("--samples", "0"): ("--samples is 0", "whole number", "from 1"),
+    ("--samples", "many"): ("--samples is many", "whole number"),
+    ("--seq-len", "0"): ("--seq-len is 0", "whole number", "from 1"),
+    ("--seed", "99999999999999999999999"): ("--seed is 99999999999999999999999", "whole number", str(2**64 - 1)),
 }
 
 

@@ -13,10 +13,12 @@ from ..errors import Apex4Error
 from ..format.layouts import get_layout
 from ..format.number_format import BLOCK
 from ..format.quant_config import LinearFormat
+from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
+from ..models.experts import unfuse_experts
 from ..models.source import INDEX_NAME, read_tensors
 from .inspect import Checkpoint
-from .load import REPORT_NAME, load_model, verify_checksums
+from .load import load_model, verify_checksums
 
 
 def check(path: str, progress: Callable[[str], None] = lambda line: None) -> list[dict[str, str]]:
@@ -69,8 +71,8 @@ def _coverage(checkpoint: Checkpoint) -> str:
         for entry in checkpoint.report["kept"]:
             if entry["name"] not in checkpoint.infos:
                 raise Apex4Error(f"{entry['name']} was kept by the plan and is missing from the checkpoint")
-    plain = sum(name in kept for name in linears)
-    return f"{len(linears) - plain} linears quantized, {plain} kept on request"
+    untouched = sum(name in kept for name in linears)
+    return f"{len(linears) - untouched} linears quantized, {untouched} kept on request"
 
 
 def _checksums(checkpoint: Checkpoint) -> str:
@@ -86,14 +88,14 @@ def _config_of_report(checkpoint: Checkpoint) -> str:
     decided = settings.get("transform", quant.transform)
     if decided != quant.transform:
         raise Apex4Error(
-            f"the transform is {quant.transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+            f"the transform is '{quant.transform}' in config.json and '{decided}' in {REPORT_NAME}: {advice}"
         )
     for entry in checkpoint.report["quantized"]:
         transform = quant.transform_of(entry["name"])
         decided = entry.get("transform", transform)
         if decided != transform:
             raise Apex4Error(
-                f"{entry['name']} has transform {transform!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+                f"{entry['name']} has transform '{transform}' in config.json and '{decided}' in {REPORT_NAME}: {advice}"
             )
         clip = quant.modules.get(entry["name"], {}).get("activation_clip", quant.activation_clip)
         decided = entry.get("activation_clip", clip)
@@ -109,8 +111,6 @@ def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]
     """Every quantized linear with the format its true shape implies; true shapes come from the model's class."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..models.experts import unfuse_experts
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     del config.quantization_config

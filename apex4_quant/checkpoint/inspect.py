@@ -8,8 +8,9 @@ from typing import Any
 from ..errors import UsageError
 from ..format.quant_config import QuantConfig
 from ..format.storage import format_bytes
+from ..format.tensor_info import TensorInfo
 from ..models.families import Family, family_of
-from ..models.source import TensorInfo, read_config, read_tensor_infos, require_sizes, resolve_model
+from ..models.source import read_config, read_tensor_infos, require_sizes, resolve_model
 from .load import quant_config_of, read_report
 
 

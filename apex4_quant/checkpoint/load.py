@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,12 @@ import torch
 
 from ..errors import Apex4Error, UsageError
 from ..format.quant_config import QUANT_METHOD, QuantConfig
-from ..format.storage import read_json, sha256
+from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import multiplies_fast, multiply_in_float32
 from ..models.source import read_config, read_tensor_infos, verify_listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-REPORT_NAME = "apex4_report.json"
 
 
 def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:
@@ -74,7 +73,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # A pair with output_loading_info, which the annotation of from_pretrained does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -85,6 +85,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     finally:
         if shown:
             logging.enable_progress_bar()
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     for name, stored, needed in sorted(info["mismatched_keys"]):
         raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
     if info["missing_keys"]:
@@ -92,4 +94,12 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
         raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")
     if not as_it_is and not multiplies_fast(torch.device(device), dtype):
         multiply_in_float32(model)
-    return model.eval()
+    model.eval()
+    return model
+
+
+def release_memory() -> None:
+    """Give back to the GPU what a model that is gone has used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -14,16 +14,25 @@ from typing import Any
 
 import torch
 
-from ..errors import Apex4Error, UsageError
+from ..errors import Apex4Error
 from ..format.layouts import get_layout
 from ..format.quant_config import LinearFormat
-from ..format.storage import TEMPORARY_SUFFIX, copy_file, require_free_space, sha256, write_json, write_tensors
+from ..format.storage import (
+    REPORT_NAME,
+    TEMPORARY_SUFFIX,
+    copy_file,
+    make_folder,
+    require_empty,
+    require_free_space,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from ..hardware.gpus import Target, resolve_target
 from ..models.source import INDEX_NAME, read_tensors
-from ..quantization.run_state import require_empty
 from .check import stored_formats
 from .inspect import Checkpoint
-from .load import REPORT_NAME, verify_checksums
+from .load import verify_checksums
 
 
 def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -37,10 +46,7 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
     layout = get_layout(wanted.layout)
     after = {name: replace(format, layout=layout) for name, format in before.items()}
     require_free_space(out, _bytes_after(checkpoint, after))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
+    make_folder(out)
 
     files = sorted({info.file for info in checkpoint.infos.values()})
     total, recorded = 0, {}

@@ -9,7 +9,6 @@ here depends on what a model says.
 from __future__ import annotations
 
 import contextlib
-import gc
 import resource
 import statistics
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint.load import load_model, quant_config_of
+from ..checkpoint.load import load_model, quant_config_of, release_memory
 from ..errors import UsageError
 from ..format.storage import format_bytes
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
@@ -70,7 +69,7 @@ def throughput(settings: ThroughputSettings, progress: Progress | None = None) -
         measured = measure(model, settings.batch, settings.prompt_len, settings.gen_len)
         results.append({"model": name, "format": format, "dtype": dtype} | measured)
         del model
-        release()
+        release_memory()
     return {
         "batch": settings.batch,
         "prompt_len": settings.prompt_len,
@@ -150,7 +149,9 @@ class _Run:
         self._places = torch.arange(self._length, device=ids.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         # A sliding window's place is counted on the host, which a graph would not do again.
-        self.uses_graph = ids.device.type == "cuda" and not any(layer.is_sliding for layer in self._cache.layers)
+        self.uses_graph = ids.device.type == "cuda" and not any(
+            getattr(layer, "is_sliding", False) for layer in self._cache.layers
+        )
 
     def prefill(self) -> None:
         self._cache.reset()
@@ -224,13 +225,6 @@ def _peak(device: torch.device) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def release() -> None:
-    """Give back what a model that is gone has used."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def throughput_as_text(result: dict[str, Any]) -> str:

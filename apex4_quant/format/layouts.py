@@ -42,6 +42,7 @@ from math import prod
 import torch
 
 from ..errors import UsageError
+from .layout_name import LayoutName
 from .number_format import BLOCK, CODE_MAX, FORBIDDEN_CODE, WEIGHT_SCALE_MIN, round_up
 
 # Output features of a tile in the layouts that kernels read (`sm80` and `sm90`).
@@ -138,7 +139,7 @@ class Layout:
 
 
 def _split(value: int, digits: Digits) -> dict[str, int]:
-    parts = {}
+    parts: dict[str, int] = {}
     for name, size in reversed(digits):
         value, parts[name] = divmod(value, size)
     return parts
@@ -195,15 +196,16 @@ def _twos_complement(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
-    return bytes_.unflatten(-1, (-1, 4)).roll(by, -1).flatten(-2)
+    words: torch.Tensor = bytes_.unflatten(-1, (-1, 4))
+    return words.roll(by, -1).flatten(-2)
 
 
 ROWMAJOR = Layout(
-    name="rowmajor", rows=(("n", 1),), cols=(("k", BLOCK),), order=("n", "k"), scale_rows=(("n", 1),),
+    name=LayoutName.ROWMAJOR.value, rows=(("n", 1),), cols=(("k", BLOCK),), order=("n", "k"), scale_rows=(("n", 1),),
     scale_order=("n",),
 )  # fmt: skip
 SM80 = Layout(
-    name="sm80",
+    name=LayoutName.SM80.value,
     rows=(("j", 8), ("r", 8)),
     cols=(("s", 2), ("h", 2), ("q", 4), ("i", 8)),
     order=("j", "r", "q", "s", "h", "i"),
@@ -211,7 +213,7 @@ SM80 = Layout(
     scale_order=("q", "j", "e"),
 )
 SM90 = Layout(
-    name="sm90",
+    name=LayoutName.SM90.value,
     rows=(("w", 4), ("u", 2), ("r", 8)),
     cols=(("c", 2), ("s", 2), ("h", 2), ("q", 4), ("i", 4)),
     order=("c", "w", "r", "q", "s", "h", "i", "u"),

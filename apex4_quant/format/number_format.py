@@ -1,4 +1,4 @@
-"""The W4A4 number format: codes, groups, scales. DESIGN §2; the normative text is docs/format.md.
+"""The W4A4 number format: codes, groups, scales. docs/format.md is normative.
 
     y[m, n] = sum_g  s_a[m, g] * s_w[n, g] * ( sum_{k in g} q_a[m, k] * q_w[n, k] )  +  bias[n]
 
@@ -16,6 +16,7 @@ FORBIDDEN_CODE = -8
 
 BLOCK = 128  # the unit of groups, of group transforms and of tensor-parallel slices along K
 CHANNEL = "channel"  # a group size: one group spans all of K
+LARGEST_GROUP = 2**16  # the largest given as a number: K is padded to a multiple of it
 
 WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weight group gets
 WEIGHT_SCALE_MAX = 65504.0  # largest float16
@@ -29,17 +30,14 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def parse_group_size(value: GroupSize) -> GroupSize:
-    """Return a legal group size: a positive multiple of 128, or "channel".
-
-    Raises UsageError for anything else.
-    """
+    """A legal group size: a multiple of 128 up to LARGEST_GROUP, or "channel". Raises UsageError for anything else."""
     if value == CHANNEL:
         return CHANNEL
     try:
         number = int(value) if isinstance(value, int | str) else 0
     except ValueError:
         number = 0
-    if number <= 0 or number % BLOCK:
+    if not 0 < number <= LARGEST_GROUP or number % BLOCK:
         raise UsageError(
             f"group size {value!r} is not legal: give a multiple of {BLOCK} (128, 256, 512, ...) or '{CHANNEL}'"
         )

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from ..errors import Apex4Error
+from .layout_name import LayoutName
 from .layouts import Layout, get_layout
 from .number_format import (
     BITS,
@@ -81,7 +82,7 @@ class LinearFormat:
         )
 
 
-def _check_clip(name: str, value: Any) -> None:
+def _check_clip(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise Apex4Error(f"quantization_config.{name} is {value!r} and must be a positive number")
 
@@ -93,7 +94,7 @@ class QuantConfig:
     [out, in] where the stored tensors are padded."""
 
     group_size: GroupSize = 128
-    layout: str = "rowmajor"
+    layout: str = LayoutName.ROWMAJOR
     transform: TransformKind = TransformKind.HADAMARD
     activation_clip: float = 1.0
     target: dict[str, str | None] = field(default_factory=lambda: {"gpu": None, "arch": None})
@@ -172,7 +173,7 @@ class QuantConfig:
         """The group transform of one linear."""
         return TransformKind(self.modules.get(name, {}).get("transform", self.transform))
 
-    def _stores_transform_of(self, name: str, owner: Any) -> bool:
+    def _stores_transform_of(self, name: str, owner: object) -> bool:
         """Whether the linear `owner` stores a learned transform of the kind that `name` has."""
         return (
             isinstance(owner, str)

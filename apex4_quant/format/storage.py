@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write to a temporary name, fsync, rename, fsync the folder."""
+"""Files of a checkpoint that are whole or absent: write to a temporary name, fsync, rename, fsync the folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..errors import Apex4Error, UsageError
 
-RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (run_state.py)
+if TYPE_CHECKING:
+    import torch
+
+REPORT_NAME = "apex4_report.json"  # in a checkpoint: what was done to every tensor, and every file's checksum
+RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (quantization/run_state.py)
+RUN_SETTINGS_NAME = "settings.json"  # inside RUN_FOLDER: written first of all, so that without it no run was begun
 TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
 
 
@@ -77,6 +80,8 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file. Its bytes depend on the tensors alone."""
+    from safetensors.torch import save_file  # torch: most of this module does without it
+
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _atomic(path) as temporary:
         # One metadata entry only: safetensors writes several in a random order.
@@ -105,6 +110,26 @@ def require_free_space(folder: Path, needed: int) -> None:
             f"{folder} has {format_bytes(free)} free and the run needs {format_bytes(needed)}: "
             "free some space or choose another output folder"
         )
+
+
+def require_empty(out: Path) -> None:
+    """Raise UsageError unless `out` is absent, empty, or holds only a run killed before it began."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"output {out} is a file: give a folder")
+    if not out.is_dir():
+        return
+    begun = (out / RUN_FOLDER / RUN_SETTINGS_NAME).is_file()
+    if begun or any(path.name != RUN_FOLDER for path in out.iterdir()):
+        advice = "add --resume to go on with the run it holds" if begun else "choose another folder or empty it"
+        raise UsageError(f"output folder {out} is not empty: {advice}")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder `out`, and those above it. Raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from .dtype_names import DTYPE_NAMES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def resolve_device(device: str) -> str:

@@ -1,4 +1,8 @@
-"""The GPUs the planner knows: DESIGN §5. Rates are dense datasheet figures; rho = INT4 tensor / FP32 CUDA-core rate."""
+"""The GPUs the planner knows. Rates are dense datasheet figures; rho = INT4 tensor-core rate / FP32 CUDA-core rate.
+
+Hopper has no INT4 tensor cores, so that its rho is that of 8-bit products. docs/issue_slots.md names the rates that are
+not simply read off a datasheet.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import UsageError
+from ..format.layout_name import LayoutName
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,11 @@ class Target:
 
     gpu: str | None
     arch: str | None
-    layout: str
+    layout: LayoutName
 
 
 def _fold(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
-
-
-def _layout_of(sm: int) -> str:
-    # The m16n8k64 s4 mma exists from sm_80 to sm_89, wgmma on sm_90 only. Elsewhere the plain order is what every reader
-    # can repack from.
-    if sm == 90:
-        return "sm90"
-    return "sm80" if 80 <= sm <= 89 else "rowmajor"
 
 
 def resolve_target(text: str) -> Target:
@@ -91,7 +88,7 @@ def resolve_target(text: str) -> Target:
     if text == "auto":
         return _detect()
     if text == "none":
-        return Target(gpu=None, arch=None, layout="rowmajor")
+        return Target(gpu=None, arch=None, layout=LayoutName.ROWMAJOR)
     arch = re.fullmatch(r"sm_?(\d{2,3})a?", text.lower())
     if arch:
         sm = int(arch.group(1))
@@ -99,10 +96,10 @@ def resolve_target(text: str) -> Target:
             raise UsageError(
                 f"target {text!r} has no INT4 or 8-bit tensor cores to compute with: sm_75 or newer is needed"
             )
-        return Target(gpu=None, arch=f"sm_{sm}", layout=_layout_of(sm))
+        return Target(gpu=None, arch=f"sm_{sm}", layout=LayoutName.of_gpu(sm))
     for gpu in GPUS.values():
         if _fold(gpu.name) == _fold(text) or _fold(gpu.name).removeprefix("rtx") == _fold(text):
-            return Target(gpu=gpu.name, arch=f"sm_{gpu.sm}", layout=_layout_of(gpu.sm))
+            return Target(gpu=gpu.name, arch=f"sm_{gpu.sm}", layout=LayoutName.of_gpu(gpu.sm))
     raise UsageError(
         f"target {text!r} is not known: give one of {', '.join(GPUS)}, sm_XX (for example sm_86), auto or none"
     )
@@ -118,4 +115,4 @@ def _detect() -> Target:
     name = next(
         (g.name for g in GPUS.values() if f" {g.name.upper()} " in f" {found} " and g.sm == major * 10 + minor), None
     )
-    return Target(gpu=name, arch=f"sm_{major}{minor}", layout=_layout_of(major * 10 + minor))
+    return Target(gpu=name, arch=f"sm_{major}{minor}", layout=LayoutName.of_gpu(major * 10 + minor))

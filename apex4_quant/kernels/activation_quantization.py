@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
-# The last arguments of the operators: matrix, k_padded, group, clip, hadamard, format.
-OperatorArguments = tuple[torch.Tensor | None, int, int, float, bool, str]
+# The last arguments of the operators: matrix, k_padded, group, clip, hadamard, format; and these without the matrix.
+OperatorArguments: TypeAlias = tuple[torch.Tensor | None, int, int, float, bool, str]
+OperatorNumbers: TypeAlias = tuple[int, int, float, bool, str]
 
 
 @dataclass(frozen=True)

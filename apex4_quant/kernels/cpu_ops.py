@@ -5,12 +5,11 @@ Signatures are the schemas of ops.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..format.layouts import get_layout
 from . import torch_backend
+from .activation_quantization import OperatorArguments
 from .operands import (
     Operands,
     format_of_codes,
@@ -61,17 +60,19 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def quantize(x: torch.Tensor, *how: Any) -> Operands:
+def quantize(x: torch.Tensor, *how: *OperatorArguments) -> Operands:
     require_quantizer("quantize", False, x, *how)
     return _quantize(x, *how)
 
 
-def rms_norm_quantize(x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, *how: Any) -> Operands:
+def rms_norm_quantize(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, *how: *OperatorArguments
+) -> Operands:
     require_quantizer("rms_norm_quantize", False, x, *how, gain=gain)
     return _quantize(_normed(x, gain, eps, gain_offset), *how)
 
 
-def silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, *how: Any) -> Operands:
+def silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, *how: *OperatorArguments) -> Operands:
     require_quantizer("silu_mul_quantize", False, gate, *how, up=up)
     return _quantize(_gated(gate, up), *how)
 
@@ -85,7 +86,12 @@ def gemm(
 
 
 def linear(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int, *how: Any
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    *how: *OperatorArguments,
 ) -> torch.Tensor:
     require_quantizer("linear", False, x, *how)
     require_weights("linear", x, packed, scale, bias, n, *how)
@@ -94,7 +100,7 @@ def linear(
 
 def rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, *how: Any,
+    bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("rms_norm_linear", False, x, *how, gain=gain)
     require_weights("rms_norm_linear", x, packed, scale, bias, n, *how)
@@ -104,7 +110,7 @@ def rms_norm_linear(
 
 def silu_mul_linear(
     gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    *how: Any,
+    *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("silu_mul_linear", False, gate, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, bias, n, *how)

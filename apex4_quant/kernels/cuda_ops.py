@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from ctypes import c_int
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from ..format.number_format import BLOCK
 from ..private_names import current_cuda_stream
 from . import cpu_ops
+from .activation_quantization import OperatorNumbers
 from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
 from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, FusedShape, fused_launch
 from .operands import (
@@ -113,7 +113,7 @@ class _Source:
         return fused_launch(launcher.kernel, shape)
 
 
-def _quantize(source: _Source, matrix: torch.Tensor | None, *how: Any) -> Operands:
+def _quantize(source: _Source, matrix: torch.Tensor | None, *how: *OperatorNumbers) -> Operands:
     x = source.x
     codes, scales = empty_operands(x, matrix, *how)
     if x.shape[0]:
@@ -131,7 +131,7 @@ def _quantize(source: _Source, matrix: torch.Tensor | None, *how: Any) -> Operan
 
 def _linear(
     source: _Source, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: Any,
+    matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     """As `_quantize` and `_multiply`, in one kernel or with one piece of memory for all that is gone afterwards."""
     x = source.x
@@ -230,7 +230,7 @@ def _multiply(
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 
-def quantize(x: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Operands:
+def quantize(x: torch.Tensor, matrix: torch.Tensor | None, *how: *OperatorNumbers) -> Operands:
     if _by_torch(matrix):
         return cpu_ops.quantize(x, matrix, *how)
     require_quantizer("quantize", True, x, matrix, *how)
@@ -238,7 +238,12 @@ def quantize(x: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Operand
 
 
 def rms_norm_quantize(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, matrix: torch.Tensor | None, *how: Any
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    gain_offset: float,
+    matrix: torch.Tensor | None,
+    *how: *OperatorNumbers,
 ) -> Operands:
     if _by_torch(matrix):
         return cpu_ops.rms_norm_quantize(x, gain, eps, gain_offset, matrix, *how)
@@ -246,7 +251,9 @@ def rms_norm_quantize(
     return _quantize(_Source("rms_norm", x, gain, eps, bool(gain_offset)), matrix, *how)
 
 
-def silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, matrix: torch.Tensor | None, *how: Any) -> Operands:
+def silu_mul_quantize(
+    gate: torch.Tensor, up: torch.Tensor, matrix: torch.Tensor | None, *how: *OperatorNumbers
+) -> Operands:
     if _by_torch(matrix):
         return cpu_ops.silu_mul_quantize(gate, up, matrix, *how)
     require_quantizer("silu_mul_quantize", True, gate, matrix, *how, up=up)
@@ -270,7 +277,7 @@ def gemm(
 
 def linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: Any,
+    matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         return gemm(*cpu_ops.quantize(x, matrix, *how), packed, scale, bias, x.shape[0], n, x.dtype)
@@ -281,7 +288,7 @@ def linear(
 
 def rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: Any,
+    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         operands = cpu_ops.rms_norm_quantize(x, gain, eps, gain_offset, matrix, *how)
@@ -294,7 +301,7 @@ def rms_norm_linear(
 
 def silu_mul_linear(
     gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: Any,
+    matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         operands = cpu_ops.silu_mul_quantize(gate, up, matrix, *how)

@@ -14,11 +14,11 @@ from functools import cache
 
 import torch
 
+from ..environment import KERNEL as VARIABLE
 from ..errors import Apex4Error, UsageError
 from .runtime import compiler, launcher
 from .runtime.architectures import FAMILIES, kernel_family
 
-VARIABLE = "APEX4_KERNEL"
 REFERENCE = "reference"
 
 

@@ -15,12 +15,14 @@ from ..format.number_format import BLOCK
 @lru_cache(maxsize=8)
 def hadamard_128(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[128, 128], Sylvester's construction, entries +-1/sqrt(128)."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix: torch.Tensor = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < BLOCK:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / BLOCK**0.5).to(device=device, dtype=dtype)
+    matrix = matrix / BLOCK**0.5
+    return matrix.to(device=device, dtype=dtype)
 
 
 def apply_block_hadamard(x: torch.Tensor) -> torch.Tensor:
     """x [..., K] with K a multiple of 128 -> the transformed x, same shape and dtype."""
-    return (x.unflatten(-1, (-1, BLOCK)) @ hadamard_128(x.dtype, x.device)).flatten(-2)
+    blocks: torch.Tensor = x.unflatten(-1, (-1, BLOCK))
+    return (blocks @ hadamard_128(x.dtype, x.device)).flatten(-2)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from . import cpu_ops, cuda_ops
+from .activation_quantization import OperatorArguments
 from .cuda_ops import prepare
 from .operands import Operands, empty_operands, require_gemm, require_quantizer, require_weights
 
@@ -50,17 +51,19 @@ _SCHEMAS = {
 # ---- shapes alone ----------------------------------------------------------------------------------------------------
 
 
-def _fake_quantize(x: torch.Tensor, *how: Any) -> Operands:
+def _fake_quantize(x: torch.Tensor, *how: *OperatorArguments) -> Operands:
     require_quantizer("quantize", x.is_cuda, x, *how)
     return empty_operands(x, *how)
 
 
-def _fake_rms_norm_quantize(x: torch.Tensor, gain: torch.Tensor, eps: float, offset: float, *how: Any) -> Operands:
+def _fake_rms_norm_quantize(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, offset: float, *how: *OperatorArguments
+) -> Operands:
     require_quantizer("rms_norm_quantize", x.is_cuda, x, *how, gain=gain)
     return empty_operands(x, *how)
 
 
-def _fake_silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, *how: Any) -> Operands:
+def _fake_silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, *how: *OperatorArguments) -> Operands:
     require_quantizer("silu_mul_quantize", gate.is_cuda, gate, *how, up=up)
     return empty_operands(gate, *how)
 
@@ -74,7 +77,12 @@ def _fake_gemm(
 
 
 def _fake_linear(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int, *how: Any
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    *how: *OperatorArguments,
 ) -> torch.Tensor:
     require_quantizer("linear", x.is_cuda, x, *how)
     require_weights("linear", x, packed, scale, bias, n, *how)
@@ -83,7 +91,7 @@ def _fake_linear(
 
 def _fake_rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, *how: Any,
+    bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("rms_norm_linear", x.is_cuda, x, *how, gain=gain)
     require_weights("rms_norm_linear", x, packed, scale, bias, n, *how)
@@ -92,7 +100,7 @@ def _fake_rms_norm_linear(
 
 def _fake_silu_mul_linear(
     gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    *how: Any,
+    *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("silu_mul_linear", gate.is_cuda, gate, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, bias, n, *how)

@@ -28,7 +28,7 @@ def quantize_activation(
         x = apply_block_matrix(x, matrix.double())
     elif hadamard:
         x = apply_block_hadamard(x)
-    grouped = x.unflatten(-1, (-1, group))
+    grouped: torch.Tensor = x.unflatten(-1, (-1, group))
     scale = (clip * grouped.abs().amax(-1) / CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN).float().double()
     codes = torch.round(grouped / scale[..., None]).clamp(-CODE_MAX, CODE_MAX)
     return codes.flatten(-2).long(), scale
@@ -36,8 +36,8 @@ def quantize_activation(
 
 def group_sums(codes_a: torch.Tensor, codes_w: torch.Tensor, group: int) -> torch.Tensor:
     """Exact integer sums int64 [M, N, G] of q_a [M, K] times q_w [N, K] over each group."""
-    a = codes_a.long().unflatten(-1, (-1, group)).transpose(0, 1)  # [G, M, g]
-    w = codes_w.long().unflatten(-1, (-1, group)).permute(1, 2, 0)  # [G, g, N]
+    a: torch.Tensor = codes_a.long().unflatten(-1, (-1, group)).transpose(0, 1)  # [G, M, g]
+    w: torch.Tensor = codes_w.long().unflatten(-1, (-1, group)).permute(1, 2, 0)  # [G, g, N]
     return (a @ w).permute(1, 2, 0)
 
 

@@ -29,10 +29,12 @@ class Expert(nn.Module):
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         """What down_proj reads: [T, H] -> [T, I]."""
-        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        y: torch.Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.inner(x))
+        y: torch.Tensor = self.down_proj(self.inner(x))
+        return y
 
 
 class UnfusedExperts(nn.ModuleList):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import Apex4Error
 from ..hardware.devices import multiplies_fast, multiply_in_float32
@@ -38,6 +38,7 @@ class _Recorder(nn.Module):
             if not name.startswith("_") and isinstance(value, str | int | float | bool):
                 setattr(self, name, value)
         self.kwargs: dict[str, Any] = {}
+        self.hidden_states: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs, self.hidden_states = kwargs, hidden_states
@@ -52,12 +53,12 @@ class _InputSeen(Exception):
     """Ends a forward pass once the tensor asked for has been seen."""
 
 
-def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, nn.Module]:
+def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedModel]:
     """The model on the meta device. Raises Apex4Error if config.json or the tensors are not those of such a model."""
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         unfuse_experts(model)
         model.eval()
     except Exception as error:  # transformers raises whatever the missing or odd field leads to
@@ -92,7 +93,9 @@ class LayerRunner:
         if not multiplies_fast(self.device, dtype):
             multiply_in_float32(self.model)
         self._set(self._family.rotary, type(self._get(self._family.rotary))(self.config).to(self.device))
-        self._layers: nn.ModuleList = self._get(self._family.layers)
+        layers = self._get(self._family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self._layers = layers
         self._calls: list[dict[str, Any]] = []
         self._replaying = Replaying(remembering=self.device.type == "cpu")
 
@@ -129,9 +132,9 @@ class LayerRunner:
         self._run_recorders(hidden)
 
     def _run_recorders(self, embeddings: torch.Tensor) -> torch.Tensor:
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+        recorders = [_Recorder(layer) for layer in self._layers]
         norm = self._get(self._family.final_norm)
-        self._set(self._family.layers, recorders)
+        self._set(self._family.layers, nn.ModuleList(recorders))
         self._set(self._family.final_norm, nn.Identity())
         try:
             self.model.base_model(inputs_embeds=embeddings, use_cache=False)
@@ -139,6 +142,7 @@ class LayerRunner:
             self._set(self._family.layers, self._layers)
             self._set(self._family.final_norm, norm)
         self._calls = [recorder.kwargs for recorder in recorders]
+        assert recorders[0].hidden_states is not None
         return recorders[0].hidden_states
 
     def load_layer(self, index: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -150,7 +154,12 @@ class LayerRunner:
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
 
+    def arguments(self, index: int) -> dict[str, Any]:
+        """What layer `index` is called with beside the hidden states: rotary embeddings, masks, positions. See `prepare`."""
+        return self._calls[index]
+
     def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index`, on the meta device unless it is loaded."""
         return self._layers[index]
 
     def drop_layer(self, index: int) -> None:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-KEPT_BYTES = 2**28  # of inputs of a last linear, at least: a fixed amount, so that a run does the same everywhere
+# Inputs of a module's last linear are kept up to this many bytes, or the bytes of all hidden states where those are more.
+# The amount is fixed, and not what memory is free, so that the same run takes the same way on every machine.
+KEPT_BYTES = 2**28
 
 
 def _of_use(output: Any) -> Any:
@@ -39,7 +41,9 @@ class Replaying:
     def __init__(self, remembering: bool) -> None:
         self._remembering = remembering
         self._outputs: dict[str, list[Any]] = {}  # by settled module
-        self._linear, self._inputs, self._room = "", [], 0  # of the last linear whose inputs were kept
+        self._linear = ""  # the last linear whose inputs are kept
+        self._inputs: list[torch.Tensor] = []
+        self._room = 0  # bytes
 
     def forget(self) -> None:
         """Another layer is loaded, or this one is changed."""

@@ -272,7 +272,7 @@ class Apex4Linear(nn.Module):
         exact = {name: getattr(self, name) for name in ("weight_scale", "input_transform")}
         # .data, not the Parameter: nn.Module changes that in place
         before = {name: tensor.data for name, tensor in exact.items() if tensor is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for name, data in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float16:

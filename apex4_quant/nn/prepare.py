@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..environment import FUSE as VARIABLE
 from ..errors import UsageError
 from ..kernels import dispatch
 from ..models.families import Family, InputGroup
@@ -23,8 +24,6 @@ from .shared_input import SharedInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-VARIABLE = "APEX4_FUSE"
 
 
 def fusing_is_asked() -> bool:

@@ -9,8 +9,9 @@ For M tokens, N outputs, K inputs (padded) in G groups:
     quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a dense transform adds
                      256 K bytes of matrices, and its 256 M K operations at the 16-bit rate overlap with the memory
 
-`dequantization_load` is DESIGN's lambda = c rho / g, c the FP32 slots per accumulator and group: a mainloop that overlaps
-hides its dequantization while lambda, and what else its CUDA cores do, is <= 1.
+`dequantization_load` is lambda = c rho / g: CUDA-core time over tensor-core time of one GEMM. c counts the FP32
+instruction slots per accumulator and group, rho is the GPU's INT4 rate over its FP32 rate, g the group size. A mainloop
+that overlaps both hides its dequantization while lambda, and what else its CUDA cores do, is <= 1.
 Not modelled: waves that do not fill the GPU, launch latency, small tiles at few tokens.
 """
 

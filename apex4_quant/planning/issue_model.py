@@ -46,7 +46,7 @@ MEMORY_SHARE = 0.85  # of the datasheet's bandwidth, what a streaming kernel rea
 EFFICIENCY = 0.415
 # What is reached where every latency is hidden; cuBLAS's share. The upper end of every prediction.
 EFFICIENCY_LIMIT = 0.85
-# sm_90: measured on an H200, the mean over layers of Llama-3-8B and Llama-2-70B at M 2048 and 4096 (scripts/bench/gemm).
+# sm_90: measured on an H200, the mean over layers of Llama-3-8B and Llama-2-70B at M 2048 and 4096 (`apex4 bench`).
 EFFICIENCY_SM90 = 0.62
 
 
@@ -56,7 +56,7 @@ class Rates:
 
     CUDA C++ Programming Guide, throughput of native arithmetic instructions, results per clock and SM: FP32 64 on 8.0 and
     128 on 8.6, 8.9 and 9.0; 32-bit integer 64 on all; I2F 16 on 8.0 and 64 later, where it is another instruction
-    (I2FP). The guide's table could not be read when this was written: the I2F figures are DESIGN's, not verified.
+    (I2FP). The guide's table could not be read when this was written: the I2F figures are assumed, not verified.
     """
 
     fma: float
@@ -109,8 +109,9 @@ class Loop:
 
 @cache
 def table() -> dict[str, Any]:
-    """The committed counts: {"nvrtc": ..., "kernels": [...]}; scripts/account/count_sass makes them."""
-    return json.loads(TABLE.read_text("utf-8"))
+    """The committed counts: {"nvrtc": ..., "kernels": [...]}; scripts/account/issue_slots makes them."""
+    counts: dict[str, Any] = json.loads(TABLE.read_text("utf-8"))
+    return counts
 
 
 def arch_of(gpu: Gpu) -> str:

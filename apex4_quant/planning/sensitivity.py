@@ -30,7 +30,6 @@ import torch
 
 from ..calib.probes import PROBE_ROWS
 from ..format.layouts import get_layout
-from ..format.number_format import BLOCK, CHANNEL, GroupSize, round_up
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.torch_backend import quantize_activation
@@ -38,7 +37,7 @@ from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..progress import Progress
-from ..quantization.collector import CollectedGroup, Collector
+from ..quantization.collector import CollectedInput, Collector
 from ..quantization.gradients import InputGradients, gradients_through
 from ..quantization.plan import PlannedLinear
 from ..quantization.predictions import gradients_of_predictions
@@ -46,23 +45,11 @@ from ..quantization.run_state import Streams
 from ..rounding.nearest import require_quantizable, round_to_codes, search_scales
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
 from ..transforms.learned_transform import learn_transform
+from .options import Choice, choices_of
 
-LADDER: tuple[GroupSize, ...] = (128, 256, 512, CHANNEL)
 ROWS = 1024  # probe rows per input: errors are sums over rows and outputs, and need no more to be ranked
 CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76)
 LEARNING_STEPS = 25  # of the 200 that the default recipe takes
-
-
-class Choice(NamedTuple):
-    """How the linears of one input are quantized."""
-
-    group_size: GroupSize
-    transform: TransformKind
-
-    @property
-    def label(self) -> str:
-        """Short, and unique among the choices of one plan: a learned transform has one group size."""
-        return str(self.transform) if self.transform.is_learned else str(self.group_size)
 
 
 @dataclass(frozen=True)
@@ -82,26 +69,6 @@ class GroupSensitivity:
     writes: bool
     errors: dict[Choice, tuple[float, ...]]
     losses: dict[Choice, float]
-
-
-def choices_of(in_features: int, transforms: Sequence[TransformKind]) -> list[Choice]:
-    """What an input of K features may get, in the order of GroupSensitivity.errors."""
-    return [
-        Choice(size, transform)
-        for transform in transforms
-        for size in ((BLOCK,) if transform.is_learned else ladder_of(in_features))
-    ]
-
-
-def ladder_of(in_features: int) -> tuple[GroupSize, ...]:
-    """The group sizes worth considering, finest first: one that covers all of K is the same as "channel".
-
-    512 stays in the ladder of K = 768: it pads, and the cost model charges for that.
-    """
-    padded = round_up(in_features, BLOCK)
-    return tuple(
-        size for size in LADDER if size == BLOCK or (padded > BLOCK if size == CHANNEL else int(size) < padded)
-    )
 
 
 @dataclass
@@ -184,7 +151,7 @@ def measure_sensitivity(
             readers = [tuple(name.removeprefix(prefix) for name in names) for names in _readers(of_layer).values()]
             known, gradients = gradients_through(runner, layer, readers, hidden, gradients)
             measured = []
-            for group in collector.groups_of(layer, module, of_layer, Streams(hidden)):
+            for group in collector.inputs_of(layer, module, of_layer, Streams(hidden)):
                 linears = [linear for part in group.parts for linear in part.planned]
                 metric = _metric(linears, {prefix + name: gradient for name, gradient in known.items()}, prefix, size)
                 measured.append(_measure_group(group, linears, metric, stored, transforms, runner.device))
@@ -217,7 +184,7 @@ def _metric(linears: Sequence[PlannedLinear], known: dict[str, InputGradients], 
 
 
 def _measure_group(
-    group: CollectedGroup,
+    group: CollectedInput,
     linears: Sequence[PlannedLinear],
     metric: Metric,
     stored: dict[str, torch.Tensor],
@@ -252,7 +219,8 @@ def _fewer(rows: torch.Tensor) -> torch.Tensor:
     if rows.shape[0] <= 2 * rows.shape[1]:
         return rows
     values, vectors = torch.linalg.eigh(rows.t() @ rows)
-    return vectors.t() * values.clamp_min(0).sqrt()[:, None]
+    fewer: torch.Tensor = vectors.t() * values.clamp_min(0).sqrt()[:, None]
+    return fewer
 
 
 def split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What linears are quantized with: inputs and Hessians, seen by running the calibration text through a layer.
 
-One pass over the calibration hidden states serves all input groups of a stage. The experts of a layer see different
+One pass over the calibration hidden states serves all input groups (the linears that read one tensor) of a stage. The experts of a layer see different
 tokens, so each has its own statistics, unless too few tokens reached it:
 
     gate_proj, up_proj    the rows of the MLP's input that the router sends to the expert; else all rows
@@ -25,14 +25,14 @@ from ..calib.hessian import HessianAccumulator
 from ..calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
 from ..errors import Apex4Error
 from ..format.quant_config import LinearFormat
-from ..models.experts import UnfusedExperts, routed
+from ..models.experts import Expert, UnfusedExperts, routed
 from ..models.families import Experts, Family, InputGroup, expert_of
 from ..models.layer_runner import LayerRunner
 from ..transforms.block_transforms import pad_input_features, transform_hessian
 from .plan import PlannedLinear
 from .run_state import Streams
 
-SHARED = "shared statistics"
+SHARED_STATISTICS = "shared statistics"  # what reports say of an expert that has none of its own
 
 # GPTQ fits the tokens it sees. With as many tokens as features or fewer, its error on other tokens of the same kind was
 # above that with the statistics of all tokens, even where those lie in other directions; at twice as many the two are
@@ -113,15 +113,28 @@ class Part:
         expert = expert_of(linear.name)
         if expert is None:
             return {}
-        return {"calibration_tokens": self.tokens[expert]} | ({"fallback": SHARED} if self.shared else {})
+        return {"calibration_tokens": self.tokens[expert]} | ({"fallback": SHARED_STATISTICS} if self.shared else {})
 
 
-@dataclass
-class CollectedGroup:
-    """An input group: `statistics` of the tensor itself, and the parts that its linears fall into."""
+class CollectedInput:
+    """What an input group reads: `statistics` of the tensor itself, and the parts that its linears fall into.
 
-    statistics: Statistics
-    parts: list[Part]
+    The part with the linear that stores the learned transform comes first: the others use it from there.
+    """
+
+    def __init__(self, statistics: Statistics, parts: list[Part]) -> None:
+        self.statistics = statistics
+        self.parts = sorted(parts, key=lambda part: part.planned[0].format.transform_from is not None)
+
+    @property
+    def linears(self) -> tuple[PlannedLinear, ...]:
+        """Those of all parts."""
+        return tuple(linear for part in self.parts for linear in part.planned)
+
+    @property
+    def format(self) -> LinearFormat:
+        """Of the first linear: group size and transform are those of all."""
+        return self.parts[0].planned[0].format
 
     def take_parts(self) -> Iterator[Part]:
         """The parts one after the other, each forgotten when the next is asked for."""
@@ -131,7 +144,14 @@ class CollectedGroup:
 
 def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
     """The children of a decoder layer that hold the linears of these stages."""
-    return {linear.partition(".")[0] for stage in stages for group in stage for linear in group.linears}
+    return {linear.partition(".")[0] for stage in stages for input_group in stage for linear in input_group.linears}
+
+
+def _expert(experts: nn.Module | None, number: int) -> Expert:
+    assert isinstance(experts, UnfusedExperts)
+    expert = experts[number]
+    assert isinstance(expert, Expert)
+    return expert
 
 
 class Collector:
@@ -154,17 +174,17 @@ class Collector:
         self._settled: tuple[str, ...] = ()
         self._last = False
 
-    def groups_of(
+    def inputs_of(
         self, layer: int, module: nn.Module, planned: list[PlannedLinear], streams: Streams
-    ) -> Iterator[CollectedGroup]:
-        """The input groups of decoder layer `module` that have planned linears, in the order of computation.
+    ) -> Iterator[CollectedInput]:
+        """What the planned linears of decoder layer `module` read, input by input, in the order of computation.
 
-        A stage is collected when the first of its groups is asked for: by then the linears before it must have been
+        A stage is collected when the first of its inputs is asked for: by then the linears before it must have been
         replaced by their quantized form. `streams` are the states entering the layer. Raises Apex4Error.
         """
-        by_group: dict[int, list[PlannedLinear]] = {}
+        of_input: dict[int, list[PlannedLinear]] = {}
         for linear in planned:
-            by_group.setdefault(linear.input_group, []).append(linear)
+            of_input.setdefault(linear.input_group, []).append(linear)
         first = 0
         stages = self._family.stages(self._config, layer)
         for number, stage in enumerate(stages):
@@ -172,7 +192,7 @@ class Collector:
             self._settled = tuple(sorted(_modules(stages[:number]) - _modules(stages[number:])))
             # Of this module only what is quantized now will change.
             self._last = not _modules(stages[number : number + 1]) & _modules(stages[number + 1 :])
-            wanted = [by_group[first + i] for i in range(len(stage)) if first + i in by_group]
+            wanted = [of_input[first + i] for i in range(len(stage)) if first + i in of_input]
             first += len(stage)
             if not wanted:
                 continue
@@ -181,70 +201,72 @@ class Collector:
                 unfused = module.get_submodule(experts.module)
                 assert isinstance(unfused, UnfusedExperts)
                 collect = self._entering if stage[0].producer is None else self._inside
-                groups = collect(layer, experts, unfused, [linear for group in wanted for linear in group], streams)
+                found = collect(layer, experts, unfused, [linear for linears in wanted for linear in linears], streams)
             else:
-                groups = [self._dense(layer, stage[0], wanted[0], streams)]
-            while groups:
-                yield groups.pop(0)
+                found = [self._dense(layer, stage[0], wanted[0], streams)]
+            while found:  # each is forgotten when the next is asked for
+                yield found.pop(0)
 
     def _statistics(self, reader: str, probe: InputProbe, linear: PlannedLinear) -> Statistics:
         return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
 
     def _calls(
         self, layer: int, module: str, streams: Streams, last: bool = False
-    ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
-        """What `module` is called with (LayerRunner.calls_of), beside what it is called with in the original model."""
+    ) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
+        """What `module` is called with (LayerRunner.calls_of), beside its first input in the original model."""
         calls = self._runner.calls_of(layer, module, streams.hidden, self._settled, last)
         if self._original is None or streams.original is None:
             yield from ((call, None) for call in calls)
         else:
             others = self._original.calls_of(layer, module, streams.original, self._settled, last)
-            yield from zip(calls, others, strict=True)
+            yield from ((call, other[0]) for call, other in zip(calls, others, strict=True))
 
-    def _dense(self, layer: int, group: InputGroup, planned: list[PlannedLinear], streams: Streams) -> CollectedGroup:
-        reader = self._family.layer_prefix(layer) + group.linears[0]
+    def _dense(
+        self, layer: int, input_group: InputGroup, planned: list[PlannedLinear], streams: Streams
+    ) -> CollectedInput:
+        reader = self._family.layer_prefix(layer) + input_group.linears[0]
         format = planned[0].format
         rows = rows_to_learn_from(format.in_features) if format.transform.is_learned else PROBE_ROWS
         statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
-        last = self._last and len(group.linears) == 1
-        for (x,), original in self._calls(layer, group.linears[0], streams, last):
-            statistics.add(x, original and original[0])
-        return CollectedGroup(statistics, [Part(reader, planned, statistics)])
+        last = self._last and len(input_group.linears) == 1
+        for (x,), original in self._calls(layer, input_group.linears[0], streams, last):
+            statistics.add(x, original)
+        return CollectedInput(statistics, [Part(reader, planned, statistics)])
 
     def _entering(
         self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
-    ) -> list[CollectedGroup]:
-        """One group: the gate and up projections of all experts, with a part for each that saw enough tokens."""
+    ) -> list[CollectedInput]:
+        """One input: that of the gate and up projections of all experts, with a part for each that saw enough tokens."""
         name = self._family.layer_prefix(layer) + experts.module
         everything = self._statistics(name, InputProbe(streams.tokens), planned[0])
         own = self._own(name, planned)
         for (states, index, _), original in self._calls(layer, experts.module, streams):
-            everything.add(states, original and original[0])
+            everything.add(states, original)
             for expert, tokens, _ in routed(index):
                 if expert in own:
-                    own[expert].statistics.add(states[tokens], original and original[0][tokens])
+                    own[expert].statistics.add(states[tokens], None if original is None else original[tokens])
         fed, starved = self._split(own)
         if starved:
             linears = [linear for part in starved for linear in part.planned]
-            tokens = {expert: n for part in starved for expert, n in part.tokens.items()}
-            fed.append(Part(name, linears, everything, tokens, shared=True))
-        return [CollectedGroup(everything, fed)]
+            seen = {expert: n for part in starved for expert, n in part.tokens.items()}
+            fed.append(Part(name, linears, everything, seen, shared=True))
+        return [CollectedInput(everything, fed)]
 
     def _inside(
         self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
-    ) -> list[CollectedGroup]:
-        """One group per expert: its down projection."""
+    ) -> list[CollectedInput]:
+        """One input per expert: that of its down projection."""
         own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
-        before = self._original and self._original.layer(layer).get_submodule(experts.module)
+        before = None if self._original is None else self._original.layer(layer).get_submodule(experts.module)
 
-        def add(part: Part, expert: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
-            inner = None if original is None else before[expert].inner(original)
-            part.statistics.add(module[expert].inner(states), inner)
+        def add(part: Part, number: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
+            inner = None if original is None else _expert(before, number).inner(original)
+            part.statistics.add(_expert(module, number).inner(states), inner)
 
         for (states, index, _), original in self._calls(layer, experts.module, streams):
             for expert, tokens, _ in routed(index):
                 if expert in own:
-                    add(own[expert], expert, states[tokens], original and original[0][tokens])
+                    add(own[expert], expert, states[tokens], None if original is None else original[tokens])
         _, starved = self._split(own)
         for part in starved:
             part.statistics = self._statistics(part.reader, InputProbe(streams.tokens, EXPERT_ROWS), part.planned[0])
@@ -253,8 +275,8 @@ class Collector:
             for (states, _, _), original in self._calls(layer, experts.module, streams):
                 for part in starved:
                     (expert,) = part.tokens
-                    add(part, expert, states, original and original[0])
-        return [CollectedGroup(part.statistics, [part]) for part in own.values()]
+                    add(part, expert, states, original)
+        return [CollectedInput(part.statistics, [part]) for part in own.values()]
 
     def _own(self, name: str, planned: list[PlannedLinear]) -> dict[int, Part]:
         """A part for every expert that has planned linears, with nothing seen yet."""
@@ -285,6 +307,6 @@ class Collector:
             seen = f"{part.statistics.tokens} calibration tokens" if part.statistics.tokens else "no calibration token"
             names = ", ".join(linear.name.rpartition(".")[2] for linear in part.planned)
             self._say(
-                f"{part.reader}: {seen} reached this expert ({needed} needed): {names} use {SHARED} of all tokens"
+                f"{part.reader}: {seen} reached this expert ({needed} needed): {names} use {SHARED_STATISTICS} of all tokens"
             )
         return fed, starved

@@ -48,27 +48,27 @@ class _Seen:
 
 
 def gradients_through(
-    runner: LayerRunner, layer: int, groups: Iterable[tuple[str, ...]], hidden: torch.Tensor, leaving: torch.Tensor
+    runner: LayerRunner, layer: int, readers: Iterable[tuple[str, ...]], hidden: torch.Tensor, leaving: torch.Tensor
 ) -> tuple[dict[str, InputGradients], torch.Tensor]:
-    """Of every group of linears (names relative to the layer) that read one tensor, by the name of the first; and the
+    """Of every tensor that linears read, by the name of the first of its `readers` (names relative to the layer); and the
     gradients by what enters the layer, float32 [S, L, H] on the CPU.
 
     hidden [S, L, H] are the states that enter the layer, which must hold float weights, and `leaving` [S, L, H] the
-    gradients by what leaves it. A group is left away if no linear of it is called, as experts may be, or a gradient is not
-    finite or all zero: then nothing is known of it. Raises Apex4Error if those by what enters are not finite.
+    gradients by what leaves it. A tensor is left away if one of its readers is not called, as experts may be, or a gradient
+    is not finite or all zero: then nothing is known of it. Raises Apex4Error if those by what enters are not finite.
     """
-    groups = list(groups)
+    readers = list(readers)
     tokens = hidden.shape[0] * hidden.shape[1]
-    seen = {group[0]: _Seen(InputProbe(tokens)) for group in groups}
+    seen = {names[0]: _Seen(InputProbe(tokens)) for names in readers}
     entering = []
     with runner.widened(layer) as module:
         for window, states in enumerate(hidden.split(1)):
             inputs: dict[str, torch.Tensor] = {}
             outputs: dict[str, torch.Tensor] = {}
             handles = [
-                module.get_submodule(name).register_forward_hook(_keeper(name, name == group[0], inputs, outputs))
-                for group in groups
-                for name in group
+                module.get_submodule(name).register_forward_hook(_keeper(name, name == names[0], inputs, outputs))
+                for names in readers
+                for name in names
             ]
             try:
                 batch, result = runner.run_with_graph(layer, states)
@@ -76,24 +76,26 @@ def gradients_through(
                 for handle in handles:
                     handle.remove()
             result.backward(leaving[window : window + 1].to(result.device, result.dtype))
+            assert batch.grad is not None
             entering.append(batch.grad.float().cpu())
             for first, x in inputs.items():
                 if x.grad is not None:
                     seen[first].probe.add(x.grad)
                     seen[first].tokens += x.grad.numel() // x.grad.shape[-1]
-            for group in groups:
-                for name in group:
-                    if name in outputs and outputs[name].grad is not None:
-                        squares = outputs[name].grad.float().flatten(0, -2).square().sum(0)
-                        seen[group[0]].squares[name] = seen[group[0]].squares.get(name, 0) + squares
-    found = {}
-    for group in groups:
-        squares = {name: square / tokens for name, square in seen[group[0]].squares.items()}
-        if len(squares) == len(group) and all(_usable(square) for square in squares.values()):
-            rows = seen[group[0]].probe.rows().float()
-            rows /= (len(rows) * (tokens / seen[group[0]].tokens)) ** 0.5
+            for names in readers:
+                for name in names:
+                    gradient = outputs[name].grad if name in outputs else None
+                    if gradient is not None:
+                        squares = gradient.float().flatten(0, -2).square().sum(0)
+                        seen[names[0]].squares[name] = seen[names[0]].squares.get(name, 0) + squares
+    found: dict[str, InputGradients] = {}
+    for names in readers:
+        means = {name: square / tokens for name, square in seen[names[0]].squares.items()}
+        if len(means) == len(names) and all(_usable(mean) for mean in means.values()):
+            rows = seen[names[0]].probe.rows().float()
+            rows /= (len(rows) * (tokens / seen[names[0]].tokens)) ** 0.5
             if _usable(rows):
-                found[group[0]] = InputGradients(rows, squares)
+                found[names[0]] = InputGradients(rows, means)
     gradients = torch.cat(entering)
     if not all_finite(gradients):
         dtype = str(runner.dtype).removeprefix("torch.")

@@ -16,32 +16,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ..errors import UsageError
 from ..format.number_format import BLOCK, GroupSize, parse_group_size
 from ..format.transform_kind import TransformKind
-
-if TYPE_CHECKING:
-    from ..models.source import ModelSource
+from ..models.source import ModelSource
 
 PLAN_VERSION = 1
-SUFFIXES = (".yaml", ".yml", ".json")
+PLAN_SUFFIXES = (".yaml", ".yml", ".json")
 _INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "budget", "max_loss", "predicted")
 _ENTRY_KEYS = ("group_size", "transform", "shape")
 
 
 @dataclass(frozen=True)
 class PlanEntry:
+    """What a plan says of one linear."""
+
     group_size: GroupSize
     transform: TransformKind | None = None  # None: that of the run
     shape: tuple[int, int] | None = None  # [out, in] as the file claims it
 
     def as_dict(self) -> dict[str, Any]:
-        """What the run records, and what build_plan takes."""
+        """What a run records."""
         return {"group_size": self.group_size} | ({} if self.transform is None else {"transform": str(self.transform)})
 
 
@@ -52,14 +53,13 @@ class PlanFile:
     path: Path
     architecture: str | None
     linears: Mapping[str, PlanEntry]
-    is_file: bool = True  # else it came from Python, or from a run's settings
 
     @property
     def names_transforms(self) -> bool:
         return any(entry.transform is not None for entry in self.linears.values())
 
-    def for_model(self, source: ModelSource, transform: str) -> dict[str, dict[str, Any]]:
-        """PlanEntry.as_dict by full module name; `transform` is that of linears for which the plan names none.
+    def for_model(self, source: ModelSource, transform: TransformKind) -> dict[str, PlanEntry]:
+        """The entries by full module name; `transform` is that of linears for which the plan names none.
 
         Raises UsageError where the plan is not one of this model.
         """
@@ -95,7 +95,7 @@ class PlanFile:
                     f"plan {self.path} has {entry.shape[0]} x {entry.shape[1]} for {name}, which is "
                     f"{known[name][0]} x {known[name][1]} in {source.name}: it is the plan of another model"
                 )
-        return {name: entry.as_dict() for name, entry in self.linears.items()}
+        return dict(self.linears)
 
 
 def plan_given(linears: Mapping[str, GroupSize | Mapping[str, Any]]) -> PlanFile:
@@ -105,7 +105,7 @@ def plan_given(linears: Mapping[str, GroupSize | Mapping[str, Any]]) -> PlanFile
         name: _read_entry(path, name, dict(entry) if isinstance(entry, Mapping) else {"group_size": entry})
         for name, entry in linears.items()
     }
-    return PlanFile(path, None, entries, is_file=False)
+    return PlanFile(path, None, entries)
 
 
 class _Loader(yaml.SafeLoader):
@@ -177,8 +177,8 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
 
 def require_plan_path(path: Path) -> None:
     """Raise UsageError unless a new plan can be written to `path`: an edited plan is not overwritten."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"plan file {path} must end in {', '.join(SUFFIXES)}")
+    if path.suffix not in PLAN_SUFFIXES:
+        raise UsageError(f"plan file {path} must end in {', '.join(PLAN_SUFFIXES)}")
     if path.exists():
         raise UsageError(f"plan file {path} is there already: give another name or remove it")
     if not path.absolute().parent.is_dir():
@@ -211,7 +211,16 @@ def plan_file_json(header: dict[str, Any], groups: list[dict[str, dict[str, Any]
     return json.dumps({"apex4_plan": PLAN_VERSION, **header, "linears": linears}, indent=2) + "\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes enums of text, such as TransformKind, as their text."""
+
+
+_Dumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(str(value)))
+
+
 def _flow(value: Any) -> str:
     """One line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True
+    )
     return text.removesuffix("\n").removesuffix("\n...")

@@ -18,10 +18,11 @@ from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..progress import Progress
 from .gradients import gradients_through
-from .run_state import ENTERING, GRADIENTS, RunState
+from .run_state import RunState, StateKind
 
-TOKENS = 16384  # of the calibration text gradients are taken of, in whole windows: more gain nothing (docs/log.md)
-DTYPE = torch.bfloat16  # in which they rest: what is made of them is means over tokens
+# Gradients are taken of so many tokens of the calibration text, in whole windows: more gain nothing (docs/log.md).
+GRADIENT_TOKENS = 16384
+GRADIENT_DTYPE = torch.bfloat16  # in which they rest: what is made of them is means over tokens
 
 
 def gradients_of_predictions(
@@ -63,18 +64,18 @@ def _normalized(gradients: torch.Tensor, name: str, dtype: torch.dtype) -> tuple
 
 
 class LeavingGradients:
-    """Of one run: taken of TOKENS tokens of `samples` int64 [S, L], evenly spaced windows, and kept in its folder."""
+    """Of one run: taken of GRADIENT_TOKENS tokens of `samples` int64 [S, L], evenly spaced windows, and kept in its folder."""
 
     def __init__(self, source: ModelSource, runner: LayerRunner, state: RunState, samples: torch.Tensor) -> None:
         self._source, self._runner, self._state = source, runner, state
-        count = windows_of(*samples.shape)
+        count = gradient_windows(*samples.shape)
         self.windows = torch.arange(count) * len(samples) // count
         self._samples = samples[self.windows]
 
     def take(self, first: int, seed: int, progress: Progress, should_stop: Callable[[], bool]) -> None:
         """Have those of layer `first` and all behind it on disk. Raises Stopped or Apex4Error."""
         layers = self._source.num_layers
-        if all(self._state.has(GRADIENTS, layer) for layer in range(first, layers)):
+        if all(self._state.has(StateKind.LEAVING_GRADIENTS, layer) for layer in range(first, layers)):
             return
 
         def go_on() -> None:
@@ -86,38 +87,38 @@ class LeavingGradients:
 
         def keep(layer: int, hidden: torch.Tensor) -> None:
             go_on()
-            self._state.save(ENTERING, layer, hidden)
+            self._state.save(StateKind.ENTERING, layer, hidden)
 
         with progress.stage("taking gradients", 2 * layers - first, " layers") as advance:
             gradients, _ = gradients_of_predictions(self._source, self._runner, self._samples, seed, keep, advance)
             for layer in reversed(range(first, layers)):
                 go_on()
-                self._state.save(GRADIENTS, layer, gradients.to(DTYPE))
+                self._state.save(StateKind.LEAVING_GRADIENTS, layer, gradients.to(GRADIENT_DTYPE))
                 if layer > first:
                     gradients = self._through(layer, gradients)
                 advance(1)
         for layer in range(layers):
-            self._state.drop(ENTERING, layer)
+            self._state.drop(StateKind.ENTERING, layer)
 
     def _through(self, layer: int, gradients: torch.Tensor) -> torch.Tensor:
         runner, source = self._runner, self._source
         runner.load_layer(layer, source.read(source.layer_tensors(layer)))
-        _, entering = gradients_through(runner, layer, (), self._state.load(ENTERING, layer), gradients)
+        _, entering = gradients_through(runner, layer, (), self._state.load(StateKind.ENTERING, layer), gradients)
         runner.drop_layer(layer)
         return _normalized(entering, source.name, runner.dtype)[0]
 
     def leaving(self, layer: int) -> torch.Tensor:
         """By what leaves this layer, for its windows, up to a factor: float32 [windows, L, H]. Raises Apex4Error."""
-        return self._state.load(GRADIENTS, layer).float()
+        return self._state.load(StateKind.LEAVING_GRADIENTS, layer).float()
 
 
-def disk_bytes(source: ModelSource, samples: Sequence[int], dtype: torch.dtype) -> int:
+def gradient_bytes_on_disk(source: ModelSource, windows: Sequence[int], dtype: torch.dtype) -> int:
     """What they take in a run's folder at most, for windows [S, L]: the states entering every layer, or the gradients."""
-    tokens = windows_of(*samples) * samples[1]
+    tokens = gradient_windows(windows[0], windows[1]) * windows[1]
     hidden = int(source.config["hidden_size"])
-    return (source.num_layers + 1) * tokens * hidden * max(dtype.itemsize, DTYPE.itemsize)
+    return (source.num_layers + 1) * tokens * hidden * max(dtype.itemsize, GRADIENT_DTYPE.itemsize)
 
 
-def windows_of(samples: int, length: int) -> int:
+def gradient_windows(samples: int, length: int) -> int:
     """How many of so many windows of `length` tokens gradients are taken of."""
-    return min(samples, max(1, -(-TOKENS // length)))
+    return min(samples, max(1, -(-GRADIENT_TOKENS // length)))

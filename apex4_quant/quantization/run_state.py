@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import Apex4Error, UsageError
-from ..format.storage import RUN_FOLDER, read_json, remove_temporaries, sha256, write_json, write_tensors
+from ..format.storage import (
+    REPORT_NAME,
+    RUN_FOLDER,
+    RUN_SETTINGS_NAME,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    require_empty,
+    sha256,
+    write_json,
+    write_tensors,
+)
+from .settings import ResolvedSettings, other_setting
 
-_SETTINGS = "settings.json"
-_HIDDEN = "hidden"
-ENTERING, GRADIENTS = "entering", "gradients"  # kinds of tensors that are kept for a layer
+
+class StateKind(StrEnum):
+    """Tensors that are kept for a layer. The value begins the file's name and, but for HIDDEN, is the tensor's."""
+
+    HIDDEN = (
+        "hidden"  # the states that enter it: through the quantized layers and, for GPTAQ, through the original ones
+    )
+    ENTERING = "entering"  # the states of the float model that enter it (predictions.py)
+    LEAVING_GRADIENTS = "gradients"  # of the float model's predictions by what leaves it (predictions.py)
+
+
+class OutputFolder(Enum):
+    """What an output folder holds."""
+
+    EMPTY = auto()  # nothing, or what was left by a kill before a run began; or the folder is absent
+    RUN = auto()  # a run that can go on
+    CHECKPOINT = auto()  # a finished run
+    OTHER = auto()  # anything else
+
+    @classmethod
+    def look(cls, out: Path) -> OutputFolder:
+        if (out / RUN_FOLDER / RUN_SETTINGS_NAME).is_file():
+            return cls.RUN
+        if (out / "config.json").is_file() and (out / REPORT_NAME).is_file():
+            return cls.CHECKPOINT
+        if not out.exists() or (out.is_dir() and all(path.name == RUN_FOLDER for path in out.iterdir())):
+            return cls.EMPTY
+        return cls.OTHER
 
 
 class Streams(NamedTuple):
@@ -52,26 +90,24 @@ class RunState:
         self.folder = out / RUN_FOLDER
 
     @classmethod
-    def begin(cls, out: Path, settings: dict[str, Any]) -> RunState:
-        """Start a run in a folder that is absent or empty. Raises UsageError otherwise."""
+    def begin(cls, out: Path, recorded: dict[str, Any]) -> RunState:
+        """Start a run in a folder that is absent or empty. `recorded`: its settings, and "inputs". Raises UsageError."""
         require_empty(out)
         state = cls(out)
-        try:
-            state.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
+        make_folder(out)
+        make_folder(state.folder)
         state._lock()
-        write_json(state.folder / _SETTINGS, settings)
+        write_json(state.folder / RUN_SETTINGS_NAME, recorded)
         return state
 
     @classmethod
-    def resume(cls, out: Path, settings: dict[str, Any]) -> RunState:
-        """Go on with a stopped run. Raises UsageError if its settings were others."""
-        first = stored_settings(out)
-        for name, value in settings["inputs"].items():
+    def resume(cls, out: Path, recorded: dict[str, Any]) -> RunState:
+        """Go on with a stopped run. Raises UsageError if it recorded something else."""
+        first = read_json(out / RUN_FOLDER / RUN_SETTINGS_NAME)
+        for name, value in recorded["inputs"].items():
             if first["inputs"].get(name) != value:
                 raise UsageError(f"the {name} changed since {out} was begun: begin again in another folder")
-        for name, value in settings.items():
+        for name, value in recorded.items():
             if first.get(name) != value:
                 raise other_setting(out, name, first.get(name), value)
         state = cls(out)
@@ -102,53 +138,55 @@ class RunState:
     def finish(self) -> None:
         """Remove the run's folder: OUT is complete. The settings go first, so that a kill in between stays finished."""
         self.close()
-        (self.folder / _SETTINGS).unlink()
+        (self.folder / RUN_SETTINGS_NAME).unlink()
         shutil.rmtree(self.folder)
 
     def record(self, shard: int) -> dict[str, Any] | None:
+        """What `commit` wrote of a shard; None if it is not finished."""
         path = self.folder / f"shard-{shard:05}.json"
         return read_json(path) if path.is_file() else None
 
     def commit(self, shard: int, record: dict[str, Any]) -> None:
+        """From now on the shard is finished. `record` has its "file" and "sha256"."""
         write_json(self.folder / f"shard-{shard:05}.json", record)
 
     def save_hidden(self, layer: int, streams: Streams) -> None:
         tensors = {"hidden_states": streams.hidden}
         if streams.original is not None:
             tensors["original_hidden_states"] = streams.original
-        write_tensors(self._path(_HIDDEN, layer), tensors)
+        write_tensors(self._path(StateKind.HIDDEN, layer), tensors)
 
     def load_hidden(self, layer: int, original: bool) -> Streams:
         """What `save_hidden` wrote; `original`: whether both streams must be there. Raises Apex4Error."""
-        tensors = self._load(_HIDDEN, layer)
+        tensors = self._load(StateKind.HIDDEN, layer)
         try:
             return Streams(tensors["hidden_states"], tensors["original_hidden_states"] if original else None)
         except KeyError as error:
-            raise self._damaged(_HIDDEN, layer, error) from error
+            raise self._damaged(StateKind.HIDDEN, layer, error) from error
 
-    def save(self, kind: str, layer: int, tensor: torch.Tensor) -> None:
-        """Keep one tensor for a layer, ENTERING or GRADIENTS."""
-        write_tensors(self._path(kind, layer), {kind: tensor})
+    def save(self, kind: StateKind, layer: int, tensor: torch.Tensor) -> None:
+        """Keep one tensor for a layer, of any kind but HIDDEN."""
+        write_tensors(self._path(kind, layer), {str(kind): tensor})
 
-    def load(self, kind: str, layer: int) -> torch.Tensor:
+    def load(self, kind: StateKind, layer: int) -> torch.Tensor:
         """What `save` kept. Raises Apex4Error."""
         tensors = self._load(kind, layer)
         if kind not in tensors:
             raise self._damaged(kind, layer, KeyError(kind))
         return tensors[kind]
 
-    def has(self, kind: str, layer: int) -> bool:
+    def has(self, kind: StateKind, layer: int) -> bool:
         return self._path(kind, layer).is_file()
 
-    def drop(self, kind: str, layer: int) -> None:
+    def drop(self, kind: StateKind, layer: int) -> None:
         self._path(kind, layer).unlink(missing_ok=True)
 
     def drop_all(self, layer: int) -> None:
         """What was kept for a layer that is finished."""
-        for kind in (_HIDDEN, ENTERING, GRADIENTS):
+        for kind in StateKind:
             self.drop(kind, layer)
 
-    def _load(self, kind: str, layer: int) -> dict[str, torch.Tensor]:
+    def _load(self, kind: StateKind, layer: int) -> dict[str, torch.Tensor]:
         path = self._path(kind, layer)
         if not path.is_file():
             raise Apex4Error(f"{path} is missing: {self._advice(kind)}")
@@ -157,62 +195,29 @@ class RunState:
         except (SafetensorError, OSError) as error:
             raise self._damaged(kind, layer, error) from error
 
-    def _damaged(self, kind: str, layer: int, error: Exception) -> Apex4Error:
+    def _damaged(self, kind: StateKind, layer: int, error: Exception) -> Apex4Error:
         return Apex4Error(f"{self._path(kind, layer)} is damaged ({error}): {self._advice(kind)}")
 
-    def _advice(self, kind: str) -> str:
-        if kind == _HIDDEN:
+    def _advice(self, kind: StateKind) -> str:
+        if kind is StateKind.HIDDEN:
             return f"{self.out} cannot be resumed, begin again in a new folder"
         return f"remove it, 'apex4 quantize --resume -o {self.out}' makes it again"
 
-    def _path(self, kind: str, layer: int) -> Path:
+    def _path(self, kind: StateKind, layer: int) -> Path:
         return self.folder / f"{kind}-{layer:05}.safetensors"
 
 
-def other_setting(out: Path, name: str, first: Any, now: Any) -> UsageError:
-    """The refusal to resume with another setting."""
-    describe = _recipe_as_text if name == "recipe" else _setting_as_text
-    return UsageError(
-        f"{out} was begun with {name} = {describe(first, now)} and now {describe(now, first)} is asked for: "
-        "resume with the first run's settings or choose another output folder"
-    )
-
-
-def _setting_as_text(value: Any, other: Any) -> str:
-    # A plan has hundreds of entries: which of them differ is for a diff of the two files.
-    return "a plan of its own" if isinstance(value, dict) else repr(value)
-
-
-def _recipe_as_text(recipe: Any, other: Any) -> str:
-    """A recipe's name, and of a file's content what is not the same in the `other`."""
-    if not isinstance(recipe, dict):
-        return repr(recipe)
-    differ = [key for key in recipe if isinstance(other, dict) and key != "name" and recipe[key] != other.get(key)]
-    content = ", ".join(f"{key}: {recipe[key]!r}" for key in differ)
-    return f"{recipe.get('name')!r} of a file" + (f" with {content}" if content else "")
-
-
-def require_empty(out: Path) -> None:
-    """Raise UsageError unless `out` is absent, empty, or holds only a run killed before it began."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"output {out} is a file: give a folder")
-    if not out.is_dir():
-        return
-    begun = (out / RUN_FOLDER / _SETTINGS).is_file()
-    if begun or any(path.name != RUN_FOLDER for path in out.iterdir()):
-        advice = "add --resume to go on with the run it holds" if begun else "choose another folder or empty it"
-        raise UsageError(f"output folder {out} is not empty: {advice}")
-
-
-def stored_settings(out: Path) -> dict[str, Any]:
-    """The settings of the run in `out`. Raises UsageError if there is none."""
-    path = out / RUN_FOLDER / _SETTINGS
-    if path.is_file():
-        settings = read_json(path)
-        if not isinstance(settings, dict) or not {"model", "inputs"} <= set(settings):
-            raise Apex4Error(f"{path} is damaged: {out} cannot be resumed, begin again in another folder")
-        return settings
-    if (out / "config.json").is_file():
-        shutil.rmtree(out / RUN_FOLDER, ignore_errors=True)  # what a kill during `finish` left
-        raise UsageError(f"{out} holds a finished checkpoint: there is nothing to resume, see 'apex4 inspect {out}'")
-    raise UsageError(f"{out} holds no run: there is nothing to resume, leave --resume away")
+def stored_settings(out: Path) -> ResolvedSettings:
+    """The settings that the run or the finished checkpoint in `out` recorded. Raises Apex4Error if they are damaged."""
+    if OutputFolder.look(out) is OutputFolder.CHECKPOINT:
+        path = out / REPORT_NAME
+        recorded = read_json(path)
+        recorded = recorded.get("settings") if isinstance(recorded, dict) else None
+    else:
+        path = out / RUN_FOLDER / RUN_SETTINGS_NAME
+        recorded = read_json(path)
+        if isinstance(recorded, dict) and not isinstance(recorded.get("inputs"), dict):
+            recorded = None
+    if not isinstance(recorded, dict):
+        raise Apex4Error(f"{path} is damaged: the run cannot be resumed, begin again in another folder")
+    return ResolvedSettings.from_dict(recorded, path)

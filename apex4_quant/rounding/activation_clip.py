@@ -8,18 +8,21 @@ import torch
 
 from ..kernels.torch_backend import quantize_activation
 
-CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(13))  # 1.00 ... 0.76
-ROWS = 1024  # calibration tokens looked at: the error is a sum over tokens and needs no more to rank the ratios
+ACTIVATION_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(13))  # 1.00 ... 0.76
+CLIP_SEARCH_ROWS = (
+    1024  # calibration tokens looked at: the error is a sum over tokens and needs no more to rank the ratios
+)
 
 
 def search_activation_clip(rows: torch.Tensor, weights: Iterable[torch.Tensor], group: int) -> float:
     """The ratio with the least output error sum ||(Q(x) - x) W^T||^2 over the linears that read the input.
 
-    rows float32 [T, K] of the input (ROWS of them suffice) and weights float32 [N_i, K], all in the quantization basis; K a multiple of `group`.
+    rows float32 [T, K] of the input (CLIP_SEARCH_ROWS of them suffice) and weights float32 [N_i, K], all in the basis that
+    is quantized; K is a multiple of the group length `group`.
     """
-    gram = sum(weight.t() @ weight for weight in weights)  # [K, K]: ||d W^T||^2 = d (W^T W) d^T
+    gram = sum((weight.t() @ weight for weight in weights), rows.new_zeros(()))  # [K, K]: ||d W^T||^2 = d (W^T W) d^T
     best_ratio, best_error = 1.0, float("inf")
-    for ratio in CLIP_RATIOS:
+    for ratio in ACTIVATION_CLIP_RATIOS:
         codes, scale = quantize_activation(rows, group, clip=ratio, hadamard=False)
         difference = (codes * scale[..., None]).flatten(1) - rows
         error = float(((difference @ gram) * difference).sum())

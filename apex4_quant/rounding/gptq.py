@@ -2,7 +2,7 @@
 
 With H = E[x x^T] and H^-1 = U^T U, U upper triangular, columns are rounded in order; the error of column i, divided by
 U_ii, times row i of U is taken from the columns after it. Which columns wait for which is only a matter of when the
-products are done: here a block is split in halves, the left half rounded, its errors applied to the right half in one
+products are done: here a range of columns is split in halves, the left half rounded, its errors applied to the right half in one
 matrix product, then the right half, and so on down to single columns, or on a GPU with kernels to 128 of them, which are one
 kernel (column_sweeps.py). All work but the rounding is in matrix products.
 
@@ -34,7 +34,7 @@ from ..hardware.threads import few_threads
 from ..kernels.sweeps import column_sweeps
 from ..transforms.block_transforms import transform_weight
 from .coordinate_descent import refine_codes
-from .nearest import CLIP_RATIOS, require_quantizable, search_scales
+from .nearest import WEIGHT_CLIP_RATIOS, require_quantizable, search_scales
 
 DAMPING = 0.01  # of the mean of H's diagonal: the value of the paper's code
 DAMPING_STEP, DAMPING_MAX = 10.0, 10.0
@@ -142,7 +142,7 @@ def _round_groups(
             here = slice(start, stop)
             scale = torch.empty_like(pending[start])
             column_sweeps.round_columns(
-                pending[here], codes[here], errors[here], scale, factor[here, here], CLIP_RATIOS
+                pending[here], codes[here], errors[here], scale, factor[here, here], WEIGHT_CLIP_RATIOS
             )
         else:
             scale = search_scales(pending[start:stop].t().contiguous(), group, cost[start:stop])[:, 0].contiguous()

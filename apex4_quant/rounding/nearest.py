@@ -9,7 +9,7 @@ from ..format.number_format import CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
 from ..format.quant_config import LinearFormat
 from ..transforms.block_transforms import transform_weight
 
-CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00 ... 0.50 of absmax
+WEIGHT_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00 ... 0.50 of absmax
 ELEMENTS_AT_ONCE = 1 << 20  # float32 working set of the search: a few MB, so that it stays in cache
 
 
@@ -24,7 +24,7 @@ def _store_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def search_scales(weight: torch.Tensor, group: int, cost: torch.Tensor | None = None) -> torch.Tensor:
-    """Per group, the float16 scale (returned as float32 [N, G]) with the least squared error over `CLIP_RATIOS`.
+    """Per group, the float16 scale (returned as float32 [N, G]) with the least squared error over `WEIGHT_CLIP_RATIOS`.
 
     weight is float32 [N, K], K a multiple of `group`; cost [K] weighs the error of each column (1 if None). The error
     is that of the codes made with the rounded scale.
@@ -38,7 +38,7 @@ def _search_rows(grouped: torch.Tensor, cost: torch.Tensor | None) -> torch.Tens
     absmax = grouped.abs().amax(-1)
     best_error = torch.full_like(absmax, torch.inf)
     best_scale = torch.empty_like(absmax)
-    for ratio in CLIP_RATIOS:
+    for ratio in WEIGHT_CLIP_RATIOS:
         scale = _store_scale(absmax * (ratio / CODE_MAX))
         error = round_to_codes(grouped, scale).mul_(scale[..., None]).sub_(grouped).square_()
         error = error.sum(-1) if cost is None else error.mul_(cost).sum(-1)

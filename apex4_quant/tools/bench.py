@@ -17,7 +17,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,10 @@ from ..errors import Apex4Error, UsageError
 from ..format.number_format import BLOCK, CODE_MAX, WEIGHT_SCALE_MIN
 from ..hardware.gpus import GPUS, Gpu, resolve_target
 from ..progress import Progress
+from .pictures import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # model: layer: [N, K]. q, k and v are one linear, and so are gate and up.
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
@@ -200,7 +204,7 @@ class Timer:
                 replay()
                 end.record()
             self.stream.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in events[1:]) / 1e3
+        return float(statistics.median(begin.elapsed_time(end) for begin, end in events[1:])) / 1e3
 
     def _captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
@@ -238,11 +242,11 @@ def _bench_layer(
                 continue
             try:
                 call = makers[contender](x)
-                error = float(torch.linalg.vector_norm(call().float() - expected) / torch.linalg.vector_norm(expected))
+                wrong = float(torch.linalg.vector_norm(call().float() - expected) / torch.linalg.vector_norm(expected))
                 limit = MAX_ERROR.get(family.partition("-")[0], 0.01)
-                row.errors[contender] = error
-                if not error <= limit:
-                    raise Unavailable(f"wrong result (relative error {error:.2g})")
+                row.errors[contender] = wrong
+                if not wrong <= limit:
+                    raise Unavailable(f"wrong result (relative error {wrong:.2g})")
                 row.seconds[contender] = timer.seconds(call)
                 if timer.eager:
                     row.eager.append(contender)
@@ -418,42 +422,24 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COLOURS = ("#0b6bcb", "#6cb2f7", "#777777", "#2e8b57", "#d9730d", "#f2b27a", "#8a3ffc", "#c9a6ff")
+def draw(result: dict[str, Any]) -> Figure:
+    """Geometric mean of the speed-up over BF16 against the number of tokens M: one line for each contender."""
+    from matplotlib.figure import Figure
 
-
-def as_svg(result: dict[str, Any]) -> str:
-    """Geometric mean of the speed-up over BF16 against M, a line a contender."""
-    by_m = result["geometric_mean_speedup"]
-    ms = list(by_m)
-    names = list(dict.fromkeys(name for ratios in by_m.values() for name in ratios))
-    top = 1.1 * max([1.0, *(ratio for ratios in by_m.values() for ratio in ratios.values())])
-    left, upper, width, height = 50, 30, 560, 300
-    step = width / max(1, len(ms) - 1)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 170}" height="{upper + height + 45}" '
-        'font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="18" font-size="13">{result["gpu"]}: speed-up over BF16, geometric mean of shapes</text>',
-        f'<rect x="{left}" y="{upper}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
-    ]
-    for value in range(0, math.floor(top) + 1):
-        y = upper + height * (1 - value / top)
-        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="{"#333" if value == 1 else "#ddd"}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value}</text>')
-    for index, m in enumerate(ms):
-        parts.append(f'<text x="{left + step * index:.1f}" y="{upper + height + 16}" text-anchor="middle">{m}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{upper + height + 34}" text-anchor="middle">tokens M</text>')
-    for number, name in enumerate(names):
-        colour = COLOURS[number % len(COLOURS)]
-        points = [
-            (left + step * index, upper + height * (1 - by_m[m][name] / top))
-            for index, m in enumerate(ms)
-            if name in by_m[m]
-        ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        y = upper + 14 + 16 * number
-        parts.append(f'<rect x="{left + width + 14}" y="{y - 8}" width="10" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{left + width + 30}" y="{y + 1}">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    by_m: dict[str, dict[str, float]] = result["geometric_mean_speedup"]
+    tokens = list(by_m)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, name in enumerate(dict.fromkeys(name for ratios in by_m.values() for name in ratios)):
+        places = [place for place, m in enumerate(tokens) if name in by_m[m]]
+        ratios = [by_m[tokens[place]][name] for place in places]
+        axes.plot(places, ratios, marker="o", markersize=4, color=COLOURS[number % len(COLOURS)], label=name)
+    axes.axhline(1, color="#333333", linewidth=0.8)
+    axes.set_xticks(range(len(tokens)), tokens)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens M")
+    axes.set_ylabel("speed-up over BF16")
+    axes.set_title(f"{result['gpu']}: geometric mean of the shapes")
+    if by_m:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure

@@ -8,7 +8,7 @@ import platform
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from .. import __version__
 from ..errors import Apex4Error
@@ -17,7 +17,53 @@ from ..kernels.catalogue import kernel_family
 from ..kernels.runtime import compiler
 
 
-def examine() -> dict[str, Any]:
+class Torch(TypedDict):
+    version: str
+    cuda: str | None  # that it is built for
+
+
+class Driver(TypedDict):
+    release: str | None  # "580.65.06"
+    cuda: str | None  # the newest that the driver knows, "13.0"
+
+
+class Compiling(TypedDict):
+    nvrtc: str | None
+    headers: str | None
+    problem: str | None  # what is missing, and how to get it
+
+
+class GpuFound(TypedDict):
+    index: int
+    name: str
+    arch: str
+    kernels: str | None  # the family of catalogue.py
+    computes_with: str
+
+
+class Cache(TypedDict):
+    folder: str
+    kernels: int
+    bytes: int
+    not_writable: str | None  # the reason
+
+
+class Findings(TypedDict):
+    """What `apex4 doctor --json` prints."""
+
+    apex4: str
+    python: str
+    torch: Torch
+    driver: Driver
+    packages: dict[str, str | None]  # name: version
+    extra: str  # of this package, to be installed here
+    compiling: Compiling
+    gpus: list[GpuFound]
+    cache: Cache
+    problems: list[str]
+
+
+def examine() -> Findings:
     """What is here, as JSON values. `problems` has a sentence for all that keeps a GPU from its kernels; else it is empty."""
     driver = _driver()
     torch = _torch()
@@ -28,7 +74,11 @@ def examine() -> dict[str, Any]:
     if any(gpu["kernels"] for gpu in gpus):
         if compiling["problem"]:
             problems.append(compiling["problem"])
-        elif driver["cuda"] and int(compiling["nvrtc"].split(".")[0]) > int(driver["cuda"].split(".")[0]):
+        elif (
+            compiling["nvrtc"]
+            and driver["cuda"]
+            and int(compiling["nvrtc"].split(".")[0]) > int(driver["cuda"].split(".")[0])
+        ):
             problems.append(
                 f"NVRTC {compiling['nvrtc']} makes kernels that a driver for CUDA {driver['cuda']} does not load: "
                 f"pip install 'apex4-quant[{extra}]', or update the driver"
@@ -49,8 +99,8 @@ def examine() -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    torch, driver, compiling, cache = (found[key] for key in ("torch", "driver", "compiling", "cache"))
+def as_text(found: Findings) -> str:
+    torch, driver, compiling, cache = found["torch"], found["driver"], found["compiling"], found["cache"]
     built_for = f"for CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
     rows = [
         ("apex4", f"{found['apex4']}, Python {found['python']}"),
@@ -75,13 +125,13 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _torch() -> dict[str, Any]:
+def _torch() -> Torch:
     import torch
 
     return {"version": torch.__version__, "cuda": torch.version.cuda}
 
 
-def _driver() -> dict[str, Any]:
+def _driver() -> Driver:
     """Asked without any package, as these may be what is missing. `cuda` is the newest CUDA that the driver knows."""
     cuda = release = None
     with suppress(OSError):
@@ -94,7 +144,7 @@ def _driver() -> dict[str, Any]:
     return {"release": release, "cuda": cuda}
 
 
-def _driver_as_text(driver: dict[str, Any]) -> str:
+def _driver_as_text(driver: Driver) -> str:
     if not driver["cuda"]:
         return "no NVIDIA driver found"
     return f"{driver['release'] or 'release unknown'}, up to CUDA {driver['cuda']}"
@@ -108,8 +158,8 @@ def _install(extra: str) -> str:
     return f"pip install 'apex4-quant[{extra}]'"
 
 
-def _compiling() -> dict[str, Any]:
-    found: dict[str, Any] = {"nvrtc": None, "headers": None, "problem": None}
+def _compiling() -> Compiling:
+    found: Compiling = {"nvrtc": None, "headers": None, "problem": None}
     try:
         found["nvrtc"] = compiler.nvrtc_version()
         found["headers"] = str(compiler.header_folder())
@@ -118,10 +168,10 @@ def _compiling() -> dict[str, Any]:
     return found
 
 
-def _gpus() -> list[dict[str, Any]]:
+def _gpus() -> list[GpuFound]:
     import torch
 
-    gpus = []
+    gpus: list[GpuFound] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(index)
         family = kernel_family(10 * major + minor)
@@ -139,9 +189,9 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
-def _cache() -> dict[str, Any]:
+def _cache() -> Cache:
     folder = compiler.cache_folder()
-    sizes = []
+    sizes: list[int] = []
     with suppress(OSError):
         sizes = [path.stat().st_size for path in compiler.cache_entries()]
     return {
@@ -152,7 +202,7 @@ def _cache() -> dict[str, Any]:
     }
 
 
-def _writable(cache: dict[str, Any]) -> str:
+def _writable(cache: Cache) -> str:
     return f"not writable ({cache['not_writable']})" if cache["not_writable"] else "writable"
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..environment import CACHE_DIR
 from ..errors import Apex4Error, UsageError
 from ..kernels.catalogue import FAMILIES, Configuration, configurations, sm_of
 from ..kernels.runtime import compiler
@@ -81,14 +82,14 @@ def build(archs: Sequence[str], out: Path | None, jobs: int | None, progress: Pr
     compiler.header_folder()
     reason = compiler.why_not_writable(where)
     if reason:
-        raise Apex4Error(f"{where} cannot be written ({reason}): give another folder with -o or in APEX4_CACHE_DIR")
+        raise Apex4Error(f"{where} cannot be written ({reason}): give another folder with -o or in {CACHE_DIR}")
     tasks: list[_Task] = [
         (each, arch_of(sm), str(out) if out else None) for sm in sms for each in configurations(arch_of(sm))
     ]
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(tasks))
     started = time.perf_counter()
     with progress.stage(f"compiling for {', '.join(map(arch_of, sms))}", len(tasks), "kernel") as tell:
-        built = []
+        built: list[Built] = []
         for one in _compile_all(tasks, jobs):
             built.append(one)
             tell(1)
@@ -137,21 +138,20 @@ def _compile_one(task: _Task) -> Built:
     )
 
 
-def kernels_as_dict(archs: Sequence[str]) -> dict[str, Any]:
-    """The kernels of `archs`, or of every architecture that has any."""
+def _kernels_of(archs: Sequence[str]) -> list[tuple[str, Configuration]]:
+    """The kernels of `archs`, or of every architecture that has any, each behind its architecture."""
     sms = sorted({sm_of(arch) for arch in archs}) or sorted(FAMILIES)
-    return {"kernels": [{"arch": arch_of(sm)} | asdict(each) for sm in sms for each in configurations(arch_of(sm))]}
+    return [(arch_of(sm), each) for sm in sms for each in configurations(arch_of(sm))]
+
+
+def kernels_as_dict(archs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    return {"kernels": [{"arch": arch} | asdict(each) for arch, each in _kernels_of(archs)]}
 
 
 def kernels_as_text(archs: Sequence[str]) -> str:
-    found = kernels_as_dict(archs)["kernels"]
-    widths = [max((len(each[key]) for each in found), default=0) for key in ("arch", "name", "source")]
-    return "\n".join(
-        "  ".join(
-            [
-                *(each[key].ljust(width) for key, width in zip(("arch", "name", "source"), widths, strict=True)),
-                " ".join(f"{name}={value}" for name, value in each["defines"].items()),
-            ]
-        ).rstrip()
-        for each in found
-    )
+    rows = [
+        ((arch, each.name, each.source), " ".join(f"{name}={value}" for name, value in each.defines.items()))
+        for arch, each in _kernels_of(archs)
+    ]
+    widths = [max(len(columns[index]) for columns, _ in rows) for index in range(3)]
+    return "\n".join("  ".join([*map(str.ljust, columns, widths), macros]).rstrip() for columns, macros in rows)

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ..environment import GEMM as VARIABLE
 from ..errors import Apex4Error, UsageError
 from ..format.number_format import BLOCK, CODE_MAX
 from ..kernels.gemm import tuned
-from ..kernels.gemm.configs import VARIABLE, GemmPlan, candidates, choose_gemm
+from ..kernels.gemm.configs import GemmPlan, candidates, choose_gemm
 from ..progress import Progress
 from .bench import SHAPES, BenchSettings, Timer, parse_list
 

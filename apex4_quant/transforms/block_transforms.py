@@ -1,4 +1,4 @@
-"""Group transforms as the pipeline applies them: into the basis in which weights and activations are quantized.
+"""Group transforms as quantization applies them: into the basis in which weights and activations are quantized.
 
 x -> x T and W -> W T^-T leave x W^T as it was, and H = E[x^T x] becomes T^T H T. T is block-diagonal, one 128 x 128 block
 per 128 channels: the Hadamard matrix (orthonormal and symmetric, so T = T^-T), or the learned `matrix` [K / 128, 128, 128]

@@ -27,13 +27,19 @@ and is best given inputs and weights that a diagonal has balanced already (funct
 would have to be stored.
 
 The matrix is stored in numbers that bfloat16 and float16 both hold exactly, and the weights are transformed with the
-inverse of what is stored, so its rounding costs nothing.
+inverse of what is stored, so its rounding costs nothing. These numbers end at 2^-14 of the largest entry: where a channel's
+row lies below, as that of a channel 10^4 times larger than others whose readers are as much smaller, it would be stored as
+zeros, and the matrix would have no inverse. The start keeps off that limit. A matrix that steps bring there all the same
+is not taken (`is_sound`).
+
+The error above is the same but for a factor if all rows of x, or all of W and g, are multiplied by a number. So rows whose
+squares would leave the range of float32 are scaled by powers of two first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,47 +54,99 @@ WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one
 EXACT_INVERSE = 20  # steps from one computed inverse to the next
 SAME_MOMENTS = 2  # steps that go by the same A' and B', which change slowly
 BETAS, EPSILON = (0.8, 0.9), 1e-8
-ROWS, WEIGHT_ROWS = 1024, 512  # looked at in one step; others in the next
+INPUT_ROWS_PER_STEP, WEIGHT_ROWS_PER_STEP = 1024, 512  # looked at in one step; others in the next
 COMPARED_ROWS = 4096  # of the input, to tell whether anything was gained
-WEIGHT_SAMPLE = 4096  # rows of all the weights kept to draw from: so many to twice as many
+WEIGHT_ROWS_KEPT = 4096  # of all the weights, to draw from: so many to twice as many
 SMALLEST, MANTISSA_BITS = 2.0**-14, 8  # the numbers both 16-bit formats hold: float16's range, bfloat16's precision
+WIDEST = 2.0**12  # of the start, the largest over the smallest factor of a channel: all are stored
+CONDITION = 2.0**24  # of a matrix that is stored, at most: beyond, float32 could not hold the product with its inverse
+ORDINARY = 20  # blocks with a largest value within 2^-20 ... 2^20 are not scaled: products of four stay in float32
+SCALED_BY = 126  # as powers of two, at most: float32 has more, and not their inverses
 
 
 @dataclass
-class _Blocks:
-    """Everything by block: rows [G, T, 128] of the input and weights [G, N', 128] that stand for N rows, both views of
-    matrices [T, K], and A and B."""
+class BlockStatistics:
+    """What a transform is learned from, by block of 128 channels: rows x [G, T, 128] of the input, rows w [G, N', 128] of
+    the weights that stand for N rows, and A and B, [G, 128, 128]. A block of x may be scaled by a power of two, and one of w
+    and B by another."""
 
     x: torch.Tensor
     w: torch.Tensor
-    weight_rows: int  # N: `_peaks` takes a mean over rows, the error of the weights is a sum
+    weight_rows: int  # N: `peaks_and_slopes` takes a mean over rows, the error of the weights is a sum
     a: torch.Tensor
     b: torch.Tensor
 
     @classmethod
     def of(
-        cls, inputs: torch.Tensor, weights: Iterable[torch.Tensor], gradients: torch.Tensor | None = None
-    ) -> _Blocks:
+        cls,
+        inputs: torch.Tensor,
+        weights: Iterable[torch.Tensor],
+        gradients: torch.Tensor | None = None,
+        shared: bool = False,
+    ) -> BlockStatistics:
+        """The arguments of `learn_transform`."""
         x = _by_block(inputs)
+        x = _scaled(x, -_exponents(x, shared))
         b = x.new_zeros(len(x), BLOCK, BLOCK)
+        exponents = torch.full((len(x),), -SCALED_BY, device=x.device)  # of the largest of weights and gradients so far
         total, stride = 0, 1
         kept = inputs.new_zeros(0, inputs.shape[1])
+
+        def scaled(rows: torch.Tensor) -> torch.Tensor:
+            """Rows [R, K] by block, scaled as all that was seen before, which is scaled down if these are larger."""
+            nonlocal b, kept, exponents
+            blocks = _by_block(rows)
+            most = torch.maximum(exponents, _exponents(blocks, shared))
+            b = _scaled(b, 2 * (exponents - most))
+            kept = _by_row(_scaled(_by_block(kept), exponents - most))
+            exponents = most
+            return _scaled(blocks, -most)
+
         for weight in weights:
+            rows = scaled(weight)
             if gradients is None:
-                _add_products(b, _by_block(weight))
+                _add_products(b, rows)
             total += len(weight)
-            kept = torch.cat([kept, weight[::stride]])
-            while len(kept) > 2 * WEIGHT_SAMPLE:  # every row stands for as many
+            kept = torch.cat([kept, _by_row(rows)[::stride]])
+            while len(kept) > 2 * WEIGHT_ROWS_KEPT:  # every row stands for as many
                 kept, stride = kept[::2].clone(), 2 * stride
         if gradients is not None:
-            _add_products(b, _by_block(gradients))
+            _add_products(b, scaled(gradients))
         a = _add_products(torch.zeros_like(b), x).div_(len(inputs))
         return cls(x, _by_block(kept), total, a, b)
 
 
+def _exponents(rows: torch.Tensor, shared: bool) -> torch.Tensor:
+    """Rows [G, R, 128] -> per block the power of two to take out of them, integers [G], of one size if `shared`.
+
+    0 for blocks that float32 holds the squares of, and the least there is, -SCALED_BY, for blocks without values.
+    """
+    if rows.shape[1] == 0:
+        return torch.full((len(rows),), -SCALED_BY, device=rows.device)
+    largest = torch.maximum(rows.amax((1, 2)), -rows.amin((1, 2)))
+    if shared:
+        largest = largest.amax().expand(len(rows))
+    exponents = torch.frexp(largest)[1].clamp(-SCALED_BY, SCALED_BY).long()
+    exponents = torch.where(exponents.abs() <= ORDINARY, 0, exponents)
+    return torch.where(largest == 0, -SCALED_BY, exponents)
+
+
+def _scaled(blocks: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """blocks [G, R, C] times 2^exponents [G]; the same tensor if there is nothing to do."""
+    if not bool(exponents.any()) or blocks.numel() == 0:
+        return blocks
+    return torch.ldexp(blocks, exponents[:, None, None].to(blocks.dtype))
+
+
+def _by_row(blocks: torch.Tensor) -> torch.Tensor:
+    """[G, R, 128] -> [R, K], a view if it was made by `_by_block`."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
 def _by_block(matrix: torch.Tensor) -> torch.Tensor:
     """[R, K] -> [K / 128, R, 128], the same memory."""
-    return matrix.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    blocks: torch.Tensor = matrix.unflatten(1, (-1, BLOCK))
+    return blocks.transpose(0, 1)
 
 
 def _add_products(sums: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -102,44 +160,71 @@ def learn_transform(
     steps: int = STEPS,
     shared: bool = False,
     gradients: torch.Tensor | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> torch.Tensor:
     """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
 
-    K is padded to a multiple of 128. Blocks where nothing was gained, or whose inputs or weights are all zero, get the
-    scaled Hadamard matrix. The blocks of a `shared` one are equal. The same arguments give the same result.
+    K is padded to a multiple of 128, and all values are finite. Blocks where nothing was gained, or whose inputs or weights
+    are all zero, get the matrix that learning starts from. So do those whose learned matrix cannot be stored without losing
+    its inverse, of which `warn` is told. Every matrix returned has a finite inverse. The blocks of a `shared` one are
+    equal. The same arguments give the same result.
     `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
     that of the weights, whose rows have to be scaled by how much their errors matter.
     """
-    blocks = _Blocks.of(inputs, weights, gradients)
-    with few_threads(2 * ROWS * BLOCK * inputs.shape[1]):
-        start = (
-            apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None] if shared else _balanced_hadamard(blocks)
-        )
-        learned = _descend(blocks, start, steps)
-        before, after = _error(blocks, start), _error(blocks, learned)
+    blocks = BlockStatistics.of(inputs, weights, gradients, shared)
+    with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
+        hadamard = apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None]
+        start = hadamard if shared else balanced_hadamard(blocks)
+        learned = descend(blocks, start, steps)
+        before, after = block_errors(blocks, start), block_errors(blocks, learned)
     better = torch.isfinite(after) & (after < before)  # False for NaN
-    return _storable(torch.where(better[:, None, None], learned, start)).expand(len(blocks.x), -1, -1)
+    stored = storable(learned)
+    sound = is_sound(stored)
+    if lost := int((better & ~sound).sum()):
+        warn(f"{lost} of {len(better)} learned transforms cannot be stored in 16 bits, their start is used")
+    stored = torch.where((better & sound)[:, None, None], stored, storable(start))
+    stored = torch.where(is_sound(stored)[:, None, None], stored, storable(hadamard))
+    return stored.expand(len(blocks.x), -1, -1)
 
 
-def _balanced_hadamard(blocks: _Blocks) -> torch.Tensor:
-    """diag(d) H, d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel (DESIGN 3.1)."""
+def is_sound(transform: torch.Tensor) -> torch.Tensor:
+    """T [G, 128, 128] -> per block, whether weights can be multiplied by its inverse: bool [G].
+
+    The condition number, by Frobenius norms, is at most CONDITION.
+    """
+    exact = transform.double()
+    inverse, failed = torch.linalg.inv_ex(exact)
+    condition = exact.flatten(1).norm(dim=1) * inverse.flatten(1).norm(dim=1)
+    sound: torch.Tensor = (failed == 0) & (condition <= CONDITION)  # False for NaN
+    return sound
+
+
+def balanced_hadamard(blocks: BlockStatistics) -> torch.Tensor:
+    """diag(d) H, float32 [G, 128, 128], d_k = (B_kk / A_kk)^(1/4): both sides get the same energy in every channel.
+
+    H is the Hadamard matrix over sqrt(128). The d_k of a block are within a factor of WIDEST of each other.
+    """
     a, b = (matrix.diagonal(dim1=1, dim2=2) for matrix in (blocks.a, blocks.b))
     alive = (a.amax(1, keepdim=True) > 0) & (b.amax(1, keepdim=True) > 0)
     # A dead channel is taken for a quiet one: its factor is bounded.
     a, b = (side.clamp_min(1e-6 * side.mean(1, keepdim=True).clamp_min(1e-30)) for side in (a, b))
     log_d = torch.where(alive, (b.log() - a.log()) / 4, 0.0)
+    log_d = log_d.clamp_min(log_d.amax(1, keepdim=True) - math.log(WIDEST))
     d = (log_d - log_d.mean(1, keepdim=True)).exp()
     return d[..., None] * apply_block_hadamard(torch.eye(BLOCK, device=a.device))
 
 
-def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
-    transform, inverse = start, torch.linalg.inv(start)
+def descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.Tensor:
+    """T after `steps` steps from `start`, float32 [G, 128, 128], or [1, 128, 128] for one that all blocks share."""
+    transform, inverse = start, _inverse(start)
     first, second = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
         if step % SAME_MOMENTS == 0:
-            moments = _moments(blocks, transform, inverse)
-        x, w = _window(blocks.x, ROWS, step), _window(blocks.w, WEIGHT_ROWS, step)
-        slope = _slope(blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1)
+            moments = moments_in_basis(blocks, transform, inverse)
+        x, w = rows_of_step(blocks.x, INPUT_ROWS_PER_STEP, step), rows_of_step(blocks.w, WEIGHT_ROWS_PER_STEP, step)
+        slope = slope_of_log_error(
+            blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1
+        )
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
         rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
@@ -147,21 +232,27 @@ def _descend(blocks: _Blocks, start: torch.Tensor, steps: int) -> torch.Tensor:
         change = first / size * (-rate / (1 - BETAS[0] ** (step + 1)))  # S
         transform = torch.baddbmm(transform, transform, change)
         if step % EXACT_INVERSE == EXACT_INVERSE - 1:
-            inverse = torch.linalg.inv(transform)
+            inverse = _inverse(transform)
         else:
             linear = torch.baddbmm(inverse, change, inverse, alpha=-1)
             inverse = torch.baddbmm(inverse, change, linear, alpha=-1)
     return transform
 
 
-def _window(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
+def _inverse(transform: torch.Tensor) -> torch.Tensor:
+    """Block by block. Of a block that has none it holds no number that is of use, and the others do not suffer."""
+    inverse: torch.Tensor = torch.linalg.inv_ex(transform)[0]
+    return inverse
+
+
+def rows_of_step(rows: torch.Tensor, count: int, step: int) -> torch.Tensor:
     """About `count` of the rows [G, R, 128], evenly spaced, in every step others until all have come; all, if there are no
     more."""
     stride = -(-rows.shape[1] // count)
     return rows[:, step % stride :: stride]
 
 
-def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def peaks_and_slopes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values y float32 [G, R, 128] -> per block the mean over rows of the largest square, and d^T y, [G, 128, 128], with d
     its gradient by y."""
     blocks, rows, _ = values.shape
@@ -180,18 +271,20 @@ def _peaks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
 
 
-def _moments(blocks: _Blocks, transform: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments_in_basis(
+    blocks: BlockStatistics, transform: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A' and B', [G, 128, 128]."""
     return transform.transpose(1, 2) @ (blocks.a @ transform), inverse @ blocks.b @ inverse.transpose(1, 2)
 
 
-def _slope(
+def slope_of_log_error(
     weight_rows: int, y: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, shared: bool
 ) -> torch.Tensor:
     """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
     all. y [G, R, 128] and v [G, R', 128] are rows of the input and of the weights in the basis of T."""
-    x_peak, x_back = _peaks(y)
-    w_peak, w_back = _peaks(v)
+    x_peak, x_back = peaks_and_slopes(y)
+    w_peak, w_back = peaks_and_slopes(v)
     w_peak, w_back = w_peak * weight_rows, w_back * weight_rows
     a_trace, b_trace = _trace(a), _trace(b)
     slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
@@ -206,10 +299,10 @@ def _trace(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _error(blocks: _Blocks, transform: torch.Tensor) -> torch.Tensor:
+def block_errors(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tensor:
     """The objective per block over the rows kept, [G]; their sum [1], if one T is for all."""
-    inverse = torch.linalg.inv(transform)
-    x_peak = _mean_peak(_window(blocks.x, COMPARED_ROWS, 0) @ transform)
+    inverse = _inverse(transform)
+    x_peak = _mean_peak(rows_of_step(blocks.x, COMPARED_ROWS, 0) @ transform)
     w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
@@ -221,8 +314,9 @@ def _mean_peak(values: torch.Tensor) -> torch.Tensor:
     return values.abs().amax(-1).square().mean(1)
 
 
-def _storable(transform: torch.Tensor) -> torch.Tensor:
-    """Scale each block by a power of two to a largest entry in [1/2, 1) and round to what both 16-bit formats hold."""
+def storable(transform: torch.Tensor) -> torch.Tensor:
+    """T float32 [G, 128, 128] -> float16, scaled by block by a power of two to a largest entry in [1/2, 1] and rounded to
+    what both 16-bit formats hold: entries below 2^-14 become zero."""
     _, exponent = torch.frexp(transform.abs().amax((1, 2), keepdim=True))
     mantissa, exponents = torch.frexp(torch.ldexp(transform, -exponent))
     rounded = torch.ldexp(torch.round(mantissa * 2**MANTISSA_BITS) / 2**MANTISSA_BITS, exponents)

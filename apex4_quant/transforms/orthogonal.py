@@ -29,7 +29,8 @@ class Orthogonal:
         """`seed` decides the signs, and the factor of a width with no known Hadamard matrix. Raises ValueError if n < 1."""
         generator = torch.Generator().manual_seed(seed)
         self.n = n
-        self._before, self._after = (torch.randint(0, 2, (2, n), generator=generator) * 2 - 1).double()
+        signs = (torch.randint(0, 2, (2, n), generator=generator) * 2 - 1).double()
+        self._before, self._after = signs[0], signs[1]
         self.factors = _factors(n, generator)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,8 @@ def _sylvester(n: int) -> torch.Tensor:
 def _random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform over the orthogonal matrices: QR of a Gaussian matrix with R's diagonal made positive (Mezzadri 2007)."""
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    signed: torch.Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return signed
 
 
 def _paley_field(order: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The float model as a recipe wants it before quantization: its tensors on the way from the source to the pipeline.
+"""The float model as a recipe wants it before quantization: its tensors on the way from the source to quantization.
 
 One decoder layer at a time, in float32 and rounded once, to the dtype it came in. Everything depends on the source, the
 recipe, the seed and the hidden states alone, so a resumed run writes the same bytes.
@@ -7,11 +7,12 @@ recipe, the seed and the hidden states alone, so a resumed run writes the same b
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import Apex4Error, UsageError
 from ..models.families import InputGroup
@@ -21,7 +22,7 @@ from ..recipes import Recipe
 from .function_preserving import Tensors, balance, merged_by_norm, rotate_reader, rotate_stream, rotate_values
 from .orthogonal import Orthogonal, derived_seed
 
-ROWS = 8192  # of an embedding that are float32 at a time
+EMBEDDING_ROWS_AT_ONCE = 8192  # of an embedding that are float32 at a time
 
 
 def require_rotatable(source: ModelSource, recipe: Recipe) -> None:
@@ -99,48 +100,52 @@ class Rewriter:
         tensors = {
             name.removeprefix(prefix): stored.pop(name).to(self._runner.device, torch.float32) for name in dtypes
         }
-        groups = merged_by_norm(self._family.groups(self._source.config, index))
+        input_groups = merged_by_norm(self._family.groups(self._source.config, index))
         if self._rotation:
             writers = self._family.residual_writers(self._source.config, index)
-            rotate_stream(tensors, groups, writers, self._family.norm_offset, self._stream)
+            rotate_stream(tensors, input_groups, writers, self._family.norm_offset, self._stream)
         if self._diagonal:  # after R1, which takes the gains in which it is folded; before R2, which spreads channels
-            self._balance(index, tensors, groups, hidden)
+            self._balance(index, tensors, input_groups, hidden)
         if self._rotation:
-            self._rotate_values(index, tensors, groups)
+            self._rotate_values(index, tensors, input_groups)
         return {name: tensors.pop(name.removeprefix(prefix)).to("cpu", dtype) for name, dtype in dtypes.items()}
 
-    def _rotate_values(self, index: int, tensors: Tensors, groups: list[InputGroup]) -> None:
-        for group in groups:
-            if group.producer is not None and group.producer.per_head:
-                width = tensors[f"{group.linears[0]}.weight"].shape[1] // int(self._runner.config.num_attention_heads)
+    def _rotate_values(self, index: int, tensors: Tensors, input_groups: list[InputGroup]) -> None:
+        for input_group in input_groups:
+            if input_group.producer is not None and input_group.producer.per_head:
+                width = tensors[f"{input_group.linears[0]}.weight"].shape[1] // int(
+                    self._runner.config.num_attention_heads
+                )
                 rotations = [
                     Orthogonal(width, derived_seed(self._seed, "values", index, head)) for head in range(self._kv_heads)
                 ]
-                rotate_values(tensors, group, self._kv_heads, rotations)
+                rotate_values(tensors, input_group, self._kv_heads, rotations)
 
-    def _balance(self, index: int, tensors: Tensors, groups: list[InputGroup], hidden: torch.Tensor) -> None:
+    def _balance(self, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor) -> None:
         prefix = self._family.layer_prefix(index)
-        squares = mean_squares(self._runner, index, {prefix + n: t for n, t in tensors.items()}, groups, hidden)
-        # Producers first: their rows are read by the norms' groups, whose sums of squares then are the final ones.
-        for group in sorted(groups, key=lambda group: group.norm is not None):
-            mean_square = squares.get(group)
+        squares = mean_squares(self._runner, index, {prefix + n: t for n, t in tensors.items()}, input_groups, hidden)
+        # Producers first: their rows are read by the norms' readers, whose sums of squares then are the final ones.
+        for input_group in sorted(input_groups, key=lambda input_group: input_group.norm is not None):
+            mean_square = squares.get(input_group)
             if mean_square is None:
                 continue
             if not bool(torch.isfinite(mean_square).all()):
-                raise Apex4Error(f"the input of {prefix}{group.linears[0]} is not finite: try --dtype float32")
+                raise Apex4Error(f"the input of {prefix}{input_group.linears[0]} is not finite: try --dtype float32")
             offset, alpha = self._family.norm_offset, self._diagonal
-            folded = balance(tensors, group, mean_square, kv_heads=self._kv_heads, norm_offset=offset, alpha=alpha)
-            if not folded and group.linears[0] not in self._reported:
-                self._reported.add(group.linears[0])
-                self._say(f"{', '.join(group.linears)}: the diagonal can be folded nowhere and is left away")
+            folded = balance(
+                tensors, input_group, mean_square, kv_heads=self._kv_heads, norm_offset=offset, alpha=alpha
+            )
+            if not folded and input_group.linears[0] not in self._reported:
+                self._reported.add(input_group.linears[0])
+                self._say(f"{', '.join(input_group.linears)}: the diagonal can be folded nowhere and is left away")
 
     def _by_rows(self, weight: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for rows in weight.split(ROWS):
+        for rows in weight.split(EMBEDDING_ROWS_AT_ONCE):
             rows.copy_(change(rows.to(self._runner.device, torch.float32)))
 
 
 def mean_squares(
-    runner: LayerRunner, index: int, tensors: Tensors, groups: list[InputGroup], hidden: torch.Tensor
+    runner: LayerRunner, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor
 ) -> dict[InputGroup, torch.Tensor]:
     """E[x_k^2] over the calibration tokens at every input of a layer, float64 [K], from one pass in the model's dtype.
 
@@ -150,22 +155,22 @@ def mean_squares(
     sums: dict[InputGroup, torch.Tensor] = {}
     tokens: dict[InputGroup, int] = {}
 
-    def add(group: InputGroup, x: torch.Tensor) -> None:
+    def add(input_group: InputGroup, x: torch.Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
-        sums[group] = sums.get(group, 0) + rows.square().sum(0).double()
-        tokens[group] = tokens.get(group, 0) + len(rows)
+        sums[input_group] = sums.get(input_group, 0) + rows.square().sum(0).double()
+        tokens[input_group] = tokens.get(input_group, 0) + len(rows)
 
-    handles = [_watch(module, group, lambda x, group=group: add(group, x)) for group in groups]
+    handles = [_watch(module, input_group, partial(add, input_group)) for input_group in input_groups]
     try:
         runner.run_layer(index, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    return {group: total / tokens[group] for group, total in sums.items() if tokens[group]}
+    return {input_group: total / tokens[input_group] for input_group, total in sums.items() if tokens[input_group]}
 
 
-def _watch(module: nn.Module, group: InputGroup, see: Callable[[torch.Tensor], None]) -> Any:
+def _watch(module: nn.Module, input_group: InputGroup, see: Callable[[torch.Tensor], None]) -> RemovableHandle:
     """Show `see` the group's input. Of what comes from a norm that is its output: experts read only a part each."""
-    if group.norm is not None:
-        return module.get_submodule(group.norm).register_forward_hook(lambda _, args, output: see(output))
-    return module.get_submodule(group.linears[0]).register_forward_pre_hook(lambda _, args: see(args[0]))
+    if input_group.norm is not None:
+        return module.get_submodule(input_group.norm).register_forward_hook(lambda _, args, output: see(output))
+    return module.get_submodule(input_group.linears[0]).register_forward_pre_hook(lambda _, args: see(args[0]))

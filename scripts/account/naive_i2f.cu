@@ -3,7 +3,8 @@
 //   y[m, n] = sum_g s_a[m, g] * s_w[n, g] * float(sum_{k in g} a[m, k] * w[n, k])
 //
 // Every group has integer accumulators of its own that start at zero; they are converted (I2F), the two scales are
-// multiplied (FMUL) and the product is added (FFMA). It is here to be compiled: scripts/account/count_sass counts its main loop
+// multiplied (FMUL) and the product is added (FFMA). It is here to be compiled: `scripts/account/issue_slots count`
+// counts its main loop
 // beside ours and the issue-slot model must give it the published speed (docs/issue_slots.md). Operands, tile, loads and
 // pipeline are those of the library's kernel, so that only the dequantization differs. Groups other than 128, bias and
 // split K are left out.
@@ -14,7 +15,7 @@
 //           w_scale  half  [N_padded/64, K/128, 64]
 //           y        bf16  [m, n], row stride ldy
 // Launch: grid (ceil(n/128), ceil(m/128)), block 256, dynamic shared memory STAGES * 17152 bytes.
-#include "index.cuh"
+#include "common/index.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

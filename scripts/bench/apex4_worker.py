@@ -2,7 +2,7 @@
 
     apex4_worker.py RECIPE MODEL OUT [--device cuda] [--samples 128] [--seq-len 2048]
 
-scripts/bench/gpu_quantize starts it: `apex4 quantize` does not tell its peak of GPU memory.
+scripts/bench/quantize starts it: `apex4 quantize` does not tell its peak of GPU memory.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
                 "gpu": torch.cuda.get_device_name() if on_gpu else None,
-                "quantized_linears": len(result.plan.linears),
+                "quantized_linears": len(result.records),
             }
         )
     )

@@ -3,7 +3,7 @@
     rivals_worker.py --list
     rivals_worker.py RECIPE MODEL IDS [--device cpu] [--batch 8]
 
-scripts/bench/rivals and scripts/bench/gpu_quantize start it. IDS is a file of token windows (`calibration`, and `heldout`
+scripts/bench/rivals and scripts/bench/quantize start it. IDS is a file of token windows (`calibration`, and `heldout`
 if perplexity is to be measured) that apex4's own code drew.
 The model stays in memory as llm-compressor leaves it, which is how that library simulates the quantized model: weights
 and activations are rounded to their grids and computed in floating point.
@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from apex4_quant.evaluation.evaluate import measure_perplexity
+from apex4_quant.evaluation.predictions import measure_perplexity
 
 GROUP = 128
 

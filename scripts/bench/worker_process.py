@@ -1,4 +1,4 @@
-"""What scripts/bench/rivals and scripts/bench/gpu_quantize share: processes that are measured, and the windows they get.
+"""What scripts/bench/rivals and scripts/bench/quantize share: processes that are measured, and the windows they get.
 
 Importing this imports no torch: on Linux a child's peak resident set starts at that of the process that started it.
 """
@@ -63,7 +63,7 @@ def export_windows(
     from apex4_quant.evaluation.evaluate import EvalSettings
     from apex4_quant.models.source import ModelSource
     from apex4_quant.models.tokenizers import load_tokenizer
-    from apex4_quant.quantization.run import QuantizeSettings
+    from apex4_quant.quantization.settings import QuantizeSettings
 
     source = ModelSource(model)
     settings = QuantizeSettings(model=model, samples=samples, seq_len=seq_len, device="cpu").resolve(source)

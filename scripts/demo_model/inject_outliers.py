@@ -26,11 +26,10 @@ from pathlib import Path
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.format.storage import write_tensors
+from apex4_quant.format.storage import require_empty, write_tensors
 from apex4_quant.models.families import Producer
 from apex4_quant.models.source import SINGLE_NAME, ModelSource
 from apex4_quant.quantization.run import COMPANION_PATTERNS
-from apex4_quant.quantization.run_state import require_empty
 
 MIN_CHANNELS = 2
 

@@ -4,16 +4,24 @@ whose wgmma and mbarriers are not there."""
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from apex4_quant.kernels.runtime.compiler import SOURCES
+from apex4_quant.kernels.runtime.compiler import SOURCES, cache_folder
 
 HERE = Path(__file__).parent
+HEADER = "cuda_on_cpu.h"
+KEPT_SECONDS = 30 * 24 * 3600  # after the last use
 COMPILER = shutil.which("g++") or shutil.which("c++")
 FLAGS = ("-std=c++17", "-fPIC", "-fsanitize=alignment", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")  # fmt: skip
 
@@ -59,44 +67,87 @@ def _with_placed_shared_memory(text: str) -> str:
 
 
 class CpuLauncher:
-    """Stands in for `launcher.kernel`. `folder` receives the libraries; `edits` are made to the sources before.
+    """Stands in for `launcher.kernel`. `edits` (file, old text, new text) are made to the sources before.
 
-    `optimization` "-O0" compiles in two thirds of the time, for a library that is used once.
+    `optimization` "-O0" compiles in two thirds of the time, for a library that is used little. Libraries are kept in the
+    cache folder of apex4 under a hash of all that they are made of, as cubins are.
     """
 
-    def __init__(self, folder: Path, edits: Sequence[tuple[str, str, str]] = (), optimization: str = "-O1") -> None:
-        self._folder = folder
+    def __init__(self, edits: Sequence[tuple[str, str, str]] = (), optimization: str = "-O1") -> None:
         self._flags = (optimization, *FLAGS)
         self._kernels: dict[Any, CpuKernel] = {}
+        self._texts = {HEADER: (HERE / HEADER).read_text()}  # by the name that #include gives
         for path in (*SOURCES.rglob("*.cuh"), *SOURCES.rglob("*.cu")):
             text = path.read_text()
             for name, old, new in edits:
                 if name == path.name:
                     assert text.count(old) == 1, (name, old)
                     text = text.replace(old, new)
-            copy = folder / path.relative_to(SOURCES)
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_text(_with_placed_shared_memory(text))
-        shutil.copy(HERE / "ptx.cuh", folder / "common")
-        shutil.copy(HERE / "quantize_wgmma.cuh", folder / "quantize")
-        (folder / "quantize" / "quantize_ptx.cuh").write_text("#pragma once\n")  # cuda_on_cpu.h has it
+            self._texts[path.relative_to(SOURCES).as_posix()] = _with_placed_shared_memory(text)
+        self._texts["common/ptx.cuh"] = (HERE / "ptx.cuh").read_text()
+        self._texts["quantize/quantize_wgmma.cuh"] = (HERE / "quantize_wgmma.cuh").read_text()
+        self._texts["quantize/quantize_ptx.cuh"] = "#pragma once\n"  # cuda_on_cpu.h has it
 
     def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:
         key = (source, *sorted(defines.items()))
         if key not in self._kernels:
-            name = "_".join(str(part) for part in (Path(source).stem, *(value for _, value in sorted(defines.items()))))
-            program, library = self._folder / f"{name}.cpp", self._folder / f"{name}.so"
-            program.write_text(
-                f'#include "cuda_on_cpu.h"\n#include "{source}"\nextern "C" const char* launch_on_cpu(void** arguments, '
+            program = (
+                f'#include "{HEADER}"\n#include "{source}"\nextern "C" const char* launch_on_cpu(void** arguments, '
                 "const int* grid, int threads, int shared_bytes) "
                 f"{{ return cpu::launch({entry}, arguments, grid, threads, shared_bytes); }}\n"
             )
-            macros = [f"-D{macro}={value}" for macro, value in defines.items()]
-            made = self._folder / f"{name}.o"
-            folders = [f"-I{HERE}", f"-I{self._folder}"]
-            command = [COMPILER, *self._flags, *macros, *folders, "-c", str(program), "-o", str(made)]
-            subprocess.run(command, check=True)
-            # Without the sanitizer's library: cuda_on_cpu.h has what it calls.
-            subprocess.run([COMPILER, "-shared", str(made), "-o", str(library)], check=True)
-            self._kernels[key] = CpuKernel(library)
+            flags = (*self._flags, *(f"-D{macro}={value}" for macro, value in defines.items()))
+            self._kernels[key] = CpuKernel(self._library(program, flags))
         return self._kernels[key]
+
+    def _library(self, program: str, flags: Sequence[str]) -> Path:
+        """The compiled program, from the cache or compiled into it. Several processes may do so at once."""
+        texts = self._included(program)
+        digest = hashlib.sha256()
+        for part in (_compiler_version(), *flags, program, *(part for item in sorted(texts.items()) for part in item)):
+            digest.update(f"{len(part)}\n{part}".encode())
+        folder = cache_folder() / "cuda_on_cpu"
+        library = folder / f"{digest.hexdigest()}.so"
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as name:
+                os.replace(_compile(Path(name), program, texts, flags), library)
+            _remove_unused(folder)
+        os.utime(library)
+        return library
+
+    def _included(self, text: str) -> dict[str, str]:
+        """Our files that a program includes, and those that they include."""
+        found: dict[str, str] = {}
+        waiting = [text]
+        while waiting:
+            for name in re.findall(r'^ *#include "([^"]+)"', waiting.pop(), re.MULTILINE):
+                if name not in found:
+                    found[name] = self._texts[name]
+                    waiting.append(found[name])
+        return found
+
+
+def _compile(folder: Path, program: str, texts: Mapping[str, str], flags: Sequence[str]) -> Path:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "program.cpp").write_text(program)
+    made, library = folder / "program.o", folder / "program.so"
+    subprocess.run([COMPILER, *flags, f"-I{folder}", "-c", str(folder / "program.cpp"), "-o", str(made)], check=True)
+    # Without the sanitizer's library: cuda_on_cpu.h has what it calls.
+    subprocess.run([COMPILER, "-shared", str(made), "-o", str(library)], check=True)
+    return library
+
+
+@cache
+def _compiler_version() -> str:
+    return subprocess.run([COMPILER, "-v"], capture_output=True, text=True, check=True).stderr
+
+
+def _remove_unused(folder: Path) -> None:
+    """Libraries of sources that are no more."""
+    for path in folder.glob("*.so"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                path.unlink()

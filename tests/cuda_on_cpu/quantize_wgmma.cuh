@@ -1,7 +1,7 @@
 // kernels/cuda/quantize_wgmma.cuh on a CPU: a warp's part of the product, as mma of 16 rows.
 #pragma once
 
-#include "quantize_dense.cuh"
+#include "quantize/quantize_dense.cuh"
 
 inline void multiply_64x128(float (&d)[TILES][4], const unsigned (&a)[STEPS][4], const unsigned* matrix) {
   const int lane = cpu::current % cpu::LANES_OF_WARP;

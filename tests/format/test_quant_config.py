@@ -188,7 +188,7 @@ def test_groups_of_padded_k(k: int, size: int | str, padded: int, length: int, c
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------
 
-# DESIGN §5: sm, rho.
+# sm and rho, from datasheet rates (apex4_quant/hardware/gpus.py has their sources).
 TABLE = {
     "A100": (80, 64), "RTX 3090": (86, 16), "A40": (86, 16), "A10": (86, 16), "RTX 4090": (89, 16), "L40S": (89, 16),
     "L40": (89, 8), "H100": (90, 29.6), "H200": (90, 29.6),

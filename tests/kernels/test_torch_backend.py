@@ -258,7 +258,7 @@ def test_autocast_does_not_touch_the_integer_part() -> None:
     assert torch.equal(y, expected)
 
 
-# --- exactness of the dequantization: two fused multiply-adds, by the mantissa of a float -------------------------------
+# --- exactness of the dequantization by two FFMA (docs/kernels.md, section 6) -----------------------------------------
 
 
 def _two_ffma(sums: np.ndarray, scale: np.ndarray) -> np.ndarray:

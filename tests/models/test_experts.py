@@ -29,7 +29,7 @@ from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.progress import Progress
-from apex4_quant.quantization.collector import SHARED, Collector
+from apex4_quant.quantization.collector import SHARED_STATISTICS, Collector
 from apex4_quant.quantization.plan import build_plan
 from apex4_quant.quantization.run_state import Streams
 
@@ -239,7 +239,7 @@ def test_experts_without_tokens_are_quantized_reported_and_inspected(
         expert = int(record["name"].split(".")[5])
         unreachable = expert in (4, 5)
         assert (record["calibration_tokens"] == 0) == unreachable
-        assert record.get("fallback") == entry.get("fallback") == (SHARED if unreachable else None)
+        assert record.get("fallback") == entry.get("fallback") == (SHARED_STATISTICS if unreachable else None)
         assert record["calibration_tokens"] == entry["calibration_tokens"]
     tokens = [records[f"model.layers.1.mlp.experts.{i}.up_proj"]["calibration_tokens"] for i in range(6)]
     assert sum(tokens) == 2 * 8 * 128
@@ -255,10 +255,10 @@ def test_experts_without_tokens_are_quantized_reported_and_inspected(
         for key in ("calibration_tokens", "fallback"):
             assert inspected[name].get(key) == record.get(key)
     *lines, last = invoke("inspect", tmp_path / "out").stdout.splitlines()
-    marked = [line.split()[0] for line in lines if f"{SHARED} (0 tokens of its own)" in line]
+    marked = [line.split()[0] for line in lines if f"{SHARED_STATISTICS} (0 tokens of its own)" in line]
     parts = ("4.gate", "4.up", "5.gate", "5.up", "4.down", "5.down")
     assert marked == [f"model.layers.1.mlp.experts.{part}_proj" for part in parts]
-    assert last.startswith("  6 linears of experts") and SHARED in last and "--samples" in last
+    assert last.startswith("  6 linears of experts") and SHARED_STATISTICS in last and "--samples" in last
 
 
 @torch.no_grad()
@@ -274,7 +274,7 @@ def test_statistics_are_those_of_the_tokens_that_the_router_sends(moe: Callable[
     plan = build_plan(source, recipe="gptq", transform="none", group_size=128, layout="rowmajor", target={}, ignore=())
     said: list[str] = []
     collector = Collector(runner, source.family, source.config, True, said.append)
-    groups = list(collector.groups_of(1, layer, plan.of_layer(1), Streams(hidden)))
+    groups = list(collector.inputs_of(1, layer, plan.of_layer(1), Streams(hidden)))
     assert [len(group.parts) for group in groups] == [1, 1, 5] + [1] * 6  # four fed experts and the starved together
 
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)

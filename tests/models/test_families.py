@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers import (
 )
 
 from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.calib.text import load_text
 from apex4_quant.format.number_format import padded_in_features
 from apex4_quant.kernels import reference
 from apex4_quant.models.families import FAMILIES, family_of
@@ -40,6 +43,7 @@ from apex4_quant.models.source import DEMO_PATH, ModelSource
 from apex4_quant.nn.deferring import Deferring
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.nn.prepare import prepare_model
+from apex4_quant.recipes import named_recipes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -93,6 +97,24 @@ COUNTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The beginning of the bundled calibration text: all of it takes long to tokenize."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(load_text("bundled")[:8000])
+    return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hardly_learned(quickly_learned: None) -> Iterator[None]:
+    """That transforms are good is tested elsewhere."""
+    recipes = named_recipes()
+    full = dict(recipes)
+    recipes.update({name: replace(each, transform_steps=min(each.transform_steps, 10)) for name, each in full.items()})
+    yield
+    recipes.update(full)
+
+
 def write_model(folder: Path, name: str, **save: Any) -> nn.Module:
     """A seeded random model of `MODELS` with the demo's tokenizer, in bfloat16, biases and norms not trivial."""
     torch.manual_seed(len(name))
@@ -130,21 +152,50 @@ class ReferenceLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "layout", "recipe"),
-    [(name, "rowmajor", recipe) for name in MODELS for recipe in ("rtn", "apex4")]
-    + [(name, "sm80", recipe) for name in ("llama ragged", "qwen2") for recipe in ("rtn", "apex4")]
-    + [
+# Every model once, every recipe at least once, both layouts.
+PAIRS = [
+    ("llama", "rowmajor", "apex4"),
+    ("llama tied", "rowmajor", "quarot-128g"),
+    ("llama ragged", "sm80", "apex4"),
+    ("llama biased", "rowmajor", "gptq"),
+    ("mistral window", "rowmajor", "apex4-fast"),
+    ("qwen2", "sm80", "apex4-hadamard"),
+    ("qwen2 window", "rowmajor", "gptq"),
+    ("qwen3", "rowmajor", "rtn"),
+    ("qwen3 ragged", "rowmajor", "apex4-fast"),
+    ("phi3 partial rotary", "rowmajor", "apex4-gptaq"),
+    ("gemma2", "rowmajor", "apex4-shared"),
+    ("gemma3", "rowmajor", "apex4-hadamard"),
+    ("mixtral", "rowmajor", "rtn"),
+    ("mixtral tied ragged", "rowmajor", "apex4-gptaq"),
+    ("qwen3moe", "rowmajor", "apex4"),
+]
+MORE_PAIRS = [
+    *((name, "rowmajor", recipe) for name in MODELS for recipe in ("rtn", "apex4")),
+    *((name, "sm80", recipe) for name in ("llama ragged", "qwen2") for recipe in ("rtn", "apex4")),
+    *(
         (name, "rowmajor", recipe)
         for name in ("phi3 partial rotary", "gemma2", "mixtral tied ragged")
         for recipe in ("apex4-gptaq", "apex4-shared")
-    ],
+    ),
+]
+more_pairs = pytest.mark.slow("a recipe and a model that other quick tests combine with others")
+
+
+def test_pairs_have_every_model_and_every_recipe() -> None:
+    assert [name for name, _, _ in PAIRS] == list(MODELS)
+    assert {recipe for _, _, recipe in PAIRS} == set(named_recipes())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "layout", "recipe"),
+    [*PAIRS, *(pytest.param(*pair, marks=more_pairs) for pair in MORE_PAIRS if pair not in PAIRS)],
 )
-def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) -> None:
+def test_quantize_and_load(name: str, layout: str, recipe: str, text: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", name)
     settings = QuantizeSettings(
-        str(tmp_path / "model"), recipe=recipe, target="none", layout=layout, samples=2, seq_len=64
+        str(tmp_path / "model"), recipe=recipe, target="none", layout=layout, samples=2, seq_len=64, calib=text
     )
     result = quantize(settings, tmp_path / "out")
     assert len(result.records) == COUNTS.get(name, 14)
@@ -170,10 +221,10 @@ def test_quantize_and_load(name: str, layout: str, recipe: str, tmp_path: Path) 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_the_kernels_operators_give_the_same_model(name: str, tmp_path: Path) -> None:
+def test_the_kernels_operators_give_the_same_model(name: str, text: str, tmp_path: Path) -> None:
     """With shared inputs, norms and gates in the quantizers, on the operators' CPU implementations: the same bits."""
     write_model(tmp_path / "model", name)
-    settings = QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", samples=2, seq_len=64)
+    settings = QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", samples=2, seq_len=64, calib=text)
     quantize(settings, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -254,10 +305,12 @@ def test_entries_say_where_inputs_come_from_and_who_writes_the_stream(name: str,
         assert torch.equal(runner.run_layer(index, hidden), hidden)
 
 
-def test_dequantized_weights_are_close_and_everything_else_is_untouched(tmp_path: Path) -> None:
+def test_dequantized_weights_are_close_and_everything_else_is_untouched(text: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", "qwen2")
     quantize(
-        QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", transform="none", samples=1, seq_len=32),
+        QuantizeSettings(
+            str(tmp_path / "model"), recipe="rtn", target="none", transform="none", samples=1, seq_len=32, calib=text
+        ),
         tmp_path / "out",
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
@@ -274,10 +327,15 @@ def test_dequantized_weights_are_close_and_everything_else_is_untouched(tmp_path
             assert (dequantized - weight).norm() / weight.norm() < 0.15
 
 
-def test_ignored_linears_stay_as_they_were(tmp_path: Path) -> None:
+def test_ignored_linears_stay_as_they_were(text: str, tmp_path: Path) -> None:
     original = write_model(tmp_path / "model", "llama")
     settings = QuantizeSettings(
-        str(tmp_path / "model"), target="none", samples=1, seq_len=32, ignore=("*.down_proj", "self_attn.k_proj")
+        str(tmp_path / "model"),
+        target="none",
+        samples=1,
+        seq_len=32,
+        calib=text,
+        ignore=("*.down_proj", "self_attn.k_proj"),
     )
     result = quantize(settings, tmp_path / "out")
     assert len(result.records) == 10
@@ -289,24 +347,30 @@ def test_ignored_linears_stay_as_they_were(tmp_path: Path) -> None:
         assert isinstance(layer.self_attn.q_proj, Apex4Linear)
 
 
-def test_sharded_and_single_file_sources_give_the_same_bytes(tmp_path: Path) -> None:
+def test_sharded_and_single_file_sources_give_the_same_bytes(text: str, tmp_path: Path) -> None:
     write_model(tmp_path / "single", "llama")
     write_model(tmp_path / "sharded", "llama", max_shard_size="1MB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     for kind in ("single", "sharded"):
-        quantize(QuantizeSettings(str(tmp_path / kind), target="none", samples=1, seq_len=32), tmp_path / f"out-{kind}")
+        quantize(
+            QuantizeSettings(str(tmp_path / kind), target="none", samples=1, seq_len=32, calib=text),
+            tmp_path / f"out-{kind}",
+        )
     shards = sorted((tmp_path / "out-single").glob("*.safetensors"))
     assert shards
     for shard in shards:
         assert shard.read_bytes() == (tmp_path / "out-sharded" / shard.name).read_bytes()
 
 
-def test_group_sizes_other_than_128(tmp_path: Path) -> None:
+def test_group_sizes_other_than_128(text: str, tmp_path: Path) -> None:
     write_model(tmp_path / "model", "llama")
     for group_size in (256, "channel"):
         out = tmp_path / f"out-{group_size}"
         quantize(
-            QuantizeSettings(str(tmp_path / "model"), group_size=group_size, target="none", samples=1, seq_len=32), out
+            QuantizeSettings(
+                str(tmp_path / "model"), group_size=group_size, target="none", samples=1, seq_len=32, calib=text
+            ),
+            out,
         )
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         down = model.model.layers[0].mlp.down_proj  # K = 384: padded to 512 for groups of 256
@@ -315,14 +379,16 @@ def test_group_sizes_other_than_128(tmp_path: Path) -> None:
         assert torch.isfinite(model(torch.arange(32)[None]).logits).all()
 
 
-def test_old_llama_checkpoints_with_stored_rotary_buffers(tmp_path: Path) -> None:
+def test_old_llama_checkpoints_with_stored_rotary_buffers(text: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     write_model(tmp_path / "model", "llama")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
     save_file(tensors, file, metadata={"format": "pt"})
-    quantize(QuantizeSettings(str(tmp_path / "model"), target="none", samples=1, seq_len=32), tmp_path / "out")
+    quantize(
+        QuantizeSettings(str(tmp_path / "model"), target="none", samples=1, seq_len=32, calib=text), tmp_path / "out"
+    )
     assert "rotary" not in (tmp_path / "out" / "model.safetensors.index.json").read_text()
 
 

@@ -15,6 +15,7 @@ from apex4_quant.errors import UsageError
 from apex4_quant.format.number_format import CHANNEL
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.hardware.gpus import GPUS
+from apex4_quant.planning.choosing import choose
 from apex4_quant.planning.cost_model import (
     DEFAULT_TOKENS,
     MEMORY_SHARE,
@@ -30,8 +31,9 @@ from apex4_quant.planning.cost_model import (
     input_group_seconds,
 )
 from apex4_quant.planning.issue_model import EFFICIENCY
-from apex4_quant.planning.planner import choose, group_options
-from apex4_quant.planning.sensitivity import GroupSensitivity, choices_of
+from apex4_quant.planning.options import choices_of
+from apex4_quant.planning.planner import group_options
+from apex4_quant.planning.sensitivity import GroupSensitivity
 
 DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
 
@@ -91,7 +93,7 @@ def test_times_by_hand() -> None:
     assert activation_seconds(a100, 4096, 4096, 128) == pytest.approx(
         4096 * (2 * 4096 + 2048 + 128) / (2039e9 * MEMORY_SHARE)
     )
-    # one token: the weight's codes and scales, DESIGN's N K (0.5 + 2/128) bytes
+    # one token: the weight's codes and scales, N K (0.5 + 2/128) bytes
     floor = 14336 * 4096 * (0.5 + 2 / 128) / (2039e9 * MEMORY_SHARE)
     assert gemm_seconds(a100, 1, 14336, 4096, 128) == pytest.approx(floor, rel=2e-3)
     assert fp16_seconds(a100, 1, 14336, 4096) == pytest.approx(14336 * 4096 * 2 / (2039e9 * MEMORY_SHARE), rel=2e-3)

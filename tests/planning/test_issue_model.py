@@ -24,7 +24,7 @@ from apex4_quant.planning.issue_model import (
 )
 
 ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("issue_simulation", ROOT / "scripts" / "account" / "issue_simulation.py")
+_spec = importlib.util.spec_from_file_location("issue_simulation", ROOT / "scripts" / "account" / "simulation.py")
 assert _spec is not None and _spec.loader is not None
 issue_simulation = sys.modules["issue_simulation"] = importlib.util.module_from_spec(_spec)  # dataclasses look it up
 _spec.loader.exec_module(issue_simulation)
@@ -126,8 +126,11 @@ def test_the_simulation_by_hand() -> None:
 
 def test_the_page_quotes_what_the_account_says() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "account" / "issue_account"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "scripts" / "account" / "issue_slots", "tables"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     page = (ROOT / "docs" / "issue_slots.md").read_text("utf-8")
     missing = [line for line in done.stdout.splitlines() if line not in page]
-    assert missing == [], "docs/issue_slots.md is out of date: run scripts/account/issue_account --update"
+    assert missing == [], "docs/issue_slots.md is out of date: run scripts/account/issue_slots tables --update"

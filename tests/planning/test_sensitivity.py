@@ -28,14 +28,12 @@ from apex4_quant.models.families import expert_of
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
 from apex4_quant.nn.linear import Apex4Linear
+from apex4_quant.planning.options import Choice, choices_of, ladder_of
 from apex4_quant.planning.sensitivity import (
     CLIP_RATIOS,
     ROWS,
-    Choice,
     GroupSensitivity,
     Metric,
-    choices_of,
-    ladder_of,
     losses_of,
     measure_sensitivity,
     predict_errors,

@@ -14,20 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from apex4_quant.calib.samples import windows
 from apex4_quant.calib.text import load_text
-from apex4_quant.checkpoint.load import REPORT_NAME
-from apex4_quant.errors import Apex4Error, Stopped
+from apex4_quant.errors import Apex4Error
+from apex4_quant.format.storage import REPORT_NAME
 from apex4_quant.models import layer_runner
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import ModelSource
 from apex4_quant.models.tokenizers import load_tokenizer
-from apex4_quant.progress import Progress
-from apex4_quant.quantization import predictions
 from apex4_quant.quantization.gradients import InputGradients, gradients_through
-from apex4_quant.quantization.predictions import LeavingGradients, disk_bytes
-from apex4_quant.quantization.run import QuantizeSettings, quantize
-from apex4_quant.quantization.run_state import GRADIENTS, RunState
+from apex4_quant.quantization.run import quantize
+from apex4_quant.quantization.settings import QuantizeSettings
 from apex4_quant.recipes import get_recipe
-from apex4_quant.transforms.learned_transform import _Blocks, learn_transform
+from apex4_quant.transforms.learned_transform import BlockStatistics, learn_transform
 from apex4_quant.transforms.rewriter import Rewriter
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -84,7 +81,7 @@ def test_they_predict_what_errors_do_to_the_layers_output(name: str, loaded: tup
     layer = runner.layer(0).double()
     calls = {
         key: tuple(t.double() for t in value) if isinstance(value, tuple) else value
-        for key, value in runner._calls[0].items()
+        for key, value in runner.arguments(0).items()
     }
     torch.manual_seed(0)
     sizes = 1e-4 * torch.rand(len(squares)).double()
@@ -128,7 +125,7 @@ def test_a_transform_is_learned_by_them() -> None:
     """Gradients W^T W of the weights themselves are no news; others lead to another matrix."""
     torch.manual_seed(0)
     x, w = torch.randn(256, 256), torch.randn(96, 256)
-    plain, told = _Blocks.of(x, [w]), _Blocks.of(x, [w], w)
+    plain, told = BlockStatistics.of(x, [w]), BlockStatistics.of(x, [w], w)
     assert torch.equal(plain.b, told.b) and torch.equal(plain.w, told.w)
     assert torch.equal(learn_transform(x, [w], 5), learn_transform(x, [w], 5, gradients=w))
     assert not torch.equal(learn_transform(x, [w], 5), learn_transform(x, [w], 5, gradients=torch.randn(99, 256)))
@@ -156,112 +153,6 @@ def test_predictions_are_closer_with_them(tmp_path: Path) -> None:
     assert divergence["gradients"] < 0.95 * divergence["readers"], divergence
 
 
-# --- the gradients that are taken before a run ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def taken(tiny_model: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LeavingGradients, RunState, Path]:
-    """Of three of the five windows of 24 tokens of a model of two layers."""
-    monkeypatch.setattr(predictions, "TOKENS", 49)
-    model = tiny_model()
-    source = ModelSource(str(model))
-    runner = LayerRunner(source, "cpu", torch.float32)
-    runner.prepare(24)
-    state = RunState.begin(tmp_path / "out", {"model": str(model), "inputs": {}})
-    samples = torch.arange(5 * 24).reshape(5, 24) * 31 % 4096
-    return LeavingGradients(source, runner, state, samples), state, model
-
-
-def test_they_are_those_of_the_models_predictions(taken: tuple[LeavingGradients, RunState, Path]) -> None:
-    """Against one backward pass through the whole model, in float64 but for what rests in bfloat16; up to a factor."""
-    leaving, _, path = taken
-    leaving.take(0, 5, Progress(), lambda: False)
-    assert leaving.windows.tolist() == [0, 1, 3]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").double()
-    model.model.rotary_emb.float()
-    left: list[torch.Tensor] = []
-
-    def keep(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
-        output.retain_grad()
-        left.append(output)
-
-    for layer in model.model.layers:
-        layer.register_forward_hook(keep)
-    logits = model(torch.arange(5 * 24).reshape(5, 24)[leaving.windows] * 31 % 4096).logits.flatten(0, 1)
-    chance = torch.rand(72, 1, generator=torch.Generator().manual_seed(5))
-    drawn = (logits.detach().softmax(-1).cumsum(-1) < chance).sum(-1)
-    torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-    for number, output in enumerate(left):
-        exact = output.grad / output.grad.square().mean().sqrt()
-        error = leaving.leaving(number).double() - exact
-        assert float(error.norm() / exact.norm()) < 0.004
-        assert float(error.norm() / exact.norm()) > 1e-5  # bfloat16
-
-
-def test_they_are_taken_again_only_where_they_are_gone(taken: tuple[LeavingGradients, RunState, Path]) -> None:
-    leaving, state, _ = taken
-    leaving.take(0, 5, Progress(), lambda: False)
-    files = {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
-    assert set(files) == {"gradients-00000.safetensors", "gradients-00001.safetensors"}
-    times = {path: path.stat().st_mtime_ns for path in state.folder.glob("*.safetensors")}
-    leaving.take(0, 5, Progress(), lambda: False)
-    leaving.take(1, 5, Progress(), lambda: False)
-    leaving.take(2, 5, Progress(), lambda: False)  # nothing left to quantize
-    assert times == {path: path.stat().st_mtime_ns for path in state.folder.glob("*.safetensors")}
-    state.drop(GRADIENTS, 0)
-    leaving.take(0, 5, Progress(), lambda: False)
-    assert files == {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
-    state.drop(GRADIENTS, 1)  # also one that is not needed first
-    leaving.take(0, 5, Progress(), lambda: False)
-    assert files == {path.name: path.read_bytes() for path in state.folder.glob("*.safetensors")}
-    state.drop(GRADIENTS, 0)
-    state.drop(GRADIENTS, 1)
-    leaving.take(1, 5, Progress(), lambda: False)  # of a run whose first layer is finished
-    assert [path.name for path in state.folder.glob("*.safetensors")] == ["gradients-00001.safetensors"]
-    assert files["gradients-00001.safetensors"] == (state.folder / "gradients-00001.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("asked", range(1, 5))
-def test_a_stop_between_layers_leaves_nothing_that_looks_done(
-    asked: int, taken: tuple[LeavingGradients, RunState, Path]
-) -> None:
-    leaving, state, _ = taken
-    answers = iter([False] * (asked - 1) + [True])
-    with pytest.raises(Stopped, match="--resume"):
-        leaving.take(0, 5, Progress(), lambda: next(answers))
-    assert not state.has(GRADIENTS, 0)
-    leaving.take(0, 5, Progress(), lambda: False)
-    assert state.has(GRADIENTS, 0)
-
-
-def test_damaged_ones_are_a_sentence(taken: tuple[LeavingGradients, RunState, Path]) -> None:
-    leaving, state, _ = taken
-    leaving.take(0, 5, Progress(), lambda: False)
-    path = state.folder / "gradients-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(
-        Apex4Error, match=r"gradients-00001\.safetensors is damaged .*: remove it, 'apex4 quantize --resume"
-    ):
-        leaving.leaving(1)
-    path.unlink()
-    leaving.take(0, 5, Progress(), lambda: False)
-    assert leaving.leaving(1).shape == (3, 24, 128)
-
-
-def test_what_they_need_on_disk(taken: tuple[LeavingGradients, RunState, Path]) -> None:
-    leaving, state, path = taken
-    most = 0
-
-    def look() -> bool:
-        nonlocal most
-        most = max(most, sum(file.stat().st_size for file in state.folder.glob("*.safetensors")))
-        return False
-
-    leaving.take(0, 5, Progress(), look)
-    needed = disk_bytes(ModelSource(str(path)), (5, 24), torch.float32)
-    assert 0.5 * needed < most <= needed + 4096
-
-
 def test_in_a_rotated_stream_they_are_rotated(tiny_model: Call, calib: Path, tmp_path: Path) -> None:
     recipe = {"name": "x", "rotation": True, "importance": "gradients", "transform": "dense128", "rounding": "gptq"}
     source = ModelSource(str(tiny_model()))
@@ -279,7 +170,7 @@ def test_in_a_rotated_stream_they_are_rotated(tiny_model: Call, calib: Path, tmp
 
 
 def test_experts_keep_their_readers_and_attention_has_gradients(tmp_path: Path) -> None:
-    from .test_gptaq import moe
+    from ..rounding.test_gptaq import moe
 
     settings = QuantizeSettings(
         str(moe(tmp_path / "moe")), recipe="apex4", samples=4, seq_len=64, target="none", device="cpu"

@@ -19,8 +19,9 @@ from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels.block_matrix import apply_block_matrix
 from apex4_quant.kernels.hadamard import apply_block_hadamard
 from apex4_quant.models.source import ModelSource
-from apex4_quant.quantization import run as pipeline
-from apex4_quant.quantization.run import QuantizeSettings, quantize
+from apex4_quant.quantization import layer as layer_of_a_run
+from apex4_quant.quantization.run import quantize
+from apex4_quant.quantization.settings import QuantizeSettings
 
 from ..conftest import stop_after
 
@@ -145,13 +146,13 @@ def test_transforms_are_learned_only_where_the_plan_has_them(
     settings: QuantizeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learned = []
-    learn = pipeline.learn_transform
+    learn = layer_of_a_run.learn_transform
 
-    def counting(inputs: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def counting(inputs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         learned.append(inputs.shape[1])
-        return learn(inputs, *arguments)
+        return learn(inputs, *arguments, **options)
 
-    monkeypatch.setattr(pipeline, "learn_transform", counting)
+    monkeypatch.setattr(layer_of_a_run, "learn_transform", counting)
     quantize(settings, tmp_path / "out")
     assert learned == [128, 640, 128]  # q k v and down of layer 0, o of layer 1
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -21,23 +20,19 @@ from typing import Any
 import pytest
 import yaml
 
+from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.errors import Apex4Error, Stopped, UsageError
 from apex4_quant.format.storage import RUN_FOLDER, sha256
-from apex4_quant.quantization.run import QuantizeSettings, quantize
 from apex4_quant.recipes import named_recipes
 
-from ..conftest import stop_after
+from ..conftest import stop_after, write_calibration, write_tiny_model
 
-FAILED, USAGE, STOPPED = 1, 2, 75
+FAILED, STOPPED = 1, 75
 RECIPES = ("apex4", "apex4-gptaq")  # one stream of hidden states, and two
 Call = Callable[..., Any]  # the fixtures of conftest.py
 
 
-class Killed(BaseException):
-    """Like SIGKILL to the code under test: nothing there catches it."""
-
-
-def snapshot(folder: Path) -> dict[str, str]:
+def contents(folder: Path) -> dict[str, str]:
     """Every file below `folder` with its SHA-256."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -47,157 +42,207 @@ class Job:
     """One quantization of a tiny model, and what it leaves when nothing interrupts it."""
 
     settings: QuantizeSettings
-    folder: Path
     whole: dict[str, str]
 
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    @property
-    def model(self) -> Path:
-        return Path(self.settings.model)
-
-    def arguments(self, *more: object) -> list[str]:
+    def arguments(self, out: Path, *more: object) -> list[str]:
         s = self.settings
         options = ("--calib", s.calib, "--samples", s.samples, "--seq-len", s.seq_len, "--target", "none")
         options += ("--recipe", s.recipe)
-        return [str(value) for value in ("quantize", s.model, "-o", self.out, *options, *more)]
+        return [str(value) for value in ("quantize", s.model, "-o", out, *options, *more)]
 
-    def stop_after(self, layers: int) -> None:
-        """Begin the run in `out` and stop it as a signal would, after `layers` decoder layers."""
-        with pytest.raises(Stopped, match="--resume"):
-            quantize(self.settings, self.out, should_stop=stop_after(layers, self.out))
+
+def make_job(folder: Path, *, layers: int = 2, recipe: str = "apex4", text: int = 1, **changes: Any) -> Job:
+    """Quantizes once without interruption, into folder/uninterrupted."""
+    calib = write_calibration(folder / "calibration.txt")
+    calib.write_text(calib.read_text() * text)
+    # What takes long in the named recipe, the learning of a transform, is over sooner: these tests do it often.
+    quick = named_recipes()[recipe].as_dict() | {"transform_steps": 10}
+    path = folder / "quick.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in quick.items() if key != "name"}))
+    model = write_tiny_model(folder / "tiny", num_hidden_layers=layers)
+    settings = QuantizeSettings(
+        model=str(model), calib=str(calib), recipe=str(path), samples=3, seq_len=32, target="none", device="auto"
+    )
+    settings = replace(settings, **changes)
+    quantize(settings, folder / "uninterrupted")
+    whole = contents(folder / "uninterrupted")
+    shards = [name for name in whole if name.endswith(".safetensors")]
+    assert len(shards) == layers + 2 and "config.json" in whole and RUN_FOLDER not in " ".join(whole)
+    return Job(settings, whole)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def long_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """So long that a signal arrives before its end."""
+    return make_job(tmp_path_factory.mktemp("long"), layers=5, samples=8, seq_len=64)
 
 
 @pytest.fixture
-def make_job(tiny_model: Call, calib: Path, tmp_path: Path) -> Callable[..., Job]:
-    """make_job(layers=2, **settings) quantizes once without interruption, in another folder."""
-
-    def make(layers: int = 2, **changes: Any) -> Job:
-        model = tiny_model(num_hidden_layers=layers)
-        settings = QuantizeSettings(
-            model=str(model), calib=str(calib), samples=3, seq_len=32, target="none", device="auto"
-        )
-        settings = replace(settings, **changes)
-        # What takes long in the named recipe, the learning of a transform, is over sooner: these tests do it often.
-        quick = named_recipes()[settings.recipe].as_dict() | {"transform_steps": 10}
-        recipe = tmp_path / "quick.yaml"
-        recipe.write_text(yaml.safe_dump({key: value for key, value in quick.items() if key != "name"}))
-        settings = replace(settings, recipe=str(recipe))
-        quantize(settings, tmp_path / "uninterrupted")
-        whole = snapshot(tmp_path / "uninterrupted")
-        shards = [name for name in whole if name.endswith(".safetensors")]
-        assert len(shards) == layers + 2 and "config.json" in whole and RUN_FOLDER not in " ".join(whole)
-        return Job(settings, tmp_path, whole)
-
-    return make
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
 
 
-# Crash points: the same run is ended before each of its durable steps in turn.
+# Crash points: what lies on the disk before each durable step of one run.
 
 
 @contextlib.contextmanager
-def ends_before_step(out: Path, number: int | None) -> Iterator[list[str]]:
-    """Raise Killed in place of durable step `number` (renames and removals below `out`); yields the steps' names.
+def before_each_step(out: Path, happens: Callable[[int, str, Path], None]) -> Iterator[None]:
+    """Calls `happens(number, step, unfinished)` in front of every rename and removal below `out`.
 
-    A rename that does not happen leaves half of its temporary file.
+    A rename that never happens leaves half of its temporary file, a removal of a folder some of its files: `unfinished`
+    is the file to cut in half, or the one that is already gone.
     """
-    steps: list[str] = []
-
-    def step(name: str, path: Path) -> bool:
-        if out in path.parents:
-            steps.append(f"{name} {path.relative_to(out)}")
-        return out in path.parents and len(steps) - 1 == number
-
     real_replace, real_unlink, real_rmtree = os.replace, Path.unlink, shutil.rmtree
+    count = 0
+
+    def step(name: str, path: Path, unfinished: Path) -> None:
+        nonlocal count
+        if out in path.parents:
+            count += 1
+            happens(count - 1, f"{name} {path.relative_to(out)}", unfinished)
 
     def replace_(source: Path, target: Path) -> None:
-        if step("write", target):
-            os.truncate(source, source.stat().st_size // 2)
-            raise Killed
+        step("write", Path(target), Path(source))
         real_replace(source, target)
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
-        if path.exists() and step("remove", path):
-            raise Killed
+        if path.exists():
+            step("remove", path, path)
         real_unlink(path, missing_ok=missing_ok)
 
     def rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
-        if step("remove", path):
-            real_unlink(min(path.iterdir()))  # some of it is gone
-            raise Killed
+        if out in Path(path).parents:
+            step("remove", Path(path), min(Path(path).iterdir()))
         real_rmtree(path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace_)
         patch.setattr(Path, "unlink", unlink)
         patch.setattr(shutil, "rmtree", rmtree)
-        yield steps
+        yield
 
 
-def test_every_crash_point(make_job: Callable[..., Job]) -> None:
-    job = make_job()
-    with ends_before_step(job.out, None) as steps:
-        quantize(job.settings, job.out)
-    assert snapshot(job.out) == job.whole
-    begun, written = steps.index(f"write {RUN_FOLDER}/settings.json"), steps.index("write config.json")
-    finished = steps.index(f"remove {RUN_FOLDER}/settings.json")
-    assert begun == 0 and begun < written < finished == len(steps) - 2
-    assert len(steps) > 15, steps
-    for number, step in enumerate(steps):
-        shutil.rmtree(job.out)
-        with ends_before_step(job.out, number), pytest.raises(Killed):
-            quantize(job.settings, job.out)
-        assert (job.out / "config.json").exists() == (number > written), step
-        if number <= begun:
-            with pytest.raises(UsageError, match="holds no run"):
-                quantize(job.settings, job.out, resume=True)
-            quantize(job.settings, job.out)
-        elif number <= finished:
-            with pytest.raises(UsageError, match="--resume"):
-                quantize(job.settings, job.out)
-            quantize(job.settings, job.out, resume=True)
-        else:
-            with pytest.raises(UsageError, match="holds a finished checkpoint"):
-                quantize(job.settings, job.out, resume=True)
-        assert snapshot(job.out) == job.whole, f"killed before: {step}"
-        assert not (job.out / RUN_FOLDER).exists(), step
+@pytest.fixture(scope="module")
+def crash_points(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For every durable step of one run: what SIGKILL just before it would leave, as a copy of the output folder."""
+    folder = tmp_path_factory.mktemp("crash-points")
+    out, found = folder / "out", {}
+
+    def keep(number: int, step: str, unfinished: Path) -> None:
+        found[step] = shutil.copytree(out, folder / f"{number:02}")
+        copied = found[step] / unfinished.relative_to(out)
+        if step.startswith("write"):
+            os.truncate(copied, copied.stat().st_size // 2)
+        elif (out / step.removeprefix("remove ")).is_dir():
+            os.unlink(copied)
+
+    with before_each_step(out, keep):
+        quantize(job.settings, out)
+    assert contents(out) == job.whole
+    return found
 
 
-def test_killed_again_and_again(make_job: Callable[..., Job]) -> None:
+def goes_on(job: Job, crash_points: dict[str, Path], step: str, out: Path) -> None:
+    """A run that was killed just before `step` says what it holds, and goes on to the very files."""
+    steps = list(crash_points)
+    number = steps.index(step)
+    written, finished = steps.index("write config.json"), steps.index(f"remove {RUN_FOLDER}/settings.json")
+    shutil.copytree(crash_points[step], out)
+    assert (out / "config.json").exists() == (number > written), step
+    if 0 < number <= finished:
+        with pytest.raises(UsageError, match="--resume"):
+            quantize(job.settings, out)
+    result = quantize(job.settings, out, resume=True)  # before the first step: it is begun
+    assert result.was_finished == (number > finished)
+    assert contents(out) == job.whole, f"killed before: {step}"
+    assert not (out / RUN_FOLDER).exists(), step
+    shutil.rmtree(out)
+
+
+def test_steps_come_in_an_order_that_can_be_resumed(crash_points: dict[str, Path]) -> None:
+    steps = list(crash_points)
+    assert len(steps) > 25 and steps[0] == f"write {RUN_FOLDER}/settings.json"
+    assert steps[-3:] == ["write config.json", f"remove {RUN_FOLDER}/settings.json", f"remove {RUN_FOLDER}"]
+
+
+# One step of each kind. The others are the same files of other layers.
+TELLING = (
+    f"write {RUN_FOLDER}/settings.json",
+    "write model-00001-of-00004.safetensors",
+    f"write {RUN_FOLDER}/hidden-00000.safetensors",
+    f"write {RUN_FOLDER}/entering-00001.safetensors",
+    f"write {RUN_FOLDER}/gradients-00000.safetensors",
+    f"remove {RUN_FOLDER}/entering-00001.safetensors",
+    "write model-00003-of-00004.safetensors",
+    f"write {RUN_FOLDER}/hidden-00002.safetensors",
+    f"write {RUN_FOLDER}/shard-00003.json",
+    f"remove {RUN_FOLDER}/hidden-00001.safetensors",
+    "write model-00004-of-00004.safetensors",
+    "write tokenizer.json",
+    "write config.json",
+    f"remove {RUN_FOLDER}/settings.json",
+    f"remove {RUN_FOLDER}",
+)
+
+
+@pytest.mark.parametrize("step", TELLING)
+def test_killed_before(step: str, job: Job, crash_points: dict[str, Path], out: Path) -> None:
+    goes_on(job, crash_points, step, out)
+
+
+def test_killed_before_every_other_step(job: Job, crash_points: dict[str, Path], out: Path) -> None:
+    others = [step for step in crash_points if step not in TELLING]
+    assert len(others) == len(crash_points) - len(TELLING)
+    for step in others:
+        goes_on(job, crash_points, step, out)
+
+
+class Killed(BaseException):
+    """Like SIGKILL to the code under test: nothing there catches it."""
+
+
+def test_killed_again_and_again(job: Job, out: Path) -> None:
     """Each attempt lives one step longer than the one before."""
-    job = make_job()
-    resume, kills = False, 0
+    kills = 0
+
+    def kill(number: int, step: str, unfinished: Path) -> None:
+        if number == kills:
+            raise Killed
+
     while True:
-        with ends_before_step(job.out, kills), contextlib.suppress(Killed):
-            quantize(job.settings, job.out, resume=resume)
+        with before_each_step(out, kill), contextlib.suppress(Killed):
+            quantize(job.settings, out, resume=(out / RUN_FOLDER / "settings.json").exists())
             break
         kills += 1
-        resume = (job.out / RUN_FOLDER / "settings.json").exists()
         assert kills < 50, "it makes no progress"
     assert kills > 4
-    assert snapshot(job.out) == job.whole
+    assert contents(out) == job.whole
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_stop_after_every_layer(recipe: str, make_job: Callable[..., Job]) -> None:
-    job = make_job(layers=3, recipe=recipe)
+def test_stopped_after_every_layer(recipe: str, tmp_path: Path, out: Path) -> None:
+    """As a signal stops it, and each time it goes on to the next layer."""
+    job = make_job(tmp_path, layers=3, recipe=recipe)
     for layers in range(3):
-        job.stop_after(layers)
-        done = [path.name for path in job.out.glob("*.safetensors")]
-        assert len(done) == layers + 1 and not (job.out / "config.json").exists()
-        quantize(job.settings, job.out, resume=True)
-        assert snapshot(job.out) == job.whole
-        shutil.rmtree(job.out)
+        with pytest.raises(Stopped, match="--resume"):
+            quantize(job.settings, out, resume=layers > 0, should_stop=stop_after(layers, out))
+        done = [path.name for path in out.glob("*.safetensors")]
+        assert len(done) == layers + 1 and not (out / "config.json").exists()
+    quantize(job.settings, out, resume=True)
+    assert contents(out) == job.whole
 
 
-# Real signals to a real process
+# Real signals
 
 
 @pytest.fixture
 def start(cli_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start(job, *more) -> `apex4 quantize` of the job as a running process."""
+    """start(arguments) -> `apex4 ARGUMENTS` as a running process."""
     started = []
 
     def begin(arguments: list[str]) -> subprocess.Popen[str]:
@@ -213,56 +258,70 @@ def start(cli_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[
         process.communicate()
 
 
-def wait_for_shard(process: subprocess.Popen[str], job: Job, number: int) -> None:
+def wait_for_shard(process: subprocess.Popen[str], out: Path, number: int) -> None:
     deadline = time.monotonic() + 120
-    while not any(job.out.glob(f"model-{number:05}-*.safetensors")):
+    while not any(out.glob(f"model-{number:05}-*.safetensors")):
         assert process.poll() is None, f"it ended before: {process.communicate()}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_kill_9(recipe: str, make_job: Callable[..., Job], start: Call) -> None:
-    """Killed after the first shard, on resume after the third, on resume at a random moment, then left alone."""
-    job = make_job(layers=6, samples=8, seq_len=64, recipe=recipe)
-    process = start(job.arguments())
-    wait_for_shard(process, job, 1)
+def test_kill_9(long_job: Job, start: Call, out: Path) -> None:
+    """Killed after the first shard and, on resume, after the third, then left alone."""
+    process = start(long_job.arguments(out))
+    wait_for_shard(process, out, 1)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert not (job.out / "config.json").exists() and (job.out / RUN_FOLDER / "settings.json").exists()
+    assert not (out / "config.json").exists() and (out / RUN_FOLDER / "settings.json").exists()
 
-    process = start(["quantize", "--resume", "-o", str(job.out)])
-    wait_for_shard(process, job, 3)
-    time.sleep(random.uniform(0, 0.2))
+    process = start(["quantize", "--resume", "-o", str(out)])
+    wait_for_shard(process, out, 3)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "config.json").exists()
 
-    if (job.out / RUN_FOLDER / "settings.json").exists():
-        process = start(["quantize", "--resume", "-o", str(job.out), "--json"])
-        stdout, stderr = process.communicate(timeout=300)
-        assert (process.returncode, stderr) == (0, "")
-        assert json.loads(stdout)["linears_quantized"] == 42
-    else:  # on a machine that quantizes in 0.2 s
-        shutil.rmtree(job.out / RUN_FOLDER, ignore_errors=True)
-    assert snapshot(job.out) == job.whole
+    process = start(["quantize", "--resume", "-o", str(out), "--json"])
+    stdout, stderr = process.communicate(timeout=300)
+    assert (process.returncode, stderr) == (0, "")
+    assert json.loads(stdout)["linears_quantized"] == 5 * 7
+    assert contents(out) == long_job.whole
+
+
+def is_stopped_politely(stdout: str, stderr: str, out: Path) -> None:
+    assert stdout == "", stderr
+    first, last = stderr.splitlines()
+    assert first.startswith("apex4: stopping after the layer in flight")
+    assert last.startswith("apex4: stopped before layer ") and f"apex4 quantize --resume -o {out}'" in last
+    assert not (out / "config.json").exists()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_sigterm_to_a_process(long_job: Job, start: Call, invoke: Call, out: Path) -> None:
+    process = start(long_job.arguments(out, "--json"))
+    wait_for_shard(process, out, 2)
+    process.terminate()
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == STOPPED
+    is_stopped_politely(stdout, stderr, out)
+    result = invoke("quantize", "--resume", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert contents(out) == long_job.whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_polite_signal(number: signal.Signals, make_job: Callable[..., Job], start: Call, invoke: Call) -> None:
-    job = make_job(layers=6, samples=8, seq_len=64)
-    process = start(job.arguments("--json"))
-    wait_for_shard(process, job, 2)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stdout) == (STOPPED, ""), stderr
-    first, last = stderr.splitlines()
-    assert first.startswith("apex4: stopping after the layer in flight")
-    assert last.startswith("apex4: stopped before layer ") and f"apex4 quantize --resume -o {job.out}'" in last
-    assert not (job.out / "config.json").exists()
-    assert not list(job.out.rglob("*.tmp"))
-    result = invoke("quantize", "--resume", "-o", job.out)
+def test_signals_stop_after_the_layer(number: signal.Signals, job: Job, invoke: Call, out: Path) -> None:
+    def ask(count: int, step: str, unfinished: Path) -> None:
+        if step.startswith("write model-00002"):
+            signal.raise_signal(number)
+
+    with before_each_step(out, ask):
+        result = invoke(*job.arguments(out, "--json"))
+    assert result.exit_code == STOPPED
+    is_stopped_politely(result.stdout, result.stderr, out)
+    assert not list(out.glob("model-00003-*")), "the layer behind it was begun"
+    result = invoke("quantize", "--resume", "-o", out)
     assert result.exit_code == 0, result.stderr
-    assert snapshot(job.out) == job.whole
+    assert contents(out) == job.whole
 
 
 # No space
@@ -279,33 +338,44 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("what", ["the first shard", "hidden states", "the last shard"])
-def test_disk_full(what: str, make_job: Callable[..., Job], invoke: Call, one_sentence: Call, calib: Path) -> None:
-    if what == "hidden states":  # larger than any shard
-        calib.write_text(calib.read_text() * 10)
-        job = make_job(samples=20, seq_len=256)
-    else:
-        job = make_job()
-    first = job.folder / "uninterrupted" / "model-00001-of-00004.safetensors"
-    with file_size_limit(100_000 if what == "the first shard" else first.stat().st_size):
-        result = invoke(*job.arguments("--json"))
-    file = {"the first shard": first.name, "hidden states": "hidden-00000", "the last shard": "model-00004"}[what]
-    one_sentence(result, FAILED, "no space left", file, f"apex4 quantize --resume -o {job.out}'")
-    assert not (job.out / "config.json").exists()
-    assert not list(job.out.rglob("*.tmp")), "what could not be written whole still takes space"
-    result = invoke("quantize", "--resume", "-o", job.out)
+def test_disk_full(job: Job, out: Path, invoke: Call, one_sentence: Call) -> None:
+    """At the first shard, and on resume at the last one, which has lm_head."""
+    first, last = "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors"
+    with file_size_limit(100_000):
+        result = invoke(*job.arguments(out, "--json"))
+    _is_full(one_sentence(result, FAILED, "no space left", first), out)
+    with file_size_limit((Path(job.settings.calib).parent / "uninterrupted" / first).stat().st_size):
+        result = invoke("quantize", "--resume", "-o", out, "--json")
+    _is_full(one_sentence(result, FAILED, "no space left", last), out)
+    result = invoke("quantize", "--resume", "-o", out)
     assert result.exit_code == 0, result.stderr
-    assert snapshot(job.out) == job.whole
+    assert contents(out) == job.whole
 
 
-def test_disk_full_at_every_write(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_at_the_hidden_states(tmp_path: Path, out: Path, invoke: Call, one_sentence: Call) -> None:
+    job = make_job(tmp_path, text=10, samples=20, seq_len=256)  # larger than any shard
+    first = tmp_path / "uninterrupted" / "model-00001-of-00004.safetensors"
+    with file_size_limit(first.stat().st_size):
+        result = invoke(*job.arguments(out, "--json"))
+    _is_full(one_sentence(result, FAILED, "no space left", "hidden-00000"), out)
+    result = invoke("quantize", "--resume", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert contents(out) == job.whole
+
+
+def _is_full(sentence: str, out: Path) -> None:
+    assert f"apex4 quantize --resume -o {out}'" in sentence
+    assert not (out / "config.json").exists()
+    assert not list(out.rglob("*.tmp")), "what could not be written whole still takes space"
+
+
+def test_disk_full_at_every_write(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run that finds the disk full at each of its writes, and is resumed after each."""
-    job = make_job()
     failed: set[str] = set()
     real = os.replace
 
     def full_once(source: Path, target: Path) -> None:
-        if job.out in target.parents and target.name not in failed:
+        if out in target.parents and target.name not in failed:
             failed.add(target.name)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target)
@@ -314,12 +384,12 @@ def test_disk_full_at_every_write(make_job: Callable[..., Job], monkeypatch: pyt
     resume = False
     for _ in range(40):
         try:
-            quantize(job.settings, job.out, resume=resume)
+            quantize(job.settings, out, resume=resume)
             break
         except Apex4Error as error:
             assert "no space left to write" in str(error)
-            assert not list(job.out.rglob("*.tmp"))
-        resume = (job.out / RUN_FOLDER / "settings.json").exists()
+            assert not list(out.rglob("*.tmp"))
+        resume = (out / RUN_FOLDER / "settings.json").exists()
     kept = {f"{kind}-00001.safetensors" for kind in ("hidden", "entering", "gradients")}
     assert {"settings.json", "shard-00002.json", "config.json"} | kept < failed
-    assert snapshot(job.out) == job.whole
+    assert contents(out) == job.whole

@@ -1,4 +1,4 @@
-"""What --resume refuses: other settings, changed inputs, finished or foreign folders, a folder in use."""
+"""What --resume refuses: other settings, changed inputs, foreign folders, a folder in use; and what it begins or leaves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from apex4_quant.errors import Stopped
+from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.format.storage import RUN_FOLDER
-from apex4_quant.quantization.run import QuantizeSettings, quantize
+from apex4_quant.quantization.run import quantize
+from apex4_quant.quantization.settings import QuantizeSettings
 from apex4_quant.recipes import named_recipes
 
 from ..conftest import stop_after
@@ -50,6 +51,7 @@ CONFLICTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--dtype", "float32"): ("dtype = 'bfloat16'", "'float32'"),
     ("--ignore", "*.down_proj"): ("ignore = ()", "down_proj"),
     ("demo",): ("model = ", "tiny", "'demo'"),
+    ("demo", "--group-size", "128", "--seed", "1"): ("model = ", "tiny", "'demo'"),  # before all that differs with it
 }
 
 
@@ -227,11 +229,63 @@ def test_lost_hidden_states_of_the_original_model(
     one_sentence(invoke("quantize", "--resume", "-o", tmp_path / "out", "--json"), FAILED, hidden.name, "damaged")
 
 
-def test_finished_folder(demo_checkpoint: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
+@pytest.mark.parametrize(
+    "spelling", [lambda p: f"{p}/", lambda p: f"{p.parent}/./{p.name}", lambda p: f"{p.parent}/link"]
+)
+def test_other_spellings_of_the_model_and_of_numbers(
+    spelling: Callable[[Path], str], stopped: Path, invoke: Call, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "tiny")
+    numbers = ("--group-size", "0128", "--seed", "0", "--samples", "3")
+    result = invoke("quantize", spelling(tmp_path / "tiny"), "--resume", "-o", stopped, *numbers)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((stopped / "apex4_report.json").read_text())
+    assert report["model"] == report["settings"]["model"] == str(tmp_path / "tiny")  # as the run was begun
+
+
+def test_a_model_that_is_not_there_is_another(stopped: Path, invoke: Call, one_sentence: Call) -> None:
+    one_sentence(invoke("quantize", "org/name", "--resume", "-o", stopped), USAGE, "model = ", "'org/name'")
+
+
+def test_one_line_until_it_ends(tiny_model: Call, calib: Path, tmp_path: Path, invoke: Call, monkeypatch: Any) -> None:
+    """The same command line begins the run, goes on with it, and finds that nothing is left to do."""
+    out = tmp_path / "runs" / "out"
+    command = ("quantize", tiny_model(), "-o", out, "--resume", "--calib", calib, *COMMON)
+    with monkeypatch.context() as patch:
+        patch.setattr("apex4_quant.cli._stop_on_signals", lambda: stop_after(1, out))
+        first = invoke(*command)
+    assert first.exit_code == 75 and f"{out} holds no run yet: it is begun" in first.stderr
+    second = invoke(*command)
+    assert second.exit_code == 0 and "begun" not in second.stderr, second.stderr
+    before = files(out)
+    third = invoke(*command)
+    assert (third.exit_code, third.stderr) == (0, "")
+    assert third.stdout == f"{out}: finished before with these settings, nothing is left to do\n"
+    summary = json.loads(invoke(*command, "--json").stdout)
+    assert summary["linears_quantized"] == 14 and summary["bytes_after"] < summary["bytes_before"]
+    assert files(out) == before
+    whole = tmp_path / "whole"
+    assert invoke("quantize", tmp_path / "tiny", "-o", whole, "--calib", calib, *COMMON).exit_code == 0
+    assert files(whole) == before
+
+
+def test_finished_folder(demo_checkpoint: Path, invoke: Call, one_sentence: Call) -> None:
     before = files(demo_checkpoint)
     result = invoke("quantize", "--resume", "-o", demo_checkpoint)
-    one_sentence(result, USAGE, str(demo_checkpoint), "finished checkpoint", "nothing to resume", "apex4 inspect")
+    assert (result.exit_code, result.stderr) == (0, "") and "nothing is left to do" in result.stdout
+    for other, nouns in ((("--seed", 7), ("seed = 0", "7")), ((demo_checkpoint.parent,), ("model = 'demo'",))):
+        result = invoke("quantize", "--resume", "-o", demo_checkpoint, *other)
+        one_sentence(result, USAGE, str(demo_checkpoint), "was begun with", *nouns)
     assert files(demo_checkpoint) == before
+
+
+def test_finished_folder_that_lost_a_file(
+    demo_checkpoint: Path, tmp_path: Path, invoke: Call, one_sentence: Call
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(demo_checkpoint, out)
+    (out / "model-00003-of-00008.safetensors").unlink()
+    one_sentence(invoke("quantize", "demo", "--resume", "-o", out), FAILED, str(out), "model-00003", "another folder")
 
 
 def test_kill_while_finishing(demo_checkpoint: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
@@ -242,18 +296,21 @@ def test_kill_while_finishing(demo_checkpoint: Path, tmp_path: Path, invoke: Cal
     (out / RUN_FOLDER / "lock").touch()
     (out / RUN_FOLDER / "shard-00001.json").write_text("{}")
     one_sentence(invoke("quantize", "demo", "-o", out), USAGE, f"{out} is not empty")
-    one_sentence(invoke("quantize", "--resume", "-o", out), USAGE, f"{out} holds a finished checkpoint")
+    assert invoke("quantize", "--resume", "-o", out).exit_code == 0
     assert files(out) == files(demo_checkpoint)
 
 
 def test_kill_while_beginning(tiny_model: Call, calib: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
-    """A run's folder without settings is no run: --resume says so, and a new run is not in its way."""
+    """A run's folder without settings is no run: there is nothing to go on with, and it is in no run's way."""
     out = tmp_path / "out"
     (out / RUN_FOLDER).mkdir(parents=True)
     (out / RUN_FOLDER / "lock").touch()
     (out / RUN_FOLDER / "settings.json.tmp").write_text('{"mod')
-    one_sentence(invoke("quantize", "--resume", "-o", out), USAGE, f"{out} holds no run", "leave --resume away")
-    result = invoke("quantize", tiny_model(), "-o", out, "--calib", calib, *COMMON)
+    one_sentence(invoke("quantize", "--resume", "-o", out), USAGE, f"{out} holds no run", "give a MODEL")
+    shutil.copytree(out, tmp_path / "again")
+    result = invoke("quantize", tiny_model(), "-o", tmp_path / "again", "--resume", "--calib", calib, *COMMON)
+    assert result.exit_code == 0 and "it is begun" in result.stderr
+    result = invoke("quantize", tmp_path / "tiny", "-o", out, "--calib", calib, *COMMON)
     assert result.exit_code == 0, result.stderr
     assert (out / "config.json").is_file() and not (out / RUN_FOLDER).exists()
 
@@ -262,8 +319,11 @@ def test_folder_without_a_run(tmp_path: Path, invoke: Call, one_sentence: Call) 
     one_sentence(invoke("quantize", "--resume", "-o", tmp_path / "absent"), USAGE, "absent holds no run")
     assert not (tmp_path / "absent").exists()
     (tmp_path / "mine").write_text("mine")
-    one_sentence(invoke("quantize", "--resume", "-o", tmp_path), USAGE, "holds no run")
-    one_sentence(invoke("quantize", "--resume", "-o", tmp_path / "mine"), USAGE, "mine")
+    for model in ((), ("demo",)):
+        one_sentence(invoke("quantize", *model, "--resume", "-o", tmp_path), USAGE, "holds no run and is not empty")
+        one_sentence(invoke("quantize", *model, "--resume", "-o", tmp_path / "mine"), USAGE, "mine")
+    with pytest.raises(UsageError, match="is not empty"):
+        quantize(QuantizeSettings("demo"), tmp_path, resume=True)
 
 
 def test_damaged_settings(stopped: Path, invoke: Call, one_sentence: Call) -> None:

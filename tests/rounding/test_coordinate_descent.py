@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apex4_quant.checkpoint.load import REPORT_NAME
 from apex4_quant.format.layouts import ROWMAJOR
 from apex4_quant.format.number_format import CODE_MAX
 from apex4_quant.format.quant_config import LinearFormat
-from apex4_quant.quantization.run import QuantizeSettings, quantize
+from apex4_quant.format.storage import REPORT_NAME
+from apex4_quant.quantization.run import quantize
+from apex4_quant.quantization.settings import QuantizeSettings
 from apex4_quant.rounding.coordinate_descent import refine_codes
 from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 

@@ -16,11 +16,10 @@ from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import ROWMAJOR
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.models.layer_runner import LayerRunner
-from apex4_quant.models.source import DEMO_PATH, ModelSource
-from apex4_quant.quantization.collector import Collector
-from apex4_quant.quantization.plan import build_plan
-from apex4_quant.quantization.run import QuantizeSettings, preview, quantize
+from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.run_state import RunState, Streams
+from apex4_quant.quantization.settings import QuantizeSettings
 from apex4_quant.rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -163,58 +162,9 @@ def moe(folder: Path) -> Path:
     return folder
 
 
-@torch.no_grad()
-def test_experts_see_the_tokens_of_the_quantized_models_router_in_both_streams(tmp_path: Path) -> None:
-    source = ModelSource(str(moe(tmp_path / "moe")))
-    runner, original = (LayerRunner(source, "cpu", torch.float32) for _ in range(2))
-    ids = torch.arange(16 * 64).reshape(16, 64) * 31 % 4096
-    tensors = source.read(source.layer_tensors(0))
-    for each in (runner, original):
-        each.prepare(64)
-        each.load_layer(0, {name: tensor.clone() for name, tensor in tensors.items()})
-    hidden = runner.embed(ids, source.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"])
-    streams = Streams(hidden, hidden + 0.3 * torch.randn_like(hidden))
-    plan = build_plan(source, recipe="gptq", transform="none", group_size=128, layout="rowmajor", target={}, ignore=())
-    collector = Collector(runner, source.family, source.config, True, lambda line: None, original)
-    groups = list(collector.groups_of(0, runner.layer(0), plan.of_layer(0), streams))
-
-    calls = [
-        next(iter(each.calls_of(0, "mlp.experts", states)))
-        for each, states in ((runner, streams.hidden), (original, streams.original))
-    ]
-    # One batch of 16 windows of 64 tokens: calls hold all tokens.
-    (states, index, _), (before, other_index, _) = calls
-    assert not torch.equal(index, other_index), "the routers agree: nothing is tested"
-    experts = runner.layer(0).get_submodule("mlp.experts")
-
-    def drift(x: torch.Tensor, x_original: torch.Tensor) -> torch.Tensor:
-        pad = (0, 128 - x.shape[1])
-        x, x_original = (torch.nn.functional.pad(side, pad) for side in (x, x_original))
-        return (x_original - x).t() @ x / len(x)
-
-    parts = [*groups[2].parts, *(group.parts[0] for group in groups[3:])]
-    assert len(parts) == 5 + 6
-    for part in parts:
-        expert = next(iter(part.tokens))
-        chosen = torch.ones(len(states), dtype=torch.bool) if part.shared else (index == expert).any(-1)
-        rows = states[chosen], before[chosen]
-        if "down_proj" in part.planned[0].name:
-            rows = tuple(experts[expert].inner(side) for side in rows)
-        torch.testing.assert_close(part.statistics.take_drift(None), drift(*rows), rtol=1e-3, atol=1e-5)
-
-
 def test_a_mixture_of_experts_is_quantized(tmp_path: Path) -> None:
     settings = QuantizeSettings(
         str(moe(tmp_path / "moe")), recipe="apex4-gptaq", samples=4, seq_len=64, target="none", device="cpu"
     )
     result = quantize(settings, tmp_path / "out")
     assert len(result.records) == 4 + 3 * 6 and max(record["error"] for record in result.records) < 0.5
-
-
-def test_estimates_count_the_second_stream(tiny_model: Call, calib: Path) -> None:
-    model = str(tiny_model())
-    plain, both = (
-        preview(QuantizeSettings(model, recipe=recipe, calib=str(calib), samples=64, seq_len=256, target="none"))
-        for recipe in ("apex4", "apex4-gptaq")
-    )
-    assert both.peak_memory >= plain.peak_memory + 3 * 64 * 256 * 128 * 2  # three states of [64, 256, 128] in bfloat16

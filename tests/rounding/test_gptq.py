@@ -12,7 +12,7 @@ from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import ROWMAJOR, get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels import reference
-from apex4_quant.rounding.activation_clip import CLIP_RATIOS, search_activation_clip
+from apex4_quant.rounding.activation_clip import ACTIVATION_CLIP_RATIOS, search_activation_clip
 from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.rounding.nearest import quantize_weight_rtn, search_scales
 
@@ -166,7 +166,7 @@ def test_clip_search_finds_the_least_output_error() -> None:
         rounded = (codes.double().unflatten(1, (-1, 128)) * scale[..., None]).flatten(1)
         return sum(float(((rounded - inputs.double()) @ w.double().t()).square().sum()) for w in weights)
 
-    errors = {round(ratio, 2): error(ratio) for ratio in CLIP_RATIOS}
+    errors = {round(ratio, 2): error(ratio) for ratio in ACTIVATION_CLIP_RATIOS}
     assert found == min(errors, key=errors.__getitem__)
     assert found < 1.0  # Gaussian groups of 128 always gain from a little clipping
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from apex4_quant.errors import UsageError
 from apex4_quant.hardware.gpus import GPUS
 from apex4_quant.tools import bench
 from apex4_quant.tools.bench import SHAPES, TOKENS, BenchSettings, Row
+from apex4_quant.tools.pictures import save_picture
 
 ONE_FUSED_LAYER = {"qkv", "o", "gate_up", "down"}
 
@@ -116,7 +117,26 @@ def test_report() -> None:
     assert by_m == {"1": {"apex4": 2.0, "apex4+q": 2.0}, "16": {"apex4": 2.0, "apex4+q": 0.5}}
     result = {"gpu": "GPU", "torch": "2", "cuda": "13", "geometric_mean_speedup": by_m}
     assert "apex4+q 0.50x" in bench.as_text(result)
-    picture = ET.fromstring(bench.as_svg(result))
-    assert len(picture.findall("{*}polyline")) == 2
-    ET.fromstring(bench.as_svg(result | {"geometric_mean_speedup": {}}))
     assert "50%" in bench.row_as_text(rows[0], ("apex4",)) and "apex4" in bench.header(("apex4",))
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """A picture shows what was measured, in the format of its name, byte for byte the same when drawn again."""
+    by_m = {"1": {"apex4": 2.0, "fp8": 1.5}, "16": {"apex4": 3.0}}
+    result = {"gpu": "GPU", "geometric_mean_speedup": by_m}
+    lines = {str(line.get_label()): line for line in bench.draw(result).axes[0].get_lines()}
+    assert list(lines["apex4"].get_ydata()) == [2.0, 3.0] and list(lines["fp8"].get_xdata()) == [0]
+    first, second, png = (tmp_path / name for name in ("a.svg", "b.svg", "c.png"))
+    for path in (first, second, png):
+        save_picture(path, lambda: bench.draw(result))
+    assert first.read_bytes() == second.read_bytes()
+    assert ">apex4</text>" in first.read_text("utf-8") and png.read_bytes().startswith(b"\x89PNG")
+    save_picture(first, lambda: bench.draw(result | {"geometric_mean_speedup": {}}))  # nothing could be timed
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Callable[..., Any], one_sentence: Callable[..., str]
+) -> None:
+    one_sentence(invoke("bench", "--plot", "speed.jpg"), 2, "written as .svg or .png, not 'speed.jpg'")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    one_sentence(invoke("bench", "--plot", "speed.svg"), 1, "pip install 'apex4-quant[plot]'")

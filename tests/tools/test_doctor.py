@@ -6,16 +6,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.kernels import catalogue
 from apex4_quant.kernels.catalogue import Configuration, configurations, kernel_family, sm_of
+from apex4_quant.kernels.gemm import configs as gemm_configs
+from apex4_quant.kernels.gemm import fused_linear
+from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.runtime import compiler
+from apex4_quant.kernels.sweeps import configs as sweep_configs
 from apex4_quant.progress import Progress
 from apex4_quant.tools import doctor, kernel_build
 
@@ -136,12 +138,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     source = tmp_path / "toy.cu"
     source.write_text('extern "C" __global__ void toy(int* p) { p[threadIdx.x] = VALUE; }')
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
-    of_modules = {
-        "gemm_configs": made[:1], "fused_linear": [], "quantize_configs": made[1:], "column_sweep_configs": [],
-    }  # fmt: skip
-    for name, configs in of_modules.items():
-        module = SimpleNamespace(all_configs=lambda sm, configs=configs: configs)
-        monkeypatch.setattr(catalogue, name, module)
+    of_modules = ((gemm_configs, made[:1]), (fused_linear, []), (quantize_configs, made[1:]), (sweep_configs, []))
+    for module, configs in of_modules:
+        monkeypatch.setattr(module, "all_configs", lambda sm, configs=configs: configs)
     return made
 
 
@@ -150,7 +149,7 @@ def test_configurations_are_those_of_all_modules(toy: list[Configuration]) -> No
 
 
 def test_two_kernels_of_one_name_are_a_bug(toy: list[Configuration], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "quantize_configs", catalogue.gemm_configs)
+    monkeypatch.setattr(quantize_configs, "all_configs", gemm_configs.all_configs)
     with pytest.raises(ValueError, match="the name toy_1"):
         configurations("sm_86")
 

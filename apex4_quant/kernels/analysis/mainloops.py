@@ -1,4 +1,4 @@
-"""The committed account of every GEMM's main loop, mainloop_counts.json: made by scripts/account/count_sass, checked by a test.
+"""The committed account of every GEMM's main loop, mainloop_counts.json: made by scripts/account/issue_slots, checked by a test.
 
 A row per configuration and architecture: instructions of one turn of the main loop and one warp by class (sass.py), mma
 and memory opcodes in full, registers, shared memory, spills, and `products`, the number of accumulators times groups of
@@ -12,14 +12,41 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from ..catalogue import FAMILIES
 from ..runtime.compiler import arch_of, compile_kernel, nvrtc_version
 from . import sass
 
 TABLE = Path(__file__).parent / "mainloop_counts.json"
-SMS = (80, 86, 89, 90)
 CONTROL = Path(__file__).parents[3] / "scripts" / "account" / "naive_i2f.cu"  # in a checkout only
+
+
+class Row(TypedDict):
+    """One kernel: what the module's docstring says of each."""
+
+    name: str
+    arch: str
+    defines: dict[str, int | str]
+    tile: list[int]  # M, N
+    groups: str  # "wide" or "128"
+    registers: int
+    shared_memory: int  # bytes a block
+    spills: int
+    products: float
+    instructions: int
+    shared_bytes: int  # read from shared memory in a turn, of a warp
+    copied_bytes: int
+    same_bank: int
+    classes: dict[str, int]
+    opcodes: dict[str, int]
+
+
+class Table(TypedDict):
+    """mainloop_counts.json"""
+
+    nvrtc: str
+    kernels: list[Row]
 
 
 @dataclass(frozen=True)
@@ -41,7 +68,7 @@ def kernels() -> Iterator[Kernel]:
     from ..gemm import fused_linear
     from ..gemm.configs import all_configs
 
-    for sm in SMS:
+    for sm in FAMILIES:
         for config in all_configs(sm):
             if config.out != "bf16":
                 continue  # the same main loop
@@ -70,7 +97,7 @@ def kernels() -> Iterator[Kernel]:
             yield Kernel("naive_i2f", arch_of(sm), str(CONTROL), "naive_gemm", {}, (128, 128), 64, False, 3 * 17152)
 
 
-def count(kernel: Kernel) -> dict[str, Any]:
+def count(kernel: Kernel) -> Row:
     """Compile, disassemble and count one kernel: its row of the table."""
     compiled = compile_kernel(kernel.source, kernel.defines, kernel.arch)
     function = sass.parse(sass.disassemble(compiled.cubin))[kernel.entry]
@@ -98,21 +125,22 @@ def count(kernel: Kernel) -> dict[str, Any]:
     }
 
 
-def build() -> dict[str, Any]:
+def build() -> Table:
     return {"nvrtc": nvrtc_version(), "kernels": [count(kernel) for kernel in kernels()]}
 
 
-def committed() -> dict[str, Any]:
-    return json.loads(TABLE.read_text("utf-8"))
+def committed() -> Table:
+    table: Table = json.loads(TABLE.read_text("utf-8"))
+    return table
 
 
-def as_json(table: dict[str, Any]) -> str:
+def as_json(table: Table) -> str:
     """One line a kernel, so that a change of the code is a readable change of the file."""
     rows = ",\n".join("  " + json.dumps(row) for row in table["kernels"])
     return f'{{"nvrtc": "{table["nvrtc"]}", "kernels": [\n{rows}\n]}}\n'
 
 
-def as_text(table: dict[str, Any]) -> str:
+def as_text(table: Table) -> str:
     """Per accumulator and group of 128: the columns that the account needs."""
     columns = ("ffma", "fmul", "i2f", "half", "imad", "integer", "uniform", "shared_read", "copy", "sync", "branch")
     lines = [f"{'arch':7} {'kernel':28} {'regs':>4} {'spill':>5} " + " ".join(f"{name:>7.7}" for name in columns)]
@@ -130,23 +158,20 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def differences(table: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differences(table: Table, other: Table) -> list[str]:
     """What changed from `table` to `other`, a line each."""
     old, new = ({(row["arch"], row["name"]): row for row in each["kernels"]} for each in (table, other))
     found = [f"{arch} {name}: not compiled any more" for arch, name in old.keys() - new.keys()]
     found += [f"{arch} {name}: not in the table" for arch, name in new.keys() - old.keys()]
     for key in old.keys() & new.keys():
-        parts = [
-            f"{field} {old[key].get(field)} -> {new[key][field]}"
-            for field in new[key]
-            if new[key][field] != old[key].get(field)
-        ]
+        before, now = dict(old[key]), dict(new[key])
+        parts = [f"{field} {before.get(field)} -> {now[field]}" for field in now if now[field] != before.get(field)]
         if parts:
             found.append(f"{key[0]} {key[1]}: " + "; ".join(parts))
     return sorted(found)
 
 
-def violations(row: dict[str, Any]) -> list[str]:
+def violations(row: Row) -> list[str]:
     """What a row of ours breaks of the promises that hold for any compiler; [] for a good one."""
     each = {name: number / row["products"] for name, number in row["classes"].items()}
     broken = []

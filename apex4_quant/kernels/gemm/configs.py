@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from ...environment import GEMM as VARIABLE
 from ...errors import UsageError
 from ...format.layouts import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ...private_names import environment_variable
 from . import tuned
 
-VARIABLE = "APEX4_GEMM"
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
 _LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
 DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share the input features of one tile of weights
@@ -27,7 +27,7 @@ DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share th
 SHARED_LIMITS = {80: (166912, 167936), 86: (101376, 102400), 89: (101376, 102400), 90: (232448, 233472)}
 _RESERVED_SHARED = 1024  # of every thread block, for the system
 _MAX_SPLITS = 32
-# sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (kernels/README.md): blocks of a group.
+# sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (docs/kernels.md): blocks of a group.
 _MOST_GROUP_BLOCKS = (2**22 - 1) // (CODE_MAX**2 * BLOCK)
 
 

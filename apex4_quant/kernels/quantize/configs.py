@@ -112,8 +112,9 @@ def dense_config(few_rows: int, input: str, dtype: str, format: str) -> Quantize
     )
     if format == "sm90" and not few_rows:
         return QuantizeConfig(name, "quantize/quantize_dense_sm90.cu", "apex4_quantize_dense", macros)
-    few = ("APEX4_FEW_ROWS", few_rows)
-    return QuantizeConfig(name, "quantize/quantize_dense.cu", "apex4_quantize_dense", (few, *macros))
+    return QuantizeConfig(
+        name, "quantize/quantize_dense.cu", "apex4_quantize_dense", (("APEX4_FEW_ROWS", few_rows), *macros)
+    )
 
 
 def dense_sm90_shared_bytes(input: str) -> int:

@@ -16,14 +16,15 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from ... import environment
 from ...errors import Apex4Error
+from .bindings import Handle, Nvrtc, Status
 
 SOURCES = Path(__file__).parents[1] / "cuda"
 CUDA_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")  # NVRTC brings the others itself
@@ -53,7 +54,9 @@ class CompileError(Apex4Error):
         if log:
             self.add_note(log)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # it comes back from the processes of kernel_build.py
+    def __reduce__(
+        self,
+    ) -> tuple[type[CompileError], tuple[str, str]]:  # it comes back from the processes of kernel_build.py
         return type(self), (str(self), self.log)
 
 
@@ -142,11 +145,12 @@ def installed_nvrtc() -> str:
 
 
 @cache
-def _nvrtc() -> tuple[Any, tuple[int, int]]:
+def _nvrtc() -> tuple[Nvrtc, tuple[int, int]]:
     try:
-        from cuda.bindings import nvrtc
+        from cuda.bindings import nvrtc as bindings
     except ImportError as error:
         raise Apex4Error(f"cuda-core is needed to compile kernels and is not installed: {INSTALL}") from error
+    nvrtc: Nvrtc = bindings
     try:
         status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # a RuntimeError of cuda.bindings or an error of cuda.pathfinder, by version
@@ -219,10 +223,14 @@ def _compile(source: str, defines: Mapping[str, int | str], arch: str) -> Compil
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _fetch(size_of: Any, get: Any, program: Any) -> bytes:
+def _fetch(
+    size_of: Callable[[Handle], tuple[Status, int]],
+    get: Callable[[Handle, bytearray], tuple[Status]],
+    program: Handle,
+) -> bytes:
     buffer = bytearray(size_of(program)[1])
     (status,) = get(program, buffer)
-    if status != 0:
+    if int(status) != 0:
         raise CompileError(f"NVRTC does not give its result: {status.name}", "")
     return bytes(buffer)
 
@@ -231,8 +239,8 @@ def _fetch(size_of: Any, get: Any, program: Any) -> bytes:
 
 
 def cache_folder() -> Path:
-    """APEX4_CACHE_DIR, else apex4 in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    given = os.environ.get("APEX4_CACHE_DIR")
+    """APEX4_CACHE_DIR (environment.py), else apex4 in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    given = os.environ.get(environment.CACHE_DIR)
     if given:
         return Path(given)
     # XDG: a relative path is to be ignored.
@@ -249,7 +257,10 @@ def cache_key(source: str, defines: Mapping[str, int | str], arch: str, version:
             text = path.read_bytes()
         except FileNotFoundError as error:
             raise Apex4Error(f"there is no kernel source {source!r} in {SOURCES}") from error
-        digest.update(f"{path.relative_to(SOURCES)} {len(text)}\n".encode() + text)
+        name = (
+            path.relative_to(SOURCES) if path.is_relative_to(SOURCES) else path.name
+        )  # the control kernel is elsewhere
+        digest.update(f"{name} {len(text)}\n".encode() + text)
     for part in (_headers()[1], *macros(defines), "", *FLAGS, "", version, arch):
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()
@@ -330,6 +341,6 @@ def _remove_abandoned(folder: Path) -> None:
 @cache  # once a process
 def _say_not_kept(reason: str) -> None:
     print(
-        f"apex4: compiled kernels cannot be kept ({reason}), so every process compiles them: set APEX4_CACHE_DIR",
+        f"apex4: compiled kernels cannot be kept ({reason}), so every process compiles them: set {environment.CACHE_DIR}",
         file=sys.stderr,
     )

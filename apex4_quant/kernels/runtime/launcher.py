@@ -12,15 +12,38 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import NamedTuple, Protocol, TypeVar, overload
 
 from ...errors import Apex4Error
+from .bindings import Driver, Handle, LaunchAttribute, LaunchConfig, Status
 from .compiler import INSTALL, arch_of, compile_cubin
 
 Dim3 = tuple[int, int, int]
+_T = TypeVar("_T")
 _CONFIGS_KEPT = 64
-_kernels: dict[tuple[Any, ...], Kernel] = {}
+_kernels: dict[tuple[object, ...], Kernel] = {}
 _loading = threading.Lock()
+
+
+class Number(Protocol):
+    """A ctypes value: c_int, c_float, c_int64, ..."""
+
+    @property
+    def value(self) -> int | float: ...
+
+
+class Shape(NamedTuple):
+    """How a kernel is launched, but for the stream. `shared_bytes` is the dynamic shared memory of a block."""
+
+    grid: int | Dim3
+    block: int | Dim3
+    shared_bytes: int
+    cluster: int | Dim3
+    programmatic: bool
+
+
+# One set of a kernel's parameters: their memory, the array of their addresses, and the address of that.
+_Parameters = tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_void_p], int]
 
 
 def kernel(source: str, entry: str, defines: Mapping[str, int | str], device: int) -> Kernel:
@@ -54,7 +77,7 @@ class Kernel:
         grid: int | Dim3,
         block: int | Dim3,
         pointers: int,
-        numbers: Sequence[Any],
+        numbers: Sequence[Number],
         *,
         shared_bytes: int = 0,
         cluster: int | Dim3 = 1,
@@ -75,7 +98,7 @@ class Kernel:
                     self._driver.cuFuncSetAttribute(self._function, attribute, shared_bytes),
                 )
             self._shared_bytes = shared_bytes
-        shape = (grid, block, shared_bytes, cluster, programmatic)
+        shape = Shape(grid, block, shared_bytes, cluster, programmatic)
         return Launch(self, shape, pointers, numbers)
 
 
@@ -86,7 +109,7 @@ class Launch:
     little to do waits. So a launch writes pointers into parameters that stand there already, and calls the driver directly.
     """
 
-    def __init__(self, kernel: Kernel, shape: tuple[Any, ...], pointers: int, numbers: Sequence[Any]) -> None:
+    def __init__(self, kernel: Kernel, shape: Shape, pointers: int, numbers: Sequence[Number]) -> None:
         self.kernel = kernel
         self._shape = shape
         self._library = _library()
@@ -97,8 +120,8 @@ class Launch:
         self._template = bytes(layout(*[None] * pointers, *(number.value for number in numbers)))
         self._offsets = [getattr(layout, name).offset for name, _ in fields]
         self._write = struct.Struct(f"{pointers}P").pack_into
-        self._free: list[tuple[Any, Any, int]] = []  # sets of parameters that no thread is launching with
-        self._configs: dict[int, tuple[Any, int]] = {}  # by stream; the structure and its address
+        self._free: list[_Parameters] = []  # sets of parameters that no thread is launching with
+        self._configs: dict[int, tuple[LaunchConfig, int]] = {}  # by stream; the structure and its address
 
     def __call__(self, stream: int, *pointers: int) -> None:
         """Enqueue on `stream` (a CUstream as an integer). Pointers are addresses, 0 where there is none.
@@ -127,14 +150,13 @@ class Launch:
                 (_driver().CUresult(status),),
             )
 
-    def _parameters(self) -> tuple[Any, Any, int]:
-        """Their memory, the array of their addresses, and the address of that."""
+    def _parameters(self) -> _Parameters:
         memory = ctypes.create_string_buffer(self._template, len(self._template))
         start = ctypes.addressof(memory)
         addresses = (ctypes.c_void_p * len(self._offsets))(*(start + offset for offset in self._offsets))
         return memory, addresses, ctypes.addressof(addresses)
 
-    def _configure(self, stream: int) -> tuple[Any, int]:
+    def _configure(self, stream: int) -> tuple[LaunchConfig, int]:
         grid, block, shared_bytes, cluster, programmatic = self._shape
         if len(self._configs) >= _CONFIGS_KEPT:  # streams come and go in a long-lived process
             self._configs.clear()
@@ -145,7 +167,7 @@ class Launch:
 
 def launch_config(
     grid: int | Dim3, block: int | Dim3, shared_bytes: int, cluster: int | Dim3, stream: int, programmatic: bool
-) -> Any:
+) -> LaunchConfig:
     """A CUlaunchConfig. An attribute is set only where it asks for something: GPUs before sm_90 know neither."""
     driver = _driver()
     config = driver.CUlaunchConfig()
@@ -153,7 +175,7 @@ def launch_config(
     config.blockDimX, config.blockDimY, config.blockDimZ = _dim3(block)
     config.sharedMemBytes = shared_bytes
     config.hStream = stream
-    attributes = []
+    attributes: list[LaunchAttribute] = []
     if _dim3(cluster) != (1, 1, 1):
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
@@ -194,7 +216,7 @@ def device_arch(device: int) -> str:
 
 
 @cache
-def primary_context(device: int) -> tuple[Any, int]:
+def primary_context(device: int) -> tuple[Handle, int]:
     """The primary context of the device and its address. Retained once and never released, as torch does."""
     driver = _driver()
     handle = _check(f"finding CUDA device {device}", driver.cuDeviceGet(device))
@@ -205,7 +227,7 @@ def primary_context(device: int) -> tuple[Any, int]:
 class _Current:
     """Makes the context the calling thread's current one, where it is not already."""
 
-    def __init__(self, context: Any, address: int) -> None:
+    def __init__(self, context: Handle, address: int) -> None:
         self._context = context
         self._address = address
         self._pushed = False
@@ -222,22 +244,24 @@ class _Current:
 
 
 @cache
-def _library() -> Any:
+def _library() -> ctypes.CDLL:
     """libcuda with the functions of every launch. Through cuda.bindings each call costs several microseconds more."""
     _driver()  # which is loaded, or says what is missing
-    library = ctypes.CDLL("libcuda.so.1") if sys.platform != "win32" else ctypes.WinDLL("nvcuda.dll")
+    # 64-bit Windows has one calling convention, that of CDLL.
+    library = ctypes.CDLL("libcuda.so.1" if sys.platform != "win32" else "nvcuda.dll")
     library.cuCtxGetCurrent.argtypes = (ctypes.c_void_p,)
     library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
     return library
 
 
 @cache
-def _driver() -> Any:
+def _driver() -> Driver:
     """cuda.bindings.driver, initialised. Raises Apex4Error where the package, the driver or a GPU is missing."""
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver as bindings
     except ImportError as error:
         raise Apex4Error(f"cuda-core is needed to launch kernels and is not installed: {INSTALL}") from error
+    driver: Driver = bindings
     try:
         (status,) = driver.cuInit(0)
     except Exception as error:  # a RuntimeError of cuda.bindings or an error of cuda.pathfinder, by version
@@ -247,15 +271,19 @@ def _driver() -> Any:
     return driver
 
 
-def _check(what: str, result: tuple[Any, ...]) -> Any:
+@overload
+def _check(what: str, result: tuple[Status]) -> None: ...
+@overload
+def _check(what: str, result: tuple[Status, _T]) -> _T: ...
+def _check(what: str, result: tuple[Status] | tuple[Status, _T]) -> _T | None:
     """The value behind the status that every driver call returns first. Raises Apex4Error that says what failed."""
-    if result[0] != 0:
+    if int(result[0]) != 0:
         raise Apex4Error(f"{what} failed: {_describe(_driver(), result[0])}")
     return result[1] if len(result) > 1 else None
 
 
-def _describe(driver: Any, status: Any) -> str:
+def _describe(driver: Driver, status: Status) -> str:
     """ "CUDA_ERROR_INVALID_VALUE (invalid argument)" """
     failed, text = driver.cuGetErrorString(status)
     name = getattr(status, "name", f"CUDA error {int(status)}")
-    return name if failed != 0 or not text else f"{name} ({text.decode()})"
+    return name if int(failed) != 0 or not text else f"{name} ({text.decode()})"

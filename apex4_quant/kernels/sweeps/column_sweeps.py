@@ -68,7 +68,9 @@ def _launch(config: Configuration, n: int, numbers: tuple[float, ...], *tensors:
     device = tensors[0].device
     # Not kept: of a group's work it is little, and `added` is another for every input.
     kernel = launcher.kernel(config.source, config.entry, config.defines, device.index or 0)
-    typed = [ctypes.c_int(number) if isinstance(number, int) else ctypes.c_float(number) for number in numbers]
+    typed: list[launcher.Number] = [
+        ctypes.c_int(number) if isinstance(number, int) else ctypes.c_float(number) for number in numbers
+    ]
     launch = kernel.bind((-(-n // WARPS), 1, 1), 32 * WARPS, len(tensors), typed)
     launch(_stream(device), *(tensor.data_ptr() for tensor in tensors))
 

@@ -3,14 +3,12 @@ the reference (tests/cuda_on_cpu)."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,23 +31,14 @@ from apex4_quant.kernels.gemm.configs import (
 from apex4_quant.kernels.runtime import launcher
 from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
 
+from ... import cuda_on_cpu
+from ...kernel_cases import gemm as kernel_cases
+
 ROOT = Path(__file__).resolve().parents[3]
 SM_COUNTS = {80: 108, 86: 82, 89: 128, 90: 132}
 SYSTEM_SHARED = 1024  # of every thread block
 STATIC_SHARED = {80: 128, 86: 128, 89: 128, 90: 0}  # `origin` of gemm_sm80.cu, up to where the dynamic part starts
 
-
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load("gpu_check_gemm", ROOT / "scripts" / "gpu_check_gemm.py")
-cuda_on_cpu = load("cuda_on_cpu", ROOT / "tests" / "cuda_on_cpu" / "__init__.py")
 
 # ---- configurations and plans ---------------------------------------------------------------------------------------
 
@@ -148,7 +137,7 @@ def test_few_tokens_get_small_tiles_and_many_get_large_ones(sm: int) -> None:
 
 def test_bands_visit_every_tile_once() -> None:
     for tiles_m, tiles_n in ((1, 1), (1, 9), (7, 3), (8, 5), (9, 5), (21, 4)):
-        visited = [gpu_check.band_tile(index, tiles_m, tiles_n) for index in range(tiles_m * tiles_n)]
+        visited = [kernel_cases.band_tile(index, tiles_m, tiles_n) for index in range(tiles_m * tiles_n)]
         assert sorted(visited) == [(m, n) for m in range(tiles_m) for n in range(tiles_n)]
 
 
@@ -293,10 +282,10 @@ EMULATED = [M16, M64, M256, WIDE_16, WIDE_64, WIDE_128, FP16]
 
 
 @pytest.fixture(scope="module")
-def cpu_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cpu_launcher() -> Any:
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher(tmp_path_factory.mktemp("gemm"))
+    return cuda_on_cpu.CpuLauncher()
 
 
 @pytest.fixture
@@ -311,10 +300,10 @@ def generator(case: Case) -> torch.Generator:
 
 def problems(case: Case) -> list[str]:
     """What is wrong with the launch; empty if nothing is."""
-    operands = gpu_check.random_operands(
+    operands = kernel_cases.random_operands(
         case.m, case.n, case.blocks * BLOCK, case.per_group, generator(case), case.bias
     )
-    launch = gpu_check.Launch(
+    launch = kernel_cases.Launch(
         GemmPlan(case.config, case.m, case.n, case.blocks, 8, case.splits), operands, pad_columns=case.pad
     )
     around = case.config.tile_m * launch.ldy + case.config.tile_n  # also a kernel that is wrong stays in here
@@ -328,7 +317,7 @@ def problems(case: Case) -> list[str]:
     except cuda_on_cpu.KernelFault as fault:
         return [str(fault)]
     want = reference.linear(operands.codes_a, operands.scale_a, operands.codes_w, operands.scale_w, operands.bias)
-    error = (y.double() - want).abs() / gpu_check.allowed_error(operands, want, y.dtype)
+    error = (y.double() - want).abs() / kernel_cases.allowed_error(operands, want, y.dtype)
     found = []
     if not bool((error <= 1).all()):  # NaN is wrong too
         found.append(f"{int((~(error <= 1)).sum())} outputs of {y.numel()} are wrong")
@@ -345,12 +334,12 @@ def problems(case: Case) -> list[str]:
 def wrong_sums(case: Case) -> int:
     """Unit scales, one block for each thread block: how many of the partial sums are not the integers."""
     case = replace(case, splits=case.blocks)
-    operands = gpu_check.random_operands(case.m, case.n, case.blocks * BLOCK, case.per_group, generator(case), False)
+    operands = kernel_cases.random_operands(case.m, case.n, case.blocks * BLOCK, case.per_group, generator(case), False)
     operands.scale_a.fill_(1)
     operands.scale_w.fill_(1)
-    launch = gpu_check.Launch(GemmPlan(case.config, case.m, case.n, case.blocks, 8, case.splits), operands)
+    launch = kernel_cases.Launch(GemmPlan(case.config, case.m, case.n, case.blocks, 8, case.splits), operands)
     launch.run()
-    got = gpu_check.partial_sums(launch).permute(1, 2, 0).double()
+    got = kernel_cases.partial_sums(launch).permute(1, 2, 0).double()
     return int((got != reference.group_sums(operands.codes_a, operands.codes_w, BLOCK)).sum())
 
 
@@ -386,13 +375,13 @@ def test_sums_of_groups_are_the_integers(config: GemmConfig, on_cpu: None) -> No
 
 @pytest.mark.parametrize("config", [M16, M64, WIDE_16], ids=lambda config: config.name)
 def test_sums_at_the_ends_of_the_range(config: GemmConfig, on_cpu: None) -> None:
-    gpu_check.check_integers(config, 8, torch.Generator().manual_seed(1))
+    kernel_cases.check_integers(config, 8, torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("config", EMULATED[:-1], ids=lambda config: config.name)  # fp16 has no room for these
 def test_huge_tiny_and_undefined_scales(config: GemmConfig, on_cpu: None) -> None:
     """A NaN stays in its token, and tokens of zeros give the bias."""
-    gpu_check.check_extremes(config, 8, torch.Generator().manual_seed(2))
+    kernel_cases.check_extremes(config, 8, torch.Generator().manual_seed(2))
 
 
 # ---- changes that must be noticed -----------------------------------------------------------------------------------
@@ -433,16 +422,14 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
 
 
 @pytest.fixture(scope="module")
-def unchanged(cpu_launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return cuda_on_cpu.CpuLauncher(tmp_path_factory.mktemp("unchanged"), (), "-O0")
+def unchanged(cpu_launcher: Any) -> Any:
+    return cuda_on_cpu.CpuLauncher((), "-O0")
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_change_is_noticed(
-    name: str, tmp_path: Path, on_cpu: None, unchanged: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_is_noticed(name: str, on_cpu: None, unchanged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     edits, case = MUTATIONS[name]
     monkeypatch.setattr(launcher, "kernel", unchanged.kernel)
     assert problems(case) == []
-    monkeypatch.setattr(launcher, "kernel", cuda_on_cpu.CpuLauncher(tmp_path, edits, "-O0").kernel)
+    monkeypatch.setattr(launcher, "kernel", cuda_on_cpu.CpuLauncher(edits, "-O0").kernel)
     assert problems(case) != []

@@ -8,12 +8,10 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,22 +40,14 @@ from apex4_quant.kernels.quantize.launch import rows_are_aligned, run_quantize
 from apex4_quant.kernels.runtime import launcher
 from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
 
+from ... import cuda_on_cpu
+from ...kernel_cases import quantize as kernel_cases
+
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 
 
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load("gpu_check_quantize", ROOT / "scripts" / "gpu_check_quantize.py")
-cuda_on_cpu = load("cuda_on_cpu", ROOT / "tests" / "cuda_on_cpu" / "__init__.py")
-Case = gpu_check.Case
+Case = kernel_cases.Case
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
@@ -379,10 +369,10 @@ def test_machine_code_of_the_dense_quantizer(sm: int, format: str, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def cpu_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cpu_launcher() -> Any:
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher(tmp_path_factory.mktemp("kernels"))
+    return cuda_on_cpu.CpuLauncher()
 
 
 def variants(base: Any) -> list[Any]:
@@ -435,7 +425,7 @@ FAMILIES: dict[str, list[Any]] = {
 def test_kernels_equal_the_reference(family: str, cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     for case in FAMILIES[family]:
-        assert gpu_check.check(case, CPU) == [], case
+        assert kernel_cases.check(case, CPU) == [], case
 
 
 def test_a_board_serves_one_launch_after_the_other(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,15 +437,15 @@ def test_a_board_serves_one_launch_after_the_other(cpu_launcher: Any, monkeypatc
     board, k = torch.zeros(board_bytes(1100) // 8, dtype=torch.int64), 248
     for launch, m in enumerate((1100, 500, 640), 1):
         case = replace(DENSE_90, m=m, k=k, input="rms_norm", seed=launch)
-        monkeypatch.setattr(gpu_check, "board", lambda m, device: board)
-        assert gpu_check.check(case, CPU) == [], case
+        monkeypatch.setattr(kernel_cases, "board", lambda m, device: board)
+        assert kernel_cases.check(case, CPU) == [], case
         assert board[:2].view(torch.int32).tolist() == [launch, 0, 0, 0]
         posts = board[2 : 2 + m].view(torch.int32).unflatten(0, (m, 2))
         assert (posts[:, 1] == launch).all()
-        x, expected = gpu_check.make_operands(case, CPU).x, torch.empty(m)
+        x, expected = kernel_cases.make_operands(case, CPU).x, torch.empty(m)
         plan = choose_row_rms(m, dtype=case.dtype)
         kernel = cpu_launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, 0)
-        numbers = (*map(ctypes.c_int, (m, k, x.stride(0))), ctypes.c_float(gpu_check.EPS), ctypes.c_int(1))
+        numbers = (*map(ctypes.c_int, (m, k, x.stride(0))), ctypes.c_float(kernel_cases.EPS), ctypes.c_int(1))
         kernel.bind(plan.grid, plan.block, 2, numbers)(0, expected.data_ptr(), x.data_ptr())
         assert torch.equal(posts[:, 0].view(torch.int32), expected.view(torch.int32))
 
@@ -464,15 +454,15 @@ def test_a_board_serves_one_launch_after_the_other(cpu_launcher: Any, monkeypatc
 def test_the_check_expects_what_the_reference_says(
     transform: str, monkeypatch: pytest.MonkeyPatch, cpu_launcher: Any
 ) -> None:
-    """gpu_check_quantize computes its expectation itself, with bounds: here the project's reference has the last word."""
+    """kernel_cases/quantize.py computes its expectation itself, with bounds: here the project's reference has the last word."""
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     case = replace(ROWS_80, m=33, k=512, transform=transform, clip=0.9, seed=9)
-    operands = gpu_check.make_operands(case, CPU)
-    stored, scales, wrong = gpu_check.run(case, operands)
+    operands = kernel_cases.make_operands(case, CPU)
+    stored, scales, wrong = kernel_cases.run(case, operands)
     codes, expected_scales = reference.quantize_activation(operands.x, 128, clip=0.9, hadamard=transform == "hadamard")
     assert wrong == []
     torch.testing.assert_close(scales[:, :33].t().double(), expected_scales, rtol=1e-6, atol=0)
-    difference = (gpu_check.decode(stored, 33, "sm80") - codes).abs()
+    difference = (kernel_cases.decode(stored, 33, "sm80") - codes).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).double().mean()) < 1e-3
 
 
@@ -502,9 +492,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_changed_constant_is_noticed(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_launcher: Any
-) -> None:
+def test_a_changed_constant_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch, cpu_launcher: Any) -> None:
     edit, base = MUTATIONS[name]
     case = replace(
         base,
@@ -513,10 +501,10 @@ def test_a_changed_constant_is_noticed(
         clip=1.0 if base.data == "ties" else 0.9,
     )
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
-    assert gpu_check.check(case, CPU) == []
-    monkeypatch.setattr(launcher, "kernel", cuda_on_cpu.CpuLauncher(tmp_path, [edit]).kernel)
+    assert kernel_cases.check(case, CPU) == []
+    monkeypatch.setattr(launcher, "kernel", cuda_on_cpu.CpuLauncher([edit]).kernel)
     try:
-        assert gpu_check.check(case, CPU) != []
+        assert kernel_cases.check(case, CPU) != []
     except cuda_on_cpu.KernelFault:
         assert name == "warp's columns"  # which then are not aligned
 

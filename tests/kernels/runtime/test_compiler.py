@@ -74,7 +74,7 @@ def script(sources: Path, cli_environment: dict[str, str]) -> Iterator[Script]:
     before = f"""
 import os, sys, time
 from pathlib import Path
-from apex4_quant.kernels import compiler
+from apex4_quant.kernels.runtime import compiler
 compiler.SOURCES = Path({str(sources)!r})
 def halve(): return compiler.compile_kernel("halve.cu", {DEFINES!r}, {ARCH!r})
 """

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,21 +15,14 @@ from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
 from apex4_quant.kernels.sweeps import column_sweeps
 from apex4_quant.kernels.sweeps.configs import all_configs
 
+from ... import cuda_on_cpu
+from ...kernel_cases import sweeps as kernel_cases
+
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 
 
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_check = load("gpu_check_sweeps", ROOT / "scripts" / "gpu_check_sweeps.py")
-cuda_on_cpu = load("cuda_on_cpu", ROOT / "tests" / "cuda_on_cpu" / "__init__.py")
-SMALL = [shape for shape in gpu_check.SHAPES if shape[0] < 1000]
+SMALL = [shape for shape in kernel_cases.SHAPES if shape[0] < 1000]
 
 
 @pytest.mark.parametrize("config", all_configs(80), ids=lambda config: config.name)
@@ -51,10 +41,10 @@ def test_they_compile_without_a_word_and_without_spills(sm: int, config: Any) ->
 
 
 @pytest.fixture(scope="module")
-def cpu_launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cpu_launcher() -> Any:
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher(tmp_path_factory.mktemp("kernels"))
+    return cuda_on_cpu.CpuLauncher()
 
 
 @pytest.fixture
@@ -79,14 +69,14 @@ def test_kernels_do_what_operations_of_pytorch_do(
     shape: tuple[int, int, Any], cpu_launcher: Any, sources: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch_with(cpu_launcher, sources, monkeypatch)
-    gpu_check.check(*shape, CPU, seed=1)
+    kernel_cases.check(*shape, CPU, seed=1)
     blocks = shape[1] // 128
     assert sources == ["sweeps/gptq_sweep.cu"] * 2 * blocks + ["sweeps/descent_sweep.cu"] * 3 * blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_check_of_hessians_passes_on_a_cpu(dtype: torch.dtype) -> None:
-    gpu_check.check_hessian(dtype, CPU, seed=1)
+    kernel_cases.check_hessian(dtype, CPU, seed=1)
 
 
 MUTATIONS = {
@@ -102,13 +92,11 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_changed_line_is_noticed(
-    name: str, tmp_path: Path, sources: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_line_is_noticed(name: str, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("no C++ compiler to run the kernels' source with")
-    changed = cuda_on_cpu.CpuLauncher(tmp_path, [MUTATIONS[name]], optimization="-O0")
+    changed = cuda_on_cpu.CpuLauncher([MUTATIONS[name]], optimization="-O0")
     launch_with(changed, sources, monkeypatch)
-    monkeypatch.setattr(gpu_check, "DAMPING", 0.5)  # so much that to forget it changes codes
+    monkeypatch.setattr(kernel_cases, "DAMPING", 0.5)  # so much that to forget it changes codes
     with pytest.raises(AssertionError):
-        gpu_check.check(37, 384, 128, CPU, seed=1)
+        kernel_cases.check(37, 384, 128, CPU, seed=1)

@@ -12,7 +12,7 @@
 // Any M, N >= 1. One thread block computes one TILE_M x TILE_N tile over one of `splits` ranges of blocks.
 //
 // The sum of a group is an integer n, |n| <= 49 g. The first mma of a group takes MAGIC as its C operand, so that the
-// result, read as a float, *is* 12582912 + n without a conversion (kernels/README.md proves it):
+// result, read as a float, *is* 12582912 + n without a conversion (docs/kernels.md proves it):
 //     t   = fma(float(12582912 + n), s_w, -12582912 s_w)     = n s_w, exactly for g = 128
 //     acc = fma(t, s_a, acc)
 //

@@ -298,7 +298,7 @@ struct Consumer {
 
   // The block at `ring`, whose weights are in `a` and whose outputs' scales are in `outputs`; those of the next one follow,
   // unless this is the last. A warp issues nothing between the first of its products and the start of the last one, and
-  // little while the tensor cores work (kernels/README.md), so that as little as possible stands between the end of its
+  // little while the tensor cores work (docs/kernels.md), so that as little as possible stands between the end of its
   // products and the start of the next ones: the next weights are widened, into the registers of k32 steps that are done,
   // while the last step is still being computed. Accumulators are pairs with their halves exchanged, because of the register
   // banks (ptx::fma_exchanged).

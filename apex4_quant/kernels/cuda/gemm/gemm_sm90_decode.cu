@@ -7,7 +7,7 @@
 // blocks. So a tile of 64 outputs is one thread block's, and its PARTS warpgroups take every PARTS-th block of inputs each. Their
 // sums are added in shared memory, in a fixed order. Where that leaves multiprocessors without work, two thread blocks in a
 // cluster share a tile, each with every second stage, and the second writes its sums into the first one's shared memory. Sums
-// never go through global memory: between thread blocks that cost more than most of these GEMMs take (kernels/README.md).
+// never go through global memory: between thread blocks that cost more than most of these GEMMs take (docs/kernels.md).
 //
 // Two kernels, by the macro QUANTIZES:
 //   0, apex4_gemm: arguments as gemm_sm90.cu has them; `partial`, `counter` and `span` are not used.

@@ -5,7 +5,7 @@
 // from `first` on, and its `own` count runs through them.
 //   codes    sm90_token_byte(m, token, 8 own + chunk)   (index.cuh)
 //   scales   float32 [own][TILE_M], of which m are written
-// Not for RMSNorm, which needs the squares of whole rows first: there a kernel in front costs less (kernels/README.md).
+// Not for RMSNorm, which needs the squares of whole rows first: there a kernel in front costs less (docs/kernels.md).
 //
 // Macros: those of quantize_slice.cuh, with APEX4_FORMAT 90. The includer has defined TILE_M and PARTS.
 #pragma once

@@ -1,0 +1,206 @@
+"""What the command line's options take, which of them commands share, and how everything that is refused is said.
+
+No library is imported here: `apex4 COMMAND --help` needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import click
+
+from .errors import Apex4Error, UsageError
+from .format.layout_name import LayoutName
+from .format.number_format import BLOCK, CHANNEL, GroupSize, parse_group_size
+from .hardware.dtype_names import DTYPE_NAMES
+from .recipes import DEFAULT_RECIPE, recipe_names
+
+_C = TypeVar("_C", bound=Callable[..., object])
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _refuse(sentence: str, exit_code: int) -> NoReturn:
+    click.echo(f"apex4: {sentence}", err=True)
+    sys.exit(exit_code)
+
+
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except Apex4Error as error:
+        _refuse(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError:  # shows the help
+        raise
+    except click.UsageError as error:
+        said = error.format_message().rstrip(".")
+        command = error.ctx.command_path if error.ctx else "apex4"
+        _refuse(f"{said[0].lower()}{said[1:]}: see '{command} --help'", error.exit_code)
+    except BrokenPipeError:
+        # The reader of stdout is gone (`apex4 inspect ... | head`): nothing to tell it any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class Commands(click.Group):
+    """The `apex4` group. What a user can cause is said in one sentence; the traceback of a bug stays."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _in_one_sentence():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+            os.environ.setdefault(library, "error")
+        with _in_one_sentence():
+            return super().invoke(ctx)
+
+
+# ---- what options take ----------------------------------------------------------------------------------------------
+
+
+def _name_of(param: click.Parameter | None) -> str:
+    """As on the command line: --seq-len."""
+    return max(param.opts, key=len) if param else "the value"
+
+
+class Whole(click.types.IntParamType):
+    """A whole number, bounds included."""
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self.least = least
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        wanted = f"{self.least} or more" if self.most is None else f"from {self.least} to {self.most}"
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        if number is None or number < self.least or (self.most is not None and number > self.most):
+            raise UsageError(f"{_name_of(param)} is {value}: give a whole number, {wanted}")
+        return number
+
+
+class Multiple(click.types.FloatParamType):
+    """A bound, in multiples of the best there is: a number of 1 or more."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 1 <= number < float("inf"):
+            raise UsageError(
+                f"{_name_of(param)} is {value} and counts in multiples of the best there is: give 1 or more"
+            )
+        return number
+
+
+class OneOf(click.Choice[str]):
+    """One of some names."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__([str(name) for name in names])  # of an enum, click would take the members' own names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            what = _name_of(param).removeprefix("--")
+            raise UsageError(f"{what} {value!r} is not known: give one of {', '.join(self.choices)}")
+        return str(value)
+
+
+def _group_size(context: click.Context, param: click.Parameter, value: str) -> GroupSize:
+    return parse_group_size(value)
+
+
+LARGEST = 2**31 - 1
+COUNT = Whole(1, LARGEST)
+SEED = Whole(-(2**63), 2**64 - 1)  # what torch's generators take
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+class Option(Protocol):
+    """The decorator that adds an option, or several, to a command."""
+
+    def __call__(self, command: _C, /) -> _C: ...
+
+
+def together(*options: Option) -> Option:
+    """Several options as one decorator, in the order of the help."""
+
+    def add(command: _C) -> _C:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def number(name: str, type: Whole, default: int | None, help: str) -> Option:
+    """An option that takes a number; without a default, the help says what happens."""
+    return click.option(name, type=type, default=default, show_default=default is not None, help=help)
+
+
+def choice(name: str, names: Sequence[str], default: str | None, help: str) -> Option:
+    default = None if default is None else str(default)  # click would show the name of an enum's member
+    return click.option(name, type=OneOf(names), default=default, show_default=default is not None, help=help)
+
+
+def listed(flag: str, help: str, default: str = "", name: str | None = None) -> Option:
+    """Several values in one, comma separated. `name` is the parameter's, if not the flag's."""
+    names = (flag,) if name is None else (flag, name)
+    return click.option(*names, default=default, show_default=bool(default), metavar="LIST", help=help)
+
+
+OUT = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder: absent or empty."
+)
+OUT_OR_RESUME = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Output folder: absent or empty, or --resume."
+)
+RECIPE = click.option(
+    "--recipe",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help=f"{', '.join(reversed(recipe_names()))}, or a YAML file.",
+)
+GROUP_SIZE = click.option(
+    "--group-size",
+    default=str(BLOCK),
+    show_default=True,
+    callback=_group_size,
+    help=f"{BLOCK}, {2 * BLOCK}, {4 * BLOCK}, ... or '{CHANNEL}'.",
+)
+TARGET = click.option(
+    "--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto: the GPU here."
+)
+LAYOUT = choice("--layout", list(LayoutName), None, "Order of the packed codes.  [default: what the target reads]")
+TEXT = click.option(
+    "--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set."
+)
+SEQ_LEN = number("--seq-len", COUNT, 2048, "Tokens a window, at most the model's context.")
+DRAWN_BY = number("--seed", SEED, 0, "Which windows of the text are drawn.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+DTYPE = choice("--dtype", (*DTYPE_NAMES, "auto"), "auto", "Dtype layers run in; auto: the checkpoint's.")
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+SHAPES = listed("--shapes", "Llama-3-8B, Llama-2-70B:down, 4096x4096 (NxK), ...  [default: all]")
+
+
+def calibration(samples: int | None, help: str) -> Option:
+    """Which text is calibrated on: --calib, --samples, --seq-len, --seed."""
+    return together(TEXT, number("--samples", COUNT, samples, help), SEQ_LEN, DRAWN_BY)
+
+
+COMPUTING = together(DEVICE, DTYPE, JSON)

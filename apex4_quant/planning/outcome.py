@@ -1,0 +1,155 @@
+"""What planning comes to: the option of every input group, as a table for people, as JSON, and as a plan file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..format.number_format import BLOCK
+from ..format.storage import write_bytes
+from ..format.transform_kind import TransformKind
+from ..hardware.gpus import Gpu
+from ..models.source import ModelSource
+from ..quantization.plan_file import plan_file_json, plan_file_text
+from .cost_model import Mainloop, fp16_seconds, gemm_seconds
+from .options import LADDER, GroupOptions, Option
+from .sensitivity import GroupSensitivity
+from .settings import PlanSettings
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The outcome: for every input group its measured sensitivity and the option taken of those under `transforms`."""
+
+    settings: PlanSettings
+    transforms: tuple[TransformKind, ...]
+    source: ModelSource
+    gpu: Gpu
+    mainloop: Mainloop
+    groups: tuple[GroupSensitivity, ...]
+    options: tuple[GroupOptions, ...]
+    chosen: tuple[Option, ...]
+
+    def predicted(self) -> dict[str, float]:
+        """Sums over the model's quantized linears, for one step of `tokens` tokens."""
+        seconds = sum(option.seconds for option in self.chosen)
+        fastest = sum(min(option.seconds for option in group.options) for group in self.options)
+        loss, least = (sum(option.loss for option in side) for side in (self.chosen, [g.least for g in self.options]))
+        fp16 = sum(
+            fp16_seconds(self.gpu, self.settings.tokens, n, group.in_features)
+            for group in self.groups
+            for n in group.outputs
+        )
+        return {
+            "microseconds": round(1e6 * seconds, 2),
+            "of_fastest": round(seconds / fastest, 4),
+            "fp16_microseconds": round(1e6 * fp16, 2),
+            "speedup_over_fp16": round(fp16 / seconds, 3),
+            "loss": loss,
+            "of_least_loss": round(loss / least, 4) if least else 1.0,
+        }
+
+    def linears(self) -> list[dict[str, Any]]:
+        """One entry per linear: its relative errors, the losses of its whole input, and its time, which includes an equal
+        share of transforming and quantizing the input."""
+        entries = []
+        tokens = self.settings.tokens
+        for group, option in zip(self.groups, self.chosen, strict=True):
+            gemms = [
+                gemm_seconds(self.gpu, tokens, n, group.in_features, option.choice.group_size, self.mainloop)
+                for n in group.outputs
+            ]
+            shared = (option.seconds - sum(gemms)) / len(gemms)
+            for index, name in enumerate(group.linears):
+                entries.append(
+                    {
+                        "name": name,
+                        "shape": [group.outputs[index], group.in_features],
+                        "group_size": option.choice.group_size,
+                        "transform": option.choice.transform.value,
+                        "predicted_error": {choice.label: errors[index] for choice, errors in group.errors.items()},
+                        "predicted_loss": {choice.label: loss for choice, loss in group.losses.items()},
+                        "predicted_microseconds": round(1e6 * (gemms[index] + shared), 3),
+                    }
+                )
+        return entries
+
+    def header(self) -> dict[str, Any]:
+        settings = self.settings
+        header: dict[str, Any] = {
+            "model": self.source.name,
+            "architecture": self.source.family.architecture,
+            "recipe": settings.recipe,
+            "target": self.gpu.name,
+            "mode": str(settings.mode),
+            "mainloop": self.mainloop.name,
+            "tokens": settings.tokens,
+        }
+        bounds = {"budget": settings.budget, "max_loss": settings.max_loss}
+        return header | {name: value for name, value in bounds.items() if value is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.header() | {"predicted": self.predicted(), "linears": self.linears()}
+
+    def write(self, path: Path) -> None:
+        """YAML or, if the name ends in .json, JSON."""
+        entries = {entry["name"]: entry for entry in self.linears()}
+        groups = [
+            {name: {key: entries[name][key] for key in ("group_size", "transform", "shape")} for name in group.linears}
+            for group in self.groups
+        ]
+        notes = {
+            name: "error " + ", ".join(f"{label}: {error:.4f}" for label, error in entry["predicted_error"].items())
+            for name, entry in entries.items()
+        }
+        losses = [
+            "loss " + ", ".join(f"{choice.label}: {1000 * loss:.3f}" for choice, loss in group.losses.items())
+            for group in self.groups
+        ]
+        header = self.header() | {"predicted": self.predicted()}
+        text = (
+            plan_file_json(header, groups) if path.suffix == ".json" else plan_file_text(header, groups, losses, notes)
+        )
+        write_bytes(path, text.encode())
+
+    def as_text(self) -> str:
+        """The table for people."""
+        entries = self.linears()
+        width = max(len(entry["name"]) for entry in entries)
+        exact = [transform for transform in self.transforms if not transform.is_learned]
+        labels = [*map(str, LADDER if exact else ()), *(set(self.transforms) - set(exact))]
+        lines = [
+            f"{self.source.describe()} on {self.gpu.name}, {self.settings.tokens} tokens, mode {self.settings.mode}, "
+            f"mainloop {self.mainloop.name}: losses and times are predicted",
+            f"  {'linear':{width}}  {'shape':>13}  {'group':>8} "
+            + "".join(f"{'@' + label:>10}" for label in labels)
+            + f"  {'us':>9}",
+        ]
+        choices = {
+            name: (option.choice, name == group.linears[0])
+            for group, option in zip(self.groups, self.chosen, strict=True)
+            for name in group.linears
+        }
+        for entry in entries:
+            choice, first = choices[entry["name"]]
+            losses = (entry["predicted_loss"].get(label) if first else None for label in labels)
+            lines.append(
+                f"  {entry['name']:{width}}  {' x '.join(map(str, entry['shape'])):>13}  {choice.label:>8} "
+                + "".join(f"{'' if loss is None else f'{1000 * loss:.3f}':>10}" for loss in losses)
+                + f"  {entry['predicted_microseconds']:9.2f}"
+            )
+        lines.append(
+            "  @: predicted loss of all linears that read the input, divergence from the original in 1/1000 nat a token"
+        )
+        if exact:
+            lines.append(f"  128, 256, 512, channel: group sizes, transform {exact[0]}")
+        if len(exact) < len(self.transforms):
+            lines.append(f"  {TransformKind.DENSE}: groups of {BLOCK}, a transform learned for the input")
+        total = self.predicted()
+        lines.append(
+            f"  all linears: {total['microseconds']:.1f} us predicted, {total['of_fastest']:.2f}x the fastest plan, "
+            f"{total['speedup_over_fp16']:.2f}x as fast as FP16 ({total['fp16_microseconds']:.1f} us)"
+        )
+        lines.append(f"  predicted loss {1000 * total['loss']:.3f}, {total['of_least_loss']:.2f}x the least there is")
+        return "\n".join(lines)

@@ -1,0 +1,363 @@
+"""One decoder layer: the way of its weights from the source's tensors to those of the checkpoint.
+
+    read       the layer's tensors, from the source                             ModelSource.read
+    rewrite    changes that leave the model's function as it is                 Rewriter.layer
+    load       into the module that calibration text is run through             LayerRunner.load_layer
+    then for every input, in the order in which the layer computes them, once what is before it is quantized:
+      collect    what the linears that read it are called with                  Collector.inputs_of
+      transform  the input's transform T and clip ratio                         decide_input
+      round      each weight to codes and scales, in the basis of T             round_weight
+      pack       codes and scales, as the linear that computes with them        pack
+      measure    that linear's output error                                     measure_error
+      replace    the float linear in the module by the packed one
+    write      what the packed linears store, and what was kept                 QuantizedLayer.tensors, run.py
+
+Memory: a float weight is handed out once (LayerTensors.take) and gone when its packed form is there; one part's Hessian and
+its factors are there at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calib.probes import evenly_spaced
+from ..format.quant_config import LinearFormat
+from ..format.transform_kind import TransformKind
+from ..models.families import expert_of
+from ..models.layer_runner import LayerRunner
+from ..models.source import ModelSource
+from ..nn.linear import Apex4Linear
+from ..nn.prepare import share_input
+from ..recipes import Recipe, Rounding
+from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
+from ..rounding.gptq import drift_correction, inverse_factor, quantize_weight_gptq
+from ..rounding.nearest import quantize_weight_rtn, require_quantizable
+from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
+from ..transforms.importance import scale_by_readers
+from ..transforms.learned_transform import learn_transform
+from ..transforms.rewriter import Rewriter
+from .collector import CollectedInput, Collector, Part
+from .gradients import InputGradients, gradients_through
+from .plan import Plan, PlannedLinear
+from .predictions import LeavingGradients
+from .run_state import Streams
+
+MEASURED_ROWS = 1024  # of an input, to tell a linear's error
+
+Say = Callable[[str], None]
+
+
+class LayerTensors:
+    """The float tensors of one decoder layer, under their full names: their one owner beside the module."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def weight(self, linear: str) -> torch.Tensor:
+        """[N, K], of a linear that was not taken yet."""
+        return self._tensors[f"{linear}.weight"]
+
+    def take_weight(self, linear: str) -> torch.Tensor:
+        """[N, K], for good: it is stored in another form, and is not held here any more."""
+        return self._tensors.pop(f"{linear}.weight")
+
+    def untaken(self) -> dict[str, torch.Tensor]:
+        """What is stored as it is."""
+        return dict(self._tensors)
+
+
+@dataclass(frozen=True)
+class InputDecision:
+    """What the linears of one input share, since it is transformed and quantized once.
+
+    `matrix` float16 [padded K / 128, 128, 128] is the learned transform, `clip` the searched clip ratio; None: there is none.
+    """
+
+    matrix: torch.Tensor | None
+    clip: float | None
+
+
+@dataclass(frozen=True)
+class GptqMoments:
+    """What GPTQ rounds the linears of a part with, float32 [padded K, padded K] each, in the basis of the transform.
+
+    `factor` is U of (H + damping)^-1 = U^T U; `correction` is GPTAQ's; `hessian` is there only for a refinement.
+    """
+
+    factor: torch.Tensor
+    correction: torch.Tensor | None
+    hessian: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """`tensors`: the layer's part of the checkpoint, by full name. `records`: what the report says of each linear."""
+
+    tensors: dict[str, torch.Tensor]
+    records: list[dict[str, Any]]
+
+
+class LayerQuantizer:
+    """Quantizes the layers of one run, one after the other. `say` is told what a user should know."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: Plan,
+        runner: LayerRunner,
+        original: LayerRunner | None,
+        rewriter: Rewriter,
+        predictions: LeavingGradients | None,
+        say: Say,
+    ) -> None:
+        """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients."""
+        self._source, self._plan, self._recipe = source, plan, plan.recipe
+        self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
+        self._say = say
+        self._name_width = max(len(linear.name) for linear in plan.linears)
+        hessians = self._recipe.rounding is Rounding.GPTQ
+        self._collector = Collector(runner, source.family, source.config, hessians, say, original)
+
+    def quantize(self, layer: int, streams: Streams, advance: Callable[[int], None]) -> QuantizedLayer:
+        """Quantize decoder layer `layer`, which `streams` enter. The runners hold it afterwards, until it is dropped.
+
+        `advance` is told the elements of each linear that is done. Raises Apex4Error.
+        """
+        prefix = self._source.family.layer_prefix(layer)
+        tensors, module = self._load(layer, streams.hidden)
+        gradients = self._gradients(layer, streams.hidden)
+        planned = self._plan.of_layer(layer)
+        packed: dict[str, Apex4Linear] = {}
+        records: dict[str, dict[str, Any]] = {}
+        for collected in self._collector.inputs_of(layer, module, planned, streams):
+            weighed = partial(self._weighed, layer, collected.linears, tensors, gradients)
+            decision = decide_input(collected, self._recipe, gradients, weighed, self._say)
+            return_free_memory()
+            readers = tuple(linear.name.removeprefix(prefix) for linear in collected.linears)
+            owner: Apex4Linear | None = None  # of the transform that all use
+            for part in collected.take_parts():
+                for name, linear, record in self._quantize_part(part, decision, owner, tensors, module, prefix):
+                    owner = owner or linear
+                    packed[name], records[name] = linear, record
+                    advance(linear.format.out_features * linear.format.in_features)
+            share_input(module, readers)
+        return QuantizedLayer(
+            tensors.untaken()
+            | {key: tensor for name, linear in packed.items() for key, tensor in stored(name, linear)},
+            [records[linear.name] for linear in planned if linear.name in records],
+        )
+
+    def _load(self, layer: int, hidden: torch.Tensor) -> tuple[LayerTensors, nn.Module]:
+        """Read, rewrite, load."""
+        read = self._source.read(self._source.layer_tensors(layer))
+        tensors = self._rewriter.layer(layer, read, hidden)
+        if self._original is not None:
+            self._original.load_layer(layer, tensors)
+        return LayerTensors(tensors), self._runner.load_layer(layer, tensors)
+
+    def _quantize_part(
+        self,
+        part: Part,
+        decision: InputDecision,
+        owner: Apex4Linear | None,
+        tensors: LayerTensors,
+        module: nn.Module,
+        prefix: str,
+    ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
+        """Round, pack, measure and replace the linears that are quantized with the same statistics."""
+        inputs = part.statistics.inputs()
+        moments = gptq_moments(part, decision.matrix, self._recipe, self._say)
+        for planned in part.planned:
+            name, local = planned.name, planned.name.removeprefix(prefix)
+            format = planned.format
+            if decision.clip is not None:
+                format = replace(format, activation_clip=decision.clip)
+            replaced = module.get_submodule(local)
+            assert isinstance(replaced, nn.Linear)
+            weight = tensors.take_weight(name).to(self._runner.device)
+            codes, scales = round_weight(name, weight, format, decision.matrix, moments, self._recipe.refinement)
+            linear = pack(format, codes, scales, replaced.bias, decision.matrix, owner)
+            owner = owner or linear
+            error = measure_error(linear, weight, inputs)
+            del weight, codes, scales, replaced
+            module.set_submodule(local, linear)
+            shape = f"{format.out_features} x {format.in_features}"
+            self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
+            yield name, linear, record_of(planned, format, error) | part.record_of(planned)
+
+    def _gradients(self, layer: int, hidden: torch.Tensor) -> dict[str, InputGradients]:
+        """Of the layer's inputs that are read by planned linears, by those linears' full names.
+
+        Experts see too few of the tokens for gradients of their own, and those whose gradients say nothing are left away
+        too: the weights that read them have to do.
+        """
+        if self._predictions is None:
+            return {}
+        family = self._source.family
+        prefix = family.layer_prefix(layer)
+        planned = {linear.name for linear in self._plan.of_layer(layer)}
+        readers = [
+            names
+            for input_group in family.groups(self._source.config, layer)
+            if (names := tuple(name for name in input_group.linears if prefix + name in planned))
+            and expert_of(names[0]) is None
+        ]
+        leaving = self._rewriter.stream_gradients(self._predictions.leaving(layer))
+        found, _ = gradients_through(self._runner, layer, readers, hidden[self._predictions.windows], leaving)
+        for names in readers:
+            if names[0] not in found:
+                self._say(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")
+        return_free_memory()
+        return {prefix + name: found[names[0]] for names in readers if names[0] in found for name in names}
+
+    def _weighed(
+        self,
+        layer: int,
+        linears: tuple[PlannedLinear, ...],
+        tensors: LayerTensors,
+        gradients: Mapping[str, InputGradients],
+    ) -> Iterator[torch.Tensor]:
+        """The weights of linears that read one input, float32 [N_i, padded K], rows scaled by how much their errors matter:
+        by gradients of the outputs or, where there are none, by the weights behind, which read them."""
+        prefix = self._source.family.layer_prefix(layer)
+        config, device = self._source.config, self._runner.device
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        for linear in linears:
+            weight = pad_input_features(tensors.weight(linear.name).to(device), linear.format)
+            require_quantizable(linear.name, weight)
+            if linear.name in gradients:
+                squares = gradients[linear.name].outputs[linear.name.removeprefix(prefix)]
+                yield weight * squares.sqrt()[:, None]
+                continue
+            for behind in self._source.family.groups(config, layer):
+                if behind.producer is not None and prefix + behind.producer.linear == linear.name:
+                    readers = [tensors.weight(prefix + name).to(device) for name in behind.linears]
+                    weight = weight.clone()  # it may be what is stored
+                    scale_by_readers(weight, behind.producer, readers, heads)
+            yield weight
+
+
+def decide_input(
+    collected: CollectedInput,
+    recipe: Recipe,
+    gradients: Mapping[str, InputGradients],
+    weighed: Callable[[], Iterator[torch.Tensor]],
+    say: Say,
+) -> InputDecision:
+    """Learn the input's transform, where the plan wants one, and search its clip ratio, where the recipe does.
+
+    `weighed` gives the weights that read the input, float32 [N_i, padded K], rows scaled by how much their errors matter;
+    `gradients` are by full linear name, as far as they are known.
+    """
+    format, reader = collected.format, collected.linears[0].name
+    found = gradients.get(reader)
+    matrix = clip = None
+    if format.transform.is_learned:
+        matrix = learn_transform(
+            pad_input_features(collected.statistics.inputs(), format),
+            weighed(),
+            recipe.transform_steps,
+            format.transform is TransformKind.SHARED,
+            None if found is None else pad_input_features(found.rows, format),
+            warn=lambda text: say(f"{reader}: {text}"),
+        )
+    if recipe.search_clip:
+        amplifying = weighed() if found is None else iter([found.rows])  # an error of the input
+        bases = (transform_weight(rows, format, matrix) for rows in amplifying)
+        inputs = evenly_spaced(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
+        clip = search_activation_clip(transform_input(inputs, format, matrix), bases, format.group_length)
+    return InputDecision(matrix, clip)
+
+
+def gptq_moments(part: Part, matrix: torch.Tensor | None, recipe: Recipe, say: Say) -> GptqMoments | None:
+    """The part's moments, which are forgotten there; None if none were collected. Raises Apex4Error."""
+    hessian = part.statistics.take_hessian(matrix)
+    if hessian is None:
+        return None
+    factor = inverse_factor(part.reader, hessian, warn=say)
+    if not recipe.refinement:
+        hessian = None
+    drift = part.statistics.take_drift(matrix)
+    correction = None if drift is None else drift_correction(part.reader, drift, factor, recipe.gptaq)
+    return GptqMoments(factor, correction, hessian)
+
+
+def round_weight(
+    name: str,
+    weight: torch.Tensor,
+    format: LinearFormat,
+    matrix: torch.Tensor | None,
+    moments: GptqMoments | None,
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [N, K] -> int8 codes [N, padded K], float16 scales [N, G]: by GPTQ if there are moments, else to nearest.
+
+    `sweeps`: how often GPTQ's codes are gone over again. Raises Apex4Error, naming the tensor.
+    """
+    if moments is None:
+        return quantize_weight_rtn(name, weight, format, matrix)
+    return quantize_weight_gptq(
+        name, weight, format, moments.factor, matrix, moments.correction, moments.hessian, sweeps
+    )
+
+
+def pack(
+    format: LinearFormat,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    matrix: torch.Tensor | None,
+    owner: Apex4Linear | None,
+) -> Apex4Linear:
+    """The linear that stores `codes` and `scales` in the format's layout; `owner` stores the transform if it does not."""
+    linear = Apex4Linear.from_codes(format, codes, scales, bias, matrix)
+    if format.transform_from is not None:
+        assert owner is not None
+        linear.take_transform_from(owner)
+    return linear
+
+
+def measure_error(linear: Apex4Linear, weight: torch.Tensor, inputs: torch.Tensor) -> float:
+    """|| y - y~ || / || y || over MEASURED_ROWS of `inputs` float32 [T, K], y by the float `weight` [N, K] and y~ quantized.
+
+    It is the error of the linear alone, also where GPTAQ aims at what the original model computes.
+    """
+    inputs = evenly_spaced(inputs, MEASURED_ROWS)
+    exact = inputs @ weight.float().t()
+    if linear.bias is not None:
+        exact += linear.bias.float()
+    # By the reference: the kernels do not compute in float32, and they would reorder tensors that are to be stored.
+    return float((linear.reference(inputs) - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def record_of(linear: PlannedLinear, format: LinearFormat, error: float) -> dict[str, Any]:
+    """What the report says of a linear beside the plan: what was decided on the way, and its relative output error."""
+    return {
+        "name": linear.name,
+        "shape": [format.out_features, format.in_features],
+        "group_size": format.group_size,
+        "activation_clip": format.activation_clip,
+        "error": error,
+    }
+
+
+def stored(name: str, linear: Apex4Linear) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a packed linear that take the place of its weight in the checkpoint, with their full names."""
+    for part in ("weight_packed", "weight_scale", "input_transform"):
+        tensor = getattr(linear, part)
+        if tensor is not None:
+            yield f"{name}.{part}", tensor
+
+
+def return_free_memory() -> None:
+    """glibc keeps freed blocks between live ones: over the layers of a model that adds up to hundreds of MB."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc has no such call, and no such habit
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,97 @@
+"""`apex4 eval --baseline`: what it prints of two models, and which two it refuses to compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apex4_quant.calib.text import load_text
+from apex4_quant.checkpoint.load import load_model
+from apex4_quant.evaluation.evaluate import AGREEMENT, DIVERGENCE
+from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.tokenizers import load_tokenizer
+
+USAGE = 2
+Call = Callable[..., Any]  # the fixtures of conftest.py
+SHORT = ("--limit", 2, "--seq-len", 128, "--device", "cpu")
+
+
+def divergence_of(model: Path, original: Path) -> tuple[float, float]:
+    """Directly, all logits at once: KL in nats a token and the share of equal most probable tokens."""
+    tokens = load_tokenizer(original).encode(load_text("heldout"))
+    ids = torch.tensor(tokens[:256]).view(2, 128)
+    with torch.no_grad():
+        log_q, log_p = (
+            torch.log_softmax(load_model(folder, "cpu", torch.bfloat16)(input_ids=ids).logits[:, :-1].double(), -1)
+            for folder in (model, original)
+        )
+    agreeing = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), float(agreeing)
+
+
+def test_divergence_and_agreement_as_json_and_for_people(demo_checkpoint: Path, invoke: Call) -> None:
+    command = ("eval", demo_checkpoint, "--baseline", "demo", *SHORT)
+    found = json.loads(invoke(*command, "--json").stdout)
+    divergence, agreement = divergence_of(demo_checkpoint, DEMO_PATH)
+    # bfloat16 logits of two windows at once and of one differ by roundings.
+    assert found["divergence"] == pytest.approx(divergence, rel=0.05)
+    assert found["top1_agreement"] == pytest.approx(agreement, abs=0.02)
+    assert 0.001 < found["divergence"] < 0.1 and 0.8 < found["top1_agreement"] < 1
+    lines = invoke(*command).stdout.splitlines()
+    row = next(line for line in lines if DIVERGENCE in line).removeprefix(f"  {DIVERGENCE}").split()
+    assert [float(row[0]), float(row[1])] == pytest.approx([found["divergence"], 1000 * found["divergence"]], rel=1e-3)
+    row = next(line for line in lines if AGREEMENT in line).removeprefix(f"  {AGREEMENT}").split()
+    assert float(row[0]) == pytest.approx(100 * found["top1_agreement"], abs=0.01)
+
+
+def test_without_a_baseline_there_is_none(invoke: Call) -> None:
+    found = json.loads(invoke("eval", "demo", *SHORT, "--json").stdout)
+    assert found["divergence"] is None and found["top1_agreement"] is None and found["baseline_perplexity"] is None
+    assert DIVERGENCE not in invoke("eval", "demo", *SHORT).stdout
+
+
+def test_a_model_and_itself(invoke: Call) -> None:
+    alone = json.loads(invoke("eval", "demo", *SHORT, "--json").stdout)
+    both = json.loads(invoke("eval", "demo", "--baseline", "demo", *SHORT, "--json").stdout)
+    assert (both["divergence"], both["top1_agreement"]) == (0.0, 1.0)
+    assert alone["perplexity"] == both["perplexity"] == both["baseline_perplexity"]
+
+
+def test_the_shorter_context_of_the_two_is_that_of_both(invoke: Call, tiny_model: Call) -> None:
+    found = json.loads(invoke("eval", "demo", "--baseline", tiny_model(), "--limit", 1, "--json").stdout)
+    assert (found["seq_len"], found["tokens"]) == (256, 256)
+    assert found["divergence"] > 1 and math.isfinite(found["divergence"])  # the tiny model is random
+
+
+def test_models_that_cannot_be_compared(
+    invoke: Call, tiny_model: Call, one_sentence: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apex4_quant.evaluation.evaluate.load_model", None)  # refused before anything is loaded
+    larger = tiny_model("larger", vocab_size=4160)
+    command = ("eval", "demo", *SHORT, "--json", "--baseline")
+    one_sentence(invoke(*command, larger), USAGE, "demo", str(larger), "4096", "4160", "--baseline")
+    other = tiny_model("other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    used = load_tokenizer(other).encode(load_text("heldout"))
+    first, second = (name for name, number in vocabulary.items() if number in (used[0], used[1]))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    one_sentence(invoke(*command, other), USAGE, "tokenizers", "demo", str(other), "different tokens", "--baseline")
+
+
+def test_evaluating_tasks_leaves_git_alone(invoke: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks git for the commit of the working directory, and git complains where there is none."""
+    from lm_eval import evaluator
+
+    asked: list[None] = []
+    monkeypatch.setattr(evaluator, "get_git_commit_hash", lambda: asked.append(None))
+    patched = evaluator.get_git_commit_hash
+    result = invoke("eval", "demo", "--tasks", "apex4_choice", "--limit", 1, "--seq-len", 32, "--json")
+    assert result.exit_code == 0 and not asked and evaluator.get_git_commit_hash is patched

@@ -1,0 +1,364 @@
+"""Cases of the activation quantizers, and what must hold of them, against the float64 reference.
+
+Every case poisons the outputs, runs one quantizer and decodes what it wrote. What must hold, and why:
+
+* Without a transform nothing is rounded before the quotient: with the stored scale s, a code is rint(t / s) of a float32
+  division, bit for bit.
+* With a transform, t' = t + e. Butterflies: seven additions deep and one constant factor, |e| <= 8 u |x|_1 / sqrt(128), u =
+  2^-24. Tensor cores: eight mma steps that add seventeen numbers each, cut off at no less than 24 bits, |e| <= 136 u sum
+  |x_i T_ij|. The quotient adds 4 u |t / s| and, from its shift to [0, 1], 14 u. A code may differ from rint(t / s), by
+  one, only if t / s is nearer to a tie than that.
+* RMSNorm and SiLU round to 16 bits on the way. Where float32's own error (relative 2^-19 of a normalised value, 2^-20 of a
+  SiLU) leaves two possible results, their distance d_i counts as an error of x_i, and e grows by sum d_i |T_ij|.
+* A scale is off by at most clip / 7 times the largest e of its group, and 4 u of itself.
+* RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
+* A Hadamard transform is checked both ways: as butterflies, and as the product with a shared matrix, which the operators choose
+  for some shapes (quantize_configs.product_is_faster).
+* NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
+
+tests/gpu/test_quantize.py runs all cases on a GPU, tests/kernels/quantize/test_quantize_kernels.py some on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from apex4_quant.format.number_format import (
+    ACTIVATION_SCALE_MIN,
+    BLOCK,
+    CODE_MAX,
+    GroupSize,
+    group_length,
+    padded_in_features,
+    round_up,
+)
+from apex4_quant.kernels.hadamard import hadamard_128
+from apex4_quant.kernels.index import index_function
+from apex4_quant.kernels.quantize.configs import board_bytes, prepack_matrix
+from apex4_quant.kernels.quantize.launch import run_quantize
+from apex4_quant.transforms.learned_transform import storable
+
+U = 2.0**-24
+BUTTERFLY_ERROR, TENSOR_CORE_ERROR = 8 * U, 136 * U
+QUOTIENT_ERROR, SHIFT_ERROR = 4 * U, 14 * U
+SCALE_ERROR = 4 * U
+RMS_NORM_ERROR, SILU_ERROR, SILU_UNDERFLOW = 2.0**-19, 2.0**-20, 1e-36
+EPS = 1e-5
+POISON, GUARD = 0xA5, 64
+MOST_UNDECIDED = 0.02  # of the codes: with more near ties than that a check would say little
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    k: int
+    group: GroupSize = 128
+    input: str = "plain"
+    transform: str = "hadamard"
+    dtype: str = "bfloat16"
+    format: str = "sm80"
+    clip: float = 1.0
+    gain_offset: bool = False
+    padding: int = 0  # ldx - k
+    offset: int = 0  # of the first element of x, in elements: 1 is unaligned
+    data: str = "normal"  # extreme, zero, nan, infinity, ties
+    shared_matrix: bool = False  # dense: the Hadamard matrix through the tensor cores
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """The test's id: sizes, kinds, and what is not as usual; without the seed."""
+        head = f"{self.input} {self.transform} {self.dtype} {self.format} {self.m} x {self.k} group {self.group}"
+        unusual = {field.name: getattr(self, field.name) for field in fields(self)[7:-1]}
+        usual = {field.name: field.default for field in fields(self)}
+        return " ".join([head, *(f"{name} {value}" for name, value in unusual.items() if value != usual[name])])
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+
+def _draw(case: Case, generator: torch.Generator) -> torch.Tensor:
+    shape, on = (case.m, case.k), {"generator": generator, "device": generator.device}
+    if case.data == "zero":
+        return torch.zeros(shape, device=generator.device)
+    if case.data == "extreme":
+        return torch.randint(0, 2, shape, **on).float() * 2 - 1
+    if case.data == "ties":  # half-integers times a step that is no power of two
+        x = torch.randint(-14, 15, shape, **on) / 2
+        x[:, ::BLOCK] = CODE_MAX
+        bits = 4 if case.dtype == "bfloat16" else 7  # the products are exact
+        return x * (torch.randint(3, 1 << bits, (case.m, 1), **on) / 32)
+    x = torch.randn(shape, **on)
+    x[:, ::37] *= 20  # outlier channels
+    x *= 10.0 ** (torch.rand(case.m, 1, **on) * 3 - 2)
+    if case.data in ("nan", "infinity"):
+        x[case.m // 2, case.k // 2] = float("nan") if case.data == "nan" else float("inf")
+    return x
+
+
+def _strided(values: torch.Tensor, case: Case, device: torch.device) -> torch.Tensor:
+    """`values` in memory as `case` wants it: row stride and alignment; poison between the rows."""
+    m, k = values.shape
+    ld = k + case.padding
+    storage = torch.full((case.offset + m * ld,), float("nan"), dtype=DTYPES[case.dtype], device=device)
+    view = storage.as_strided((m, k), (ld, 1), case.offset)
+    view.copy_(values)
+    return view
+
+
+@dataclass
+class Operands:
+    x: torch.Tensor
+    second: torch.Tensor | None
+    matrix: torch.Tensor | None  # [KB or 1, 128, 128], exact in both 16-bit types
+    factor: float
+
+
+def make_operands(case: Case, device: torch.device) -> Operands:
+    generator = torch.Generator(device).manual_seed(case.seed)
+    x, second, matrix, factor = _draw(case, generator), None, None, 1.0
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    if case.input == "silu_mul":
+        second = _strided(normal(case.m, case.k), case, device)
+    elif case.input == "rms_norm":
+        gain = normal(1, case.k) * 0.3 + (0 if case.gain_offset else 1)
+        second = _strided(gain, replace(case, padding=0), device)[0]
+    if case.transform == "dense":
+        if case.shared_matrix:
+            matrix = torch.where(hadamard_128(torch.float32, device) > 0, 1.0, -1.0)[None]
+            factor = BLOCK**-0.5
+        else:
+            matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
+    return Operands(_strided(x, case, device), second, matrix, factor)
+
+
+_boards: dict[torch.device, torch.Tensor] = {}
+
+
+def board(m: int, device: torch.device) -> torch.Tensor:
+    """For kernels that need one: the same for all cases, as a stream's is for all its launches."""
+    if device not in _boards or _boards[device].numel() < board_bytes(m):
+        _boards[device] = torch.zeros(board_bytes(max(m, 2048)), dtype=torch.uint8, device=device)
+    return _boards[device]
+
+
+def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Codes as stored [KB, m_stride, bytes] and scales [G, m_stride], and what was written that should not have been."""
+    x, device = operands.x, operands.x.device
+    k_padded, group = padded_in_features(case.k, case.group), group_length(case.k, case.group)
+    k_blocks, groups, m_stride = k_padded // BLOCK, k_padded // group, round_up(case.m, 16)
+    row_bytes = {"sm80": 64, "sm90": 128}[case.format]
+    poisoned = torch.full((GUARD + k_blocks * m_stride * row_bytes + GUARD,), POISON, dtype=torch.uint8, device=device)
+    poisoned_scales = torch.full((GUARD + 4 * groups * m_stride + GUARD,), POISON, dtype=torch.uint8, device=device)
+    codes, scales = poisoned[GUARD:-GUARD], poisoned_scales[GUARD:-GUARD]
+    matrix = None if operands.matrix is None else prepack_matrix(operands.matrix, x.dtype)
+    inverse_rms = torch.full((case.m,), float("nan"), dtype=torch.float32, device=device)
+    on_gpu = device.type == "cuda"
+    run_quantize(
+        device.index or 0,
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        x=x.data_ptr(),
+        m=case.m,
+        k=case.k,
+        k_blocks=k_blocks,
+        m_stride=m_stride,
+        ldx=x.stride(0),
+        dtype=case.dtype,
+        format=case.format,
+        stream=torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
+        sm_count=torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4,
+        blocks_per_group=group // BLOCK,
+        transform=case.transform,
+        clip=case.clip,
+        input=case.input,
+        second=0 if operands.second is None else operands.second.data_ptr(),
+        ld_second=operands.second.stride(0) if case.input == "silu_mul" else 0,
+        eps=EPS,
+        gain_offset=case.gain_offset,
+        matrix=0 if matrix is None else matrix.data_ptr(),
+        inverse_rms=inverse_rms.data_ptr(),
+        board=board(case.m, device).data_ptr(),
+        matrix_is_shared=case.shared_matrix,
+        matrix_factor=operands.factor,
+    )
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    codes = codes.view(k_blocks, m_stride, row_bytes)
+    bytes_of_scales = scales.view(groups, m_stride, 4)
+    outside = {
+        "around the codes": (poisoned[:GUARD], poisoned[-GUARD:]),
+        "around the scales": (poisoned_scales[:GUARD], poisoned_scales[-GUARD:]),
+        "in rows past m": (codes[:, case.m :], bytes_of_scales[:, case.m :]),
+    }
+    wrong = [
+        f"wrote {where}" for where, parts in outside.items() if any(bool((part != POISON).any()) for part in parts)
+    ]
+    return codes, scales.view(torch.float32).view(groups, m_stride), wrong
+
+
+def decode(codes: torch.Tensor, m: int, format: str) -> torch.Tensor:
+    """Stored codes [KB, m_stride, bytes] -> int64 [m, KB * 128], by the words of the activation formats alone."""
+    k_blocks, _, row_bytes = codes.shape
+    byte = index_function(f"{format}_activation_byte")
+    row, chunk, within = torch.arange(m)[:, None, None], torch.arange(row_bytes // 16)[:, None], torch.arange(16)
+    where = (byte(row, chunk) + within).flatten(1).to(codes.device)  # [m, bytes], in the order of k
+    stored = codes.reshape(k_blocks, -1)[:, where].long()  # [KB, m, bytes]
+    if format == "sm80":
+        nibbles = torch.stack((stored & 15, stored >> 4), -1).flatten(-2)
+        values = torch.where(nibbles > 7, nibbles - 16, nibbles)
+    else:
+        magnitude = stored & 0x7F
+        values = torch.where(stored > 0x7F, -magnitude, magnitude)
+        values[stored == 0x80] = -100  # a negative zero must not occur
+    return values.permute(1, 0, 2).reshape(m, -1)
+
+
+# ---- what is expected -----------------------------------------------------------------------------------------------
+
+
+def staged(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input of the transform float64 [m, k], as the unfused modules round it, and how far the kernel's may be off."""
+    x, dtype = operands.x.double(), operands.x.dtype
+    if case.input == "plain":
+        return x, torch.zeros_like(x)
+    second = operands.second.double()
+    if case.input == "silu_mul":
+        exact = x * torch.sigmoid(x)
+        error = SILU_ERROR * exact.abs() + SILU_UNDERFLOW
+    else:
+        exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        error = RMS_NORM_ERROR * exact.abs()
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return value.to(dtype).double()  # once: float64 to 16 bits
+
+    def finished(value: torch.Tensor) -> torch.Tensor:
+        if case.input == "rms_norm" and case.gain_offset:
+            return rounded(value * (1 + second))
+        return rounded(rounded(value) * second)
+
+    if case.input == "rms_norm" and case.gain_offset:
+        error = error * 2  # 1 + gain and the product are rounded to float32, too
+    low, high = finished(exact - error), finished(exact + error)
+    return finished(exact), (high - low).abs()
+
+
+def transformed(
+    case: Case, operands: Operands, x: torch.Tensor, error: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """t float64 [m, K padded] and a bound of the kernel's |t' - t|."""
+    padded_k = padded_in_features(case.k, case.group)
+    x, error = (torch.nn.functional.pad(each, (0, padded_k - case.k)) for each in (x, error))
+    if case.transform == "none":
+        return x, error
+    x, error = (each.unflatten(-1, (-1, BLOCK)).transpose(0, 1) for each in (x, error))  # [KB, m, 128]
+    if case.transform == "hadamard":
+        matrix, own = hadamard_128(torch.float64, x.device)[None], BUTTERFLY_ERROR
+    else:
+        matrix, own = operands.matrix.double() * operands.factor, TENSOR_CORE_ERROR
+    matrix = matrix.expand(len(x), BLOCK, BLOCK)
+    bound = own * (x.abs() @ matrix.abs()) + error @ matrix.abs()
+    return tuple(each.transpose(0, 1).flatten(1) for each in (x @ matrix, bound))
+
+
+def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.Tensor) -> list[str]:
+    """What is wrong with the codes int64 [m, K padded] and scales float32 [m, G] of a case."""
+    wrong = []
+    group = group_length(case.k, case.group)
+    t, bound = (each.unflatten(-1, (-1, group)) for each in transformed(case, operands, *staged(case, operands)))
+    absmax = t.abs().amax(-1)
+    bad = ~torch.isfinite(absmax)
+    if bool(torch.isfinite(scales[bad]).any()):
+        wrong.append("a scale is finite where the input is not")
+    if case.data == "nan" and not bool(torch.isnan(scales[torch.isnan(absmax)]).all()):
+        wrong.append("a scale is not NaN where the input is")
+    expected = (case.clip / CODE_MAX * absmax).clamp_min(ACTIVATION_SCALE_MIN)
+    tolerance = case.clip / CODE_MAX * bound.amax(-1) + SCALE_ERROR * expected
+    off = ~((scales.double() - expected).abs() <= tolerance) & ~bad
+    if bool(off.any()):
+        worst = float(((scales.double() - expected).abs() / expected)[off].max())
+        wrong.append(f"{int(off.sum())} scales of {off.numel()} are off, by up to {worst:.3g} of themselves")
+    codes = codes.unflatten(-1, (-1, group))
+    fine = ~bad[..., None].expand_as(codes)
+    if int(codes[fine].abs().amax() if bool(fine.any()) else 0) > CODE_MAX:
+        wrong.append("a code is larger than 7 or a negative zero")
+    scale = scales.double()[..., None]
+    exact = t / scale
+    if case.transform == "none":  # what the kernel computes, but of values that may be off by `bound`
+        exact = (t.float() / scales[..., None]).double()
+        near = torch.where(bound > 0, bound / scale, -1.0)
+    else:
+        near = bound / scale + QUOTIENT_ERROR * exact.abs() + SHIFT_ERROR
+    ideal = torch.round(exact).clamp(-CODE_MAX, CODE_MAX)
+    undecided = ((exact - torch.floor(exact) - 0.5).abs() <= near) & (exact.abs() < CODE_MAX + 0.5)
+    difference = (codes.double() - ideal).abs()
+    unequal = fine & (difference > 0) & ~undecided
+    if case.input != "plain":  # an input of another rounding may be a whole code away
+        unequal &= difference > near + 0.5
+        undecided = undecided & (near < 0.5)
+    if bool(unequal.any()):
+        where = tuple(int(i) for i in unequal.nonzero()[0])
+        wrong.append(
+            f"{int(unequal.sum())} codes of {codes.numel()} are wrong, first at row, group, element {where}: "
+            f"{int(codes[where])}, exactly {float(exact[where]):.6f}"
+        )
+    if bool((fine & (difference > 1) & (near < 1)).any()):
+        wrong.append("a code is off by more than one")
+    if case.data == "normal" and float(undecided.double().mean()) > MOST_UNDECIDED:
+        wrong.append(f"{float(undecided.double().mean()):.1%} of the codes are too near to a tie to say")
+    return wrong
+
+
+def check(case: Case, device: torch.device) -> list[str]:
+    """What is wrong, in words; nothing if the case passes."""
+    operands = make_operands(case, device)
+    stored, scales, wrong = run(case, operands)
+    return wrong + compare(case, operands, decode(stored, case.m, case.format), scales[:, : case.m].t())
+
+
+# ---- the list -------------------------------------------------------------------------------------------------------
+
+
+def cases(quick: bool, seed: int) -> Iterator[Case]:
+    rows = (1, 3, 100) if quick else (1, 3, 16, 100, 2048)
+    widths = (200, 4096) if quick else (128, 200, 4096, 11008, 14336)
+    number = seed
+    for format in ("sm80", "sm90"):
+        for dtype in DTYPES:
+            for input in ("plain", "rms_norm", "silu_mul"):
+                for transform in ("none", "hadamard", "dense"):
+                    base = Case(1, 1, format=format, dtype=dtype, input=input, transform=transform)
+                    for k in widths:
+                        for m in rows:
+                            for group in (128,) if transform == "dense" else (128, 256, "channel"):
+                                number += 1
+                                clip = (1.0, 0.9)[number % 2]
+                                yield replace(base, m=m, k=k, group=group, clip=clip, seed=number)
+                    number += 1
+                    small = replace(base, m=37, k=1000, seed=number)
+                    yield from (replace(small, data=data) for data in ("extreme", "zero", "nan", "infinity", "ties"))
+                    yield replace(small, padding=24)
+                    yield replace(small, padding=1)
+                    yield replace(small, padding=8, offset=1)
+                    yield replace(small, k=333)
+                    if input == "rms_norm":
+                        yield replace(small, gain_offset=True)
+                        yield replace(small, gain_offset=True, k=4096, m=700)
+                        yield replace(small, k=1000, m=2100)
+                    if transform != "dense":  # rows longer than a CTA holds
+                        yield replace(small, m=5, k=20000, group="channel")
+                        yield replace(small, m=5, k=53248, group="channel")
+                        yield replace(small, m=9, k=2944, group=384)
+                    else:
+                        yield replace(small, shared_matrix=True)
+                        yield replace(small, shared_matrix=True, m=1000, k=8192)
+                        if input == "rms_norm":
+                            yield replace(small, shared_matrix=True, m=5000, k=4096, gain_offset=True)
