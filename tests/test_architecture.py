@@ -96,7 +96,6 @@ TESTED_IN: dict[str, dict[str, str]] = {
         "models/expert_tensors.py": "models/test_experts.py",
         "models/layer_runner.py": "models/test_families.py",
         "models/source.py": "models/test_families.py",
-        "nn/linear.py": "models/test_families.py",
         "kernels/analysis/mainloops.py": "kernels/analysis/test_sass.py",
     },
 }

@@ -52,7 +52,8 @@ def empty_operands(
 def _places(m_stride: int, format: str) -> torch.Tensor:
     """int64 [m_stride * chunks]: where in a block, in chunks, chunk c of row m stands."""
     rows, chunks = torch.arange(m_stride)[:, None], torch.arange(ROW_BYTES[format] // CHUNK)
-    return (index_function(f"{format}_activation_byte")(rows, chunks) // CHUNK).flatten()
+    places: torch.Tensor = index_function(f"{format}_activation_byte")(rows, chunks) // CHUNK
+    return places.flatten()
 
 
 def pack_activations(codes: torch.Tensor, scales: torch.Tensor, format: str) -> Operands:
@@ -105,7 +106,7 @@ def _described(tensor: torch.Tensor) -> str:
 
 def require_quantizer(
     operator: str, kernels: bool, x: torch.Tensor, matrix: torch.Tensor | None, k_padded: int, group: int, clip: float,
-    hadamard: bool, format: str, gain: torch.Tensor | None = None, up: torch.Tensor | None = None,
+    hadamard: bool, format: str, *, gain: torch.Tensor | None = None, up: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Raise Apex4Error, naming operator and argument, if x cannot be quantized so.
 

@@ -11,16 +11,14 @@ else who meets one stops with an error and never goes on with a wrong number. Re
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels import ops
 from ..kernels.activation_quantization import OperatorArguments
-
-# The codes and scales of an input, as kernels/operands.py says.
-Operands: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+from ..kernels.operands import Operands
 
 
 class KernelWeights(NamedTuple):

@@ -1,6 +1,6 @@
 """A linear of very few tokens as one kernel, that quantizes its own input: which shapes get it, and its launch. Torch-free.
 
-The kernel is apex4_linear of cuda/gemm_sm90_decode.cu: x or SiLU(gate) * up, the Hadamard transform, groups of 128. What
+The kernel is apex4_linear of cuda/gemm/gemm_sm90_decode.cu: x or SiLU(gate) * up, the Hadamard transform, groups of 128. What
 its thread blocks do with their tiles is what the GEMM for 8 tokens does, so that choose_gemm decides about it, and its
 results are those of quantizer and GEMM, bit for bit.
 """

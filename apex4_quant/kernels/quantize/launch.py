@@ -1,6 +1,6 @@
-"""Launching the activation quantizers on raw pointers: what ops.py and the checks on a GPU share. Knows no torch.
+"""Launching the activation quantizers on raw pointers: what cuda_ops.py and the checks on a GPU share. Knows no torch.
 
-Operands and their shapes are those of the kernels' headers (cuda/quantize_rows.cu, cuda/quantize_dense.cu).
+Operands and their shapes are those of the kernels' headers (cuda/quantize/quantize_rows.cu, cuda/quantize/quantize_dense.cu).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Columns of a weight one after the other, in one kernel for 128 of them: GPTQ's rounding and descent on its codes.
 
 What gptq.py and coordinate_descent.py do by operations of PyTorch is a dozen launches a column, tens of thousands of columns
-a layer. Matrices are transposed as there: a column of the weight is a row of n. Operands: cuda/gptq_sweep.cu,
-cuda/descent_sweep.cu.
+a layer. Matrices are transposed as there: a column of the weight is a row of n. Operands: cuda/sweeps/gptq_sweep.cu,
+cuda/sweeps/descent_sweep.cu.
 """
 
 from __future__ import annotations

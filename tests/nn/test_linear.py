@@ -1,0 +1,104 @@
+"""One quantized linear: the same bits by kernels' operators and by PyTorch, its tensors through casts and state dicts, its mistakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from apex4_quant.errors import Apex4Error
+from apex4_quant.format.layouts import LAYOUTS, get_layout
+from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.nn.linear import Apex4Linear
+
+K, N = 200, 70
+
+
+def made(layout: str = "rowmajor", transform: TransformKind = TransformKind.HADAMARD, **format: Any) -> Apex4Linear:
+    generator = torch.Generator().manual_seed(1)
+    of = LinearFormat(N, K, 128, get_layout(layout), transform, 0.9, **format)
+    codes = torch.randint(-7, 8, (N, of.padded_k), dtype=torch.int8, generator=generator)
+    scales = (torch.rand(N, of.groups, generator=generator) * 0.01 + 1e-3).half()
+    matrix = torch.randn(of.padded_k // 128, 128, 128, generator=generator).half() * 0.1
+    bias = torch.randn(N, generator=generator).bfloat16()
+    return Apex4Linear.from_codes(of, codes, scales, bias, matrix if of.transform_shape else None)
+
+
+def some_input(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+
+@pytest.mark.parametrize("transform", TransformKind)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", ["sm80", "sm90", None])
+def test_every_layout_and_kernel_computes_the_same(layout: str, kernel: str | None, transform: TransformKind) -> None:
+    linear, x = made(layout, transform), some_input(2, 3)
+    expected = made("rowmajor", transform).reference(x)
+    linear.prepare(kernel)
+    assert torch.equal(linear(x), expected) and torch.equal(linear.reference(x), expected)
+    assert linear.layout.name == (kernel or layout) and linear.format.layout.name == layout
+
+
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+def test_a_state_is_in_the_checkpoints_layout(kernel: str) -> None:
+    linear, other, x = made(), made(), some_input(5)
+    expected, stored = linear(x), {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    linear.prepare(kernel)
+    assert not torch.equal(linear.weight_packed.flatten()[:64], stored["weight_packed"].flatten()[:64])
+    state = linear.state_dict()
+    assert state.keys() == stored.keys() and all(torch.equal(state[name], stored[name]) for name in stored)
+    other.weight_packed.data.zero_()
+    other.prepare("sm90")
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cast_leaves_scales_and_transforms_exact(dtype: torch.dtype) -> None:
+    linear = made(transform=TransformKind.DENSE).to(dtype)
+    assert linear.weight_scale.dtype == torch.float16 and linear.bias is not None and linear.bias.dtype == dtype
+    assert linear.input_transform is not None and linear.input_transform.dtype == torch.float16
+    before = made(transform=TransformKind.DENSE)
+    assert torch.equal(linear.weight_scale, before.weight_scale)
+    assert before.input_transform is not None and torch.equal(linear.input_transform, before.input_transform)
+
+
+def test_a_transform_is_taken_from_another_linear() -> None:
+    owner, reader = made(transform=TransformKind.DENSE), made(transform=TransformKind.DENSE, transform_from="owner")
+    assert reader.input_transform is None
+    with pytest.raises(Apex4Error, match="without the dense transform of its input: load the model as a whole"):
+        reader(some_input(2))
+    reader.take_transform_from(owner)
+    assert [name for name, _ in reader.named_modules()] == [""], "the owner is no child"
+    for kernel in (None, "sm90"):
+        reader.prepare(kernel)
+        assert torch.equal(reader(some_input(2)), owner.reference(some_input(2)))
+
+
+def damage(linear: Apex4Linear, what: str) -> None:
+    with torch.no_grad():
+        if what == "weight_packed":
+            linear.weight_packed[0, 0, 0] = 0x08
+        elif what == "weight_scale":
+            linear.weight_scale[3, 0, 0] = 0
+        else:
+            assert linear.input_transform is not None
+            linear.input_transform[1, 2, 3] = float("nan")
+
+
+@pytest.mark.parametrize("what", ["weight_packed", "weight_scale", "input_transform"])
+def test_a_damaged_tensor_is_named(what: str) -> None:
+    linear = made(transform=TransformKind.DENSE)
+    linear.require_legal("layers.0.q_proj")
+    damage(linear, what)
+    with pytest.raises(Apex4Error, match=rf"^layers\.0\.q_proj\.{what} holds .*damaged"):
+        linear.require_legal("layers.0.q_proj")
+
+
+def test_it_says_what_it_is() -> None:
+    linear = made()
+    linear.prepare("sm80")
+    assert repr(linear) == f"Apex4Linear(in={K}, out={N}, group=128, layout=sm80)"
