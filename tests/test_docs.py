@@ -206,7 +206,7 @@ def test_scripts_import_what_exists(script: Path) -> None:
 
 def test_the_root_of_scripts_has_only_what_a_user_runs() -> None:
     files = {path.name for path in (ROOT / "scripts").iterdir() if path.is_file()}
-    assert files <= {"_env.sh", "demo", "docs", "gpu_check", "test"}
+    assert files <= {"_env.sh", "demo", "docs", "gpu_check", "test", "test-transformers"}
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
