@@ -6,6 +6,9 @@ headers, and whatever Hugging Face's libraries read.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 CACHE_DIR = "APEX4_CACHE_DIR"
 FUSE = "APEX4_FUSE"
 GEMM = "APEX4_GEMM"
@@ -17,3 +20,20 @@ MEANING = {
     GEMM: "One plan of the GEMM for all shapes, to measure it.  [default: the tuned one or the heuristic's]",
     KERNEL: "reference: compute with PyTorch operations, also on a GPU that has kernels.",
 }
+
+
+def reader(name: str) -> Callable[[], str | None]:
+    """A function that says what the variable `name` is now, for who asks in every call of an operator.
+
+    `os.environ._data`, Python 3.11: the public `os.environ.get` raises and catches an exception for a variable that is not set,
+    which takes a microsecond. Where the name is not there, or of another form, the public one is asked.
+    """
+    data, key = getattr(os.environ, "_data", None), os.fsencode(name)
+    if os.name != "posix" or not isinstance(data, dict) or not all(isinstance(each, bytes) for each in data):
+        return lambda: os.environ.get(name)
+
+    def read() -> str | None:
+        value = data.get(key)
+        return None if value is None else os.fsdecode(value)
+
+    return read

@@ -1,46 +1,25 @@
-"""Every private name of Python, torch, accelerate, lm-eval and transformers that apex4 touches, each behind one function.
+"""Every private name of torch, accelerate, lm-eval and transformers that apex4 touches, each behind one function.
 
 A private name may change with any release. So each function says which name it hides, why no public name does the same, and
 the versions in which the name was seen. Nothing else in apex4 uses such a name. This module imports nothing of apex4, and
-of the libraries torch only; the others when they are asked for.
+of the libraries torch only; the others when they are asked for. Python's own, of which there is one, is in environment.py:
+what needs it is also imported where torch is not.
 
-    Python        seen in 3.11
     torch         seen in 2.13
     accelerate    seen in 1.15
-    lm-eval       seen in 0.4.9 to 0.4.13
+    lm-eval       seen in 0.4.10 to 0.4.13
     transformers  seen in 5.17 to 5.23
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
-
-# ---- Python ----------------------------------------------------------------------------------------------------------
-
-
-def environment_variable(name: str) -> Callable[[], str | None]:
-    """A function that says what the variable is now, for who asks in every call of an operator.
-
-    `os.environ._data`, Python 3.11: the public `os.environ.get` raises and catches an exception for a variable that is not set,
-    which takes a microsecond. Where the name is not there, or of another form, the public one is asked.
-    """
-    data, key = getattr(os.environ, "_data", None), os.fsencode(name)
-    if os.name != "posix" or not isinstance(data, dict) or not all(isinstance(each, bytes) for each in data):
-        return lambda: os.environ.get(name)
-
-    def read() -> str | None:
-        value = data.get(key)
-        return None if value is None else os.fsdecode(value)
-
-    return read
-
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
@@ -131,7 +110,7 @@ def offloaded_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
 def without_git_commit() -> Iterator[None]:
     """Let lm-eval not ask git for the commit of the working directory: git complains on stderr where there is none.
 
-    `lm_eval.evaluator.get_git_commit_hash`, lm-eval 0.4.9 to 0.4.13. `simple_evaluate` has no option for it.
+    `lm_eval.evaluator.get_git_commit_hash`, lm-eval 0.4.10 to 0.4.13. `simple_evaluate` has no option for it.
     """
     from lm_eval import evaluator
 

@@ -148,7 +148,8 @@ def test_quantize_for_people(invoke: Call, tiny_model: Call, calib: Path, tmp_pa
         "apex4-hadamard",
     )
     assert result.exit_code == 0
-    first, sizes, errors = result.stdout.splitlines()
+    first, sizes, errors, following = result.stdout.splitlines()
+    assert following == f"  next: apex4 eval {out} --baseline {model} --record; apex4 publish {out} ORG/NAME"
     assert first == f"{out}: 14 linears quantized; tensors kept: 3 outside the decoder layers, 4 not a linear weight"
     assert "4.125 bits per quantized weight" in sizes and "MB -> " in sizes
     assert "mean 0." in errors and "largest 0." in errors
@@ -214,7 +215,7 @@ def test_eval_json_with_baseline_and_bundled_tasks(
     assert 5 < result["baseline_perplexity"] < result["perplexity"] < 4096**0.75
     for found in (result["tasks"], result["baseline_tasks"]):
         assert set(found) == {"apex4_choice", "apex4_lastword"}
-        assert {"acc", "acc_norm"} <= set(found["apex4_choice"])
+        assert {"acc", "acc_norm"} <= set(found["apex4_choice"]) and found["apex4_choice"]["rows"] == 8
         assert 0 <= found["apex4_choice"]["acc"] <= 1 and found["apex4_lastword"]["perplexity"] > 1
     assert result["tasks"] != result["baseline_tasks"]
 

@@ -11,11 +11,11 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from apex4_quant import private_names
+from apex4_quant import environment, private_names
 
 
 def test_a_variable_is_read_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = private_names.environment_variable("APEX4_SOME_NAME")
+    read = environment.reader("APEX4_SOME_NAME")
     assert read() is None
     for value in ("one", "", "zwölf"):
         monkeypatch.setenv("APEX4_SOME_NAME", value)

@@ -15,6 +15,7 @@ from ..format.number_format import BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
+from ..models.experts import unfuse_experts
 from ..models.source import INDEX_NAME, read_tensors
 from .inspect import Checkpoint
 from .load import load_model, verify_checksums
@@ -110,8 +111,6 @@ def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]
     """Every quantized linear with the format its true shape implies; true shapes come from the model's class."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..models.experts import unfuse_experts
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     del config.quantization_config

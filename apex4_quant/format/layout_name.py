@@ -1,8 +1,10 @@
-"""The names of the layouts (layouts.py): what config.json and --layout say, and which GPUs read each."""
+"""The names of the layouts (layouts.py), without torch: what config.json and --layout say, and which GPUs read each."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+KERNEL_TILE_N = 64  # output features of a tile in the layouts that kernels read, SM80 and SM90
 
 
 class LayoutName(StrEnum):

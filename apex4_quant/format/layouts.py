@@ -45,9 +45,6 @@ from ..errors import UsageError
 from .layout_name import LayoutName
 from .number_format import BLOCK, CODE_MAX, FORBIDDEN_CODE, WEIGHT_SCALE_MIN, round_up
 
-# Output features of a tile in the layouts that kernels read (`sm80` and `sm90`).
-KERNEL_TILE_N = 64
-
 Digits = tuple[tuple[str, int], ...]
 
 

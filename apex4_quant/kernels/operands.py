@@ -18,7 +18,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 import torch
 
 from ..errors import Apex4Error
-from ..format.layouts import KERNEL_TILE_N
+from ..format.layout_name import KERNEL_TILE_N
 from ..format.number_format import BLOCK, round_up
 from .index import index_function
 

@@ -3,11 +3,12 @@
 The planner solves it both ways: the least loss within a time, and the least time within a loss. It is a 0/1 program with
 one binary per option, one-hot in every group, and one row for the bound. HiGHS solves it (scipy.optimize.milp).
 
-    1. The linear relaxation (scipy.optimize.linprog) gives the price L of a unit of cost. For any L >= 0
+    1. For any price L >= 0 of a unit of cost,
 
            bound(L) = sum over groups of min over options (value + L cost)  -  L limit
 
-       is at most the optimum (Lagrangian relaxation).
+       is at most the optimum (Lagrangian relaxation). The highest of these bounds is that of the least L whose options of
+       least value + L cost keep the limit: it is found by bisection.
     2. An option's reduced cost is value + L cost less the minimum of its group. A selection that holds an option of
        reduced cost r has a sum of at least bound(L) + r. Only options of reduced cost at most d, the core, go into
        the 0/1 program.
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
 CORE = 200  # options beside the best of their groups in the first core
@@ -108,17 +109,24 @@ def _solve(group: Integers, values: Floats, costs: Floats, count: int) -> NDArra
 
 
 def _price(group: Integers, values: Floats, costs: Floats, count: int) -> float:
-    """Of a unit of cost, in the linear relaxation. Any price gives a bound; this one gives the best."""
-    relaxed = linprog(
-        values,
-        A_ub=csr_array(costs[None]),
-        b_ub=[1.0],
-        A_eq=_one_hot(group, count),
-        b_eq=np.ones(count),
-        bounds=(0, 1),
-        method="highs",
-    )
-    return max(0.0, -float(relaxed.ineqlin.marginals[0])) if relaxed.success else 0.0
+    """Of a unit of cost: the least one, to one part in 2^50, at which the options of least value + price cost keep the
+    limit. Options stand in the order of their groups."""
+    starts = np.searchsorted(group, np.arange(count))
+
+    def keeps_the_limit(price: float) -> bool:
+        reduced = values + price * costs
+        best = reduced == np.minimum.reduceat(reduced, starts)[group]
+        return float(np.minimum.reduceat(np.where(best, costs, np.inf), starts).sum()) <= 1.0
+
+    if keeps_the_limit(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while not keeps_the_limit(high):
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps_the_limit(middle) else (middle, high)
+    return high
 
 
 def _one_hot(group: Integers, count: int) -> csr_array:

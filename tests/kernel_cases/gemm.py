@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from apex4_quant.format.layouts import KERNEL_TILE_N, get_layout
+from apex4_quant.format.layout_name import KERNEL_TILE_N
+from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.number_format import BLOCK, CODE_MAX
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.gemm import configs as gemm_configs

@@ -224,7 +224,7 @@ def test_what_build_refuses(
 ) -> None:
     (tmp_path / "file").write_text("")
     one_sentence(invoke("kernels", "build", "--arch", "sm_75"), 2, "'sm_75'", "sm_86")
-    one_sentence(invoke("kernels", "build", "--arch", "sm_86", "--jobs", 0), 2, "--jobs 0")
+    one_sentence(invoke("kernels", "build", "--arch", "sm_86", "--jobs", 0), 2, "--jobs is 0")
     one_sentence(invoke("kernels", "build", "--arch", "sm_86", "-o", tmp_path / "file"), 2, "is not a folder")
     under = tmp_path / "file" / "under"
     one_sentence(invoke("kernels", "build", "--arch", "sm_86", "-o", under), 1, "cannot be written", str(under))

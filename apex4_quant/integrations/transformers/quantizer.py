@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,10 +14,17 @@ from ...errors import Apex4Error
 from ...format.quant_config import QUANT_METHOD, QuantConfig
 from ...models.experts import UnfusedExperts, unfuse_experts
 from ...models.families import FAMILIES
+from ...models.source import read_header
 from ...nn.linear import Apex4Linear
 from ...nn.prepare import prepare_model
+from ...private_names import is_weight_converter
 
-if TYPE_CHECKING:  # transformers is being imported when this module is
+if TYPE_CHECKING:
+    # Not at run time: transformers.modeling_utils, which defines it, may be the module that imports this one.
+    from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    # Not at run time: this module is imported while transformers.modeling_utils, which defines it, still is.
     from transformers import PreTrainedModel
 
 
@@ -37,7 +43,10 @@ class Apex4Config(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class Apex4HfQuantizer(HfQuantizer):
-    """Swaps the linears for Apex4Linear before the weights are loaded; checks and prepares the tensors afterwards."""
+    """Swaps the linears for Apex4Linear before the weights are loaded; checks and prepares the tensors afterwards.
+
+    transformers 5.17 to 5.23 call the methods with an underscore: they are what a quantizer has to define.
+    """
 
     quantization_config: Apex4Config
 
@@ -65,7 +74,7 @@ class Apex4HfQuantizer(HfQuantizer):
         """Renamings stay. Nothing is fused or split: the checkpoint's tensors are those of the model with its experts
         unfused, and transformers' patterns for one tensor per expert would take them for tensors to be fused."""
         # transformers 5.17 calls it with the conversions alone, 5.23 with the model too.
-        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+        return [conversion for conversion in weight_conversions if not is_weight_converter(conversion)]
 
     def is_serializable(self) -> bool:
         return True
@@ -110,8 +119,6 @@ def _is_base(model: nn.Module) -> bool:
 def _require_tensors(model: nn.Module, files: list[Path]) -> None:
     """Fail before loading if a quantized tensor or one of an expert is absent or misshapen: transformers would fill it
     with noise."""
-    from ...models.source import read_header
-
     stored = {name: info for file in files for name, info in read_header(file).items()}
     # A base model is loaded from the causal LM's checkpoint under shorter names.
     prefix = "" if not _is_base(model) else f"{model.base_model_prefix}."

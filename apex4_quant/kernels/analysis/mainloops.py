@@ -64,7 +64,7 @@ class Kernel:
 
 def kernels() -> Iterator[Kernel]:
     """Every GEMM configuration for every architecture with bfloat16 output, those that quantize, and the control kernel."""
-    from ...format.layouts import KERNEL_TILE_N
+    from ...format.layout_name import KERNEL_TILE_N
     from ..gemm import fused_linear
     from ..gemm.configs import all_configs
 

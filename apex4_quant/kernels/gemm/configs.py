@@ -12,10 +12,10 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from ...environment import GEMM as VARIABLE
+from ...environment import reader
 from ...errors import UsageError
-from ...format.layouts import KERNEL_TILE_N
+from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
-from ...private_names import environment_variable
 from . import tuned
 
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
@@ -317,7 +317,7 @@ class PlanSource(NamedTuple):
     winners: int  # tuned.generation
 
 
-_forced_plan = environment_variable(VARIABLE)
+_forced_plan = reader(VARIABLE)
 _last_source = PlanSource(None, 0)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
-from ...format.layouts import KERNEL_TILE_N
+from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..quantize.configs import DTYPES, INPUTS
 from ..runtime.launcher import Kernel, Launch

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
-from apex4_quant.format.layouts import KERNEL_TILE_N
+from apex4_quant.format.layout_name import KERNEL_TILE_N
 from apex4_quant.format.number_format import BLOCK
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.gemm import configs as gemm_configs
