@@ -162,7 +162,8 @@ def _quantized_as_text(out: Path, result: QuantizeResult) -> str:
         f"  {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller), "
         f"{summary['bits_per_weight']:.3f} bits per quantized weight, {summary['seconds']:.1f} s\n"
         f"  relative output error of a linear: mean {summary['mean_relative_error']:.4f}, "
-        f"largest {summary['max_relative_error']:.4f}"
+        f"largest {summary['max_relative_error']:.4f}\n"
+        f"  next: apex4 eval {out} --baseline {summary['model']} --record; apex4 publish {out} ORG/NAME"
     )
 
 
@@ -207,6 +208,26 @@ def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
     _print(as_json, result.as_dict(), result.as_text)
 
 
+def _command_line(context: click.Context) -> list[str]:
+    """The command as it was given, without the program's name and without --json."""
+    words = [str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        if name == "as_json" or name not in _given(context):
+            continue
+        option = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
+        words += option if value is True else [*option, str(value)]
+    return words
+
+
+def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], object]:
+    """What keeps a result in the checkpoint `path`. Refuses a folder that cannot, before anything is measured."""
+    from apex4_quant.publishing.records import record_evaluation, require_recordable
+
+    require_recordable(path)
+    return lambda result: record_evaluation(path, result, _command_line(context))
+
+
 @cli.command("eval")
 @click.argument("path")
 @click.option(
@@ -219,6 +240,9 @@ def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
 @options.number("--batch-size", options.COUNT, 8, "For --tasks.")
 @options.number("--limit", options.COUNT, None, "At most so many windows of text and rows of each task.")
 @click.option("--throughput", is_flag=True, help="Measure tokens a second and memory instead.")
+@click.option(
+    "--record", is_flag=True, help="Keep the result in the checkpoint PATH, for 'apex4 card' and 'apex4 publish'."
+)
 @options.number("--batch", options.COUNT, 1, "Requests at once, for --throughput.")
 @options.number("--prompt-len", options.COUNT, 512, "Tokens of a prompt, for --throughput.")
 @options.number("--gen-len", options.Whole(2, options.LARGEST), 128, "Tokens of an answer, for --throughput.")
@@ -233,6 +257,7 @@ def evaluate(
     batch: int,
     prompt_len: int,
     gen_len: int,
+    record: bool,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -246,18 +271,21 @@ def evaluate(
         others, advice = {"batch", "prompt_len", "gen_len"}, "is for --throughput: add that"
     for name in sorted(others & _given(context)):
         raise UsageError(f"--{name.replace('_', '-')} {advice}")
+    keep = _recorder(context, path) if record else lambda result: None
     if throughput:
         from apex4_quant.evaluation import throughput as speed
 
         common = {name: asked[name] for name in ("baseline", "device", "dtype")}
         settings = speed.ThroughputSettings(model=path, batch=batch, prompt_len=prompt_len, gen_len=gen_len, **common)
         measured = speed.throughput(settings, _progress(as_json))
+        keep(measured)
         _print(as_json, measured, lambda: speed.throughput_as_text(measured))
         return
     from apex4_quant.evaluation import evaluate as quality
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
     result = quality.evaluate(quality.EvalSettings(model=path, tasks=names, **asked), _progress(as_json))
+    keep(result)
     _print(as_json, result, lambda: quality.evaluation_as_text(result))
 
 
@@ -379,6 +407,62 @@ def list_kernels(archs: tuple[str, ...], as_json: bool) -> None:
     from apex4_quant.tools.kernel_build import kernels_as_dict, kernels_as_text
 
     _print(as_json, kernels_as_dict(archs), lambda: kernels_as_text(archs))
+
+
+_CHECKPOINT = click.argument("path", type=click.Path(path_type=Path))
+_ORIGIN = options.together(
+    click.option(
+        "--base-model", metavar="ORG/NAME[@REVISION]", help="The original, where it was quantized from a folder."
+    ),
+    click.option("--license", "licence", help="Hub identifier of the licence.  [default: the original's]"),
+)
+
+
+@cli.command()
+@_CHECKPOINT
+@click.option("--repository", metavar="ORG/NAME", help="Where it will be published, for the commands that load it.")
+@_ORIGIN
+@click.option("--pictures", is_flag=True, help="Draw them too (needs matplotlib: pip install 'apex4-quant[plot]').")
+@options.JSON
+def card(path: Path, as_json: bool, **asked: Any) -> None:
+    """Write the model card, README.md, of the checkpoint PATH; hand-written text in it stays."""
+    from apex4_quant.publishing.card import card_as_text, write_card
+
+    result = write_card(path, **asked)
+    _print(as_json, result, lambda: card_as_text(result))
+
+
+@cli.command()
+@_CHECKPOINT
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@options.JSON
+def report(path: Path, out: Path, as_json: bool) -> None:
+    """Write one HTML page about the checkpoint PATH: measurements, errors of all linears, plan, pictures."""
+    from apex4_quant.publishing.report import write_report
+
+    result = write_report(path, out)
+    _print(as_json, result, lambda: f"{out}: {result['linears']} linears, {result['records']} measurements")
+
+
+@cli.command()
+@_CHECKPOINT
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make a private repository.")
+@click.option("--revision", metavar="BRANCH", help="Branch to publish to, made if there is none.  [default: main]")
+@click.option("--tag", help="Tag to set on the published commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--message", help="Of the commit.")
+@click.option("--no-eval", "without_records", is_flag=True, help="Publish although nothing was measured.")
+@click.option("--exist-ok", is_flag=True, help="Replace another model that the repository holds.")
+@_ORIGIN
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; change nothing.")
+@options.JSON
+def publish(path: Path, repository: str, dry_run: bool, as_json: bool, **asked: Any) -> None:
+    """Check the checkpoint PATH, make its card and publish both on the Hub as ORG/NAME."""
+    from apex4_quant.publishing.publish import PublishSettings, publication_as_text, publish
+
+    result = publish(PublishSettings(path, repository, **asked), _progress(as_json), dry_run)
+    _print(as_json, result, lambda: publication_as_text(result))
 
 
 def main() -> None:

@@ -269,9 +269,7 @@ def test_eval_compares_the_checksums_published_with_an_original(
     assert invoke("eval", model, *few).exit_code == 0
 
 
-def test_bit_flip_in_a_checkpoint(
-    one_sentence: Call, invoke: Call, run_cli: Call, demo_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_bit_flip_in_a_checkpoint(one_sentence: Call, invoke: Call, demo_checkpoint: Path, tmp_path: Path) -> None:
     copy = tmp_path / "damaged"
     shutil.copytree(demo_checkpoint, copy)
     shard = sorted(copy.glob("*.safetensors"))[3]
@@ -279,7 +277,7 @@ def test_bit_flip_in_a_checkpoint(
     one_sentence(invoke("eval", copy, "--limit", 1, "--json"), FAILED, str(shard), "checksum")
     one_sentence(invoke("check", copy, "--json"), FAILED, str(shard), "checksum")
     shard.write_bytes(shard.read_bytes()[:-100])
-    one_sentence(run_cli("eval", copy, "--json"), FAILED, str(shard), "truncated")
+    one_sentence(invoke("eval", copy, "--json"), FAILED, str(shard), "truncated")
     shard.unlink()
     for command in ("eval", "check", "inspect"):
         one_sentence(invoke(command, copy, "--json"), FAILED, shard.name, "not there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_a_group_without_a_command_shows_its_help(group: tuple[str, ...], invoke
 # quantize
 
 
-def test_quantize_json(run_cli: Call, tiny_model: Call, calib: Path, tmp_path: Path) -> None:
+def test_quantize_json(run_cli: Call, invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) -> None:
     model, out = tiny_model(sharded=True), tmp_path / "out"
     options = ("--calib", calib, "--samples", 2, "--seq-len", 32, "--target", "RTX 3090", "--ignore", "layers.0.mlp.*")
     result = run_cli("quantize", model, "-o", out, *options, "--json")
@@ -127,7 +128,7 @@ def test_quantize_json(run_cli: Call, tiny_model: Call, calib: Path, tmp_path: P
         "lm_head",
         *(f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down")),
     ]
-    one_object(run_cli("check", out, "--json"))
+    one_object(invoke("check", out, "--json"))
 
 
 def test_quantize_for_people(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) -> None:
@@ -147,7 +148,8 @@ def test_quantize_for_people(invoke: Call, tiny_model: Call, calib: Path, tmp_pa
         "apex4-hadamard",
     )
     assert result.exit_code == 0
-    first, sizes, errors = result.stdout.splitlines()
+    first, sizes, errors, following = result.stdout.splitlines()
+    assert following == f"  next: apex4 eval {out} --baseline {model} --record; apex4 publish {out} ORG/NAME"
     assert first == f"{out}: 14 linears quantized; tensors kept: 3 outside the decoder layers, 4 not a linear weight"
     assert "4.125 bits per quantized weight" in sizes and "MB -> " in sizes
     assert "mean 0." in errors and "largest 0." in errors
@@ -190,11 +192,13 @@ def test_dry_run(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) ->
 # eval
 
 
-def test_eval_json_with_baseline_and_bundled_tasks(run_cli: Call, demo_checkpoint: Path) -> None:
+def test_eval_json_with_baseline_and_bundled_tasks(
+    invoke: Call, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Offline: the bundled tasks and texts need no Hub."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
     tasks = ("--tasks", "apex4_choice,apex4_lastword", "--limit", 8)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    result = one_object(run_cli("eval", demo_checkpoint, "--baseline", "demo", *tasks, "--json", env=offline))
+    result = one_object(invoke("eval", demo_checkpoint, "--baseline", "demo", *tasks, "--json"))
     assert set(result) >= {
         "model",
         "perplexity",
@@ -211,7 +215,7 @@ def test_eval_json_with_baseline_and_bundled_tasks(run_cli: Call, demo_checkpoin
     assert 5 < result["baseline_perplexity"] < result["perplexity"] < 4096**0.75
     for found in (result["tasks"], result["baseline_tasks"]):
         assert set(found) == {"apex4_choice", "apex4_lastword"}
-        assert {"acc", "acc_norm"} <= set(found["apex4_choice"])
+        assert {"acc", "acc_norm"} <= set(found["apex4_choice"]) and found["apex4_choice"]["rows"] == 8
         assert 0 <= found["apex4_choice"]["acc"] <= 1 and found["apex4_lastword"]["perplexity"] > 1
     assert result["tasks"] != result["baseline_tasks"]
 

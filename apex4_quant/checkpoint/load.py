@@ -94,7 +94,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
         raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")
     if not as_it_is and not multiplies_fast(torch.device(device), dtype):
         multiply_in_float32(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def release_memory() -> None:

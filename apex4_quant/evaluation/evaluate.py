@@ -16,7 +16,7 @@ from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
 from ..models.source import read_config, resolve_model
 from ..models.tokenizers import load_tokenizer
 from ..progress import Progress
-from .lm_eval_tasks import Results, find_tasks, run_tasks
+from .lm_eval_tasks import ROWS, Results, find_tasks, run_tasks
 from .predictions import Comparison, RecordedPredictions, compare, measure_perplexity
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]
     for task, metrics in result["tasks"].items():
         for metric, value in metrics.items():
-            if not metric.endswith("_stderr"):
+            if not metric.endswith("_stderr") and metric != ROWS:
                 other = (result["baseline_tasks"] or {}).get(task, {}).get(metric)
                 rows.append((f"{task} {metric}", value, other))
     if result["baseline"] is None:

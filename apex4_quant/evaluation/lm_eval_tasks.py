@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
 Results = dict[str, dict[str, float]]  # {task: {metric: value}}
+ROWS = "rows"
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
@@ -46,7 +47,7 @@ def run_tasks(
     batch_size: int,
     limit: int | None,
 ) -> Results:
-    """Metrics without their filter suffix, standard errors as `metric_stderr`. Raises UsageError for data that is not there."""
+    """Metrics without their filter suffix, standard errors as `metric_stderr`, and how many ROWS were evaluated. Raises UsageError for data that is not there."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -67,5 +68,6 @@ def run_tasks(
             for key, value in metrics.items()
             if "," in key and isinstance(value, int | float)
         }
+        | ({ROWS: metrics["sample_len"]} if "sample_len" in metrics else {})
         for task, metrics in results["results"].items()
     }

@@ -10,13 +10,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..errors import Apex4Error, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 REPORT_NAME = "apex4_report.json"  # in a checkpoint: what was done to every tensor, and every file's checksum
 RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (quantization/run_state.py)
@@ -79,6 +80,8 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file. Its bytes depend on the tensors alone."""
+    from safetensors.torch import save_file  # torch: most of this module does without it
+
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _atomic(path) as temporary:
         # One metadata entry only: safetensors writes several in a random order.

@@ -6,6 +6,7 @@ pages would count as resident) and closed again.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
@@ -29,11 +30,13 @@ DEMO = "demo"
 DEMO_PATH = Path(__file__).resolve().parents[1] / "demo"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKSUMS_NAME = "checksums.json"  # {file name: sha256}, optional beside any model
 
 
 def resolve_model(model: str) -> Path:
-    """The folder of `demo`, of a local path, or of a Hub id (downloaded once). Raises UsageError."""
+    """The folder of `demo`, of a local path, or of a Hub id, ORG/NAME or ORG/NAME@REVISION (downloaded once; a revision
+    is a branch, a tag or a commit). Raises UsageError."""
     if model == DEMO:
         return DEMO_PATH
     path = Path(model).expanduser()
@@ -41,17 +44,29 @@ def resolve_model(model: str) -> Path:
         return path
     if path.is_file():
         raise UsageError(f"model {model!r} is a file: give the folder that holds config.json and the safetensors")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+    named = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-][\w./-]*))?", model)
+    if not named:
         raise UsageError(f"model folder {model!r} does not exist: give 'demo', a local folder, or a Hub id (org/name)")
-    return _download(model)
+    return _download(*named.groups())
 
 
-def _download(hub_id: str) -> Path:
+def hub_revision(folder: Path) -> str | None:
+    """The commit of a model in the Hub's cache (.../models--ORG--NAME/snapshots/COMMIT), None for another folder."""
+    known = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if known else None
+
+
+def _download(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
+    skipped = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5"]
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5"]))
+        return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=skipped))
     except Exception as error:  # httpx, hub and OS errors: all mean that the model could not be had
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise UsageError(f"no space left to download model {hub_id!r} into the Hub's cache: free some") from error
+        if "RevisionNotFound" in type(error).__name__:
+            raise UsageError(f"model {hub_id!r} has no revision {revision!r}: see its branches and tags") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"model {hub_id!r} is no local folder and cannot be fetched from the Hub ({reason}): "

@@ -38,7 +38,7 @@ from ..format.storage import (
 )
 from ..hardware.devices import DTYPES
 from ..models.layer_runner import LayerRunner
-from ..models.source import INDEX_NAME, ModelSource
+from ..models.source import INDEX_NAME, ModelSource, hub_revision
 from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
@@ -360,6 +360,8 @@ class _Run:
         found_on_the_way = ("error", "activation_clip", "calibration_tokens", "fallback")
         for entry, record in zip(plan["quantized"], records, strict=True):
             entry |= {key: record[key] for key in found_on_the_way if key in record}
+        revision = hub_revision(self.source.folder)
+        plan |= {"model_revision": revision} if revision else {}
         return plan | {
             "versions": {
                 "apex4": __version__,
