@@ -168,7 +168,7 @@ def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: 
         (("--target", "A100", "-o", tmp_path / "no" / "plan.yaml"), ("no/plan.yaml", "folder")),
         (("--target", "A100", "--samples", "0"), ("--samples is 0",)),
         (("--target", "A100", "--transform", "wush"), ("'wush'", HADAMARD, DENSE)),
-        (("--target", "A100", "--transform", "shared128"), ("'shared128'", "no predicted errors")),
+        (("--target", "A100", "--transform", "shared128"), ("'shared128'", "not known", HADAMARD)),
         (("--target", "A100", "--recipe", "apex4-shared"), ("transform 'shared128' has", "--transform")),
         (("--target", "A100", "--recipe", "best"), ("'best'",)),
         (("--target", "A100", "--mode", "mixed", "--transform", DENSE), ("--mode mixed", DENSE, "128")),

@@ -28,7 +28,7 @@ from apex4_quant.models.families import expert_of
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
 from apex4_quant.nn.linear import Apex4Linear
-from apex4_quant.planning.options import Choice, choices_of, ladder_of
+from apex4_quant.planning.options import Choice
 from apex4_quant.planning.sensitivity import (
     CLIP_RATIOS,
     ROWS,
@@ -66,21 +66,6 @@ MODELS = {
         MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
     ),
 }
-
-
-def test_ladder() -> None:
-    assert ladder_of(4096) == (128, 256, 512, "channel")
-    assert ladder_of(768) == (128, 256, 512, "channel")
-    assert ladder_of(300) == (128, 256, "channel")
-    assert ladder_of(256) == (128, "channel")
-    assert ladder_of(100) == (128,)
-
-
-def test_choices() -> None:
-    """Kernels have learned transforms with groups of 128 only."""
-    assert choices_of(256, (HADAMARD, DENSE)) == [(128, HADAMARD), ("channel", HADAMARD), (128, DENSE)]
-    assert choices_of(4096, (DENSE,)) == [(128, DENSE)]
-    assert [choice.label for choice in choices_of(256, (HADAMARD, DENSE))] == ["128", "channel", DENSE]
 
 
 @pytest.mark.parametrize(("count", "measured"), [(1, 1), (64, 32), (1500, 750), (4096, 1024), (5000, 1024)])
