@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-<<<<<<< HEAD
-from transformers.core_model_loading import WeightConverter
-=======
->>>>>>> main
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,10 +21,6 @@ from ...private_names import is_weight_converter
 
 if TYPE_CHECKING:
     # Not at run time: transformers.modeling_utils, which defines it, may be the module that imports this one.
-    from transformers import PreTrainedModel
-
-if TYPE_CHECKING:
-    # Not at run time: this module is imported while transformers.modeling_utils, which defines it, still is.
     from transformers import PreTrainedModel
 
 
