@@ -20,7 +20,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 KERNEL_PAGES = {"kernels.md", "kernel_measurements.md"}  # their paths are relative to apex4_quant/kernels
 # Names in prose that look like paths and are none of the repository's.
 NOT_OURS = {
-    "config.json", "org/name", "org/name:config:split", "model.safetensors.index.json", "apex4_report.json", "plan.yaml",
+    "config.json", "org/name", "ORG/NAME", "org/name:config:split", "model.safetensors.index.json", "apex4_report.json", "plan.yaml",
     "apex4_evaluation.json",
     "scripts/hatch_build.py",  # of 2026-11-23, in the log
 }  # fmt: skip

@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from ...environment import KERNEL
 from ...errors import Apex4Error
 from ...format.layouts import get_layout
 from ...kernels import dispatch, ops, torch_backend
@@ -83,7 +84,7 @@ def kernel_of(device: torch.device, dtype: torch.dtype) -> str | None:
     with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter("always")
         kernel = dispatch.kernel_format(device)
-    advice = f"or set {dispatch.VARIABLE}={dispatch.REFERENCE} to compute with PyTorch operations, exact but slow"
+    advice = f"or set {KERNEL}={dispatch.REFERENCE} to compute with PyTorch operations, exact but slow"
     if kernel is None:
         reason = str(reasons[0].message) if reasons else f"{torch.cuda.get_device_name(device)} has no apex4 kernels"
         reason = reason.removeprefix("apex4: ").partition("; computing with")[0]
