@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK, _GRID = "#22303c", "#d5dde3"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.hashsalt": "apex4", "svg.fonttype": "path", "font.size": 9, "axes.edgecolor": _GRID, "axes.labelcolor": _INK,
     "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
@@ -74,7 +74,8 @@ def _errors(found: dict[str, dict[int, float]]) -> Figure | None:
     figure, axes = _figure(min(12.0, 3.2 + 0.22 * len(layers)), 1.1 + 0.28 * len(rows))
     mesh = _mesh(axes, rows, list(found), layers, cmap="viridis", vmin=0)
     axes.set_title("relative output error of every linear", loc="left")
-    figure.colorbar(mesh, ax=axes, shrink=0.9).solids.set_rasterized(False)
+    bar: Any = figure.colorbar(mesh, ax=axes, shrink=0.9)
+    bar.solids.set_rasterized(False)
     return figure
 
 
@@ -95,7 +96,7 @@ def _plan(found: dict[str, dict[int, str]]) -> Figure | None:
     shades = ListedColormap([colours[index % len(colours)] for index in range(len(choices))])
     mesh = _mesh(axes, rows, list(found), layers, cmap=shades, vmin=-0.5, vmax=len(choices) - 0.5)
     axes.set_title("group size and transform of every linear", loc="left")
-    bar = figure.colorbar(mesh, ax=axes, ticks=range(len(choices)))
+    bar: Any = figure.colorbar(mesh, ax=axes, ticks=range(len(choices)))
     bar.solids.set_rasterized(False)
     bar.ax.set_yticklabels(choices)
     return figure

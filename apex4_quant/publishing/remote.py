@@ -41,7 +41,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, and not in its __all__
+    disable_progress_bars,
+    validate_repo_id,
+)
 
 from ..errors import Apex4Error, UsageError
 from .folder import CONFIG_NAME, LocalFile
@@ -219,7 +222,7 @@ class Hub:
         advance: Callable[[int], None],
     ) -> list[CommitOperationAdd]:
         """Bring the content of large files to the Hub, where nobody sees it yet. What is there is not sent again."""
-        operations = []
+        operations: list[CommitOperationAdd] = []
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]
             additions = [_Addition.of(folder, file, advance) for file in batch]
