@@ -20,6 +20,19 @@ SLOW: dict[str, tuple[str, ...]] = {
         "quantization/test_restart.py::test_killed_before_every_other_step",
         "quantization/test_restart.py::test_disk_full_at_every_write",
         "quantization/test_restart.py::test_disk_full_at_the_hidden_states",
+        "transforms/test_rewriter.py::test_resumed_runs_write_the_same_bytes[1]",
+    ),
+    "the accuracy of a whole demo model, quantized several times: quick tests check what it is made of": (
+        "quantization/test_gradients.py::test_predictions_are_closer_with_them",
+        "transforms/test_learned_transform.py::test_a_shared_transform_is_one_matrix_an_input",
+    ),
+    "a benchmark script with processes of its own, run in small": (
+        "evaluation/test_throughput.py::test_the_end_to_end_benchmark_runs_in_small",
+        "scripts/test_bench_quantize.py::test_apex4_is_measured_alone_and_a_line_says_so",
+        "scripts/test_bench_quantize.py::test_what_was_measured_is_said",
+    ),
+    "a process that imports everything, for one more order of imports": (
+        "integrations/test_transformers.py::test_registration_works_in_any_import_order[transformers.quantizers.auto]",
     ),
 }
 

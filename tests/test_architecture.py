@@ -77,6 +77,11 @@ TESTED_IN: dict[str, dict[str, str]] = {
         "quantization/run_state.py": "quantization/test_restart.py",
         "tools/kernel_build.py": "tools/test_doctor.py",
     },
+    "only the real vLLM says whether they are right": {
+        "integrations/vllm/config.py": "integrations/vllm/test_engine.py",
+        "integrations/vllm/experts.py": "integrations/vllm/test_engine.py",
+        "integrations/vllm/linear.py": "integrations/vllm/test_engine.py",
+    },
     "tested with the class that it serves": {
         "calib/hessian.py": "rounding/test_gptq.py",
         "calib/text.py": "test_bad_input.py",

@@ -20,8 +20,8 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 KERNEL_PAGES = {"kernels.md", "kernel_measurements.md"}  # their paths are relative to apex4_quant/kernels
 # Names in prose that look like paths and are none of the repository's.
 NOT_OURS = {
-    "config.json", "org/name", "org/name:config:split", "model.safetensors.index.json", "apex4_report.json", "plan.yaml",
-    "apex4_evaluation.json", "ORG/NAME",
+    "config.json", "org/name", "ORG/NAME", "org/name:config:split", "model.safetensors.index.json", "apex4_report.json", "plan.yaml",
+    "apex4_evaluation.json",
     "scripts/hatch_build.py",  # of 2026-11-23, in the log
 }  # fmt: skip
 MAX_LINES, MAX_COLUMNS = 150, 110
@@ -207,7 +207,7 @@ def test_scripts_import_what_exists(script: Path) -> None:
 
 def test_the_root_of_scripts_has_only_what_a_user_runs() -> None:
     files = {path.name for path in (ROOT / "scripts").iterdir() if path.is_file()}
-    assert files <= {"_env.sh", "demo", "docs", "gpu_check", "test", "test-transformers"}
+    assert files <= {"_env.sh", "demo", "docs", "gpu_check", "test", "test-transformers", "test-vllm"}
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------

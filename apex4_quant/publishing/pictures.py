@@ -13,10 +13,11 @@ from .folder import PICTURES_FOLDER, CheckpointFolder
 from .records import read_records
 
 if TYPE_CHECKING:
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
 _INK, _GRID = "#22303c", "#d5dde3"
-_STYLE: Any = {
+_STYLE: dict[str, Any] = {
     "svg.hashsalt": "apex4", "svg.fonttype": "path", "font.size": 9, "axes.edgecolor": _GRID, "axes.labelcolor": _INK,
     "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
@@ -28,7 +29,7 @@ def draw(checkpoint: CheckpointFolder) -> dict[str, str]:
         import matplotlib
     except ImportError as error:
         raise UsageError("pictures need matplotlib: pip install 'apex4-quant[plot]'") from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         drawn = {
             "output_error": _errors(facts.errors_by_layer(checkpoint)),
             "size": _sizes(checkpoint),
@@ -74,9 +75,14 @@ def _errors(found: dict[str, dict[int, float]]) -> Figure | None:
     figure, axes = _figure(min(12.0, 3.2 + 0.22 * len(layers)), 1.1 + 0.28 * len(rows))
     mesh = _mesh(axes, rows, list(found), layers, cmap="viridis", vmin=0)
     axes.set_title("relative output error of every linear", loc="left")
-    bar: Any = figure.colorbar(mesh, ax=axes, shrink=0.9)
-    bar.solids.set_rasterized(False)
+    _draw_vectors(figure.colorbar(mesh, ax=axes, shrink=0.9))
     return figure
+
+
+def _draw_vectors(bar: Colorbar) -> None:
+    """Matplotlib makes a bitmap of the colours of a long bar."""
+    if bar.solids is not None:
+        bar.solids.set_rasterized(False)
 
 
 def _plan(found: dict[str, dict[int, str]]) -> Figure | None:
@@ -96,8 +102,8 @@ def _plan(found: dict[str, dict[int, str]]) -> Figure | None:
     shades = ListedColormap([colours[index % len(colours)] for index in range(len(choices))])
     mesh = _mesh(axes, rows, list(found), layers, cmap=shades, vmin=-0.5, vmax=len(choices) - 0.5)
     axes.set_title("group size and transform of every linear", loc="left")
-    bar: Any = figure.colorbar(mesh, ax=axes, ticks=range(len(choices)))
-    bar.solids.set_rasterized(False)
+    bar = figure.colorbar(mesh, ax=axes, ticks=range(len(choices)))
+    _draw_vectors(bar)
     bar.ax.set_yticklabels(choices)
     return figure
 

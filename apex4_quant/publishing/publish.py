@@ -96,10 +96,10 @@ def publish(
         _tag(settings, hub, commit)
         return result | {"uploaded": 0, "uploaded_bytes": 0, "commit": commit, "url": _url(settings, hub)}
     if settings.create_pr and (found := _same_pull_request(hub, prepared)) is not None:
-        number, commit = found
+        opened, commit = found
         return result | {
-            "uploaded": 0, "uploaded_bytes": 0, "commit": commit, "url": f"{hub.url}/discussions/{number}",
-            "pull_request": number,
+            "uploaded": 0, "uploaded_bytes": 0, "commit": commit, "url": f"{hub.url}/discussions/{opened}",
+            "pull_request": opened,
         }  # fmt: skip
     check(settings.folder, progress)
     state = _repository(settings, hub, prepared)

@@ -41,10 +41,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, and not in its __all__
-    disable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]  # public, and not in __all__
 
 from ..errors import Apex4Error, UsageError
 from .folder import CONFIG_NAME, LocalFile

@@ -153,3 +153,9 @@ def test_quantizing_while_loading_is_refused() -> None:
 
     with pytest.raises(Apex4Error, match="apex4 quantize"):
         AutoModelForCausalLM.from_pretrained(DEMO_PATH, quantization_config=Apex4Config(format_version=1))
+
+
+def test_a_class_of_the_module_that_registers_us_can_be_imported_first() -> None:
+    code = "import apex4_quant; from transformers import PreTrainedModel; print(PreTrainedModel.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "PreTrainedModel", done.stderr

@@ -385,11 +385,11 @@ def test_impossible_owners_are_refused(transform: str, modules: dict[str, object
         QuantConfig.from_dict(config)
 
 
-@pytest.fixture(scope="module")
-def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dense") / "out"
-    quantize(QuantizeSettings("demo", transform=DENSE, target="none", samples=2, seq_len=64, device="cpu"), out)
-    return out
+@pytest.fixture
+def dense_model(demo_checkpoint: Path) -> Path:
+    """The recipe of the demo checkpoint learns them."""
+    assert f'"transform": "{DENSE.value}"' in (demo_checkpoint / "config.json").read_text()
+    return demo_checkpoint
 
 
 def test_checkpoint_names_the_owner_and_loads(dense_model: Path, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     # Not at run time: transformers.modeling_utils, which defines it, may be the module that imports this one.
     from transformers import PreTrainedModel
 
+if TYPE_CHECKING:
+    # Not at run time: this module is imported while transformers.modeling_utils, which defines it, still is.
+    from transformers import PreTrainedModel
+
 
 @register_quantization_config(QUANT_METHOD)
 class Apex4Config(QuantizationConfigMixin):

@@ -1,0 +1,172 @@
+"""Small quantized models, and vLLM run in this process. Everything here needs vLLM: scripts/test-vllm."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Before vLLM is imported. It binds threads to cores of its own otherwise, and looks a model's files up in the network.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "initializer_range": 0.08,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+# Neither K nor N is a multiple of a group or a tile.
+RAGGED = {"hidden_size": 192, "intermediate_size": 328, "head_dim": 32}
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 16
+ENOUGH = 5  # of the prompts: see require_equal
+
+
+def _models() -> dict[str, Callable[[], Any]]:
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    window = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    sparse = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
+    return {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "ragged": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | RAGGED, attention_bias=True, mlp_bias=True)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
+        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **window)),
+        "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+        "qwen3moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sparse)),
+    }
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """quantized(name, recipe, **settings) -> the checkpoint of a seeded random model, or of "demo". Made once; read only."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, recipe: str = "rtn", **settings: Any) -> Path:
+        from apex4_quant import QuantizeSettings, quantize
+
+        key = f"{name}-{recipe}-{settings}"
+        if key not in made:
+            source = "demo" if name == "demo" else str(_write(tmp_path_factory.mktemp(name), name))
+            made[key] = tmp_path_factory.mktemp("quantized") / name
+            small = {"target": "none", "samples": 2, "seq_len": 64, "device": "cpu"}
+            quantize(QuantizeSettings(model=source, recipe=recipe, **small | settings), made[key])
+        return made[key]
+
+    return make
+
+
+def _write(folder: Path, name: str) -> Path:
+    import shutil
+
+    from apex4_quant.models.families import FAMILIES
+    from apex4_quant.models.source import DEMO_PATH
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(name))
+        model = _models()[name]()
+        offset = FAMILIES[type(model).__name__].norm_offset
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+            elif "norm" in key:
+                torch.nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_PATH / file, folder)
+    return folder
+
+
+@dataclass
+class Generated:
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def prompts() -> list[list[int]]:
+    ids = torch.randint(5, 4096, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+    return ids.tolist()
+
+
+@pytest.fixture
+def serve_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Generated]]:
+    """serve_here(folder, lora=None, **options of vllm.LLM) -> what vLLM generates, greedily, for `prompts()`."""
+    pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+    def run(folder: Path, lora: Any = None, **options: Any) -> list[Generated]:
+        from vllm import LLM, SamplingParams
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        usual = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "disable_log_stats": True}
+        llm = None
+        try:
+            llm = LLM(str(folder), **usual | options)
+            sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
+            asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
+            outputs = llm.generate(asked, sampling, lora_request=lora, use_tqdm=False)
+            found = []
+            for prompt, output in zip(prompts(), outputs, strict=True):
+                tokens = list(output.outputs[0].token_ids)
+                steps = zip(tokens, output.outputs[0].logprobs, strict=True)
+                found.append(Generated(prompt, tokens, [step[token].logprob for token, step in steps]))
+            return found
+        finally:
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+    return run
+
+
+@pytest.fixture
+def require_equal() -> Callable[..., None]:
+    """require_equal(generated, folder or model) asserts that vLLM generated what transformers does, for most prompts.
+
+    vLLM and transformers round attention and norms differently, and an activation on a tie between two codes may get the
+    other one, which moves its sequence from there on: not all are equal, though the arithmetic of the linears is. A wrong
+    transform, scale, order or slice leaves no sequence as it is.
+    """
+
+    @torch.no_grad()
+    def check(generated: Sequence[Generated], model: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if isinstance(model, Path):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        equal = 0
+        for one in generated:
+            ids = torch.tensor([one.prompt + one.tokens])
+            logits = model(ids, use_cache=False).logits[0, len(one.prompt) - 1 : -1].float()
+            own = logits.log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
+            alike = bool((own - torch.tensor(one.logprobs)).abs().max() < 1e-3)
+            equal += alike and logits.argmax(-1).tolist() == one.tokens
+        assert equal >= ENOUGH, f"{equal} of {len(generated)} sequences are those of transformers"
+
+    return check
