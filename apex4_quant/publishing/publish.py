@@ -106,13 +106,12 @@ def publish(
     commit, pull_request = _send(settings, hub, prepared, state, progress)
     _verify(settings, hub, prepared, commit, pull_request)
     _tag(settings, hub, commit)
-    number = int(pull_request.rsplit("/", 1)[1]) if pull_request else None
     return result | {
         "uploaded": len(prepared.changed),
         "uploaded_bytes": sum(file.size for file in prepared.changed),
         "commit": commit,
         "url": pull_request or _url(settings, hub),
-        "pull_request": number,
+        "pull_request": int(pull_request.rsplit("/", 1)[1]) if pull_request else None,
     }
 
 
