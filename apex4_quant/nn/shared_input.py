@@ -31,9 +31,10 @@ import torch
 from torch import nn
 
 from ..format.layouts import KERNEL_TILE_N
+from ..kernels.operands import Operands
 from ..private_names import mark_static_address, written_count
 from .call_scope import CallScope
-from .fused_inputs import KernelWeights, LinearInput, Operands
+from .fused_inputs import KernelWeights, LinearInput
 from .linear import PREPARING, Apex4Linear, input_of
 
 
