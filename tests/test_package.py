@@ -114,6 +114,7 @@ def test_the_installed_wheel_does_the_main_job_from_another_folder(wheel: Path, 
     assert all(path.startswith(str(environment)) for path in where), where
     apex4 = environment / "bin" / "apex4"
     command = [apex4, "quantize", "demo", "-o", "out", "--target", "A100", "--samples", "2", "--seq-len", "64"]
+    command += ["--recipe", "gptq"]
     subprocess.run(command, cwd=tmp_path, env=outside, check=True, capture_output=True)
     done = subprocess.run([apex4, "check", "out"], cwd=tmp_path, env=outside, capture_output=True, text=True)
     assert done.returncode == 0 and "out is whole" in done.stdout, done.stderr
