@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..format.layouts import KERNEL_TILE_N
+from ..format.layout_name import KERNEL_TILE_N
 from ..kernels.operands import Operands
 from ..private_names import mark_static_address, written_count
 from .call_scope import CallScope
