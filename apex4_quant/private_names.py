@@ -8,7 +8,7 @@ what needs it is also imported where torch is not.
     torch         seen in 2.13
     accelerate    seen in 1.15
     lm-eval       seen in 0.4.10 to 0.4.13
-    transformers  seen in 5.17 to 5.23
+    transformers  seen in 5.18 to 5.23
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def without_git_commit() -> Iterator[None]:
 def is_weight_converter(conversion: object) -> bool:
     """Whether a conversion of a checkpoint's tensors fuses, splits or computes, and does not only rename.
 
-    `transformers.core_model_loading.WeightConverter`, transformers 5.17 to 5.23. It is in no page of the documentation's
+    `transformers.core_model_loading.WeightConverter`, transformers 5.18 to 5.23. It is in no page of the documentation's
     reference; quantizers are handed its instances and have to tell them from `WeightRenaming`.
     """
     from transformers.core_model_loading import WeightConverter

@@ -41,7 +41,7 @@ class Apex4Config(QuantizationConfigMixin):
 class Apex4HfQuantizer(HfQuantizer):
     """Swaps the linears for Apex4Linear before the weights are loaded; checks and prepares the tensors afterwards.
 
-    transformers 5.17 to 5.23 call the methods with an underscore: they are what a quantizer has to define.
+    transformers 5.18 to 5.23 call the methods with an underscore: they are what a quantizer has to define.
     """
 
     quantization_config: Apex4Config
@@ -69,7 +69,7 @@ class Apex4HfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Renamings stay. Nothing is fused or split: the checkpoint's tensors are those of the model with its experts
         unfused, and transformers' patterns for one tensor per expert would take them for tensors to be fused."""
-        # transformers 5.17 calls it with the conversions alone, 5.23 with the model too.
+        # transformers 5.18 calls it with the conversions alone, 5.23 with the model too.
         return [conversion for conversion in weight_conversions if not is_weight_converter(conversion)]
 
     def is_serializable(self) -> bool:
