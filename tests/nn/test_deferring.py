@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,32 +14,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from apex4_quant.models.families import FAMILIES
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.nn.prepare import prepare_model
 
-LLAMA = FAMILIES["LlamaForCausalLM"]
-IDS = torch.arange(7)[None] * 5 % 64
-Make = Callable[[], Any]
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "apex4":
-            self.count[func._opname] += 1
-        return func(*args, **kwargs or {})
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(IDS, use_cache=False).logits
-    return logits
+from .counted_calls import LLAMA, Make, Operators, logits_of
 
 
 def fused_in(model: Any) -> tuple[int, int]:

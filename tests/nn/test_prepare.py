@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apex4_quant.errors import UsageError
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels import dispatch
-from apex4_quant.models.families import FAMILIES
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.nn.prepare import prepare_model, share_input
 
-LLAMA = FAMILIES["LlamaForCausalLM"]
-IDS = torch.arange(7)[None] * 5 % 64
-Make = Callable[[], Any]
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "apex4":
-            self.count[func._opname] += 1
-        return func(*args, **kwargs or {})
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(IDS, use_cache=False).logits
-    return logits
+from .counted_calls import LLAMA, Make, Operators, logits_of
 
 
 @pytest.fixture

@@ -109,11 +109,6 @@ class LoopCount:
     def instructions(self) -> int:
         return sum(self.classes.values())
 
-    @property
-    def issue_slots(self) -> int:
-        """Instructions that the warp scheduler has to issue: all of them, the scalar ones too."""
-        return self.instructions
-
     def per_product(self, klass: str) -> float:
         """Instructions of a class per accumulator and group of 128."""
         return self.classes.get(klass, 0) / self.products
