@@ -75,6 +75,7 @@ class BlockStatistics:
     weight_rows: int  # N: `peaks_and_slopes` takes a mean over rows, the error of the weights is a sum
     a: torch.Tensor
     b: torch.Tensor
+    input_weight: float = 1.0  # of the first term of the error
 
     @classmethod
     def of(
@@ -172,6 +173,9 @@ def learn_transform(
     that of the weights, whose rows have to be scaled by how much their errors matter.
     """
     blocks = BlockStatistics.of(inputs, weights, gradients, shared)
+    import os
+
+    blocks.input_weight = float(os.environ.get("IW", "1"))
     with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
         hadamard = apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None]
         start = hadamard if shared else balanced_hadamard(blocks)
@@ -184,6 +188,12 @@ def learn_transform(
         warn(f"{lost} of {len(better)} learned transforms cannot be stored in 16 bits, their start is used")
     stored = torch.where((better & sound)[:, None, None], stored, storable(start))
     stored = torch.where(is_sound(stored)[:, None, None], stored, storable(hadamard))
+    if os.environ.get("EQ") and not shared:
+        x = _by_block(inputs)
+        peak = _mean_peak(rows_of_step(x, COMPARED_ROWS, 0) @ stored.float()).sqrt()
+        e = torch.round(torch.log2(peak.max() / peak.clamp_min(1e-30))).clamp(0, 15)
+        print("EQ", e.tolist())
+        stored = torch.ldexp(stored.float(), e[:, None, None]).half()
     return stored.expand(len(blocks.x), -1, -1)
 
 
@@ -223,7 +233,12 @@ def descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.T
             moments = moments_in_basis(blocks, transform, inverse)
         x, w = rows_of_step(blocks.x, INPUT_ROWS_PER_STEP, step), rows_of_step(blocks.w, WEIGHT_ROWS_PER_STEP, step)
         slope = slope_of_log_error(
-            blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1
+            blocks.weight_rows,
+            x @ transform,
+            w @ inverse.transpose(1, 2),
+            *moments,
+            len(start) == 1,
+            blocks.input_weight,
         )
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
@@ -279,7 +294,13 @@ def moments_in_basis(
 
 
 def slope_of_log_error(
-    weight_rows: int, y: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, shared: bool
+    weight_rows: int,
+    y: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    shared: bool,
+    input_weight: float = 1.0,
 ) -> torch.Tensor:
     """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
     all. y [G, R, 128] and v [G, R', 128] are rows of the input and of the weights in the basis of T."""
@@ -287,6 +308,7 @@ def slope_of_log_error(
     w_peak, w_back = peaks_and_slopes(v)
     w_peak, w_back = w_peak * weight_rows, w_back * weight_rows
     a_trace, b_trace = _trace(a), _trace(b)
+    x_peak, x_back = x_peak * input_weight, x_back * input_weight
     slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
     slope += a * (2 * w_peak)[:, None, None] - b * (2 * x_peak)[:, None, None]
     error = x_peak * b_trace + w_peak * a_trace
@@ -306,7 +328,7 @@ def block_errors(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tens
     w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
-    error = x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
+    error = blocks.input_weight * x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
     return error.sum(0, keepdim=True) if len(transform) == 1 else error
 
 

@@ -20,7 +20,7 @@ from apex4_quant.format.quant_config import LinearFormat, QuantConfig
 from apex4_quant.format.storage import REPORT_NAME
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels import reference, torch_backend
-from apex4_quant.kernels.block_matrix import apply_block_matrix
+from apex4_quant.kernels.hadamard import apply_block_matrix
 from apex4_quant.models.families import Producer
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.rounding.nearest import quantize_weight_rtn
