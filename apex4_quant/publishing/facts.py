@@ -216,7 +216,7 @@ def reproducing_command(checkpoint: CheckpointFolder, base: BaseModel) -> list[s
         options.append(("--plan", "plan.json"))
     else:
         options += [("--group-size", settings.get("group_size")), ("--transform", settings.get("transform"))]
-    for name in ("target", "layout", "calib", "samples", "seq_len", "seed", "dtype"):
+    for name in ("activation_bits", "target", "layout", "calib", "samples", "seq_len", "seed", "dtype"):
         value = settings.get(name)
         options.append((f"--{name.replace('_', '-')}", public_name(str(value)) if value is not None else None))
     options += [("--ignore", pattern) for pattern in settings.get("ignore") or ()]
