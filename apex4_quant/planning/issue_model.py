@@ -26,6 +26,7 @@ fitted one has a higher one. docs/issue_slots.md says what that means for ours.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -70,6 +71,18 @@ _FMA = ("ffma", "fmul", "fadd", "imad", "half")
 _DEQUANTIZATION = ("ffma", "fmul", "i2f")  # what a group of several blocks does once
 
 
+def pipe_clocks(rates: Rates, classes: Mapping[str, float], shared_bytes: float) -> dict[str, float]:
+    """Clocks that instructions of these classes (sass.py) keep each pipe but the tensor cores."""
+    fma, imad = sum(classes.get(name, 0) for name in _FMA), classes.get("imad", 0)
+    return {
+        "issue": sum(classes.values()),
+        "fma": max(rates.fma * fma, 2 * imad),  # IMAD has 16 lanes everywhere
+        "alu": rates.alu * classes.get("integer", 0),
+        "i2f": rates.i2f * classes.get("i2f", 0),
+        "shared": rates.shared * shared_bytes,
+    }
+
+
 @dataclass(frozen=True)
 class Loop:
     """A main loop of the table; everything per product."""
@@ -82,6 +95,7 @@ class Loop:
     classes: dict[str, float]
     shared_bytes: float  # read, and written by copies
     overlapped: bool
+    bits: int = 4  # of activations
     scale_products: float = 0.0  # tensor-core time of products of scales, over that of codes
 
     def clocks(self, gpu: Gpu, blocks_per_group: float = 1) -> dict[str, float]:
@@ -90,15 +104,13 @@ class Loop:
         # The kernel for sm_90 dequantizes every block, whatever the group.
         share = 1.0 if self.arch == "sm_90a" else 1 / blocks_per_group
         spent = {name: number * (share if name in _DEQUANTIZATION else 1) for name, number in self.classes.items()}
-        fma, imad = sum(spent.get(name, 0) for name in _FMA), spent.get("imad", 0)
-        return {
-            "tensor": PRODUCT_OPS * SCHEDULERS / gpu.tensor_ops_per_clock * (1 + self.scale_products),
-            "issue": self.instructions - sum(self.classes.values()) + sum(spent.values()),
-            "fma": max(rates.fma * fma, 2 * imad),  # IMAD has 16 lanes everywhere
-            "alu": rates.alu * spent.get("integer", 0),
-            "i2f": rates.i2f * spent.get("i2f", 0),
-            "shared": rates.shared * self.shared_bytes,
-        }
+        pipes = pipe_clocks(rates, spent, self.shared_bytes)
+        pipes["issue"] += self.instructions - sum(self.classes.values())
+        return {"tensor": self._tensor_clocks(gpu)} | pipes
+
+    def _tensor_clocks(self, gpu: Gpu) -> float:
+        operations = gpu.ops_per_clock(self.bits)
+        return PRODUCT_OPS * SCHEDULERS / operations * (1 + self.scale_products)
 
     def product_clocks(self, gpu: Gpu, blocks_per_group: float = 1) -> float:
         """Clocks per product of the whole loop, before EFFICIENCY."""
