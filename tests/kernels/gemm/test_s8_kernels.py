@@ -181,7 +181,7 @@ KERNEL, FOLD, INDEX = "gemm_s8.cu", "folded_weights.cuh", "index.cuh"
 FEW, SPLIT = CASES[1], CASES[2]
 MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "row of ldmatrix": ([(INDEX, "s8_ldmatrix_row, (int lane), lane & 7)", "s8_ldmatrix_row, (int lane), lane & 3)")], FEW),
-    "chunk of ldmatrix": ([(INDEX, "4 * half + (lane >> 3))", "4 * half + (lane >> 3 ^ 1))")], FEW),
+    "chunk of ldmatrix": ([(INDEX, "4 * half + (lane >> 3))", "2 * half + (lane >> 3))")], FEW),
     "order of ratios": ([(INDEX, "16 * warp + 2 * (lane >> 2))", "16 * warp + 2 * (lane >> 2 ^ 1))")], FEW),
     "rounding": ([(FOLD, "ROUND = 0x80808080", "ROUND = 0x807f807f")], FEW),
     "signs of the second row": ([(FOLD, "0x8ba9", "0xba98")], FEW),
@@ -189,7 +189,7 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "group of a split": ([(KERNEL, "blocks_left = (group + 1) * p.blocks_per_group - kb;", "blocks_left = p.blocks_per_group;")], (S8Plan(M16, 17, 200, 6, 3), 3, 0)),
     "wait": ([(KERNEL, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>")], FEW),
     "barrier": ([(KERNEL, "__syncthreads();  // the stage", "// the stage")], (S8Plan(M16, 17, 200, 12), 1, 0)),
-    "stages left before y": ([(KERNEL, "__syncthreads();  // everyone has left the stages", "")], FEW),
+    "stages left before y": ([(KERNEL, "__syncthreads();  // everyone has left the stages", "")], (S8Plan(M16, 5, 133, 1), 1, 0)),
     "counter": ([(KERNEL, "if (last) counter[tile] = 0;", "")], SPLIT),
     "own part twice": ([(KERNEL, "if (s == split) continue;", "")], SPLIT),
     "edge": ([(KERNEL, "vectors && n0 + column + 8 <= p.n", "vectors")], (S8Plan(M16, 5, 133, 1), 1, 3)),
