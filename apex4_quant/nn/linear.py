@@ -77,6 +77,7 @@ class Apex4Linear(nn.Module):
         self.activation_bits = format.activation_bits
         self.keeps_activation_bits = False  # those of the format, on every device
         self.folded: tuple[torch.Tensor, torch.Tensor] | None = None  # ratio and unit, for kernels of 8-bit activations
+        self._in_order = False  # whether the tensors are here, as the kernels read them
         self._prepared_on: torch.device | None = None
         self.float_bias: torch.Tensor | None = None  # what the kernels add
         self.prepacked: dict[torch.dtype, torch.Tensor] = {}  # the dense transform stored here, as kernels read it
@@ -148,17 +149,19 @@ class Apex4Linear(nn.Module):
 
     def kernel_weights(self) -> KernelWeights:
         """What the operators multiply by."""
-        layout = layout_of_format(self.kernel or "")
-        packed: torch.Tensor = self.weight_packed
-        scale: torch.Tensor = self.weight_scale
-        unit = None
+        if self._in_order:
+            if self.folded is None:
+                return KernelWeights(self.weight_packed, self.weight_scale, None, self.float_bias, self.out_features)
+            return KernelWeights(self.weight_packed, *self.folded, self.float_bias, self.out_features)
         # Offloaded: the tensors come anew for every call, in the stored order.
-        if self.layout.name != layout.name:
-            packed = layout.pack(self.codes())
+        layout = layout_of_format(self.kernel or "")
+        as_stored = self.layout.name == layout.name
+        packed = self.weight_packed if as_stored else layout.pack(self.codes())
+        unit: torch.Tensor | None = None
         if self.kernel == TOKEN_FORMAT:
-            scale, unit = self.folded or fold_scales(self.scales())
-        elif self.layout.name != layout.name:
-            scale = layout.pack_scales(self.scales())
+            scale, unit = fold_scales(self.scales())
+        else:
+            scale = self.weight_scale if as_stored else layout.pack_scales(self.scales())
         return KernelWeights(packed, scale, unit, self.float_bias, self.out_features)
 
     def quantizer_arguments(self, dtype: torch.dtype, device: torch.device) -> OperatorArguments:
@@ -246,7 +249,10 @@ class Apex4Linear(nn.Module):
             group, clip = (format.padded_k, 1.0) if in_tokens else (format.group_length, format.activation_clip)
             self._quantization = ActivationQuantization(format.padded_k, group, clip, hadamard, self.kernel)
         self.folded = None
-        if self.kernel == TOKEN_FORMAT and self.weight_scale.device.type != "meta" and not is_offloaded(self):
+        # Tensors of an offloaded linear are not there.
+        here = self.kernel is not None and self.weight_scale.device.type != "meta" and not is_offloaded(self)
+        self._in_order = here and self.layout.name == layout_of_format(self.kernel or "").name
+        if self._in_order and self.kernel == TOKEN_FORMAT:
             self.folded = fold_scales(self.scales())
         bias = self.bias if self.kernel is not None else None
         self.float_bias = None if bias is None or bias.device.type == "meta" else bias.detach().float()

@@ -197,10 +197,10 @@ def test_a_model_without_its_head(demo_checkpoint: Path) -> None:
     assert calls.count["gemm"] == 4 * base.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_decoder_layer_compiles_to_one_graph(backend: str, demo_checkpoint: Path) -> None:
+@pytest.mark.parametrize(("backend", "format"), [("eager", "sm90"), ("aot_eager", "sm90"), ("aot_eager", "s8")])
+def test_a_decoder_layer_compiles_to_one_graph(backend: str, format: str, demo_checkpoint: Path) -> None:
     torch.compiler.reset()  # shapes of other tests make some sizes symbols
-    model = load(demo_checkpoint, "sm90")
+    model = load(demo_checkpoint, format)
     layer = model.model.layers[0]
     x = torch.randn(1, 16, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     positions = model.model.rotary_emb(x, torch.arange(16)[None])
@@ -227,10 +227,15 @@ def test_the_layer_of_a_meta_model_runs_without_data(demo_checkpoint: Path) -> N
     assert y.shape == (2, 5, 256) and y.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_offloaded_linears_are_put_in_order_for_every_call(
-    demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_logits: torch.Tensor
+    bits: str, demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_logits: torch.Tensor
 ) -> None:
-    monkeypatch.setattr(dispatch, "kernel_format", lambda device, bits=4: "sm90")
+    monkeypatch.setenv("APEX4_ACTIVATIONS", bits)
+    if bits == "8":
+        reference_logits = logits_of(AutoModelForCausalLM.from_pretrained(demo_checkpoint))
+    monkeypatch.setattr(dispatch, "kernel_format", lambda device, bits=4: "s8" if bits == 8 else "sm90")
     device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {f"model.layers.{i}": "cpu" if i < 3 else "disk" for i in range(6)}
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, device_map=device_map, offload_folder=tmp_path)

@@ -158,7 +158,7 @@ def test_transforms_are_learned_only_where_the_plan_has_them(
 
 def test_check_and_inspect_know_the_transforms(out: Path, invoke: Call, one_sentence: Call) -> None:
     checks = json.loads(invoke("check", out, "--json").stdout)["checks"]
-    assert {"check": "config and report", "found": "transform dense128 and hadamard128 and none and all activation clips "
+    assert {"check": "config and report", "found": "W4A4, transform dense128 and hadamard128 and none and all activation clips "
             "as in the report"} in checks  # fmt: skip
     linears = {entry["name"]: entry for entry in json.loads(invoke("inspect", out, "--json").stdout)["linears"]}
     assert {name: linears[name]["transform"] for name in PLAN} == {name: PLAN[name]["transform"] for name in PLAN}
