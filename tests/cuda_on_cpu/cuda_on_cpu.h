@@ -155,6 +155,13 @@ inline float __saturatef(float a) { return a > 0.0f ? (a < 1.0f ? a : 1.0f) : 0.
 inline float rsqrtf(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float __int_as_float(int bits) { return __uint_as_float(bits); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selectors >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* from) { return *from; }

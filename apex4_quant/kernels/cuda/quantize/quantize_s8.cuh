@@ -3,12 +3,18 @@
 //   scale = max(absmax / 127, 2^-100) of the whole transformed row, float32; NaN if any of the row is
 //   code  = rint(t / scale), int8 in two's complement, -127 .. 127: no clamp, as |t| is at most 127 scales
 //
+// Where a CTA has only a block of its rows, there are two kernels: one that measures (APEX4_PASS MEASURE), and one that makes codes
+// with the scale of the whole row (CODES).
+//
 // Macros: those of quantize.cuh, with APEX4_FORMAT 8.
 #pragma once
 
 #include "quantize/quantize.cuh"
 
 static_assert(APEX4_FORMAT == 8, "the other formats have groups");
+
+#define APEX4_MEASURE 1
+#define APEX4_CODES 2
 
 constexpr float CODE_MAX = 127.0f;
 // Adding 1.5 * 2^23 rounds a small number to an integer, ties to even, and leaves it in the low bits, in two's complement.

@@ -253,7 +253,13 @@ __device__ __forceinline__ void store(
   if (block == 0 && chunk == 0) to.scales[row] = scale;
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) apex4_quantize_whole_rows(
+#ifdef APEX4_REGS
+#define APEX4_BOUNDS __maxnreg__(APEX4_REGS)
+#else
+#define APEX4_BOUNDS __launch_bounds__(MAX_THREADS)
+#endif
+
+extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, int m, int k, int k_blocks,
     int m_stride, int ldx, int ld_second, int rows_log2, float eps, float one_over_k, int gain_offset, int aligned) {
   __shared__ float slice_absmax[MAX_SLICES];
@@ -275,7 +281,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) apex4_quantize_whole_r
   const bool active = row < m && block < k_blocks;
 #if APEX4_INPUT == APEX4_RMS_NORM
   // The gain is no output of the kernel before: no need to wait for that one.
+#ifndef APEX4_LATE
   values.load_second(from, row, column, active);
+#endif
   wait_for_inputs();
   values.load(from, row, column, active);
   const float squares = over_lanes<1, LANES>(values.squares(), Sum());
@@ -283,6 +291,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) apex4_quantize_whole_r
   __syncthreads();
   const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, lane, Sum()), in_rows);
   inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
+#ifdef APEX4_LATE
+  values.load_second(from, row, column, active);
+#endif
 #else
   wait_for_inputs();
   values.load(from, row, column, active);
