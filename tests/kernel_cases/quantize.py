@@ -70,7 +70,7 @@ class Case:
     offset: int = 0  # of the first element of x, in elements: 1 is unaligned
     data: str = "normal"  # extreme, zero, nan, infinity, ties
     shared_matrix: bool = False  # dense: the Hadamard matrix through the tensor cores
-    wgmma: bool = False  # s8, dense: on a CPU, the kernels of Hopper
+    sm_90: bool = False  # s8, on a CPU: the kernels of Hopper
     seed: int = 0
 
     @property
@@ -196,7 +196,7 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
         board=board(case.m, device).data_ptr(),
         matrix_is_shared=case.shared_matrix,
         matrix_factor=operands.factor,
-        wgmma=case.wgmma if not on_gpu else torch.cuda.get_device_capability(device) == (9, 0),
+        sm_90=case.sm_90 if not on_gpu else torch.cuda.get_device_capability(device) == (9, 0),
     )
     if on_gpu:
         torch.cuda.synchronize(device)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INPUTS = ("plain", "rms_norm", "silu_mul")  # APEX4_INPUT is the position
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
+WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of quantize_whole_rows.cu
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
 TOKEN_FORMAT = "s8"  # that of eight bits, one scale a token
@@ -40,8 +41,12 @@ CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes 
 GRID_Y = 65535  # the largest grid in y; row tiles go on in z
 
 WHOLE_LANES = 4  # quantize_whole_rows.cu: threads of a slice
-WHOLE_SLICES, WHOLE_LONG_THREADS = 256, 512  # the most slices of a CTA that are kept; threads of one that reads a row again
+WHOLE_SLICES, WHOLE_LONG_THREADS = 224, 512  # the most slices of a CTA that are kept; threads of one that reads a row again
 WHOLE_LEAST_SLICES, WHOLE_MOST_ROWS = 16, 8  # a CTA of short rows has several of them
+CLUSTER_CTAS, CLUSTER_LEAST_BLOCKS = 8, 8  # the most CTAs that share a row, and the least that each has of it
+STREAM_THREADS = {"plain": 1024, "rms_norm": 1024, "silu_mul": 896}  # of a multiprocessor: 64 registers each, or 72
+STREAM_SHARED_BYTES = 227 << 10  # of an sm_90
+STREAM_SLOTS = {"plain": 2 * 4, "rms_norm": 3 * 4, "silu_mul": 2 * 4}  # SLOT_BYTES / 16 of quantize_whole_rows.cu
 
 DENSE_THREADS = 128
 DENSE_CTA_ROWS = 128  # a pass of the kernels for many rows
@@ -113,7 +118,7 @@ def rows_config(form: str, input: str, hadamard: bool, dtype: str, format: str) 
 def whole_rows_config(form: str, input: str, hadamard: bool, dtype: str) -> QuantizeConfig:
     name = f"quantize_whole_rows_{form}_{input}_{'hadamard' if hadamard else 'none'}_{dtype}_s8"
     macros = (
-        ("APEX4_FORM", FORMS.index(form)),
+        ("APEX4_FORM", WHOLE_FORMS.index(form)),
         ("APEX4_INPUT", INPUTS.index(input)),
         ("APEX4_HADAMARD", int(hadamard)),
         ("APEX4_BF16", DTYPES.index(dtype)),
@@ -123,9 +128,9 @@ def whole_rows_config(form: str, input: str, hadamard: bool, dtype: str) -> Quan
 
 
 @cache
-def dense_config(few_rows: int, input: str, dtype: str, format: str, wgmma: bool = False) -> QuantizeConfig:
-    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `wgmma`: that of an sm_90, as the format sm90 says itself."""
-    wgmma = wgmma or format == "sm90"
+def dense_config(few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False) -> QuantizeConfig:
+    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, as the format sm90 says itself."""
+    wgmma = sm_90 or format == "sm90"
     kind = "many_wgmma" if wgmma and not few_rows and format == TOKEN_FORMAT else ("many", "few", "fewest")[few_rows]
     name = f"quantize_dense_{kind}_{input}_{dtype}_{format}"
     macros: tuple[tuple[str, int], ...] = (
@@ -190,7 +195,7 @@ def token_configs(sm: int, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Quantiz
             continue
         for input in INPUTS:
             for hadamard in (False, True):
-                for form in FORMS[1:]:
+                for form in WHOLE_FORMS[1:] if sm == 90 else WHOLE_FORMS[1:3]:
                     yield whole_rows_config(form, input, hadamard, dtype)
             for few_rows in (0, 1):
                 codes = dense_config(few_rows, input, dtype, TOKEN_FORMAT, sm == 90)
@@ -241,20 +246,45 @@ def choose_rows(
 
 @lru_cache(maxsize=4096)
 def choose_whole_rows(
-    m: int, k_blocks: int, *, input: str = "plain", hadamard: bool = True, dtype: str = "bfloat16"
+    m: int,
+    k_blocks: int,
+    *,
+    input: str = "plain",
+    hadamard: bool = True,
+    aligned: bool = True,
+    dtype: str = "bfloat16",
+    sm_count: int = 132,
+    sm_90: bool = False,
 ) -> QuantizePlan:
     """The launch of quantize_whole_rows.cu for m rows of k_blocks blocks, to the format s8."""
     if m < 1 or k_blocks < 1:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
-    form, rows, block = "resident", 1, WHOLE_LONG_THREADS
-    if k_blocks > WHOLE_SLICES:
-        form = "long"
-    else:
-        while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:
-            rows *= 2
-        block = -(-rows * k_blocks * WHOLE_LANES // WARP) * WARP
-    config = whole_rows_config(form, input, hadamard, dtype)
-    return QuantizePlan(config, (-(-m // rows), 1, 1), block, rows_log2=rows.bit_length() - 1)
+
+    def plan(form: str, grid: int, rows: int, blocks: int, **more: int) -> QuantizePlan:
+        block = -(-rows * blocks * WHOLE_LANES // WARP) * WARP
+        config = whole_rows_config(form, input, hadamard, dtype)
+        block = min(block, WHOLE_LONG_THREADS) if form == "long" else block
+        return QuantizePlan(
+            config, (grid, 1, 1), block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks, **more
+        )  # fmt: skip
+
+    if k_blocks > WHOLE_SLICES or not aligned:
+        return plan("long", m, 1, k_blocks)
+    ctas = CLUSTER_CTAS
+    while ctas > 1 and (m * ctas > sm_count or k_blocks < ctas * CLUSTER_LEAST_BLOCKS):
+        ctas //= 2
+    if sm_90 and ctas > 1:
+        return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
+    rows = 1
+    while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:
+        rows *= 2
+    tiles = -(-m // rows)
+    resident = plan("resident", tiles, rows, k_blocks)
+    shared = 16 * STREAM_SLOTS[input] * resident.block
+    ctas = sm_count * min(STREAM_THREADS[input] // resident.block, STREAM_SHARED_BYTES // (shared + 4096))
+    if sm_90 and ctas and tiles >= 2 * ctas:
+        return plan("stream", ctas, rows, k_blocks, shared_bytes=shared)
+    return resident
 
 
 def _power_of_two_up_to(limit: int) -> int:
@@ -271,11 +301,11 @@ def choose_dense(
     dtype: str = "bfloat16",
     format: str = "sm80",
     sm_count: int = 132,
-    wgmma: bool = False,
+    sm_90: bool = False,
 ) -> QuantizePlan:
     """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them.
 
-    To eight bits (format s8) of the kernel that makes codes; the one that measures has the same. `wgmma`: see `dense_config`.
+    To eight bits (format s8) of the kernel that makes codes; the one that measures has the same. `sm_90`: see `dense_config`.
     """
     if m < 1 or k_blocks < 1:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
@@ -304,7 +334,7 @@ def choose_dense(
     if together and _more_warps_sum(m, k_blocks):
         return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
     eight_bit = format == TOKEN_FORMAT
-    config = dense_config(int(rows == FEW_ROWS), input, dtype, format, wgmma)
+    config = dense_config(int(rows == FEW_ROWS), input, dtype, format, sm_90)
     if config.source == "quantize/quantize_dense.cu" or eight_bit:
         few, statistics = rows == FEW_ROWS, input == "rms_norm" and m > OWN_RMS_ROWS
         threads, shared = DENSE_THREADS, 0

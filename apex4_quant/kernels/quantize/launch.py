@@ -109,7 +109,7 @@ class QuantizerShape(NamedTuple):
     matrix_is_shared: bool = False
     matrix_factor: float = 1.0
     programmatic: bool = False
-    wgmma: bool = False  # s8: whether the GPU, an sm_90, runs quantize_dense_sm90.cu
+    sm_90: bool = False  # of the GPU; the format s8 does not say it
 
 
 def quantizer(shape: QuantizerShape) -> Quantizer:
@@ -133,8 +133,12 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     if shape.transform not in ("none", "hadamard", "dense"):
         raise ValueError(f"transform {shape.transform!r} is not none, hadamard or dense")
     if format == TOKEN_FORMAT and shape.transform != "dense":
-        plan = choose_whole_rows(m, k_blocks, input=input, hadamard=shape.transform == "hadamard", dtype=dtype)
-        integers = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2
+        plan = choose_whole_rows(
+            m, k_blocks,
+            input=input, hadamard=shape.transform == "hadamard", aligned=shape.aligned, dtype=dtype, sm_count=sm_count,
+            sm_90=shape.sm_90,
+        )  # fmt: skip
+        integers = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         behind = eps, _float(1 / k), _int(shape.gain_offset), aligned
         return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
     if shape.transform != "dense":
@@ -151,7 +155,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     eight_bit = format == TOKEN_FORMAT
     plan = choose_dense(
         m, k_blocks,
-        input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count, wgmma=shape.wgmma,
+        input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count, sm_90=shape.sm_90,
     )  # fmt: skip
     if plan.needs_statistics:
         statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), eps, aligned)

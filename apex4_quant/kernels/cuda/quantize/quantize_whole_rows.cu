@@ -7,9 +7,12 @@
 // and 3 additions in a lane. So there are no shuffles, x goes from memory straight into B fragments, and a lane ends with
 // sixteen consecutive columns of two slices: whole chunks of codes.
 //
-// Two forms, by the macro APEX4_FORM:
+// Four forms, by the macro APEX4_FORM:
 //   RESIDENT  up to MAX_SLICES slices a CTA, which are kept in registers while the CTA agrees on a number for each row.
-//   LONG      more: one row a CTA, read again from the caches in every pass.
+//   LONG      any number, and rows that are not aligned: one row a CTA, read again from the caches in every pass.
+//   CLUSTER   few rows, on sm_90 and later: RESIDENT, but each row belongs to a cluster, whose CTAs tell each other their numbers.
+//   STREAM    many rows: RESIDENT, but a CTA goes on from tile to tile. The next rows are on their way to shared memory meanwhile,
+//             where every thread has slots of its own: what it copies it alone reads, so that nobody waits at a barrier for it.
 //
 // Operands (type T: bfloat16 or float16; KB = k_blocks; everything in device memory):
 //   codes    uint8 [KB, m_stride, 128], two's complement, chunks at sm90_activation_byte (index.cuh); 16-byte aligned
@@ -17,22 +20,37 @@
 //   x        T [m, k], row stride ldx elements; SILU_MUL: the gate
 //   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
 //   m, k, k_blocks >= ceil(k / 128), m_stride >= m, ldx, ld_second
-//   rows_log2    0 to 3. RESIDENT: blockDim.x = 4 * 2^rows_log2 * k_blocks rounded up to warps; LONG: rows_log2 = 0, any
-//                number of warps up to MAX_THREADS
+//   rows_log2    0 to 3, LONG and CLUSTER: 0
+//   blocks_per_cta   k_blocks; CLUSTER: at least the CTA's part of them. blockDim.x = 4 * 2^rows_log2 * blocks_per_cta rounded up
+//                to warps; LONG: any number of warps up to MAX_THREADS
 //   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   RMS_NORM only, see `inverse_rms_of` and `normalised`
-//   aligned  1: x and second (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, slower
-// Grid: (tiles of 2^rows_log2 rows). Rows from m on are not written.
+//   aligned  1: x and second (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, LONG alone
+// Grid: (tiles of 2^rows_log2 rows); CLUSTER: times the CTAs of a cluster; STREAM: as many CTAs as run at once, at most, and
+// SLOT_BYTES * blockDim.x bytes of dynamic shared memory. Rows from m on are not written.
 //
 // Macros: those of quantize.cuh with APEX4_FORMAT 8; APEX4_FORM; APEX4_HADAMARD (0, 1).
 #include "quantize/quantize_s8.cuh"
 
 #define APEX4_RESIDENT 1
 #define APEX4_LONG 2
+#define APEX4_CLUSTER 3
+#define APEX4_STREAM 4
 
 constexpr int LANES = 4, SLICES = 32 / LANES;  // of a slice; of a warp
 constexpr int PARTS = 2, COLUMNS = 16;         // of a lane; of a part
 constexpr int WORDS = COLUMNS / 2;
-constexpr int MAX_THREADS = APEX4_FORM == APEX4_RESIDENT ? 1024 : 512, MAX_SLICES = MAX_THREADS / LANES;
+[[maybe_unused]] constexpr int MAX_SLICES = 224, MAX_THREADS = APEX4_FORM == APEX4_LONG ? 512 : LANES * MAX_SLICES;
+#if APEX4_FORM == APEX4_LONG || (APEX4_FORM == APEX4_STREAM && APEX4_INPUT == APEX4_SILU_MUL) || __CUDA_ARCH__ < 800
+#define APEX4_BOUNDS __launch_bounds__(MAX_THREADS)
+#else
+#define APEX4_BOUNDS __launch_bounds__(1024)  // 64 registers rather than 72: more CTAs of short rows fit a multiprocessor
+#endif
+
+#if APEX4_FORM == APEX4_STREAM
+// Of a thread, 16 bytes each: the columns of an operand; stages of all operands, and the gain.
+constexpr int SLOTS = 4, OPERANDS = APEX4_INPUT == APEX4_SILU_MUL ? 2 : 1, STAGES = 2 / OPERANDS;
+[[maybe_unused]] constexpr int SLOT_BYTES = 16 * SLOTS * (STAGES * OPERANDS + (APEX4_INPUT == APEX4_RMS_NORM ? 1 : 0));
+#endif
 
 #if APEX4_HADAMARD
 constexpr float TRANSFORM_FACTOR = 0.08838834764831845f;  // 1 / sqrt(128)
@@ -94,19 +112,11 @@ struct Lane {
  private:
   __device__ __forceinline__ static void load_from(
       unsigned (&to)[PARTS][WORDS], const unsigned short* row, const Source& from, int column, bool active) {
-    if (from.aligned) {
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part)
-#pragma unroll
-        for (int octet = 0; octet < 2; ++octet)
-          load_octet(to[part] + 4 * octet, row, column + whole_column(0, part) + 8 * octet, from.k, active, true);
-      return;
-    }
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
       for (int octet = 0; octet < 2; ++octet)
-        load_octet(to[part] + 4 * octet, row, column + whole_column(0, part) + 8 * octet, from.k, active, false);
+        load_octet(to[part] + 4 * octet, row, column + whole_column(0, part) + 8 * octet, from.k, active, from.aligned);
   }
 };
 
@@ -253,67 +263,194 @@ __device__ __forceinline__ void store(
   if (block == 0 && chunk == 0) to.scales[row] = scale;
 }
 
-#ifdef APEX4_REGS
-#define APEX4_BOUNDS __maxnreg__(APEX4_REGS)
-#else
-#define APEX4_BOUNDS __launch_bounds__(MAX_THREADS)
+#if APEX4_FORM != APEX4_LONG
+// What all rows of a CTA go through: a thread's place among them.
+struct Place {
+  int lane, first_slice, rows_log2, first_block, slice, in_rows, block;
+
+  __device__ __forceinline__ Place(int rows_log2, int first_block)
+      : lane(threadIdx.x & 31), first_slice(threadIdx.x / 32 * SLICES), rows_log2(rows_log2), first_block(first_block),
+        slice(first_slice + whole_slice(lane)), in_rows(rows_slice_row(slice, rows_log2)),
+        block(first_block + rows_slice_block(slice, rows_log2)) {}
+  __device__ __forceinline__ int column() const { return BLOCK * block + whole_column(lane, 0); }
+};
+
+// Codes of a tile, whose first row is `first_row`, from what is known of its rows: in each lane of the row `lane` mod 2^rows_log2.
+__device__ __forceinline__ void store_tile(
+    const Target& to, const Place& at, const float (&y)[PARTS][COLUMNS], float row_absmax, int first_row) {
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const int slice = at.first_slice + result_slice(at.lane, part), in_rows = rows_slice_row(slice, at.rows_log2);
+    store(to, y[part], __shfl_sync(FULL_WARP, row_absmax, in_rows), first_row + in_rows,
+          at.first_block + rows_slice_block(slice, at.rows_log2), part, at.lane);
+  }
+}
+#endif
+
+#if APEX4_FORM == APEX4_CLUSTER
+// A number of a row from those of the lanes of all its CTAs: every warp writes its own to all CTAs. `of_warps`: of the cluster's.
+template <class Combine>
+__device__ __forceinline__ float of_cluster(float* of_warps, float value, int lane, Combine combine) {
+  value = over_lanes<1, 32>(value, combine);
+  const int ctas = cluster_size(), warps = blockDim.x / 32;
+  if (lane < ctas) write_to_rank(of_warps + cluster_rank() * warps + threadIdx.x / 32, lane, value);
+  cluster_arrive();
+  cluster_wait();
+  value = 0.0f;
+  for (int i = lane; i < ctas * warps; i += 32) value = combine(value, of_warps[i]);
+  return over_lanes<1, 32>(value, combine);
+}
 #endif
 
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, int m, int k, int k_blocks,
-    int m_stride, int ldx, int ld_second, int rows_log2, float eps, float one_over_k, int gain_offset, int aligned) {
-  __shared__ float slice_absmax[MAX_SLICES];
+    int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float eps, float one_over_k, int gain_offset,
+    int aligned) {
   let_dependents_start();
-  const Source from{x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0};
-  const Target to{codes, scales, m, k_blocks, m_stride};
-  const int lane = threadIdx.x & 31, first_slice = threadIdx.x / 32 * SLICES;
+  const Source from{x, second, k, ldx, ld_second, gain_offset != 0, APEX4_FORM != APEX4_LONG || aligned != 0};
+  [[maybe_unused]] const Target to{codes, scales, m, k_blocks, m_stride};
   Lane values;
-  float inverse_rms = 1.0f, y[PARTS][COLUMNS], largest[PARTS] = {};
-#if APEX4_INPUT == APEX4_RMS_NORM
-  __shared__ float slice_squares[MAX_SLICES];
-#endif
+  [[maybe_unused]] float inverse_rms = 1.0f;
 
 #if APEX4_FORM == APEX4_RESIDENT
-  const int first_row = blockIdx.x << rows_log2;
-  const int slice = first_slice + whole_slice(lane), in_rows = rows_slice_row(slice, rows_log2);
-  const int row = first_row + in_rows, block = rows_slice_block(slice, rows_log2);
-  const int column = BLOCK * block + whole_column(lane, 0);
-  const bool active = row < m && block < k_blocks;
+  __shared__ float slice_absmax[MAX_SLICES];
+  const Place at(rows_log2, 0);
+  const int first_row = blockIdx.x << rows_log2, row = first_row + at.in_rows;
+  const bool active = row < m && at.block < k_blocks;
 #if APEX4_INPUT == APEX4_RMS_NORM
-  // The gain is no output of the kernel before: no need to wait for that one.
-#ifndef APEX4_LATE
-  values.load_second(from, row, column, active);
+  __shared__ float slice_squares[MAX_SLICES];
+#if __CUDA_ARCH__ >= 900
+  values.load_second(from, row, at.column(), active);  // no output of the kernel before: no need to wait for that one
 #endif
   wait_for_inputs();
-  values.load(from, row, column, active);
+  values.load(from, row, at.column(), active);
   const float squares = over_lanes<1, LANES>(values.squares(), Sum());
-  if (lane % LANES == 0) slice_squares[slice] = squares;
+  if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
   __syncthreads();
-  const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, lane, Sum()), in_rows);
+  const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, at.lane, Sum()), at.in_rows);
   inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
-#ifdef APEX4_LATE
-  values.load_second(from, row, column, active);
+#if __CUDA_ARCH__ < 900
+  values.load_second(from, row, at.column(), active);
 #endif
 #else
   wait_for_inputs();
-  values.load(from, row, column, active);
-  values.load_second(from, row, column, active);
+  values.load(from, row, at.column(), active);
+  values.load_second(from, row, at.column(), active);
 #endif
   values.finish(from, inverse_rms);
-  transform(y, values.pairs, lane);
+  float y[PARTS][COLUMNS], largest[PARTS] = {};
+  transform(y, values.pairs, at.lane);
   add_largest(largest, y);
-  find_largest(slice_absmax, largest, first_slice, lane);
+  find_largest(slice_absmax, largest, at.first_slice, at.lane);
   __syncthreads();
-  const float row_absmax = of_rows(slice_absmax, rows_log2, lane, Maximum());
+  store_tile(to, at, y, of_rows(slice_absmax, rows_log2, at.lane, Maximum()), first_row);
+
+#elif APEX4_FORM == APEX4_CLUSTER
+  constexpr int MAX_WARPS = MAX_THREADS / 32;  // of a cluster
+  __shared__ float warp_absmax[MAX_WARPS];
+  cluster_arrive();  // that it runs
+  const int ctas = cluster_size(), row = blockIdx.x / ctas;
+  const Place at(0, cluster_rank() * blocks_per_cta);
+  const bool active = at.block < k_blocks && rows_slice_block(at.slice, 0) < blocks_per_cta;
+#if APEX4_INPUT == APEX4_RMS_NORM
+  __shared__ float warp_squares[MAX_WARPS];
+  values.load_second(from, row, at.column(), active);
+  wait_for_inputs();
+  values.load(from, row, at.column(), active);
+  const float squares = values.squares();
+  cluster_wait();
+  inverse_rms = inverse_rms_of(of_cluster(warp_squares, squares, at.lane, Sum()), one_over_k, eps);
+#else
+  wait_for_inputs();
+  values.load(from, row, at.column(), active);
+  values.load_second(from, row, at.column(), active);
+#endif
+  values.finish(from, inverse_rms);
+  float y[PARTS][COLUMNS], largest[PARTS] = {};
+  transform(y, values.pairs, at.lane);
+  add_largest(largest, y);
+#if APEX4_INPUT != APEX4_RMS_NORM
+  cluster_wait();
+#endif
+  // Of the slices that are another CTA's the last warp has zeros, and stores none of them.
+  const Target own{codes, scales, m, min(k_blocks, at.first_block + blocks_per_cta), m_stride};
+  store_tile(own, at, y, of_cluster(warp_absmax, max_nan(largest[0], largest[1]), at.lane, Maximum()), row);
+
+#elif APEX4_FORM == APEX4_STREAM
+  extern __shared__ __align__(16) uint4 memory[];
+  __shared__ float slice_absmax[2][MAX_SLICES];
+  Place at(rows_log2, 0);
+  const int threads = blockDim.x, tiles = (m + (1 << rows_log2) - 1) >> rows_log2, step = gridDim.x;
+  uint4* const slots = memory + threadIdx.x;
+  // Of one operand's row: `slot` counts those of all.
+  const auto copy_row = [&](int slot, const unsigned short* row, bool there) {
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    const int result = first_slice + result_slice(lane, part), in_result = rows_slice_row(result, rows_log2);
-    store(to, y[part], __shfl_sync(FULL_WARP, row_absmax, in_result), first_row + in_result,
-          rows_slice_block(result, rows_log2), part, lane);
+    for (int i = 0; i < SLOTS; ++i) {
+      const int column = at.column() + whole_column(0, i / 2) + 8 * (i % 2);
+      copy_async_or_zero(slots + (slot + i) * threads, row + column, there && column < k);
+    }
+  };
+  const auto copy_tile = [&](int stage, int tile) {
+    const int row = (tile << rows_log2) + at.in_rows;
+    const bool there = row < m && at.block < k_blocks;
+    copy_row(stage * OPERANDS * SLOTS, x + static_cast<long long>(row) * ldx, there);
+#if APEX4_INPUT == APEX4_SILU_MUL
+    copy_row((stage * OPERANDS + 1) * SLOTS, second + static_cast<long long>(row) * ld_second, there);
+#endif
+  };
+  const auto read_row = [&](unsigned (&pairs)[PARTS][WORDS], int slot) {
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) unpack(pairs[i / 2] + 4 * (i % 2), slots[(slot + i) * threads]);
+  };
+#if APEX4_INPUT == APEX4_RMS_NORM
+  __shared__ float slice_squares[MAX_SLICES];
+  constexpr int GAIN = STAGES * OPERANDS * SLOTS;
+  copy_row(GAIN, second, at.block < k_blocks);
+#endif
+  wait_for_inputs();
+#pragma unroll
+  for (int stage = 0; stage < STAGES; ++stage) {
+    copy_tile(stage, blockIdx.x + stage * step);
+    commit_copies();
+  }
+  int stage = 0, parity = 0;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < tiles; tile += step) {
+    asm volatile("" : "+r"(at.lane));  // to the compiler another number: it shall keep nothing made of it from tile to tile
+    wait_for_copies_but<STAGES - 1>();
+    read_row(values.pairs, stage * OPERANDS * SLOTS);
+#if APEX4_INPUT == APEX4_SILU_MUL
+    read_row(values.factors, (stage * OPERANDS + 1) * SLOTS);
+#endif
+    copy_tile(stage, tile + STAGES * step);
+    commit_copies();
+#if APEX4_INPUT == APEX4_RMS_NORM
+    const float squares = over_lanes<1, LANES>(values.squares(), Sum());
+    if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
+    __syncthreads();
+    const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, at.lane, Sum()), at.in_rows);
+    inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
+    read_row(values.factors, GAIN);
+#endif
+    values.finish(from, inverse_rms);
+    float y[PARTS][COLUMNS], largest[PARTS] = {};
+    transform(y, values.pairs, at.lane);
+    add_largest(largest, y);
+    // In turn, as a warp may be a tile ahead of others that still read.
+    find_largest(slice_absmax[parity], largest, at.first_slice, at.lane);
+    __syncthreads();
+    store_tile(to, at, y, of_rows(slice_absmax[parity], rows_log2, at.lane, Maximum()), tile << rows_log2);
+    stage = stage + 1 < STAGES ? stage + 1 : 0, parity ^= 1;
   }
 
 #else  // APEX4_LONG
+  __shared__ float slice_absmax[MAX_SLICES];
+#if APEX4_INPUT == APEX4_RMS_NORM
+  __shared__ float slice_squares[MAX_SLICES];
+#endif
+  const int lane = threadIdx.x & 31, first_slice = threadIdx.x / 32 * SLICES;
   const int row = blockIdx.x, slices = blockDim.x / LANES;
+  float y[PARTS][COLUMNS], largest[PARTS] = {};
   wait_for_inputs();
   // All warps go the same number of rounds: there are shuffles in them.
 #if APEX4_INPUT == APEX4_RMS_NORM
