@@ -343,16 +343,19 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
     rows = (1, 3, 100) if quick else (1, 3, 16, 100, 2048)
     widths = (200, 4096) if quick else (128, 200, 4096, 11008, 14336)
     number = seed
-    for format in ("sm80", "sm90"):
+    for format in ("sm80", "sm90", "s8"):
         for dtype in DTYPES:
             for input in ("plain", "rms_norm", "silu_mul"):
                 for transform in ("none", "hadamard", "dense"):
                     base = Case(1, 1, format=format, dtype=dtype, input=input, transform=transform)
+                    groups: tuple[GroupSize, ...] = (128,) if transform == "dense" else (128, 256, "channel")
+                    if format == "s8":  # a group is a row
+                        base, groups = replace(base, group="channel"), ("channel",)
                     for k in widths:
                         for m in rows:
-                            for group in (128,) if transform == "dense" else (128, 256, "channel"):
+                            for group in groups:
                                 number += 1
-                                clip = (1.0, 0.9)[number % 2]
+                                clip = 1.0 if format == "s8" else (1.0, 0.9)[number % 2]
                                 yield replace(base, m=m, k=k, group=group, clip=clip, seed=number)
                     number += 1
                     small = replace(base, m=37, k=1000, seed=number)
@@ -368,9 +371,17 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                     if transform != "dense":  # rows longer than a CTA holds
                         yield replace(small, m=5, k=20000, group="channel")
                         yield replace(small, m=5, k=53248, group="channel")
-                        yield replace(small, m=9, k=2944, group=384)
+                        if format != "s8":
+                            yield replace(small, m=9, k=2944, group=384)
                     else:
                         yield replace(small, shared_matrix=True)
                         yield replace(small, shared_matrix=True, m=1000, k=8192)
                         if input == "rms_norm":
                             yield replace(small, shared_matrix=True, m=5000, k=4096, gain_offset=True)
+                    if format == "s8":  # few rows that CTAs share, and more of them than there are CTAs
+                        yield from (
+                            replace(small, m=m, k=k) for m, k in ((1, 28672), (13, 4096), (2500, 4096), (9000, 256))
+                        )
+                        yield from (
+                            replace(small, m=m, k=4096, data=data) for m in (2, 2300) for data in ("nan", "ties")
+                        )

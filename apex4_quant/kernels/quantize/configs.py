@@ -1,8 +1,9 @@
 """Which quantizer kernel runs for which input, and with what grid. Knows no torch (but for `prepack_matrix`) and no CUDA.
 
-The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_dense.cu (a dense matrix
-per block; group size 128), quantize_dense_sm90.cu (the same for many rows on Hopper) and row_rms.cu, which quantize_dense.cu
-needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
+The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_whole_rows.cu (the same to eight
+bits, with a scale a row), quantize_dense.cu (a dense matrix per block; group size 128, or a row of eight bits),
+quantize_dense_sm90.cu (the same for many rows on Hopper), row_rms.cu, which quantize_dense.cu needs for RMSNorm, and row_scale.cu,
+which it needs for eight bits. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
 `product_is_faster`: a Hadamard transform as a product has its sums in another order.
 """
 
@@ -28,6 +29,7 @@ WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of qua
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
 TOKEN_FORMAT = "s8"  # that of eight bits, one scale a token
+GROUPED_FORMATS = {80: "sm80", 86: "sm80", 89: "sm80", 90: "sm90"}  # that of four bits, by architecture
 FORMATS = {"sm80": 80, "sm90": 90, TOKEN_FORMAT: 8}  # activation format -> APEX4_FORMAT
 
 WARP = 32
@@ -41,7 +43,10 @@ CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes 
 GRID_Y = 65535  # the largest grid in y; row tiles go on in z
 
 WHOLE_LANES = 4  # quantize_whole_rows.cu: threads of a slice
-WHOLE_SLICES, WHOLE_LONG_THREADS = 224, 512  # the most slices of a CTA that are kept; threads of one that reads a row again
+WHOLE_SLICES, WHOLE_LONG_THREADS = (
+    224,
+    512,
+)  # the most slices of a CTA that are kept; threads of one that reads a row again
 WHOLE_LEAST_SLICES, WHOLE_MOST_ROWS = 16, 8  # a CTA of short rows has several of them
 CLUSTER_CTAS, CLUSTER_LEAST_BLOCKS = 8, 8  # the most CTAs that share a row, and the least that each has of it
 STREAM_THREADS = {"plain": 1024, "rms_norm": 1024, "silu_mul": 896}  # of a multiprocessor: 64 registers each, or 72
@@ -172,9 +177,17 @@ def row_rms_config(dtype: str) -> QuantizeConfig:
 
 
 def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
-    """Every quantizer kernel of an architecture (80, 86, 89, 90): of one input type, or of both."""
+    """Every quantizer kernel of an architecture: of one input type, or of both."""
     dtypes = DTYPES if dtype is None else (dtype,)
-    return [*_configs("sm90" if sm >= 90 else "sm80", dtypes), *token_configs(sm, dtypes)]
+    if sm < 80:
+        dtypes = tuple(each for each in dtypes if each != "bfloat16")
+    grouped = GROUPED_FORMATS.get(sm)
+    return [
+        *(() if grouped is None else _configs(grouped, dtypes)),
+        *_token_configs(dtypes, sm == 90),
+        *map(row_rms_config, dtypes),
+        row_scale_config(),
+    ]
 
 
 def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
@@ -185,22 +198,17 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
                     yield rows_config(form, input, hadamard, dtype, format)
             for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
-        yield row_rms_config(dtype)
 
 
-def token_configs(sm: int, dtypes: tuple[str, ...] = DTYPES) -> Iterator[QuantizeConfig]:
-    """Those to eight bits alone, but for row_rms.cu. An sm_75 has them for float16."""
+def _token_configs(dtypes: tuple[str, ...], sm_90: bool) -> Iterator[QuantizeConfig]:
     for dtype in dtypes:
-        if sm < 80 and dtype == "bfloat16":
-            continue
         for input in INPUTS:
             for hadamard in (False, True):
-                for form in WHOLE_FORMS[1:] if sm == 90 else WHOLE_FORMS[1:3]:
+                for form in WHOLE_FORMS[1:] if sm_90 else WHOLE_FORMS[1:3]:
                     yield whole_rows_config(form, input, hadamard, dtype)
             for few_rows in (0, 1):
-                codes = dense_config(few_rows, input, dtype, TOKEN_FORMAT, sm == 90)
+                codes = dense_config(few_rows, input, dtype, TOKEN_FORMAT, sm_90)
                 yield from (codes, measuring_config(codes))
-    yield row_scale_config()
 
 
 @lru_cache(maxsize=4096)
