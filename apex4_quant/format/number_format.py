@@ -11,6 +11,11 @@ from __future__ import annotations
 from ..errors import UsageError
 
 BITS = 4
+ACTIVATION_BITS = (4, 8)  # what a linear may say of its input's codes
+TOKEN_CODE_MAX = 127  # of 8-bit activations, which have one scale a token; -128 is never produced
+LARGEST_K_OF_TOKENS = (
+    2**17
+)  # padded input features whose sums of 8-bit products an int32 holds: 127 * 126 * 2^17 < 2^31
 CODE_MAX = 7  # -8 is never produced: symmetric +-7 stays exact in e4m3 and in the Blackwell INT4 grids
 FORBIDDEN_CODE = -8
 

@@ -142,10 +142,10 @@ class Apex4Linear(nn.Module):
     def kernel_weights(self) -> KernelWeights:
         """What the operators multiply by."""
         if self.layout.name == self.kernel:
-            return KernelWeights(self.weight_packed, self.weight_scale, self.float_bias, self.out_features)
+            return KernelWeights(self.weight_packed, self.weight_scale, None, self.float_bias, self.out_features)
         layout = get_layout(self.kernel or "")  # offloaded: the tensors come anew for every call, in the stored order
         packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
-        return KernelWeights(packed, scale, self.float_bias, self.out_features)
+        return KernelWeights(packed, scale, None, self.float_bias, self.out_features)
 
     def quantizer_arguments(self, dtype: torch.dtype, device: torch.device) -> OperatorArguments:
         """The last arguments of the operators, for an input of this dtype on this device."""

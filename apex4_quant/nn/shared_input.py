@@ -153,7 +153,7 @@ class SharedInput:
         for tensor in (packed, scale, bias):
             if tensor is not None:
                 mark_static_address(tensor)  # they are weights
-        return KernelWeights(packed, scale, bias, sum(member.out_features for member in self.members))
+        return KernelWeights(packed, scale, None, bias, sum(member.out_features for member in self.members))
 
     def _joined(self, name: str) -> torch.Tensor:
         """The members' parameters `name` in one tensor, whose parts they are afterwards."""

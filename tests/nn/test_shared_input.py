@@ -23,7 +23,7 @@ import apex4_quant  # noqa: F401  (registers the quantizer)
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels import dispatch
-from apex4_quant.kernels.operands import FORMATS
+from apex4_quant.kernels.operands import GROUPED_FORMATS
 from apex4_quant.models.families import FAMILIES
 from apex4_quant.nn.call_scope import CallScope
 from apex4_quant.nn.linear import Apex4Linear
@@ -69,7 +69,7 @@ def load(checkpoint: Path, kernel: str | None, shared: bool = True) -> Any:
 # ---- a whole model ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GROUPED_FORMATS)
 def test_the_fused_model_gives_the_same_bits(
     format: str, demo_checkpoint: Path, reference_logits: torch.Tensor
 ) -> None:
@@ -108,7 +108,7 @@ def test_siblings_are_views_of_one_tensor(demo_checkpoint: Path) -> None:
     assert attention.o_proj.shared is None
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GROUPED_FORMATS)
 def test_what_is_saved_is_in_the_checkpoints_own_layout(
     format: str, demo_checkpoint: Path, tmp_path: Path, reference_logits: torch.Tensor
 ) -> None:
