@@ -16,7 +16,7 @@ from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.hardware.gpus import GPUS
 from apex4_quant.models.source import ModelSource
 from apex4_quant.planning.cost_model import activation_seconds
-from apex4_quant.planning.options import choices_of
+from apex4_quant.planning.options import Choice, choices_of
 from apex4_quant.planning.planner import group_options, make_plan
 from apex4_quant.planning.sensitivity import GroupSensitivity
 from apex4_quant.planning.settings import PlanSettings
@@ -42,7 +42,7 @@ def test_a_dense_transform_costs_its_time_once_an_input() -> None:
     of_input = GroupSensitivity(0, 0, ("q", "k", "v"), (4096, 1024, 1024), 4096, False, {}, losses)
     seconds = {each.choice: each.seconds for each in group_options(of_input, gpu, 8192).options}
     more = activation_seconds(gpu, 8192, 4096, 128, dense=True) - activation_seconds(gpu, 8192, 4096, 128)
-    assert seconds[128, DENSE] - seconds[128, HADAMARD] == pytest.approx(more) and more > 0
+    assert seconds[Choice(128, DENSE)] - seconds[Choice(128, HADAMARD)] == pytest.approx(more) and more > 0
 
 
 # From the command line
@@ -151,7 +151,7 @@ def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path) -> None:
     settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=2, seq_len=32, device="cpu", budget=9)
     first, second = make_plan(settings), make_plan(settings)
     assert first.as_dict() == second.as_dict()
-    assert {each.choice for each in first.chosen} == {(128, DENSE)}
+    assert {each.choice for each in first.chosen} == {(128, DENSE, 4)}
     assert first.predicted()["of_least_loss"] == 1
 
 
