@@ -1,4 +1,4 @@
-"""Folded weights: what multiplies 8-bit activations. docs/format.md §2, "Eight-bit activations"; integer, the same on every reader.
+"""Folded weights: what multiplies 8-bit activations. docs/format.md §1, "Eight-bit activations"; integer, the same on every reader.
 
 The scales of a row's groups are folded into its codes, so that one integer sum over all of K is left, and one factor a row:
 
