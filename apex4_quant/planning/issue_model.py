@@ -181,3 +181,7 @@ def gemm_seconds(gpu: Gpu, loop: Loop, m: int, n: int, k: int, share: float | No
     compute = ceil(tiles / gpu.sms) * tile_clocks / (gpu.clock_mhz * 1e6) / (share or efficiency(gpu))
     moved = n * blocks * (BLOCK / 2 + 2) + m * blocks * (BLOCK / 2 + 4) + 2 * m * n
     return max(compute, moved / (gpu.memory_gbs * 1e9 * MEMORY_SHARE))
+
+
+def folding_loop(gpu: Gpu) -> Loop:
+    return Loop("fold", arch_of(gpu), (128, 256), False, 1.0, {"integer": 0.5}, 40.0, True)

@@ -18,7 +18,12 @@ from .options import LADDER, Choice, GroupOptions, Option
 from .sensitivity import GroupSensitivity
 from .settings import PlanSettings
 
-PLANNED_KEYS = ("group_size", "transform", "activation_bits", "shape")  # of a linear in the file
+PLANNED_KEYS = (
+    "group_size",
+    "transform",
+    "activation_bits",
+    "shape",
+)  # of a linear in the file; 4 bits go without saying
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ class QuantizationPlan:
         for group, option in zip(self.groups, self.chosen, strict=True):
             gemms = [
                 gemm_seconds(
-                    self.gpu, tokens, n, group.in_features, option.choice.group_size, self.mainloop,
+                    self.gpu,
+                    tokens,
+                    n,
+                    group.in_features,
+                    option.choice.group_size,
+                    self.mainloop,
                     option.choice.activation_bits,
                 )
                 for n in group.outputs
@@ -103,7 +113,10 @@ class QuantizationPlan:
         """YAML or, if the name ends in .json, JSON."""
         entries = {entry["name"]: entry for entry in self.linears()}
         groups = [
-            {name: {key: entries[name][key] for key in PLANNED_KEYS} for name in group.linears}
+            {
+                name: {key: entries[name][key] for key in PLANNED_KEYS if entries[name][key] != BITS}
+                for name in group.linears
+            }
             for group in self.groups
         ]
         notes = {
@@ -125,7 +138,7 @@ class QuantizationPlan:
         entries = self.linears()
         width = max(len(entry["name"]) for entry in entries)
         offered = list(dict.fromkeys(choice for group in self.groups for choice in group.losses))
-        columns = [(choice.label, max(10, len(choice.label) + 2)) for choice in sorted(offered, key=_column)]
+        columns = [(choice.label, max(9, len(choice.label) + 2)) for choice in sorted(offered, key=_column)]
         lines = [
             f"{self.source.describe()} on {self.gpu.name}, {self.settings.tokens} tokens, mode {self.settings.mode}, "
             f"mainloop {self.mainloop.name}: losses and times are predicted",

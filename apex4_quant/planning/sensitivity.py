@@ -271,11 +271,12 @@ def _quickly_learned(
 def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:
     """Measured losses by choice, finest groups first -> those to choose by.
 
-    Under one transform a coarser size never counts as better than a finer one: where it measures so, that is the sample's
+    Under one transform, with as many bits, a coarser size never counts as better than a finer one: where it measures so, that is the sample's
     noise.
     """
-    worst: dict[str, float] = {}
+    worst: dict[tuple[TransformKind, int], float] = {}
     kept: dict[Choice, float] = {}
     for choice, loss in losses.items():
-        kept[choice] = worst[choice.transform] = max(worst.get(choice.transform, 0.0), loss)
+        kind = choice.transform, choice.activation_bits
+        kept[choice] = worst[kind] = max(worst.get(kind, 0.0), loss)
     return kept

@@ -51,4 +51,8 @@ def test_modes_offer_what_they_may_choose_from() -> None:
         Mode.G128: four[::2],
     }
     assert all(group.offered(mode).writes for mode in Mode)
-    assert group.least.choice == (128, HADAMARD, 4)  # of equal losses: fewer bits, the finest groups, the cheaper transform
+    assert group.least.choice == (
+        128,
+        HADAMARD,
+        4,
+    )  # of equal losses: fewer bits, the finest groups, the cheaper transform
