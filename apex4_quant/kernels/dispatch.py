@@ -41,12 +41,15 @@ def activation_bits(device: torch.device, stored: int) -> int:
     Never with fewer. APEX4_ACTIVATIONS=8 is 8 everywhere, 4 what the checkpoint says; auto is 8 on a GPU that gains by it, and
     elsewhere what the checkpoint says. Raises UsageError for another value.
     """
+    return activation_bits_on(_architecture(_index_of(device)) if device.type == "cuda" else None, stored)
+
+
+def activation_bits_on(sm: int | None, stored: int) -> int:
+    """`activation_bits` of a GPU of this architecture; None: of a CPU."""
     asked = asked_activations()
     if stored == 8 or asked == "8":
         return 8
-    if asked == "4" or device.type != "cuda":
-        return stored
-    return 8 if gains_by_eight_bits(_architecture(_index_of(device))) else stored
+    return 8 if asked == AUTO and sm is not None and gains_by_eight_bits(sm) else stored
 
 
 def asked_activations() -> str:

@@ -6,11 +6,9 @@ For M tokens, N outputs, K inputs (padded) in G groups:
                  this GPU (issue_model.py: tensor cores, CUDA cores, shared memory, issue; one fitted efficiency)
     memory       B = (N K / 2 + 2 N G + M K / 2 + 4 M G + 2 M N) / bandwidth
     GEMM           = max(arithmetic, B)
+    8-bit activations: M K + 4 M for M K / 2 + 4 M G, here and below, and the account of the 8-bit main loop
     quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a dense transform adds
                      256 K bytes of matrices, and its 256 M K operations at the 16-bit rate overlap with the memory
-
-With 8-bit activations codes of x are M K bytes with one scale a token, and the main loop is the one that folds scales into
-weights: nothing is done for a group.
 
 `dequantization_load` is lambda = c rho / g: CUDA-core time over tensor-core time of one GEMM. c counts the FP32
 instruction slots per accumulator and group, rho is the GPU's INT4 rate over its FP32 rate, g the group size. A mainloop
@@ -25,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..format.number_format import BITS, BLOCK, CHANNEL, GroupSize, group_count, group_length, padded_in_features
+from ..format.number_format import BLOCK, CHANNEL, GroupSize, group_count, group_length, padded_in_features
 from ..hardware.gpus import GPUS, Gpu, resolve_target
 from . import issue_model
 from .issue_model import FP16_SHARE, MEMORY_SHARE
@@ -94,34 +92,33 @@ def _memory_seconds(gpu: Gpu, size: float) -> float:
     return size / (gpu.memory_gbs * 1e9 * MEMORY_SHARE)
 
 
-def _operand_bytes(m: int, k: int, group_size: GroupSize, activation_bits: int) -> float:
-    """Of codes and scales of x [m, k]."""
-    padded = padded_in_features(k, group_size)
-    scales = group_count(k, group_size) if activation_bits == BITS else 1
-    return m * padded * activation_bits / 8 + 4 * m * scales
-
-
 def gemm_seconds(
-    gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainloop: Mainloop = OURS, activation_bits: int = BITS
+    gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainloop: Mainloop = OURS, activation_bits: int = 4
 ) -> float:
-    """Predicted seconds of the GEMM alone: x [m, k] quantized, weight [n, k], y [m, n] in 16 bits."""
+    """Predicted seconds of the GEMM alone: x [m, k] quantized to 4 or 8 bits, weight [n, k], y [m, n] in 16 bits.
+
+    With 8 bits the groups cost nothing, whatever their size, and `mainloop` says nothing.
+    """
     padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
-    if activation_bits == BITS:
-        blocks_per_group = padded / BLOCK / groups
-        loop = mainloop.loop(gpu, blocks_per_group)
-        arithmetic = issue_model.mainloop_seconds(gpu, loop, m, n, padded, blocks_per_group)
+    blocks_per_group = padded / BLOCK / groups
+    if activation_bits == 8:
+        loop = issue_model.best_loop(gpu, activation_bits=8)
+        activations = m * padded + 4 * m
     else:
-        arithmetic = issue_model.mainloop_seconds(gpu, issue_model.folding_loop(gpu), m, n, padded)
-    moved = n * padded / 2 + 2 * n * groups + _operand_bytes(m, k, group_size, activation_bits) + 2 * m * n
-    return max(arithmetic, _memory_seconds(gpu, moved))
+        loop = mainloop.loop(gpu, blocks_per_group)
+        activations = m * padded // 2 + 4 * m * groups
+    arithmetic = issue_model.mainloop_seconds(gpu, loop, m, n, padded, blocks_per_group)
+    memory = _memory_seconds(gpu, n * padded / 2 + 2 * n * groups + activations + 2 * m * n)
+    return max(arithmetic, memory)
 
 
 def activation_seconds(
-    gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False, activation_bits: int = BITS
+    gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False, activation_bits: int = 4
 ) -> float:
     """Predicted seconds of quantizing x [m, k] from 16 bits, behind the Hadamard transform or a dense one."""
-    padded = padded_in_features(k, group_size)
-    moved = 2 * m * k + _operand_bytes(m, k, group_size, activation_bits)
+    padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
+    stored = m * padded / 2 + 4 * m * groups if activation_bits == 4 else m * padded + 4 * m
+    moved = 2 * m * k + stored
     if not dense:
         return _memory_seconds(gpu, moved)
     products = 2 * m * padded * BLOCK / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
@@ -136,7 +133,7 @@ def input_group_seconds(
     group_size: GroupSize,
     mainloop: Mainloop = OURS,
     dense: bool = False,
-    activation_bits: int = BITS,
+    activation_bits: int = 4,
 ) -> float:
     """Predicted seconds of the linears [n, k], n in `outputs`, that share one input: it is transformed, by a `dense`
     transform or Hadamard's, and quantized once."""

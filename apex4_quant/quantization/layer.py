@@ -269,6 +269,7 @@ def decide_input(
             recipe.transform_steps,
             format.transform is TransformKind.SHARED,
             None if found is None else pad_input_features(found.rows, format),
+            format.activation_bits,
             warn=lambda text: say(f"{reader}: {text}"),
         )
     if recipe.search_clip and format.activation_bits == BITS:

@@ -39,8 +39,8 @@ class PlanEntry:
 
     group_size: GroupSize
     transform: TransformKind | None = None  # None: that of the run
-    activation_bits: int | None = None  # likewise
     shape: tuple[int, int] | None = None  # [out, in] as the file claims it
+    activation_bits: int | None = None  # None: those of the run
 
     def as_dict(self) -> dict[str, Any]:
         """What a run records."""
@@ -194,8 +194,8 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
     return PlanEntry(
         group_size,
         None if transform is None else TransformKind(transform),
-        bits,
         None if shape is None else (shape[0], shape[1]),
+        bits,
     )
 
 
