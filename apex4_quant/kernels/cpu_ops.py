@@ -5,6 +5,8 @@ Signatures are the schemas of ops.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..format.layouts import get_layout
@@ -16,6 +18,7 @@ from .operands import (
     pack_activations,
     require_gemm,
     require_quantizer,
+    require_residual,
     require_weights,
     unpack_activations,
 )
@@ -115,3 +118,9 @@ def silu_mul_linear(
     require_quantizer("silu_mul_linear", False, gate, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, bias, n, *how)
     return _multiply(*_quantize(_gated(gate, up), *how), packed, scale, bias, gate.shape[0], n, gate.dtype)
+
+
+def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    require_residual("add_rms_norm_linear", x, residual)
+    total = (x + residual).contiguous()
+    return rms_norm_linear(total, *rest), total

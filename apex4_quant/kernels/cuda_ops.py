@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ctypes import c_int
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from .operands import (
     empty_operands,
     require_gemm,
     require_quantizer,
+    require_residual,
     require_weights,
     row_stride,
 )
@@ -309,3 +311,9 @@ def silu_mul_linear(
     require_quantizer("silu_mul_linear", True, gate, matrix, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, bias, n, matrix, *how)
     return _linear(_Source("silu_mul", gate, up), packed, scale, bias, n, matrix, *how)
+
+
+def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    require_residual("add_rms_norm_linear", x, residual)
+    total = (x + residual).contiguous()
+    return rms_norm_linear(total, *rest), total

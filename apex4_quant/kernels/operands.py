@@ -136,6 +136,12 @@ def require_quantizer(
         _require_matrix(operator, matrix, x, k_padded // BLOCK, kernels and group == BLOCK)
 
 
+def require_residual(operator: str, x: torch.Tensor, residual: torch.Tensor) -> None:
+    """Raise Apex4Error if it cannot be added to x as it is."""
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.get_device() != x.get_device():
+        _refuse(operator, "residual", _described(residual), f"{_described(x)} beside x, as that is,")
+
+
 def _require(
     operator: str, argument: str, tensor: torch.Tensor, beside: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:  # fmt: skip
