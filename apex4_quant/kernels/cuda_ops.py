@@ -29,7 +29,7 @@ from .operands import (
     require_weights,
     row_stride,
 )
-from .quantize.configs import FEW_ROWS, product_is_faster
+from .quantize.configs import FEW_ROWS, FORMATS, LONG_BLOCKS, product_is_faster
 from .quantize.hadamard_product import signs
 from .quantize.launch import Quantizer, QuantizerShape, quantizer, rows_are_aligned
 from .runtime import launcher, workspace
@@ -56,7 +56,10 @@ def prepare(device: torch.device) -> None:
 
 
 class _Source:
-    """What a quantizer reads: x [M, K] with its rows in one piece each; `second`: the gain, or up [M, K]."""
+    """What a quantizer reads: x [M, K] with its rows in one piece each; `second`: the gain, or up [M, K].
+
+    "add_rms_norm": x + `residual`, which it stores in `total` [M, K].
+    """
 
     def __init__(
         self,
@@ -65,6 +68,8 @@ class _Source:
         second: torch.Tensor | None = None,
         eps: float = 0.0,
         gain_offset: bool = False,
+        residual: torch.Tensor | None = None,
+        total: torch.Tensor | None = None,
     ) -> None:
         self.input, self.eps, self.gain_offset = input, eps, gain_offset
         self.x = x = _with_dense_rows(x)
@@ -76,6 +81,12 @@ class _Source:
         operands = [(x.data_ptr(), x.stride(0))]
         if second is not None:
             operands.append((second.data_ptr(), self.ld_second))
+        self.sums = 0, 0
+        if residual is not None and total is not None:
+            self.residual = residual = _with_dense_rows(residual)
+            self.ld_second = residual.stride(0)
+            self.sums = residual.data_ptr(), total.data_ptr()
+            operands += [(self.sums[0], self.ld_second), (self.sums[1], total.stride(0))]
         self.aligned = rows_are_aligned(x.shape[1], *operands)
 
     def quantizer(
@@ -165,7 +176,7 @@ def _linear(
     run, matrix = source.quantizer(matrix, *how)
     run(
         stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes,
-        _board(run, device.index, stream),
+        _board(run, device.index, stream), *source.sums,
     )  # fmt: skip
     _multiply(y, codes, scales, packed, scale, bias, k_padded // BLOCK, group // BLOCK, m_stride, stream)
     return y
@@ -315,5 +326,24 @@ def silu_mul_linear(
 
 def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     require_residual("add_rms_norm_linear", x, residual)
-    total = (x + residual).contiguous()
-    return rms_norm_linear(total, *rest), total
+    if not _one_kernel_adds(x, rest[-6:]):
+        total = (x + residual).contiguous()
+        return rms_norm_linear(total, *rest), total
+    gain, eps, gain_offset, *weights_and_how = rest
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    require_quantizer("add_rms_norm_linear", True, x, *rest[-6:], gain=gain)
+    require_weights("add_rms_norm_linear", x, *weights_and_how)
+    source = _Source("add_rms_norm", x, gain, eps, bool(gain_offset), residual, total)
+    return _linear(source, *weights_and_how), total
+
+
+def _one_kernel_adds(x: torch.Tensor, how: Any) -> bool:
+    """Whether the quantizer does the addition: not with a dense matrix, and where that is how a Hadamard transform is faster."""
+    matrix, k_padded, group, _, hadamard, format = how
+    if matrix is not None or format not in FORMATS or k_padded > LONG_BLOCKS * BLOCK:
+        return False
+    by_product = hadamard and group == BLOCK and x.shape[0] > FEW_ROWS and product_is_faster(
+        x.shape[0], k_padded // BLOCK, input="rms_norm", aligned=x.shape[1] % 8 == 0, format=format,
+        sm_count=_gpu(x.device.index)[1],
+    )  # fmt: skip
+    return not by_product

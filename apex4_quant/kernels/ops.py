@@ -111,9 +111,7 @@ def _fake_silu_mul_linear(
     return gate.new_empty((gate.shape[0], n))
 
 
-def _fake_add_rms_norm_linear(
-    x: torch.Tensor, residual: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     require_residual("add_rms_norm_linear", x, residual)
     return _fake_rms_norm_linear(x, *rest), torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -135,7 +135,7 @@ def _is_read_by(node: fx.Node, reader: fx.Node) -> bool:
 
 
 def _operator(node: Any) -> str:
-    """"rms_norm" or "fused_add_rms_norm", or "": what operator of vLLM's the node calls."""
+    """ "rms_norm" or "fused_add_rms_norm", or "": what operator of vLLM's the node calls."""
     target = getattr(node, "target", None)
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "vllm_ir":
         return str(target._schema.name.partition("::")[2])
@@ -162,7 +162,9 @@ def _fuse_norm(graph: fx.Graph, linear: fx.Node, normed: fx.Node) -> bool:
         return False
     arguments = (*inputs, gain[0], eps, gain[1], *linear.args[1:])
     value = linear.meta["val"]
-    with graph.inserting_before(norm):  # there is nothing in front that it needs, and all readers of the sum stand behind
+    with graph.inserting_before(
+        norm
+    ):  # there is nothing in front that it needs, and all readers of the sum stand behind
         if not adds:
             y = _call(graph, ops.rms_norm_linear, arguments, linear.kwargs, value)
         else:
@@ -183,7 +185,9 @@ def _gain(weight: Any, x: fx.Node) -> tuple[fx.Node, float] | None:
     A kernel may read the gain before the one in front of it has ended, so that it must be a parameter.
     """
     offset = 0.0
-    if isinstance(weight, fx.Node) and weight.target is torch.ops.aten.add.Tensor and weight.args[1:] == (1.0,):  # Gemma
+    if (
+        isinstance(weight, fx.Node) and weight.target is torch.ops.aten.add.Tensor and weight.args[1:] == (1.0,)
+    ):  # Gemma
         weight, offset = weight.args[0], 1.0
         if isinstance(weight, fx.Node) and weight.target is torch.ops.prims.convert_element_type.default:
             weight = weight.args[0]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ...format.number_format import BLOCK, CODE_MAX
 from ..runtime import launcher
 from ..runtime.launcher import Kernel, Launch
-from .configs import MATRIX_CHUNKS, QuantizePlan, board_bytes, choose_dense, choose_row_rms, choose_rows
+from .configs import DENSE_INPUTS, MATRIX_CHUNKS, QuantizePlan, board_bytes, choose_dense, choose_row_rms, choose_rows
 
 VECTOR_BYTES = 16  # of the fast loads
 VECTOR_ELEMENTS = 8
@@ -39,10 +39,11 @@ class Quantizer:
     dense: bool
     statistics: Launch | None = None
     board_bytes: int = 0
+    adds: bool = False
 
     def __call__(
         self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, inverse_rms: int = 0,
-        board: int = 0,
+        board: int = 0, residual: int = 0, total: int = 0,
     ) -> None:  # fmt: skip
         """Pointers, 0 where there is none: see `run_quantize`."""
         if self.statistics is not None:
@@ -50,6 +51,8 @@ class Quantizer:
         if self.dense:
             given = inverse_rms if self.statistics is not None else board if self.board_bytes else 0
             self.launch(stream, codes, scales, x, second, given, matrix)
+        elif self.adds:
+            self.launch(stream, codes, scales, x, second, residual, total)
         else:
             self.launch(stream, codes, scales, x, second)
 
@@ -109,7 +112,10 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         )  # fmt: skip
         integers = m, k, k_blocks, shape.blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         behind = scale_factor, eps, _float(1 / k), _int(shape.gain_offset), aligned
-        return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
+        adds = input == "add_rms_norm"
+        return Quantizer(bound(plan, 6 if adds else 4, *map(_int, integers), *behind), dense=False, adds=adds)
+    if input not in DENSE_INPUTS:
+        raise ValueError(f"no kernel with a dense transform reads {input}")
     if shape.blocks_per_group != 1:
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {shape.blocks_per_group * BLOCK}")
     statistics = None
@@ -140,6 +146,8 @@ def run_quantize(
     matrix: int = 0,
     inverse_rms: int = 0,
     board: int = 0,
+    residual: int = 0,
+    total: int = 0,
     **how: Any,
 ) -> None:
     """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
@@ -147,7 +155,8 @@ def run_quantize(
     transform: "none", "hadamard", or "dense", which needs the prepacked `matrix` (one for all blocks, times
     `matrix_factor`, if matrix_is_shared) and, with input "rms_norm", memory: float32 [m] at `inverse_rms`, for this call
     alone, and `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
-    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half.
+    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half;
+    "add_rms_norm", with the gain at `second`, the `residual`, whose row stride is ld_second, and room for the sum at `total`.
     `how`: what else `QuantizerShape` has.
     """
     if m == 0:
@@ -155,7 +164,9 @@ def run_quantize(
     operands = [(x, ldx)]
     if input != "plain":
         operands.append((second, ld_second if input == "silu_mul" else 0))
+    if input == "add_rms_norm":
+        operands += [(residual, ld_second), (total, k)]
     aligned = rows_are_aligned(k, *operands)
     shape = QuantizerShape(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
     run = quantizer(shape)
-    run(stream, codes, scales, x, second, matrix, inverse_rms, board)
+    run(stream, codes, scales, x, second, matrix, inverse_rms, board, residual, total)

@@ -23,7 +23,9 @@ from apex4_quant.kernels import reference
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.quantize.configs import (
+    DENSE_INPUTS,
     INPUTS,
+    NORMS,
     QuantizePlan,
     all_configs,
     board_bytes,
@@ -79,7 +81,7 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
         for m in ROWS:
             plan = choose_rows(m, k_blocks, blocks_per_group, input=input)
             form = plan.config.name.split("_")[2]
-            unit = k_blocks if input == "rms_norm" else blocks_per_group
+            unit = k_blocks if input in NORMS else blocks_per_group
             assert plan.blocks_per_cta % unit == 0 or plan.blocks_per_cta == k_blocks
             assert plan.grid[1] <= 65535 and plan.block % 32 == 0
             if form == "long":
@@ -87,7 +89,7 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
                 assert plan.grid[0] * plan.blocks_per_cta == k_blocks and plan.grid[1] * plan.grid[2] == m
                 continue
             assert plan.block <= {"narrow": 256, "resident": 1024}[form]
-            assert (form == "narrow") == (unit == 1 and input != "rms_norm")
+            assert (form == "narrow") == (unit == 1 and input not in NORMS)
             assert (plan.blocks_per_cta << plan.rows_log2) * 8 <= plan.block
             if m * k_blocks <= 2**16:
                 assert (covered(plan, m, k_blocks) == 1).all()
@@ -128,7 +130,7 @@ def test_a_grid_of_the_dense_kernel_covers_every_row_once(k: int) -> None:
     assert choose_dense(8192, 32).defines["APEX4_FEW_ROWS"] == 0
 
 
-@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("input", DENSE_INPUTS)
 @pytest.mark.parametrize("k", WIDTHS)
 def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
     k_blocks, sm_count = -(-k // 128), 132
@@ -401,6 +403,11 @@ FAMILIES: dict[str, list[Any]] = {
     "silu, groups": [replace(ROWS_80, input="silu_mul", m=9, k=1100, group=256, seed=5)],
     "rms": [*variants(replace(ROWS_80, input="rms_norm")), replace(ROWS_80, input="rms_norm", m=11, k=1400, group="channel")],
     "rms, none": [replace(ROWS_90, input="rms_norm", transform="none", m=6, k=900, gain_offset=offset) for offset in (False, True)],
+    "add, rms": [
+        *variants(replace(ROWS_90, input="add_rms_norm")),
+        replace(ROWS_80, input="add_rms_norm", m=11, k=1400, group="channel", gain_offset=True),
+    ],
+    "long, add, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="add_rms_norm") for group in (128, "channel")],
     "long": [replace(ROWS_80, m=2, k=17000, group="channel"), replace(ROWS_80, m=2, k=16520, group="channel", data="infinity")],
     "long, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="rms_norm") for group in (128, "channel")],
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
@@ -486,6 +493,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
     "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
                          replace(DENSE_90, m=400, k=504, input="rms_norm")),
+    "stored sum": (("quantize_slice.cuh", "store_octet(total, pairs + 4,", "store_octet(total, pairs,"),
+                   replace(ROWS_80, input="add_rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
@@ -516,7 +525,7 @@ def test_configurations_are_named_after_the_header() -> None:
     def number(source: str, name: str) -> int:
         return int(re.search(rf"#define APEX4_{name} (\d+)", source)[1])
 
-    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2]
+    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2, 3]
     assert [number(rows, form.upper()) for form in quantize_configs.FORMS] == [0, 1, 2]
     assert f"MAX_LONG_BLOCKS = {quantize_configs.LONG_BLOCKS};" in rows
     assert f"GRID_Y = {quantize_configs.GRID_Y};" in rows
