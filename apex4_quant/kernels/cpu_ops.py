@@ -16,9 +16,9 @@ from .operands import (
     Operands,
     format_of_codes,
     pack_activations,
+    require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
-    require_residual,
     require_weights,
     unpack_activations,
 )
@@ -121,6 +121,6 @@ def silu_mul_linear(
 
 
 def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    require_residual("add_rms_norm_linear", x, residual)
+    require_add_rms_norm_linear(False, x, residual, *rest)
     total = (x + residual).contiguous()
     return rms_norm_linear(total, *rest), total

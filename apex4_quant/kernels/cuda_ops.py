@@ -23,9 +23,9 @@ from .operands import (
     ROW_BYTES,
     Operands,
     empty_operands,
+    require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
-    require_residual,
     require_weights,
     row_stride,
 )
@@ -325,25 +325,20 @@ def silu_mul_linear(
 
 
 def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    require_residual("add_rms_norm_linear", x, residual)
-    if not _one_kernel_adds(x, rest[-6:]):
+    require_add_rms_norm_linear(not _by_torch(rest[-6]), x, residual, *rest)
+    if not _one_kernel_adds(rest[-6:]):
         total = (x + residual).contiguous()
         return rms_norm_linear(total, *rest), total
     gain, eps, gain_offset, *weights_and_how = rest
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    require_quantizer("add_rms_norm_linear", True, x, *rest[-6:], gain=gain)
-    require_weights("add_rms_norm_linear", x, *weights_and_how)
     source = _Source("add_rms_norm", x, gain, eps, bool(gain_offset), residual, total)
     return _linear(source, *weights_and_how), total
 
 
-def _one_kernel_adds(x: torch.Tensor, how: Any) -> bool:
-    """Whether the quantizer does the addition: not with a dense matrix, and where that is how a Hadamard transform is faster."""
-    matrix, k_padded, group, _, hadamard, format = how
-    if matrix is not None or format not in FORMATS or k_padded > LONG_BLOCKS * BLOCK:
-        return False
-    by_product = hadamard and group == BLOCK and x.shape[0] > FEW_ROWS and product_is_faster(
-        x.shape[0], k_padded // BLOCK, input="rms_norm", aligned=x.shape[1] % 8 == 0, format=format,
-        sm_count=_gpu(x.device.index)[1],
-    )  # fmt: skip
-    return not by_product
+def _one_kernel_adds(how: Any) -> bool:
+    """Whether there is a quantizer that does the addition: not with a dense matrix.
+
+    Also for many rows, where a Hadamard transform of normalised rows is faster as a product: that costs more than is saved.
+    """
+    matrix, k_padded, _, _, _, format = how
+    return matrix is None and format in FORMATS and k_padded <= LONG_BLOCKS * BLOCK

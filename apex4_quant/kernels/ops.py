@@ -27,7 +27,7 @@ import torch
 from . import cpu_ops, cuda_ops
 from .activation_quantization import OperatorArguments
 from .cuda_ops import prepare
-from .operands import Operands, empty_operands, require_gemm, require_quantizer, require_residual, require_weights
+from .operands import Operands, empty_operands, require_add_rms_norm_linear, require_gemm, require_quantizer, require_weights
 
 __all__ = [
     "add_rms_norm_linear", "gemm", "linear", "prepare", "quantize", "rms_norm_linear", "rms_norm_quantize", "silu_mul_linear",
@@ -112,7 +112,7 @@ def _fake_silu_mul_linear(
 
 
 def _fake_add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    require_residual("add_rms_norm_linear", x, residual)
+    require_add_rms_norm_linear(x.is_cuda, x, residual, *rest)
     return _fake_rms_norm_linear(x, *rest), torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
