@@ -134,7 +134,7 @@ def test_the_default_in_words_is_what_the_planner_chooses(name: str, mainloop: A
         sensitivity = GroupSensitivity(0, 0, (), outputs, k, False, {}, losses)
         groups.append(group_options(sensitivity, GPUS[name], DEFAULT_TOKENS, mainloop))
     chosen = {each.choice for each in choose(groups)}
-    assert (chosen == {(128, DENSE)}) == (default_choice(GPUS[name], mainloop) == "g128, dense128")
+    assert (chosen == {(128, DENSE, 4)}) == (default_choice(GPUS[name], mainloop) == "g128, dense128")
 
 
 def test_targets_without_rates() -> None:
