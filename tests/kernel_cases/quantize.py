@@ -16,6 +16,7 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
 * RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
 * A Hadamard transform is checked both ways: as butterflies, and as the product with a shared matrix, which the operators choose
   for some shapes (quantize_configs.product_is_faster).
+* A residual is added first: the sum, rounded to 16 bits, is stored bit for bit as torch rounds it, and is what is normalised.
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
 
 tests/gpu/test_quantize.py runs all cases on a GPU, tests/kernels/quantize/test_quantize_kernels.py some on a CPU.
@@ -40,7 +41,7 @@ from apex4_quant.format.number_format import (
 )
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.index import index_function
-from apex4_quant.kernels.quantize.configs import board_bytes, prepack_matrix
+from apex4_quant.kernels.quantize.configs import DENSE_INPUTS, INPUTS, NORMS, board_bytes, prepack_matrix
 from apex4_quant.kernels.quantize.launch import most_between_bytes, run_quantize
 from apex4_quant.transforms.learned_transform import storable
 
@@ -124,6 +125,7 @@ class Operands:
     second: torch.Tensor | None
     matrix: torch.Tensor | None  # [KB or 1, 128, 128], exact in both 16-bit types
     factor: float
+    residual: torch.Tensor | None = None
 
 
 def make_operands(case: Case, device: torch.device) -> Operands:
@@ -135,7 +137,7 @@ def make_operands(case: Case, device: torch.device) -> Operands:
 
     if case.input == "silu_mul":
         second = _strided(normal(case.m, case.k), case, device)
-    elif case.input == "rms_norm":
+    elif case.input in NORMS:
         gain = normal(1, case.k) * 0.3 + (0 if case.gain_offset else 1)
         second = _strided(gain, replace(case, padding=0), device)[0]
     if case.transform == "dense":
@@ -144,7 +146,8 @@ def make_operands(case: Case, device: torch.device) -> Operands:
             factor = BLOCK**-0.5
         else:
             matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
-    return Operands(_strided(x, case, device), second, matrix, factor)
+    residual = _strided(normal(case.m, case.k), case, device) if case.input == "add_rms_norm" else None
+    return Operands(_strided(x, case, device), second, matrix, factor, residual)
 
 
 _boards: dict[torch.device, torch.Tensor] = {}
@@ -168,6 +171,10 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
     codes, scales = poisoned[GUARD:-GUARD], poisoned_scales[GUARD:-GUARD]
     matrix = None if operands.matrix is None else prepack_matrix(operands.matrix, x.dtype)
     between = torch.full((most_between_bytes(case.m, k_blocks) // 4,), float("nan"), dtype=torch.float32, device=device)
+    adds = operands.residual is not None
+    poisoned_total = torch.full((GUARD + case.m * case.k + GUARD,), float("nan"), dtype=x.dtype, device=device)
+    total = poisoned_total[GUARD:-GUARD]
+    ld_second = operands.second.stride(0) if case.input == "silu_mul" else operands.residual.stride(0) if adds else 0
     on_gpu = device.type == "cuda"
     run_quantize(
         device.index or 0,
@@ -188,7 +195,9 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
         clip=case.clip,
         input=case.input,
         second=0 if operands.second is None else operands.second.data_ptr(),
-        ld_second=operands.second.stride(0) if case.input == "silu_mul" else 0,
+        ld_second=ld_second,
+        residual=operands.residual.data_ptr() if adds else 0,
+        total=total.data_ptr() if adds else 0,
         eps=EPS,
         gain_offset=case.gain_offset,
         matrix=0 if matrix is None else matrix.data_ptr(),
@@ -210,6 +219,12 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
     wrong = [
         f"wrote {where}" for where, parts in outside.items() if any(bool((part != POISON).any()) for part in parts)
     ]
+    if adds:
+        expected = (x + operands.residual).flatten()
+        if not bool(((total == expected) | (total.isnan() & expected.isnan())).all()):
+            wrong.append("another sum")
+        if not bool(torch.cat((poisoned_total[:GUARD], poisoned_total[-GUARD:])).isnan().all()):
+            wrong.append("wrote around the sum")
     return codes, scales.view(torch.float32).view(groups, m_stride), wrong
 
 
@@ -238,6 +253,8 @@ def decode(codes: torch.Tensor, m: int, format: str) -> torch.Tensor:
 def staged(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """The input of the transform float64 [m, k], as the unfused modules round it, and how far the kernel's may be off."""
     x, dtype = operands.x.double(), operands.x.dtype
+    if operands.residual is not None:
+        x = (operands.x + operands.residual).double()
     if case.input == "plain":
         return x, torch.zeros_like(x)
     second = operands.second.double()
@@ -252,11 +269,11 @@ def staged(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         return value.to(dtype).double()  # once: float64 to 16 bits
 
     def finished(value: torch.Tensor) -> torch.Tensor:
-        if case.input == "rms_norm" and case.gain_offset:
+        if case.input in NORMS and case.gain_offset:
             return rounded(value * (1 + second))
         return rounded(rounded(value) * second)
 
-    if case.input == "rms_norm" and case.gain_offset:
+    if case.input in NORMS and case.gain_offset:
         error = error * 2  # 1 + gain and the product are rounded to float32, too
     low, high = finished(exact - error), finished(exact + error)
     return finished(exact), (high - low).abs()
@@ -345,8 +362,8 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
     number = seed
     for format in ("sm80", "sm90", "s8"):
         for dtype in DTYPES:
-            for input in ("plain", "rms_norm", "silu_mul"):
-                for transform in ("none", "hadamard", "dense"):
+            for input in INPUTS if format != "s8" else DENSE_INPUTS:
+                for transform in ("none", "hadamard", "dense") if input in DENSE_INPUTS else ("none", "hadamard"):
                     base = Case(1, 1, format=format, dtype=dtype, input=input, transform=transform)
                     groups: tuple[GroupSize, ...] = (128,) if transform == "dense" else (128, 256, "channel")
                     if format == "s8":  # a group is a row
@@ -364,7 +381,7 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                     yield replace(small, padding=1)
                     yield replace(small, padding=8, offset=1)
                     yield replace(small, k=333)
-                    if input == "rms_norm":
+                    if input in NORMS:
                         yield replace(small, gain_offset=True)
                         yield replace(small, gain_offset=True, k=4096, m=700)
                         yield replace(small, k=1000, m=2100)

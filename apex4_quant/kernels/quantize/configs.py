@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-INPUTS = ("plain", "rms_norm", "silu_mul")  # APEX4_INPUT is the position
+INPUTS = ("plain", "rms_norm", "silu_mul", "add_rms_norm")  # APEX4_INPUT is the position
+NORMS = ("rms_norm", "add_rms_norm")  # of whole rows
+DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read, and those to eight bits
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
 WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of quantize_whole_rows.cu
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
@@ -195,15 +197,17 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
     for dtype in dtypes:
         for input in INPUTS:
             for hadamard in (False, True):
-                for form in FORMS[input == "rms_norm" :]:  # RMSNorm needs a whole row: never narrow
+                for form in FORMS[input in NORMS :]:  # RMSNorm needs a whole row: never narrow
                     yield rows_config(form, input, hadamard, dtype, format)
+            if input not in DENSE_INPUTS:
+                continue
             for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
 
 
 def _token_configs(dtypes: tuple[str, ...], sm_90: bool) -> Iterator[QuantizeConfig]:
     for dtype in dtypes:
-        for input in INPUTS:
+        for input in DENSE_INPUTS:
             for hadamard in (False, True):
                 for form in WHOLE_FORMS[1:] if sm_90 else WHOLE_FORMS[1:3]:
                     yield whole_rows_config(form, input, hadamard, dtype)
@@ -227,7 +231,7 @@ def choose_rows(
     """The launch of quantize_rows.cu for m rows of k_blocks blocks, groups of blocks_per_group blocks."""
     if m < 1 or k_blocks < 1 or blocks_per_group < 1 or k_blocks % blocks_per_group:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK} in groups of {blocks_per_group} blocks")
-    whole_row = input == "rms_norm"
+    whole_row = input in NORMS
     unit = k_blocks if whole_row else blocks_per_group  # blocks that a CTA must have together
     if unit > RESIDENT_SLICES:
         if unit > LONG_BLOCKS:

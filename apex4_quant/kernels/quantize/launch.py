@@ -15,6 +15,7 @@ from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..runtime import launcher
 from ..runtime.launcher import Kernel, Launch
 from .configs import (
+    DENSE_INPUTS,
     MATRIX_CHUNKS,
     TOKEN_FORMAT,
     QuantizePlan,
@@ -61,13 +62,18 @@ class Quantizer:
     statistics_bytes: int = 0  # of those, before what `measure` writes
     measure: Launch | None = None
     row_scales: Launch | None = None
+    adds: bool = False
 
     def __call__(
-        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, between: int = 0, board: int = 0
+        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, between: int = 0,
+        board: int = 0, residual: int = 0, total: int = 0,
     ) -> None:  # fmt: skip
         """Pointers, 0 where there is none: see `run_quantize`."""
         if self.statistics is not None:
             self.statistics(stream, between, x)
+        if self.adds:
+            self.launch(stream, codes, scales, x, second, residual, total)
+            return
         if not self.dense:
             self.launch(stream, codes, scales, x, second)
             return
@@ -132,6 +138,8 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     scale_factor, eps, aligned = _float(shape.clip / CODE_MAX), _float(shape.eps), _int(shape.aligned)
     if shape.transform not in ("none", "hadamard", "dense"):
         raise ValueError(f"transform {shape.transform!r} is not none, hadamard or dense")
+    if format == TOKEN_FORMAT and input == "add_rms_norm":
+        raise ValueError(f"no kernel to eight bits reads {input}")
     if format == TOKEN_FORMAT and shape.transform != "dense":
         plan = choose_whole_rows(
             m, k_blocks,
@@ -148,7 +156,10 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         )  # fmt: skip
         integers = m, k, k_blocks, shape.blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         behind = scale_factor, eps, _float(1 / k), _int(shape.gain_offset), aligned
-        return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
+        adds = input == "add_rms_norm"
+        return Quantizer(bound(plan, 6 if adds else 4, *map(_int, integers), *behind), dense=False, adds=adds)
+    if input not in DENSE_INPUTS:
+        raise ValueError(f"no kernel with a dense transform reads {input}")
     if shape.blocks_per_group != 1 and format != TOKEN_FORMAT:
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {shape.blocks_per_group * BLOCK}")
     statistics = None
@@ -194,6 +205,8 @@ def run_quantize(
     matrix: int = 0,
     between: int = 0,
     board: int = 0,
+    residual: int = 0,
+    total: int = 0,
     **how: Any,
 ) -> None:
     """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
@@ -201,7 +214,9 @@ def run_quantize(
     transform: "none", "hadamard", or "dense", which needs the prepacked `matrix` (one for all blocks, times
     `matrix_factor`, if matrix_is_shared) and memory: `most_between_bytes(m, k_blocks)` at `between`, for this call alone, and, with
     input "rms_norm", `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
-    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half.
+    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half;
+    "add_rms_norm", not to eight bits, with the gain at `second`, the `residual`, whose row stride is ld_second, and room for the
+    sum at `total`.
     `how`: what else `QuantizerShape` has.
     """
     if m == 0:
@@ -209,7 +224,9 @@ def run_quantize(
     operands = [(x, ldx)]
     if input != "plain":
         operands.append((second, ld_second if input == "silu_mul" else 0))
+    if input == "add_rms_norm":
+        operands += [(residual, ld_second), (total, k)]
     aligned = rows_are_aligned(k, *operands)
     shape = QuantizerShape(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
     run = quantizer(shape)
-    run(stream, codes, scales, x, second, matrix, between, board)
+    run(stream, codes, scales, x, second, matrix, between, board, residual, total)

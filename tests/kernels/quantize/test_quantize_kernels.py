@@ -23,7 +23,9 @@ from apex4_quant.kernels import reference
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.quantize.configs import (
+    DENSE_INPUTS,
     INPUTS,
+    NORMS,
     QuantizePlan,
     all_configs,
     board_bytes,
@@ -83,7 +85,7 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
         for m in ROWS:
             plan = choose_rows(m, k_blocks, blocks_per_group, input=input)
             form = plan.config.name.split("_")[2]
-            unit = k_blocks if input == "rms_norm" else blocks_per_group
+            unit = k_blocks if input in NORMS else blocks_per_group
             assert plan.blocks_per_cta % unit == 0 or plan.blocks_per_cta == k_blocks
             assert plan.grid[1] <= 65535 and plan.block % 32 == 0
             if form == "long":
@@ -91,7 +93,7 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
                 assert plan.grid[0] * plan.blocks_per_cta == k_blocks and plan.grid[1] * plan.grid[2] == m
                 continue
             assert plan.block <= {"narrow": 256, "resident": 1024}[form]
-            assert (form == "narrow") == (unit == 1 and input != "rms_norm")
+            assert (form == "narrow") == (unit == 1 and input not in NORMS)
             assert (plan.blocks_per_cta << plan.rows_log2) * 8 <= plan.block
             if m * k_blocks <= 2**16:
                 assert (covered(plan, m, k_blocks) == 1).all()
@@ -132,7 +134,7 @@ def test_a_grid_of_the_dense_kernel_covers_every_row_once(k: int) -> None:
     assert choose_dense(8192, 32).defines["APEX4_FEW_ROWS"] == 0
 
 
-@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("input", DENSE_INPUTS)
 @pytest.mark.parametrize("k", WIDTHS)
 def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
     k_blocks, sm_count = -(-k // 128), 132
@@ -169,7 +171,7 @@ def test_where_a_hadamard_transform_is_a_product() -> None:
         assert not product_is_faster(1 << 20, 64, **(how | other))
 
 
-@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("input", DENSE_INPUTS)
 @pytest.mark.parametrize("k", WIDTHS)
 def test_a_grid_of_whole_rows_covers_every_slice_once(k: int, input: str) -> None:
     k_blocks, sm_count = -(-k // 128), 132
@@ -209,7 +211,7 @@ def test_a_grid_of_whole_rows_covers_every_slice_once(k: int, input: str) -> Non
                 assert (count == 1).all()
 
 
-@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("input", DENSE_INPUTS)
 def test_dense_transforms_to_eight_bits_on_hopper(input: str) -> None:
     for m, k_blocks in ((1, 32), (16, 224), (700, 32), (8192, 32), (8192, 224)):
         plan = choose_dense(m, k_blocks, input=input, format="s8", sm_90=True)
@@ -547,6 +549,11 @@ FAMILIES: dict[str, list[Any]] = {
     "silu, groups": [replace(ROWS_80, input="silu_mul", m=9, k=1100, group=256, seed=5)],
     "rms": [*variants(replace(ROWS_80, input="rms_norm")), replace(ROWS_80, input="rms_norm", m=11, k=1400, group="channel")],
     "rms, none": [replace(ROWS_90, input="rms_norm", transform="none", m=6, k=900, gain_offset=offset) for offset in (False, True)],
+    "add, rms": [
+        *variants(replace(ROWS_90, input="add_rms_norm")),
+        replace(ROWS_80, input="add_rms_norm", m=11, k=1400, group="channel", gain_offset=True),
+    ],
+    "long, add, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="add_rms_norm") for group in (128, "channel")],
     "long": [replace(ROWS_80, m=2, k=17000, group="channel"), replace(ROWS_80, m=2, k=16520, group="channel", data="infinity")],
     "long, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="rms_norm") for group in (128, "channel")],
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
@@ -567,7 +574,7 @@ FAMILIES: dict[str, list[Any]] = {
     "eight bits, none": variants(replace(ROWS_S8, transform="none", dtype="float16")),
     "eight bits, silu": variants(replace(ROWS_S8, input="silu_mul", dtype="float16")),
     "eight bits, rms": [*variants(replace(ROWS_S8, input="rms_norm")), replace(ROWS_S8, input="rms_norm", m=3, k=4096, gain_offset=True)],
-    "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in INPUTS],
+    "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in DENSE_INPUTS],
     "eight bits, many rows": [
         *(replace(ROWS_S8, m=1100, k=k, input=input, sm_90=True, data=data)
           for k, input, data in ((200, "plain", "normal"), (128, "rms_norm", "nan"), (256, "silu_mul", "normal"))),
@@ -578,7 +585,7 @@ FAMILIES: dict[str, list[Any]] = {
         *(replace(DENSE_S8, m=m, k=520, input=input) for m in (4, 7, 140) for input in ("rms_norm", "silu_mul")),
         *(replace(DENSE_S8, m=150, k=640, data=data) for data in ("normal", "nan")),
     ],
-    "eight bits, dense, sm90": [replace(DENSE_S8, m=300, k=1000, input=input, gain_offset=True, sm_90=True) for input in INPUTS],
+    "eight bits, dense, sm90": [replace(DENSE_S8, m=300, k=1000, input=input, gain_offset=True, sm_90=True) for input in DENSE_INPUTS],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip
 
@@ -657,6 +664,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "stage": (("quantize_whole_rows.cu", "copy_tile(stage, tile + STAGES * step)", "copy_tile(stage, tile + step)"),
               replace(ROWS_S8, m=1100, k=200, sm_90=True)),
     "row scale": (("row_scale.cu", "i < WARPS; ++i) absmax", "i < WARPS / 2; ++i) absmax"), replace(DENSE_S8, m=150, k=1000)),
+    "stored sum": (("quantize_slice.cuh", "store_octet(total, pairs + 4,", "store_octet(total, pairs,"),
+                   replace(ROWS_80, input="add_rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
@@ -687,7 +696,7 @@ def test_configurations_are_named_after_the_header() -> None:
     def number(source: str, name: str) -> int:
         return int(re.search(rf"#define APEX4_{name} (\d+)", source)[1])
 
-    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2]
+    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2, 3]
     assert [number(rows, form.upper()) for form in quantize_configs.FORMS] == [0, 1, 2]
     assert f"MAX_LONG_BLOCKS = {quantize_configs.LONG_BLOCKS};" in rows
     assert f"GRID_Y = {quantize_configs.GRID_Y};" in rows

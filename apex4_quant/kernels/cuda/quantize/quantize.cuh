@@ -1,7 +1,7 @@
 // What the activation quantizers share: loads, the input stages, the scale, codes and their packing.
 //
-// Macros: APEX4_BF16 (1: bfloat16, 0: float16), APEX4_INPUT (PLAIN, RMS_NORM, SILU_MUL below), APEX4_FORMAT (80, 90, or
-// 8 for s8: the activation format, see index.cuh; of s8 the scale, codes and packing are in quantize_s8.cuh).
+// Macros: APEX4_BF16 (1: bfloat16, 0: float16), APEX4_INPUT (PLAIN, RMS_NORM, SILU_MUL, ADD_RMS_NORM below), APEX4_FORMAT
+// (80, 90, or 8 for s8: the activation format, see index.cuh; of s8 the scale, codes and packing are in quantize_s8.cuh).
 #pragma once
 
 #include "common/index.cuh"
@@ -10,6 +10,8 @@
 #define APEX4_PLAIN 0
 #define APEX4_RMS_NORM 1
 #define APEX4_SILU_MUL 2
+#define APEX4_ADD_RMS_NORM 3
+#define APEX4_NORMALISES (APEX4_INPUT == APEX4_RMS_NORM || APEX4_INPUT == APEX4_ADD_RMS_NORM)
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr float SCALE_FLOOR = 0x1p-100f;
