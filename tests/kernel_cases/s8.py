@@ -38,7 +38,9 @@ class Operands:
         return len(self.codes_a), len(self.codes_w), self.codes_a.shape[1]
 
 
-def random_operands(m: int, n: int, blocks: int, per_group: int, generator: torch.Generator, bias: bool = True) -> Operands:
+def random_operands(
+    m: int, n: int, blocks: int, per_group: int, generator: torch.Generator, bias: bool = True
+) -> Operands:
     device, k = generator.device, blocks * BLOCK
 
     def codes(rows: int, most: int) -> torch.Tensor:
@@ -163,7 +165,9 @@ def check_integers(config: S8Config, generator: torch.Generator) -> None:
             # A bias of minus the sum leaves zero: 16 bits could not tell sums from their neighbours.
             for token in {0, m - 1}:
                 y = Launch(plan, replace(operands, bias=-want[token])).run()
-                assert not y[token].any(), f"{name}, token {token}, {plan.label}: {int(y[token].count_nonzero())} sums differ"
+                assert not y[token].any(), (
+                    f"{name}, token {token}, {plan.label}: {int(y[token].count_nonzero())} sums differ"
+                )
 
 
 def check_extremes(config: S8Config, generator: torch.Generator) -> None:

@@ -78,7 +78,9 @@ def test_the_variable_names_a_plan(sm: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(plan, S8Plan) and plan.label == f"{name}/3"
     for wrong in (f"{name}/0", f"{name}/33", f"{name}/x", "s8_m128"):
         monkeypatch.setenv("APEX4_GEMM", wrong)
-        with pytest.raises(UsageError, match=f"^APEX4_GEMM='{wrong}' names no kernel for 8-bit activations here: .*{name}"):
+        with pytest.raises(
+            UsageError, match=f"^APEX4_GEMM='{wrong}' names no kernel for 8-bit activations here: .*{name}"
+        ):
             choose_eight_bit_gemm(sm, SM_COUNTS[sm], 40, 1000, 40, 2, "fp16")
     monkeypatch.setenv("APEX4_GEMM", f"{name}/3")
     with pytest.raises(UsageError, match="names no kernel"):
