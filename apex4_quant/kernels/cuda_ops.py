@@ -113,6 +113,7 @@ class _Source:
             index, m, k, k_padded // BLOCK, row_stride(m), x.stride(0), self.ld_second, self.aligned, _NAMES[x.dtype], format,
             sm_count, group // BLOCK, "dense" if matrix is not None else "hadamard" if hadamard else "none", clip, self.input,
             self.eps, self.gain_offset, matrix is not None and len(matrix) == 1, factor, _is_programmatic(sm, format),
+            sm == 90,
         )  # fmt: skip
         return quantizer(shape), matrix
 
@@ -140,9 +141,7 @@ def _quantize(source: _Source, matrix: torch.Tensor | None, *how: *OperatorNumbe
     codes, scales = empty_operands(x, matrix, *how)
     if x.shape[0]:
         run, matrix = source.quantizer(matrix, *how)
-        between = (
-            torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if run.statistics is not None else None
-        )  # its two kernels
+        between = torch.empty(run.between_bytes, dtype=torch.uint8, device=x.device) if run.between_bytes else None
         stream = current_cuda_stream(x.device.index)
         run(
             stream, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(source.second), _address(matrix),
@@ -179,10 +178,10 @@ def _linear(
     code_bytes = k_padded // BLOCK * m_stride * ROW_BYTES[format]
     scale_bytes = 4 * (k_padded // group) * m_stride
     # Codes of whole blocks and scales of 16 rows each are multiples of 64 bytes: what follows them is aligned.
-    memory = torch.empty(code_bytes + scale_bytes + 4 * m, dtype=torch.uint8, device=device)
+    run, matrix = source.quantizer(matrix, *how)
+    memory = torch.empty(code_bytes + scale_bytes + run.between_bytes, dtype=torch.uint8, device=device)
     codes = memory.data_ptr()
     scales = codes + code_bytes
-    run, matrix = source.quantizer(matrix, *how)
     run(
         stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes,
         _board(run, device.index, stream), *source.sums,
@@ -261,9 +260,9 @@ def _multiply(
         sums = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         partial = sums.data_ptr()
         counter = workspace.counters(device.index, stream, 4 * plan.counters).data_ptr()
-    weights = (packed.data_ptr(), scale.data_ptr())
+    weights = [packed.data_ptr(), scale.data_ptr()]
     if unit is not None:
-        weights += (unit.data_ptr(),)
+        weights.append(unit.data_ptr())
     launch(stream, y.data_ptr(), codes, scales, *weights, _address(bias), partial, counter)
 
 

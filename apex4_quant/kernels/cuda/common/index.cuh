@@ -64,6 +64,17 @@ APEX4_INDEX(sm90_octet_byte, (int row, int k), 128 * row + (k ^ 16 * (row & 7)))
 APEX4_INDEX(sm80_octet_nibble, (int element), element)
 APEX4_INDEX(sm90_octet_nibble, (int element), 2 * (element & 3) + (element >> 2))
 
+// quantize_whole_rows: a warp holds eight slices, four lanes each; a lane has 32 columns, in two parts of sixteen.
+APEX4_INDEX(whole_slice, (int lane), lane >> 2)
+APEX4_INDEX(whole_column, (int lane, int part), 16 * (lane & 3) + 64 * part)
+// After the Hadamard transform, as mma.m16n8k16 and additions make it, a part is sixteen columns of another slice.
+APEX4_INDEX(whole_transformed_slice, (int lane, int part), 2 * (lane & 3) + part)
+APEX4_INDEX(whole_transformed_column, (int lane), 16 * (lane >> 2))
+// A multiplies by one 16 x 16 matrix, over the column's bits 0, 4, 5 and 6: from k, those of the input; from the row m of A,
+// those of the output. The eight products are those of the other bits, 1, 2 and 3.
+APEX4_INDEX(whole_product_input, (int k), (k & 1) + 16 * (k >> 1 & 3) + 64 * (k >> 3))
+APEX4_INDEX(whole_product_output, (int row), (row >> 3) + 16 * (row & 7))
+
 // quantize_dense: mma.m16n8k16 with its k and n renamed. k is renamed so that lane q of a quad reads eight consecutive
 // columns at once: word 2 * (step & 1) + half of its piece step >> 1 is the A register of k = 2 q + 8 * half and the next.
 APEX4_INDEX(dense_piece_column, (int piece, int lane), 32 * piece + 8 * (lane & 3))
