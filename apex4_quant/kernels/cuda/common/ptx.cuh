@@ -22,6 +22,10 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
 __device__ __forceinline__ void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
 }
+// Copies 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32 shared_wr, const void* gmem_rd) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are in flight.
 template <int pending>
