@@ -29,6 +29,14 @@ APEX4_INDEX(sm80_scale_position, (int fragment, int lane), 16 * (lane & 3) + 2 *
 APEX4_INDEX(accumulator_row, (int lane, int half), (lane >> 2) + 8 * half)
 APEX4_INDEX(accumulator_column, (int lane, int element), 2 * (lane & 3) + element)
 
+// ---- mma.m16n8k32 (s8), weights as the A operand: that of one warp of wgmma, below ------------------------------------
+// ldmatrix.x4 for B, the tokens: the row and the chunk whose address this lane gives; registers b0, b1 of k32 step 2 * half,
+// then those of the next step, result.
+APEX4_INDEX(s8_ldmatrix_row, (int lane), lane & 7)
+APEX4_INDEX(s8_ldmatrix_chunk, (int lane, int half), 4 * half + (lane >> 3))
+// y on its way out, [tokens][tile_n] of 16 bits: bytes, 16 more a row so that eight rows touch different banks.
+APEX4_INDEX(s8_output_byte, (int tile_n, int token, int column), (2 * tile_n + 16) * token + 2 * column)
+
 // ---- wgmma m64nNk32 (8 bit), weights as the register operand ----------------------------------------------------------
 // The 16 bytes, of tile half c (k32 steps 2c and 2c + 1), that this lane of warp `warp` of the warpgroup owns.
 APEX4_INDEX(sm90_weight_byte, (int half, int warp, int lane), 2048 * half + 512 * warp + 16 * lane)
