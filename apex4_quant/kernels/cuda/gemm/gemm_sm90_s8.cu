@@ -224,7 +224,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply_item(int (&acc)[SUMS], int blocks, bool first_item) {
     uint32 a[2][4];
     uint4 words[2];
-    uint32 ratios, done = 0;  // the stage before
+    uint32 ratios, done = NONE;  // the stage before
     Tables tables;
     int until_lead = first_item && group == 0 && LEAD > 0 ? min(LEAD, blocks) : 0;
     read_weights(words, ratios);
@@ -233,26 +233,24 @@ struct Consumer {
     // Main loop: one block of 128 input features, one pipeline stage, per turn.
 #pragma unroll 1
     for (; blocks > 0; --blocks) {
+      const uint32 tokens = ring.descriptor;
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         pin(a[step % 2]);
         ptx::wgmma_fence();
-        ptx::Wgmma<TILE_M>::s8(acc, a[step % 2], ptx::wgmma_descriptor(ring.descriptor + (32 * step >> 4)), 1);
+        ptx::Wgmma<TILE_M>::s8(acc, a[step % 2], ptx::wgmma_descriptor(tokens + (32 * step >> 4)), 1);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         pin(a[(step + 1) % 2]);  // not before the wait
         if (step == 0) {
-          if (done != 0) leave(done);
+          if (done != NONE) leave(done);
           done = ring.stage;
           if (group == 0 && until_lead > 0 && --until_lead == 0) ptx::named_barrier_arrive(LEADS, 2 * WARPGROUP);
         }
         if (step < 3) fold_step(a[(step + 1) % 2], words, step + 1, tables);
         if (step == 2) {
           ring.next();
-          if (blocks > 1) {
-            read_weights(words, ratios);
-          }
-          // The tokens of step 3 are still the last stage's.
+          if (blocks > 1) read_weights(words, ratios);
         }
         if (step == 3 && blocks > 1) {
           tables.make(ratios);

@@ -1,13 +1,11 @@
 // What the two 8-bit GEMMs of sm_90a share: the problem, the folding of 4-bit codes to int8, and what becomes of finished sums.
 // The includer has defined TILE_M.
-//
-// A folded weight is sign(q) * ((|q| R + 128) >> 8), R the ratio of its group (kernels/folding.py). Codes have eight magnitudes,
-// so that the folded ones of a row and group are a table of eight bytes: two registers, and PRMT looks four up at once.
 #pragma once
 
 #include "common/index.cuh"
 #include "common/ptx.cuh"
 #include "gemm/epilogue.cuh"
+#include "gemm/fold_fragments.cuh"
 #include "gemm/wgmma.cuh"
 
 constexpr int WARPGROUP = 128;
@@ -16,6 +14,7 @@ constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int RATIO_BYTES = 2 * WEIGHT_TILE_N;  // of a tile and group
 constexpr int SUMS = TILE_M / 2;                // accumulators of a lane
 static_assert(TILE_M % 8 == 0 && TILE_M <= 256, "the tokens of one wgmma");
+constexpr uint32 NONE = 0xffffffffu;  // no address in shared memory
 
 struct Problem {
   Out* y;
@@ -34,70 +33,6 @@ struct Problem {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// ---- folding ------------------------------------------------------------------------------------------------------------
-
-// What the magnitudes 0..7 of a row's codes are folded to, of positive and of negative codes, a byte each.
-struct Table {
-  uint32 plus[2], minus[2];
-
-  // c R + 128 stays below 2^15, so that two of them fit a register and one multiplication makes both.
-  __device__ __forceinline__ void make(uint32 ratio) {
-    constexpr uint32 HALVES = 0x00800080u;
-    const uint32 m01 = ratio * 0x00010000u + HALVES, m23 = ratio * 0x00030002u + HALVES;
-    const uint32 m45 = ratio * 0x00050004u + HALVES, m67 = ratio * 0x00070006u + HALVES;
-    plus[0] = __byte_perm(m01, m23, 0x7531);
-    plus[1] = __byte_perm(m45, m67, 0x7531);
-    // 0x80 - magnitude borrows from no other byte, and the highest bit is then the other one.
-    minus[0] = (0x80808080u - plus[0]) ^ 0x80808080u;
-    minus[1] = (0x80808080u - plus[1]) ^ 0x80808080u;
-  }
-  // Four codes: magnitudes in the low 16 bits of `magnitudes`, bytes of ones in `negative` where the sign is set.
-  __device__ __forceinline__ uint32 fold(uint32 magnitudes, uint32 negative) const {
-    const uint32 p = __byte_perm(plus[0], plus[1], magnitudes), n = __byte_perm(minus[0], minus[1], magnitudes);
-    return (p & ~negative) | (n & negative);
-  }
-};
-struct Tables {
-  Table low, high;  // of rows r and r + 8
-
-  // `ratios`: those of both rows.
-  __device__ __forceinline__ void make(uint32 ratios) { low.make(ratios & 0xffffu), high.make(ratios >> 16); }
-};
-
-// The A fragment of one k32 step, from a lane's two words of it. layouts.py, `_sign_magnitude`: of the even codes of a word (row
-// r) the magnitudes are the even nibbles and the signs the bytes' highest bits; of the odd ones (row r + 8), after a rotation by
-// four. Both words' magnitudes are looked up together, and the bytes are sorted afterwards.
-__device__ __forceinline__ void fold(uint32 (&a)[4], uint32 first, uint32 second, const Tables& tables) {
-#if S8_ORDER
-  {
-    const uint32 y = first & 0x77777777u, z = second & 0x77777777u;
-    a[0] = tables.low.fold(y, __byte_perm(first, 0, 0xba98));
-    a[1] = tables.high.fold(y >> 16, __byte_perm(first << 4, 0, 0xba98));
-    a[2] = tables.low.fold(z, __byte_perm(second, 0, 0xba98));
-    a[3] = tables.high.fold(z >> 16, __byte_perm(second << 4, 0, 0xba98));
-  }
-#else
-  constexpr uint32 LOW = 0x07070707u, HIGH = 0x70707070u;
-  const uint32 odd_first = __funnelshift_r(first, first, 4), odd_second = __funnelshift_r(second, second, 4);
-  const uint32 even = (first & LOW) | ((second << 4) & HIGH), odd = (odd_first & LOW) | (second & HIGH);
-  const uint32 even01 = tables.low.fold(even, __byte_perm(first, second, 0xd9c8));
-  const uint32 even23 = tables.low.fold(even >> 16, __byte_perm(first, second, 0xfbea));
-  const uint32 odd01 = tables.high.fold(odd, __byte_perm(odd_first, odd_second, 0xd9c8));
-  const uint32 odd23 = tables.high.fold(odd >> 16, __byte_perm(odd_first, odd_second, 0xfbea));
-  a[0] = __byte_perm(even01, even23, 0x6420), a[2] = __byte_perm(even01, even23, 0x7531);
-  a[1] = __byte_perm(odd01, odd23, 0x6420), a[3] = __byte_perm(odd01, odd23, 0x7531);
-#endif
-}
-// Of step `step` of four, from the two 16-byte words that a lane owns of a block.
-__device__ __forceinline__ void fold_step(uint32 (&a)[4], const uint4 (&words)[2], int step, const Tables& tables) {
-  const uint4& half = words[step / 2];
-  if (step % 2 == 0) {
-    fold(a, half.x, half.y, tables);
-  } else {
-    fold(a, half.z, half.w, tables);
-  }
-}
 
 // ---- one warpgroup's finished sums: 64 outputs x TILE_M tokens -------------------------------------------------------------
 
