@@ -16,6 +16,7 @@ from typing import Protocol
 
 from ...errors import Apex4Error
 from ..runtime.architectures import eight_bit_family
+from . import sm90_s8_configs
 from .configs import PlanSource, plan_source
 
 
@@ -67,7 +68,9 @@ class Chooser(Protocol):
     ) -> EightBitPlan: ...
 
 
-CHOOSERS: Mapping[str, Chooser] = {}  # by the family of architectures.EIGHT_BIT_FAMILIES
+CHOOSERS: Mapping[str, Chooser] = {  # by the family of architectures.EIGHT_BIT_FAMILIES
+    "gemm_sm90_s8": sm90_s8_configs.choose_sm90_s8,
+}
 
 
 def choose_eight_bit_gemm(

@@ -13,7 +13,9 @@ FAMILIES = {80: "gemm_sm80", 86: "gemm_sm80", 89: "gemm_sm80", 90: "gemm_sm90"}
 # Those whose tensor cores multiply 4-bit integers, and for which there is a GEMM that lets them.
 FOUR_BIT_UNITS = (80, 86, 89)
 # sm -> the GEMM of 8-bit activations that it runs.
-EIGHT_BIT_FAMILIES: dict[int, str] = {}
+EIGHT_BIT_FAMILIES: dict[int, str] = {
+    90: "gemm_sm90_s8",
+}
 
 
 def kernel_family(sm: int) -> str | None:

@@ -76,8 +76,8 @@ __device__ __forceinline__ void store(const Problem& p, int tile_m, int tile_n, 
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        v[i] = __int2float_rn(acc[first / 2 + 4 * j + i]) * (i & 1 ? scale.y : scale.x);
-        v[i] = __fmaf_rn(v[i], outputs.unit[i / 2], outputs.bias[i / 2]);
+        const float scaled = __fmul_rn(__int2float_rn(acc[first / 2 + 4 * j + i]), i & 1 ? scale.y : scale.x);
+        v[i] = __fadd_rn(__fmul_rn(scaled, outputs.unit[i / 2]), outputs.bias[i / 2]);  // rounded as in format.md
       }
       ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(8 * j + token, 2 * warp + half), pack_pair(v[0], v[1]), pack_pair(v[2], v[3]));
     }
