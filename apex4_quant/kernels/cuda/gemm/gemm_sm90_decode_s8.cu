@@ -36,12 +36,16 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_conf
 
 struct Ring {
   uint32 stage, parity, end;
+  uint32 descriptor;  // the part of matrix descriptors that says where the stage is
   __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
+    asm volatile("" : "+r"(stage));  // kept in a register, rather than worked out again in the main loop
     end = stage + STAGES * STAGE_BYTES;
+    descriptor = ptx::descriptor_address(stage);
+    asm volatile("" : "+r"(descriptor));
   }
   __device__ __forceinline__ void next() {
-    stage += STAGE_BYTES;
-    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
+    stage += STAGE_BYTES, descriptor += STAGE_BYTES >> 4;
+    if (stage == end) stage -= STAGES * STAGE_BYTES, descriptor -= STAGES * STAGE_BYTES >> 4, parity ^= 1;
   }
 };
 
@@ -117,7 +121,7 @@ struct Consumer {
     const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     w_lane = offsetof(Stage, w_packed) + part * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
     ratio_lane = offsetof(Stage, w_ratio) + 2 * (part * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
-    codes = offsetof(Stage, a_codes) + part * TILE_M * BLOCK;
+    codes = (offsetof(Stage, a_codes) + part * TILE_M * BLOCK) >> 4;
   }
 
   template <int count>
@@ -138,12 +142,12 @@ struct Consumer {
     // Main loop: one stage, a block of 128 inputs for each warpgroup, per turn.
 #pragma unroll 1
     for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
-      const uint32 stage = ring.stage, tokens = ptx::descriptor_address(stage + codes);
+      const uint32 stage = ring.stage, tokens = ring.descriptor + codes;
       ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
       uint4 words[2] = {ptx::shared_read_128(stage + w_lane + sm90_weight_byte(0, 0, 0)),
                         ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0))};
       uint32 ratios = ptx::shared_read_32(stage + ratio_lane);
-      if (block + part >= p.k_blocks) words[0] = words[1] = make_uint4(0, 0, 0, 0), ratios = 0;
+      if (block + part >= p.k_blocks) { words[0] = words[1] = make_uint4(0, 0, 0, 0); asm volatile(""); }
       Tables tables;
       tables.make(ratios);
       ptx::wgmma_wait<0>();
