@@ -16,7 +16,7 @@ GEMM = "APEX4_GEMM"
 KERNEL = "APEX4_KERNEL"
 
 MEANING = {
-    ACTIVATIONS: "8: all linears compute with 8-bit activations; 4: those that the checkpoint says.  [default: auto, as the GPU]",
+    ACTIVATIONS: "8: all linears have 8-bit activations; 4: those of the checkpoint that do.  [default: auto, by GPU]",
     CACHE_DIR: "Folder for compiled kernels and tuned plans.  [default: apex4 in the user's cache folder]",
     FUSE: "0: every linear quantizes its input by itself, apart from norms and activation functions.",
     GEMM: "One plan of the GEMM for all shapes, to measure it.  [default: the tuned one or the heuristic's]",

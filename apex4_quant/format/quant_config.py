@@ -196,6 +196,12 @@ class QuantConfig:
                 )
         return config
 
+    @property
+    def name(self) -> str:
+        """ "W4A4", "W4A8", or both where linears differ."""
+        overrides = {int(entry.get("activation_bits", self.activation_bits)) for entry in self.modules.values()}
+        return " and ".join(f"W{self.bits}A{bits}" for bits in sorted({self.activation_bits, *overrides}))
+
     def activation_bits_of(self, name: str) -> int:
         """4 or 8, of one linear."""
         return int(self.modules.get(name, {}).get("activation_bits", self.activation_bits))

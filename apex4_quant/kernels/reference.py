@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..format.number_format import ACTIVATION_SCALE_MIN, CODE_MAX, TOKEN_CODE_MAX
-from .block_matrix import apply_block_matrix
-from .hadamard import apply_block_hadamard
+from .hadamard import apply_block_hadamard, apply_block_matrix
 
 
 def quantize_activation(

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, TOKEN_CODE_MAX
-from .block_matrix import apply_block_matrix
 from .folding import fold, fold_codes
-from .hadamard import apply_block_hadamard
+from .hadamard import apply_block_hadamard, apply_block_matrix
 
 ROWS_AT_ONCE = 2048  # tokens per pass: bounds the float32 partial sums, [rows, N]
 

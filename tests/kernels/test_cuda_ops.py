@@ -20,7 +20,8 @@ from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.operands import unpack_activations
 from apex4_quant.kernels.quantize import hadamard_product
 from apex4_quant.kernels.quantize.configs import fragment_order, prepack_matrix
-from apex4_quant.kernels.runtime import architectures, launcher, workspace
+from apex4_quant.kernels.runtime import launcher, workspace
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
 
 
 def generator(seed: int) -> torch.Generator:
@@ -310,7 +311,7 @@ def test_eight_bits_launch_the_kernel_of_their_family(launches: Launches, monkey
         workspace_words=40,
     )  # fmt: skip
     asked = []
-    monkeypatch.setattr(architectures, "EIGHT_BIT_FAMILIES", {90: "some"})
+    monkeypatch.setitem(EIGHT_BIT_FAMILIES, 90, "some")
     monkeypatch.setattr(eight_bit, "CHOOSERS", {"some": lambda *shape: asked.append(shape) or plan})
     codes, scales = torch.zeros(4, 16, 128, dtype=torch.uint8), torch.zeros(1, 16)
     packed, ratio = torch.zeros(3, 4, 4096, dtype=torch.uint8), torch.zeros(3, 2, 64, dtype=torch.int16)

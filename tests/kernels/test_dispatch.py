@@ -11,7 +11,7 @@ import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.kernels import dispatch
-from apex4_quant.kernels.runtime import architectures
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
 
 GPU = torch.device("cuda", 0)
 
@@ -85,12 +85,17 @@ def test_the_variable(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- bits of activations ---------------------------------------------------------------------------------------------
 
 
+def have_families(monkeypatch: pytest.MonkeyPatch, families: dict[int, str]) -> None:
+    for sm in list(EIGHT_BIT_FAMILIES):
+        monkeypatch.delitem(EIGHT_BIT_FAMILIES, sm)
+    for sm, family in families.items():
+        monkeypatch.setitem(EIGHT_BIT_FAMILIES, sm, family)
+
+
 @pytest.fixture
 def eight_bit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """For Hopper, Ampere and Blackwell."""
-    families = {80: "gemm_s8", 90: "gemm_sm90_s8", 100: "gemm_s8"}
-    monkeypatch.setattr(architectures, "EIGHT_BIT_FAMILIES", families)
-    monkeypatch.setattr(dispatch, "EIGHT_BIT_FAMILIES", families)
+    have_families(monkeypatch, {80: "gemm_s8", 90: "gemm_sm90_s8", 100: "gemm_s8"})
     monkeypatch.delenv("APEX4_KERNEL", raising=False)
 
 
@@ -115,8 +120,7 @@ def test_bits_of_a_gpu(
 def test_without_an_eight_bit_kernel_nothing_changes_and_its_lack_is_said(
     fake_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (architectures, dispatch):
-        monkeypatch.setattr(module, "EIGHT_BIT_FAMILIES", {80: "gemm_s8"})
+    have_families(monkeypatch, {80: "gemm_s8"})
     fake_gpu((8, 6))
     monkeypatch.delenv("APEX4_ACTIVATIONS", raising=False)
     assert dispatch.activation_bits(GPU, 4) == 4
@@ -133,7 +137,7 @@ def test_more_bits_than_stored_are_said_once(fake_gpu: Any, monkeypatch: pytest.
             dispatch.say_of_eight_bits(GPU)
     (warning,) = caught
     assert str(warning.message) == (
-        "apex4: Some GPU has no 4-bit units: linears quantized for 4-bit activations compute with 8 bits, which is more exact; "
+        "apex4: on Some GPU linears quantized for 4-bit activations compute with 8 bits, which is faster there and more exact; "
         "set APEX4_ACTIVATIONS=4 to compute with 4"
     )
     dispatch.say_of_eight_bits.cache_clear()

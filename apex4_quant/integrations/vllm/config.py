@@ -9,7 +9,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ... import __version__
-from ...environment import KERNEL
+from ...environment import ACTIVATIONS, KERNEL
 from ...errors import Apex4Error
 from ...format.quant_config import QUANT_METHOD, QuantConfig
 from . import names
@@ -56,7 +56,9 @@ class Apex4Config(QuantizationConfig):
         # vLLM's key of compiled graphs is made of the attributes of hf_config, `quantization_config` among them. What else
         # decides what is compiled is our code and which arithmetic is asked for.
         if hf_config is not None:
-            hf_config.apex4_compiled_by = f"{__version__} {os.environ.get(KERNEL, '')}".strip()
+            hf_config.apex4_compiled_by = " ".join(
+                (__version__, *(os.environ.get(name, "") for name in (KERNEL, ACTIVATIONS)))
+            ).strip()
 
     def get_cache_scale_mapper(self) -> WeightsMapper:
         """vLLM's Mixtral loads the published names; an apex4 checkpoint has those of transformers' class."""
