@@ -15,6 +15,7 @@ FOUR_BIT_UNITS = (80, 86, 89)
 # sm -> the GEMM of 8-bit activations that it runs.
 EIGHT_BIT_FAMILIES: dict[int, str] = {
     90: "gemm_sm90_s8",
+    **dict.fromkeys((75, 80, 86, 89, 100, 120), "gemm_s8"),
 }
 
 

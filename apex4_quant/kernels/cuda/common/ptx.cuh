@@ -88,6 +88,20 @@ __device__ __forceinline__ uint32 permute_bytes(uint32 low, uint32 high, uint32 
   return d;
 }
 
+// a b + c as one IMAD, which leaves the pipe of logic and additions alone: the compiler makes a shift of a factor it knows.
+__device__ __forceinline__ uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
+  uint32 d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// A constant that the compiler does not know.
+template <uint32 value>
+__device__ __forceinline__ uint32 hidden() {
+  uint32 d;
+  asm volatile("mov.u32 %0, %1;" : "=r"(d) : "n"(value));
+  return d;
+}
+
 // ---- D += A B with 8-bit signed integers, one warp, m16 n8 k32; on sm_75 from four products of m8 n8 k16 ------------------
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 __device__ __forceinline__ void mma_s8_quarter(int& d0, int& d1, uint32 a, uint32 b) {

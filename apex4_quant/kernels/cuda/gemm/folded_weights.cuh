@@ -8,6 +8,7 @@ struct FoldTable {
   uint32 low, high;  // of magnitudes 0 .. 3, 4 .. 7
 
   // c R + 128 < 2^15 for R <= 4608, so that two products share a register. Bits 15 and 31 become bit 7 of a byte.
+  FoldTable() = default;
   __device__ __forceinline__ explicit FoldTable(uint32 ratio) {
     constexpr uint32 ROUND = 0x80808080, HIGH_BYTES = 0x7531;
     low = ptx::permute_bytes(ratio * 0x00010000 + ROUND, ratio * 0x00030002 + ROUND, HIGH_BYTES);
@@ -20,20 +21,19 @@ struct FoldTable {
 };
 
 // Four magnitudes as 128 + |w8| and, of the same bytes, 255 where the code is negative and 0 elsewhere: four int8.
-__device__ __forceinline__ uint32 with_signs(uint32 magnitudes, uint32 negative) {
+__device__ __forceinline__ uint32 with_signs(uint32 magnitudes, uint32 negative, uint32 minus_two) {
   // 128 - |w8| is 128 + |w8| less twice |w8|. No byte borrows from the next: all are 2 .. 254.
-  const uint32 offset = magnitudes - 2 * (magnitudes & negative & 0x7f7f7f7f);
-  return offset ^ 0x80808080;
+  return ptx::multiply_add(magnitudes & negative & 0x7f7f7f7f, minus_two, magnitudes) ^ 0x80808080;
 }
 
 // One word of layout sm90: eight codes of two rows, four consecutive inputs each, in sign and magnitude (layouts.py).
 __device__ __forceinline__ void widen(uint32 word, const FoldTable& first_row, const FoldTable& second_row,
-                                      uint32& first, uint32& second) {
+                                      uint32 minus_two, uint32& first, uint32& second) {
   // Magnitudes of the rows alternate. A lookup takes four of them, of which its row has every second one.
-  const uint32 magnitudes = word & 0x77777777, upper = magnitudes >> 16;
+  const uint32 magnitudes = word & 0x77777777, upper = ptx::permute_bytes(magnitudes, 0, 0x4432);
   const uint32 of_first = ptx::permute_bytes(first_row.look_up(magnitudes), first_row.look_up(upper), 0x6420);
   const uint32 of_second = ptx::permute_bytes(second_row.look_up(magnitudes), second_row.look_up(upper), 0x7531);
   // A selector with bit 3 set repeats the sign of a byte. Signs of the second row are in bit 3 of the byte that follows.
-  first = with_signs(of_first, ptx::permute_bytes(word, word, 0xba98));
-  second = with_signs(of_second, ptx::permute_bytes(word << 4, word << 4, 0x8ba9));
+  first = with_signs(of_first, ptx::permute_bytes(word, word, 0xba98), minus_two);
+  second = with_signs(of_second, ptx::permute_bytes(word << 4, word << 4, 0x8ba9), minus_two);
 }

@@ -39,8 +39,9 @@ struct Stage {
   uint8 w_packed[TILE_N * BLOCK / 2];
   unsigned short w_ratio[TILE_N];
 };
+static_assert(STAGES > 1, "one stage is read while another lands");
 static_assert(sizeof(Stage) % 128 == 0, "stages stay aligned: a_smem_rd is XORed with a chunk's bits");
-static_assert(sizeof(Stage) * STAGES == SHARED_BYTES, "what the host asks for (s8_configs.py)");
+static_assert(sizeof(Stage) * STAGES == SHARED_BYTES, "what the host asks for (kernels/gemm/s8_configs.py)");
 static_assert(s8_output_byte(TILE_N, TILE_M, 0) <= SHARED_BYTES, "y passes through the stages");
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 
@@ -248,6 +249,42 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // Not needed in the loop, which has no register to spare.
   __shared__ Tile origin;
   if (threadIdx.x == 0) origin = {tile.m * TILE_M, tile.n * TILE_N};
+  const uint32 minus_two = ptx::hidden<0xfffffffe>();
+
+  // Of this warp's outputs: the tables of a block's group, and the int8 of two k32 steps, as the mma wants them.
+  FoldTable tables[FRAGMENTS_N][2];
+  uint32 w[2][FRAGMENTS_N][2][4];
+  const auto make_tables = [&](uint32 at) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_N; ++i) {
+      const uint32 ratios = ptx::shared_read_32(ratio_smem_rd + at + 2 * sm90_scale_position(i, 0));  // of rows r and r + 8
+      tables[i][0] = FoldTable(ratios & 0xffff);
+      tables[i][1] = FoldTable(ratios >> 16);
+    }
+  };
+  const auto widen_half = [&](uint32 at, int half) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_N; ++i) {
+      const uint4 words = ptx::shared_read_128(w_smem_rd + at + sm90_weight_byte(half, i, 0));
+      widen(words.x, tables[i][0], tables[i][1], minus_two, w[half][i][0][0], w[half][i][0][1]);
+      widen(words.y, tables[i][0], tables[i][1], minus_two, w[half][i][0][2], w[half][i][0][3]);
+      widen(words.z, tables[i][0], tables[i][1], minus_two, w[half][i][1][0], w[half][i][1][1]);
+      widen(words.w, tables[i][0], tables[i][1], minus_two, w[half][i][1][2], w[half][i][1][3]);
+    }
+  };
+  const auto multiply_half = [&](uint32 at, int half) {
+#pragma unroll
+    for (int j = 0; j < FRAGMENTS_M; ++j) {
+      // Eight rows further the swizzle repeats; the second half is four chunks further, which is one bit of the address.
+      uint32 a[4];
+      ptx::ldmatrix_x4(a, (a_smem_rd ^ sm90_activation_byte(0, s8_ldmatrix_chunk(0, half))) + at + sm90_activation_byte(8 * j, 0));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_N; ++i) ptx::mma_s8(acc[i][j], w[half][i][step], a[2 * step], a[2 * step + 1]);
+      }
+    }
+  };
 
   ptx::wait_for_predecessor();
 #pragma unroll
@@ -263,34 +300,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();  // the stage has landed for everyone, and everyone has left the one that is refilled now
     if (kb + STAGES - 1 < last_block) loader.load(p, stages_smem + refill);
     ptx::cp_async_commit();
-
-    uint32 ratios[FRAGMENTS_N];  // of rows r and r + 8
-#pragma unroll
-    for (int i = 0; i < FRAGMENTS_N; ++i) ratios[i] = ptx::shared_read_32(ratio_smem_rd + at + 2 * sm90_scale_position(i, 0));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // k32 steps 2 half and 2 half + 1
-      uint32 w[FRAGMENTS_N][2][4];
-#pragma unroll
-      for (int i = 0; i < FRAGMENTS_N; ++i) {
-        const FoldTable first(ratios[i] & 0xffff), second(ratios[i] >> 16);
-        const uint4 words = ptx::shared_read_128(w_smem_rd + at + sm90_weight_byte(half, i, 0));
-        widen(words.x, first, second, w[i][0][0], w[i][0][1]);
-        widen(words.y, first, second, w[i][0][2], w[i][0][3]);
-        widen(words.z, first, second, w[i][1][0], w[i][1][1]);
-        widen(words.w, first, second, w[i][1][2], w[i][1][3]);
-      }
-#pragma unroll
-      for (int j = 0; j < FRAGMENTS_M; ++j) {
-        // Eight rows further the swizzle repeats; the second half is four chunks further, which is one bit of the address.
-        uint32 a[4];
-        ptx::ldmatrix_x4(a, (a_smem_rd ^ sm90_activation_byte(0, s8_ldmatrix_chunk(0, half))) + at + sm90_activation_byte(8 * j, 0));
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-#pragma unroll
-          for (int i = 0; i < FRAGMENTS_N; ++i) ptx::mma_s8(acc[i][j], w[i][step], a[2 * step], a[2 * step + 1]);
-        }
-      }
-    }
+    make_tables(at);
+    widen_half(at, 0);
+    multiply_half(at, 0);
+    widen_half(at, 1);
+    multiply_half(at, 1);
     refill = at;
     at = at == (STAGES - 1) * STAGE_BYTES ? 0 : at + STAGE_BYTES;
   }
