@@ -16,8 +16,7 @@ from typing import Protocol
 
 from ...errors import Apex4Error
 from ..runtime.architectures import eight_bit_family
-from . import sm90_s8_configs
-from . import s8_configs
+from . import s8_configs, sm90_s8_configs
 from .configs import PlanSource, plan_source
 
 

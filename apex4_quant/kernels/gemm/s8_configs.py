@@ -150,7 +150,15 @@ class S8Plan:
 # Multiply-adds of 8 bits that a multiprocessor's tensor cores do in a clock. sm_90 by mma.sync (measured); sm_100 assumed.
 _MACS = {75: 1024, 80: 2048, 86: 1024, 89: 1024, 90: 2700, 100: 2048, 120: 1024}
 _SHARE_OF_PEAK = 0.75
-_BYTES_PER_CLOCK = {75: 5.0, 80: 13.0, 86: 7.0, 89: 5.0, 90: 19.0, 100: 27.0, 120: 5.0}  # of memory, a multiprocessor's part
+_BYTES_PER_CLOCK = {
+    75: 5.0,
+    80: 13.0,
+    86: 7.0,
+    89: 5.0,
+    90: 19.0,
+    100: 27.0,
+    120: 5.0,
+}  # of memory, a multiprocessor's part
 _WIDENING = 560.0  # clocks of a scheduler for a block's 32 outputs of a warp: logic of 16 lanes (docs/issue_slots.md)
 _LATENCY = 700.0  # clocks until the first block's copies have landed
 _STAGE_OVERHEAD = 100.0  # clocks of a block's barrier and addresses, where nothing else runs on the multiprocessor

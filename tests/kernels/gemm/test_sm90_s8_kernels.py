@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from apex4_quant.errors import UsageError
-from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.layouts import S8
 from apex4_quant.kernels.analysis import sass
 from apex4_quant.kernels.folding import fold_codes
 from apex4_quant.kernels.gemm import tuned
@@ -59,7 +58,7 @@ inline uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
 """
 _BEHIND = """
 extern "C" void fold_block(const uint32* words, uint32 ratios, uint32* a, uint32* b, uint32* negative) {
-  Tables tables;
+  SignedTables tables;
   tables.make(ratios);
   for (int step = 0; step < 4; ++step) {
     uint32 one[4], two[4], three[4];
@@ -89,9 +88,7 @@ RATIOS = [0, 1, 18, 19, 127, 128, 129, 4607, 4608]  # 18 and 19: 7 R + 128 on bo
 
 
 @pytest.mark.parametrize("ratios", [RATIOS, None], ids=["edges", "random"])
-def test_a_lane_folds_the_a_fragment_of_its_words(
-    ratios: list[int] | None, fold_block: Callable[..., None]
-) -> None:
+def test_a_lane_folds_the_a_fragment_of_its_words(ratios: list[int] | None, fold_block: Callable[..., None]) -> None:
     """All lanes of a warpgroup, against the tables of wgmma's register operand in the PTX ISA."""
     generator = torch.Generator().manual_seed(1)
     ratio = torch.randint(0, 4609, (64, 1), dtype=torch.int16, generator=generator)
@@ -100,7 +97,7 @@ def test_a_lane_folds_the_a_fragment_of_its_words(
     codes = torch.randint(-7, 8, (64, 128), dtype=torch.int8, generator=generator)
     codes[:, :15] = torch.arange(-7, 8, dtype=torch.int8)
     want = fold_codes(codes, ratio).numpy()
-    layout = get_layout("sm90")
+    layout = S8
     words = layout.pack(codes)[0, 0].numpy().view(np.uint32)
     stored = layout.pack_scales(ratio)[0, 0].tolist()
     weight_byte, scale_position = index_function("sm90_weight_byte"), index_function("sm90_scale_position")
@@ -115,7 +112,10 @@ def test_a_lane_folds_the_a_fragment_of_its_words(
             )  # fmt: skip
             for step, register in np.ndindex(4, 4):
                 row, k = 16 * warp + lane // 4 + 8 * (register % 2), 32 * step + 16 * (register // 2) + 4 * (lane % 4)
-                got, less, ones = (each[4 * step + register : 4 * step + register + 1].view(np.int8) for each in (folded, complements, negative))
+                got, less, ones = (
+                    each[4 * step + register : 4 * step + register + 1].view(np.int8)
+                    for each in (folded, complements, negative)
+                )
                 assert (got == want[row, k : k + 4]).all(), (warp, lane, step, register)
                 assert (less - ones == want[row, k : k + 4]).all() and set(ones.tolist()) <= {0, -1}
 

@@ -1,4 +1,4 @@
-// 4-bit codes of layout sm90 to folded int8, as wgmma's register operand.
+// 4-bit codes of layout s8 to folded int8, as wgmma's register operand.
 //
 // A folded weight is sign(q) * ((|q| R + 128) >> 8), R the ratio of its group (kernels/folding.py). Codes have eight magnitudes,
 // so that the folded ones of a row and group are a table of eight bytes: two registers, and PRMT looks four up at once.
@@ -6,88 +6,70 @@
 
 #include "common/ptx.cuh"
 
-// What the magnitudes 0..7 of a row's codes are folded to, of positive and of negative codes, a byte each.
+// What the magnitudes 0..7 of a row's codes are folded to, a byte each.
 struct Table {
-  uint32 plus[2], minus[2];
+  uint32 low, high;
 
   // c R + 128 stays below 2^15, so that two of them fit a register and one multiplication makes both.
   __device__ __forceinline__ void make(uint32 ratio) {
-    constexpr uint32 HALVES = 0x00800080u;
-    const uint32 m01 = ratio * 0x00010000u + HALVES, m23 = ratio * 0x00030002u + HALVES;
-    const uint32 m45 = ratio * 0x00050004u + HALVES, m67 = ratio * 0x00070006u + HALVES;
-    plus[0] = ptx::permute_bytes(m01, m23, 0x7531);
-    plus[1] = ptx::permute_bytes(m45, m67, 0x7531);
-    // 0x80 - magnitude borrows from no other byte, and the highest bit is then the other one.
-    minus[0] = (0x80808080u - plus[0]) ^ 0x80808080u;
-    minus[1] = (0x80808080u - plus[1]) ^ 0x80808080u;
+    constexpr uint32 HALVES = 0x00800080u, HIGH_BYTES = 0x7531;
+    low = ptx::permute_bytes(ratio * 0x00010000u + HALVES, ratio * 0x00030002u + HALVES, HIGH_BYTES);
+    high = ptx::permute_bytes(ratio * 0x00050004u + HALVES, ratio * 0x00070006u + HALVES, HIGH_BYTES);
   }
-  __device__ __forceinline__ uint32 look_up(uint32 magnitudes) const { return ptx::permute_bytes(plus[0], plus[1], magnitudes); }
-  // Four codes: magnitudes in the low 16 bits of `magnitudes`, bytes of ones in `negative` where the sign is set.
-  __device__ __forceinline__ uint32 fold(uint32 magnitudes, uint32 negative) const {
-    const uint32 p = ptx::permute_bytes(plus[0], plus[1], magnitudes), n = ptx::permute_bytes(minus[0], minus[1], magnitudes);
-    return (p & ~negative) | (n & negative);
+  // Their negatives. 0x80 - magnitude borrows from no other byte, and the highest bit is then the other one.
+  __device__ __forceinline__ Table negated() const {
+    return {(0x80808080u - low) ^ 0x80808080u, (0x80808080u - high) ^ 0x80808080u};
   }
+  // Of four magnitudes, in the low 16 bits.
+  __device__ __forceinline__ uint32 look_up(uint32 magnitudes) const { return ptx::permute_bytes(low, high, magnitudes); }
 };
+
+// Of rows r and r + 8.
 struct Tables {
-  Table low, high;  // of rows r and r + 8
+  Table plus[2];
 
   // `ratios`: those of both rows.
-  __device__ __forceinline__ void make(uint32 ratios) { low.make(ratios & 0xffffu), high.make(ratios >> 16); }
+  __device__ __forceinline__ void make(uint32 ratios) { plus[0].make(ratios & 0xffffu), plus[1].make(ratios >> 16); }
+};
+struct SignedTables : Tables {
+  Table minus[2];
+
+  __device__ __forceinline__ void make(uint32 ratios) {
+    Tables::make(ratios);
+    minus[0] = plus[0].negated(), minus[1] = plus[1].negated();
+  }
 };
 
-// The A fragment of one k32 step, from a lane's two words of it. layouts.py, `_sign_magnitude`: of the even codes of a word (row
-// r) the magnitudes are the even nibbles and the signs the bytes' highest bits; of the odd ones (row r + 8), after a rotation by
-// four. Both words' magnitudes are looked up together, and the bytes are sorted afterwards.
-__device__ __forceinline__ void fold(uint32 (&a)[4], uint32 first, uint32 second, const Tables& tables) {
-#if S8_ORDER
-  {
-    const uint32 y = first & 0x77777777u, z = second & 0x77777777u;
-    a[0] = tables.low.fold(y, ptx::permute_bytes(first, first, 0xba98));
-    a[1] = tables.high.fold(y >> 16, ptx::permute_bytes(first << 4, 0, 0xba98));
-    a[2] = tables.low.fold(z, ptx::permute_bytes(second, second, 0xba98));
-    a[3] = tables.high.fold(z >> 16, ptx::permute_bytes(second << 4, 0, 0xba98));
-  }
-#else
-  constexpr uint32 LOW = 0x07070707u, HIGH = 0x70707070u;
-  const uint32 first_left = first << 4, second_left = second << 4;
-  const uint32 even = (first & LOW) | (second_left & HIGH), odd = ((first >> 4) & LOW) | (second & HIGH);
-  const uint32 even01 = tables.low.fold(even, ptx::permute_bytes(first, second, 0xd9c8));
-  const uint32 even23 = tables.low.fold(even >> 16, ptx::permute_bytes(first, second, 0xfbea));
-  const uint32 odd01 = tables.high.fold(odd, ptx::permute_bytes(first_left, second_left, 0xead9));
-  const uint32 odd23 = tables.high.fold(odd >> 16, ptx::permute_bytes(first_left, second_left, 0xc8fb));
-  a[0] = ptx::permute_bytes(even01, even23, 0x6420), a[2] = ptx::permute_bytes(even01, even23, 0x7531);
-  a[1] = ptx::permute_bytes(odd01, odd23, 0x6420), a[3] = ptx::permute_bytes(odd01, odd23, 0x7531);
-#endif
-}
-// Of step `step` of four, from the two 16-byte words that a lane owns of a block.
-__device__ __forceinline__ void fold_step(uint32 (&a)[4], const uint4 (&words)[2], int step, const Tables& tables) {
-  const uint4& half = words[step / 2];
-  if (step % 2 == 0) {
-    fold(a, half.x, half.y, tables);
-  } else {
-    fold(a, half.z, half.w, tables);
-  }
-}
+// What a word says of its four codes of row r (half 0) and r + 8 (half 1): magnitudes in the low 16 bits, and bytes of ones where the
+// sign is set. layouts.py, `_sign_magnitude_of_words`.
+struct Codes {
+  uint32 magnitudes[2], negative[2];
 
+  __device__ __forceinline__ explicit Codes(uint32 word) {
+    magnitudes[0] = word & 0x77777777u;
+    magnitudes[1] = ptx::permute_bytes(magnitudes[0], 0, 0x4432);  // a shift, which the compiler would put before the mask, twice
+    negative[0] = ptx::permute_bytes(word, word, 0xba98);
+    negative[1] = ptx::permute_bytes(word << 4, word << 4, 0xba98);
+  }
+};
+
+// The A fragment of one k32 step, from a lane's two words of it.
+__device__ __forceinline__ void fold(uint32 (&a)[4], uint32 first, uint32 second, const SignedTables& tables) {
+  const Codes codes[2] = {Codes(first), Codes(second)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32 magnitudes = codes[i / 2].magnitudes[i % 2], negative = codes[i / 2].negative[i % 2];
+    a[i] = (tables.plus[i % 2].look_up(magnitudes) & ~negative) | (tables.minus[i % 2].look_up(magnitudes) & negative);
+  }
+}
 
 // The same in two operands, for kernels whose tensor cores have time: codes that are not negative as above, of negative ones the
 // complement, which is one too little; and bytes of ones for those. The sum is that of `a` less that of `negative`.
 __device__ __forceinline__ void fold_complements(uint32 (&a)[4], uint32 (&negative)[4], uint32 first, uint32 second, const Tables& tables) {
-#if S8_ORDER
-  const uint32 y = first & 0x77777777u, z = second & 0x77777777u, first_left = first << 4, second_left = second << 4;
-  negative[0] = ptx::permute_bytes(first, first, 0xba98), negative[2] = ptx::permute_bytes(second, second, 0xba98);
-  negative[1] = ptx::permute_bytes(first_left, first_left, 0xba98), negative[3] = ptx::permute_bytes(second_left, second_left, 0xba98);
-  a[0] = tables.low.look_up(y) ^ negative[0], a[2] = tables.low.look_up(z) ^ negative[2];
-  a[1] = tables.high.look_up(y >> 16) ^ negative[1], a[3] = tables.high.look_up(z >> 16) ^ negative[3];
-#else
-  constexpr uint32 LOW = 0x07070707u, HIGH = 0x70707070u;
-  const uint32 first_left = first << 4, second_left = second << 4;
-  const uint32 even = (first & LOW) | (second_left & HIGH), odd = ((first >> 4) & LOW) | (second & HIGH);
-  const uint32 even01 = tables.low.look_up(even), even23 = tables.low.look_up(even >> 16);
-  const uint32 odd01 = tables.high.look_up(odd), odd23 = tables.high.look_up(odd >> 16);
-  negative[0] = ptx::permute_bytes(first, first, 0xba98), negative[2] = ptx::permute_bytes(second, second, 0xba98);
-  negative[1] = ptx::permute_bytes(first_left, first_left, 0x8ba9), negative[3] = ptx::permute_bytes(second_left, second_left, 0x8ba9);
-  a[0] = ptx::permute_bytes(even01, even23, 0x6420) ^ negative[0], a[2] = ptx::permute_bytes(even01, even23, 0x7531) ^ negative[2];
-  a[1] = ptx::permute_bytes(odd01, odd23, 0x6420) ^ negative[1], a[3] = ptx::permute_bytes(odd01, odd23, 0x7531) ^ negative[3];
-#endif
+  const Codes codes[2] = {Codes(first), Codes(second)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    negative[i] = codes[i / 2].negative[i % 2];
+    a[i] = tables.plus[i % 2].look_up(codes[i / 2].magnitudes[i % 2]) ^ negative[i];
+  }
 }

@@ -8,6 +8,8 @@
 
 #include "gemm/gemm_sm90_s8.cuh"
 
+#define COMPLEMENTS (TILE_M <= 16)  // signs by products of their own, where registers hold them
+
 constexpr int COPYING_WARPS = 2;
 constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
 constexpr int VECTORS = SUMS / 4;
@@ -148,7 +150,11 @@ struct Consumer {
                         ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0))};
       uint32 ratios = ptx::shared_read_32(stage + ratio_lane);
       if (block + part >= p.k_blocks) { words[0] = words[1] = make_uint4(0, 0, 0, 0); asm volatile(""); }
+#if COMPLEMENTS
       Tables tables;
+#else
+      SignedTables tables;
+#endif
       tables.make(ratios);
       ptx::wgmma_wait<0>();
 #pragma unroll

@@ -13,7 +13,7 @@
 //   a_codes   [KB][m_stride][128 B]      int8, chunks placed by sm90_activation_byte (index.cuh): in the order that wgmma's 128-byte
 //                                        swizzle wants, so that a tile is one bulk copy
 //   a_scale   [m_stride]                 float32, s_a
-//   w_packed  [ceil(N/64)][KB][4096 B]   layout sm90 of layouts.py
+//   w_packed  [ceil(N/64)][KB][4096 B]   layout s8 of layouts.py
 //   w_ratio   [ceil(N/64)][G][64]        uint16 up to 4608, in the order of the layout's scales
 //   w_unit    [64 ceil(N/64)]            float32, u
 //   bias      [N] float32, or null
@@ -24,19 +24,17 @@
 //
 // Producer threads fill a ring of STAGES blocks with bulk copies; CONSUMERS warpgroups of 64 outputs each multiply.
 //
-// Macros: TILE_M, CONSUMERS, STAGES, LEAD (blocks that the first warpgroup is ahead), TURNS, SHARED_BYTES (of struct Shared), OUT_BF16.
+// Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
 
 #include "gemm/gemm_sm90_s8.cuh"
 #include "gemm/schedule_sm90.cuh"
 
 constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int WARPGROUP_MEETS = 1;  // named barriers, one for each warpgroup
-constexpr int LEADS = WARPGROUP_MEETS + CONSUMERS;  // the first warpgroup is as far ahead as it shall be
 // Of the 168 a thread that the launch gives, what producers do not need goes to consumers.
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (CONSUMERS + 1) * 168, "registers of a thread block");
 static_assert(CONSUMERS == 2, "warpgroups, by the registers they need");
-static_assert(LEAD < STAGES, "the ring is full until the second warpgroup begins");
 
 struct Stage {
   alignas(1024) uint8 a_codes[TILE_M * BLOCK];
@@ -160,6 +158,12 @@ struct Consumer {
     ratios = ptx::shared_read_32(ring.stage + ratio_lane);
   }
 
+  // The A fragment of step `step` of four.
+  static __device__ __forceinline__ void fold_step(uint32 (&a)[4], const uint4 (&words)[2], int step, const SignedTables& tables) {
+    const uint4& half = words[step / 2];
+    fold(a, step % 2 ? half.z : half.x, step % 2 ? half.w : half.y, tables);
+  }
+
   template <int count>
   static __device__ __forceinline__ void pin(uint32 (&a)[count]) {
 #pragma unroll
@@ -170,63 +174,13 @@ struct Consumer {
     if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
   }
 
-#if TURNS
-  static constexpr int TURN = LEADS + 1;
-  __device__ __forceinline__ void await_turn() { ptx::named_barrier(TURN + group, 2 * WARPGROUP); }
-  __device__ __forceinline__ void pass_turn() { ptx::named_barrier_arrive(TURN + (group + 1) % CONSUMERS, 2 * WARPGROUP); }
-
-  // The block at `ring`, whose weights are in `a`; those of the next one follow into `next`, unless this is the last.
-  __device__ __forceinline__ void block(bool last, int (&acc)[SUMS], uint32 (&a)[4][4], uint32 (&next)[4][4]) {
-    const uint32 done = ring.stage;
-#pragma unroll
-    for (int step = 0; step < 4; ++step) pin(a[step]);
-    await_turn();
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      ptx::Wgmma<TILE_M>::s8(acc, a[step], ptx::wgmma_descriptor(ring.descriptor + (32 * step >> 4)), 1);
-    }
-    ptx::wgmma_commit();
-    pass_turn();
-    ring.next();
-    if (!last) prepare(next);
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) pin(a[step]);
-    leave(done);
-  }
-  __device__ __forceinline__ void prepare(uint32 (&a)[4][4]) {
-    uint4 words[2];
-    uint32 ratios;
-    Tables tables;
-    read_weights(words, ratios);
-    tables.make(ratios);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) fold_step(a[step], words, step, tables);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) pin(a[step]);
-  }
-  __device__ __forceinline__ void multiply_item(int (&acc)[SUMS], int blocks, bool) {
-    uint32 a[4][4], b[4][4];
-    prepare(a);
-#pragma unroll 1
-    for (; blocks > 1; blocks -= 2) {
-      block(false, acc, a, b);
-      block(blocks == 2, acc, b, a);
-    }
-    if (blocks == 1) block(true, acc, a, b);
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) asm volatile("" : "+r"(acc[i])::"memory");
-  }
-#else
   // The item's blocks. The A fragment of a k32 step is folded while the step before is multiplied, into the registers of the one
   // before that; so two fragments are enough, and the warpgroups' products come in turn by themselves.
-  __device__ __forceinline__ void multiply_item(int (&acc)[SUMS], int blocks, bool first_item) {
+  __device__ __forceinline__ void multiply_item(int (&acc)[SUMS], int blocks) {
     uint32 a[2][4];
     uint4 words[2];
     uint32 ratios, done = NONE;  // the stage before
-    Tables tables;
-    int until_lead = first_item && group == 0 && LEAD > 0 ? min(LEAD, blocks) : 0;
+    SignedTables tables;
     read_weights(words, ratios);
     tables.make(ratios);
     fold_step(a[0], words, 0, tables);
@@ -245,7 +199,6 @@ struct Consumer {
         if (step == 0) {
           if (done != NONE) leave(done);
           done = ring.stage;
-          if (group == 0 && until_lead > 0 && --until_lead == 0) ptx::named_barrier_arrive(LEADS, 2 * WARPGROUP);
         }
         if (step < 3) fold_step(a[(step + 1) % 2], words, step + 1, tables);
         if (step == 2) {
@@ -264,7 +217,6 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+r"(acc[i])::"memory");  // not before the wait
   }
-#endif
 
   // The tile's tokens' scales, on their way to shared memory while it is multiplied.
   __device__ __forceinline__ void copy_scales(const Problem& p, Shared& s, int tile_m) {
@@ -278,31 +230,21 @@ struct Consumer {
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s) {
     ptx::wait_for_predecessor();  // whose scales are read
-#if TURNS
-    if (group == CONSUMERS - 1) pass_turn();
-#else
-    if (LEAD > 0 && group > 0 && !Schedule(p).done(p)) ptx::named_barrier(LEADS, 2 * WARPGROUP);
-#endif
-    bool first = true;
     for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
       int acc[SUMS] = {};
       const Item ahead = schedule.item(p);
       copy_scales(p, s, ahead.tile.m);
-      multiply_item(acc, ahead.last_block - ahead.first_block, first);
-      first = false;
+      const Outputs outputs(p, ahead.tile.n * CONSUMERS + group);
+      multiply_item(acc, ahead.last_block - ahead.first_block);
       asm volatile("" : "+r"(schedule.next));  // the item is worked out again rather than kept through the main loop
       const Item item = schedule.item(p);
       const int tile_n = item.tile.n * CONSUMERS + group;
       if (tile_n * WEIGHT_TILE_N >= p.n) continue;  // past N: nothing was loaded for it
-      const Outputs outputs(p, tile_n);
       ptx::cp_async_wait<0>();
       ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
       if (item.parts > 1 && !add_parts(p, item, tile_n, WARPGROUP_MEETS + group, s.last[group], acc)) continue;
       store(p, item.tile.m, tile_n, WARPGROUP_MEETS + group, s.y[group], s.a_scale[group], outputs, acc);
     }
-#if TURNS
-    if (group == 0) await_turn();
-#endif
   }
 };
 
