@@ -5,6 +5,8 @@ Signatures are the schemas of ops.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import torch_backend
@@ -45,6 +47,7 @@ def _multiply(
     codes_a, scale_a = unpack_activations(codes, scales, m, format)
     weight: torch.Tensor
     factor: torch.Tensor | None
+    product: Callable[..., torch.Tensor]
     if unit is not None:
         weight, factor, product = fold_codes(codes_w, scale_w).float(), unit[:n], torch_backend.multiply_folded
     else:

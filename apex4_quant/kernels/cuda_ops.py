@@ -247,9 +247,9 @@ def _multiply(
         sums = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         partial = sums.data_ptr()
         counter = workspace.counters(device.index, stream, 4 * plan.counters).data_ptr()
-    weights = (packed.data_ptr(), scale.data_ptr())
+    weights = [packed.data_ptr(), scale.data_ptr()]
     if unit is not None:
-        weights += (unit.data_ptr(),)
+        weights.append(unit.data_ptr())
     launch(stream, y.data_ptr(), codes, scales, *weights, _address(bias), partial, counter)
 
 
