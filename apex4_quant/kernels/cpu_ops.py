@@ -6,6 +6,7 @@ Signatures are the schemas of ops.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from .operands import (
     format_of_codes,
     layout_of_format,
     pack_activations,
+    require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
     require_weights,
@@ -130,3 +132,9 @@ def silu_mul_linear(
     require_quantizer("silu_mul_linear", False, gate, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, unit, bias, n, *how)
     return _multiply(*_quantize(_gated(gate, up), *how), packed, scale, unit, bias, gate.shape[0], n, gate.dtype)
+
+
+def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    require_add_rms_norm_linear(False, x, residual, *rest)
+    total = (x + residual).contiguous()
+    return rms_norm_linear(total, *rest), total

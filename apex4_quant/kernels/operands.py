@@ -17,7 +17,7 @@ kernel reads memory by the shapes that it is told.
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
@@ -171,6 +171,23 @@ def require_quantizer(
     if matrix is not None:
         prepacked = kernels and (group == BLOCK or format == TOKEN_FORMAT)
         _require_matrix(operator, matrix, x, k_padded // BLOCK, prepacked)
+
+
+def require_add_rms_norm_linear(
+    kernels: bool,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    gain_offset: float,
+    *rest: Any,
+) -> None:
+    """Raise Apex4Error for what `add_rms_norm_linear` cannot read; its arguments."""
+    operator = "add_rms_norm_linear"
+    require_quantizer(operator, kernels, x, *rest[-6:], gain=gain)
+    require_weights(operator, x, *rest)
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.get_device() != x.get_device():
+        _refuse(operator, "residual", _described(residual), f"{_described(x)} beside x, as that is,")
 
 
 def _require(

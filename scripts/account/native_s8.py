@@ -92,6 +92,9 @@ def time_native(with_simulation: bool) -> None:
                 low, high = (turn / of_warp for turn in spread(steps, SM, mma, resident, config.threads // 128))
                 row["simulated"] = [round(low, 2), round(high, 2)]
                 text += f"  simulated {low:.2f} to {high:.2f}"
-            print(f"{config.tile_name:18} {registers:4} {resident:6} {clocks:8.2f} {row['share']:6.2f}  {text}", flush=True)
+            print(
+                f"{config.tile_name:18} {registers:4} {resident:6} {clocks:8.2f} {row['share']:6.2f}  {text}",
+                flush=True,
+            )
             rows.append(row)
     print(json.dumps({"mma_clocks": round(mma, 3), "rows": rows}))

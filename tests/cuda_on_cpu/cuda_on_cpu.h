@@ -159,6 +159,13 @@ inline float __int_as_float(int bits) { return __uint_as_float(bits); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selectors >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* from) { return *from; }
@@ -232,6 +239,7 @@ inline unsigned pair_product(unsigned a, unsigned b) {
 inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline void prefetch(const void*) {}
+inline void await_all(unsigned, unsigned, unsigned, unsigned) {}
 inline void copy_async(uint4* shared, const uint4* from) { cpu::copy_later(shared, from); }
 inline void copy_async_or_zero(uint4* shared, const void* from, bool there) {
   cpu::copy_later(shared, there ? from : nullptr);

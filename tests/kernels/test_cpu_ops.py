@@ -89,6 +89,9 @@ def test_a_linear_is_its_quantizer_and_the_gemm(format: str) -> None:
     ):
         expected = ops.gemm(*quantize(*inputs, *how), *weights, bias, 7, 70, torch.bfloat16)
         assert torch.equal(linear(*inputs, *weights, bias, 70, *how), expected)
+    y, total = ops.add_rms_norm_linear(x, up, gain, 1e-5, 1.0, *weights, bias, 70, *how)
+    assert torch.equal(total, x + up)
+    assert torch.equal(y, ops.rms_norm_linear(x + up, gain, 1e-5, 1.0, *weights, bias, 70, *how))
 
 
 # ---- 8-bit activations -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ... import __version__
@@ -74,6 +75,7 @@ class Apex4Config(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from .fusion import install
         from .linear import Apex4LinearMethod
 
         self.has_published_names |= names.stored_name(prefix) != prefix
@@ -90,6 +92,7 @@ class Apex4Config(QuantizationConfig):
             raise Apex4Error(
                 f"vLLM runs {plain[0]}, which is not quantized, and {other}, which is, in one layer: quantize both or neither"
             )
+        install(get_current_vllm_config())
         return Apex4LinearMethod(self.fields, self.budget, members)
 
     def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
