@@ -14,7 +14,7 @@ import torch
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.kernels.catalogue import Configuration, configurations, kernel_family, sm_of
 from apex4_quant.kernels.gemm import configs as gemm_configs
-from apex4_quant.kernels.gemm import fused_linear
+from apex4_quant.kernels.gemm import fused_linear, s8_configs, sm90_s8_configs
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.runtime import compiler
 from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
@@ -107,7 +107,10 @@ def test_doctor_says_with_how_many_bits(
     monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
     assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu"
     monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
-    assert lines()[0] == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
+    assert (
+        lines()[0]
+        == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
+    )
     monkeypatch.setenv("APEX4_ACTIVATIONS", "5")
     result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (2, "apex4: APEX4_ACTIVATIONS=5 is not known: give 4, 8 or auto\n")
@@ -182,7 +185,10 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     source = tmp_path / "toy.cu"
     source.write_text('extern "C" __global__ void toy(int* p) { p[threadIdx.x] = VALUE; }')
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
-    of_modules = ((gemm_configs, made[:1]), (fused_linear, []), (quantize_configs, made[1:]), (sweep_configs, []))
+    of_modules: tuple[tuple[Any, list[Configuration]], ...] = (
+        (gemm_configs, made[:1]), (fused_linear, []), (s8_configs, []), (sm90_s8_configs, []), (quantize_configs, made[1:]),
+        (sweep_configs, []),
+    )  # fmt: skip
     for module, configs in of_modules:
         monkeypatch.setattr(module, "all_configs", lambda sm, configs=configs: configs)
     return made
@@ -198,9 +204,9 @@ def test_two_kernels_of_one_name_are_a_bug(toy: list[Configuration], monkeypatch
         configurations("sm_86")
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_100", "sm_87", "sm_80a", "sm_", "ampere", "86a", ""])
+@pytest.mark.parametrize("arch", ["sm_70", "sm_110", "sm_87", "sm_80a", "sm_", "ampere", "86a", ""])
 def test_architectures_without_kernels(arch: str) -> None:
-    with pytest.raises(UsageError, match="give one of sm_80, sm_86, sm_89, sm_90a"):
+    with pytest.raises(UsageError, match="give one of sm_75, sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120"):
         sm_of(arch)
 
 
@@ -267,7 +273,7 @@ def test_what_build_refuses(
     toy: list[Configuration], cache: Path, invoke: Call, one_sentence: Call, tmp_path: Path, machine: Call
 ) -> None:
     (tmp_path / "file").write_text("")
-    one_sentence(invoke("kernels", "build", "--arch", "sm_75"), 2, "'sm_75'", "sm_86")
+    one_sentence(invoke("kernels", "build", "--arch", "sm_87"), 2, "'sm_87'", "sm_86")
     one_sentence(invoke("kernels", "build", "--arch", "sm_86", "--jobs", 0), 2, "--jobs is 0")
     one_sentence(invoke("kernels", "build", "--arch", "sm_86", "-o", tmp_path / "file"), 2, "is not a folder")
     under = tmp_path / "file" / "under"
@@ -293,9 +299,10 @@ def test_build_without_what_compiles(
 
 def test_list(toy: list[Configuration], invoke: Call, one_sentence: Call) -> None:
     found = json.loads(invoke("kernels", "list", "--json").stdout)["kernels"]
-    assert [each["arch"] for each in found] == ["sm_80"] * 2 + ["sm_86"] * 2 + ["sm_89"] * 2 + ["sm_90a"] * 2
+    archs = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+    assert [each["arch"] for each in found] == [arch for arch in archs for _ in toy]
     assert found[0] == {
-        "arch": "sm_80",
+        "arch": "sm_75",
         "name": "toy_1",
         "source": toy[0].source,
         "entry": "toy",
