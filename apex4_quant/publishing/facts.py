@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.engine import EngineName
 from ..format.storage import format_bytes
 from .base_model import BaseModel
 from .folder import CheckpointFolder
@@ -97,6 +98,7 @@ def conditions(record: dict[str, Any]) -> str:
     where = device["name"] + (f" (driver {device['driver']})" if "driver" in device else "")
     kernels = [name for name in record["activations"]["kernels"] if name != "reference"]
     how = f"the {' and '.join(kernels)} kernels" if kernels else "PyTorch operations"
+    served = " in vLLM" if result.get("engine") == EngineName.VLLM else ""
     bits = record["activations"]["bits"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     if record["kind"] == THROUGHPUT:
@@ -104,7 +106,7 @@ def conditions(record: dict[str, Any]) -> str:
     else:
         what = f"{result['tokens']} tokens of {text_name(result['text'])} in windows of {result['seq_len']}"
         what += f", KV cache in {result['kv_cache_bits']} bits, {result['dtype']}"
-    return f"{what}; activations in {bits} bits, computed by {how} on {where}; {versions}; {record['date']}."
+    return f"{what}; activations in {bits} bits, computed by {how}{served} on {where}; {versions}; {record['date']}."
 
 
 def text_name(text: str) -> str:
