@@ -23,6 +23,7 @@ from apex4_quant import __version__, environment
 from apex4_quant import command_options as options
 from apex4_quant.errors import UsageError
 from apex4_quant.evaluation.engine import EngineName
+from apex4_quant.format.export_format import ExportFormat
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.planning.cost_model import DEFAULT_BUDGET, DEFAULT_TOKENS, MAINLOOPS, OURS
 from apex4_quant.planning.options import Mode
@@ -330,6 +331,19 @@ def repack(path: str, out: Path, target: str, as_json: bool) -> None:
             f"{out}: {result['linears']} linears, {result['layout_before']} -> {result['layout']}, {result['target']}"
         ),
     )
+
+
+@cli.command()
+@click.argument("path")
+@options.OUT
+@click.option("--to", type=options.OneOf(list(ExportFormat)), required=True, help="vllm-humming: stock vLLM >= 0.33.")
+@options.JSON
+def export(path: str, out: Path, to: str, as_json: bool) -> None:
+    """Write the quantized checkpoint PATH in the format of another program, which runs it without apex4."""
+    from apex4_quant.checkpoint.export import export
+
+    result = export(path, out, to, (lambda line: None) if as_json else functools.partial(click.echo, err=True))
+    _print(as_json, result, lambda: f"{out}: {result['linears']} linears in the format {result['format']}")
 
 
 @cli.command()
