@@ -34,6 +34,8 @@ ENOUGH = 5  # of the prompts: see require_equal
 
 def _models() -> dict[str, Callable[[], Any]]:
     from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
         LlamaConfig,
@@ -54,6 +56,7 @@ def _models() -> dict[str, Callable[[], Any]]:
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
         "ragged": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | RAGGED, attention_bias=True, mlp_bias=True)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **window)),
         "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **window)),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
@@ -115,12 +118,15 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture
 def serve_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Generated]]:
-    """serve_here(folder, lora=None, **options of vllm.LLM) -> what vLLM generates, greedily, for `prompts()`."""
+    """serve_here(folder, lora=None, watch=None, **options of vllm.LLM) -> what vLLM generates, greedily, for `prompts()`.
+
+    `watch` is called with the LLM before it generates.
+    """
     pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
 
-    def run(folder: Path, lora: Any = None, **options: Any) -> list[Generated]:
+    def run(folder: Path, lora: Any = None, watch: Callable[[Any], Any] | None = None, **options: Any) -> list[Generated]:
         from vllm import LLM, SamplingParams
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -128,6 +134,8 @@ def serve_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Generated]
         llm = None
         try:
             llm = LLM(str(folder), **usual | options)
+            if watch is not None:
+                watch(llm)
             sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
             asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
             outputs = llm.generate(asked, sampling, lora_request=lora, use_tqdm=False)
@@ -150,8 +158,8 @@ def require_equal() -> Callable[..., None]:
     """require_equal(generated, folder or model) asserts that vLLM generated what transformers does, for most prompts.
 
     vLLM and transformers round attention and norms differently, and an activation on a tie between two codes may get the
-    other one, which moves its sequence from there on: not all are equal, though the arithmetic of the linears is. A wrong
-    transform, scale, order or slice leaves no sequence as it is.
+    other one, which moves its sequence from there on: not all are equal, though the arithmetic of the linears is
+    (test_ties.py). A wrong transform, scale, order or slice leaves no sequence as it is.
     """
 
     @torch.no_grad()
@@ -159,7 +167,8 @@ def require_equal() -> Callable[..., None]:
         from transformers import AutoModelForCausalLM
 
         if isinstance(model, Path):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            # Not SDPA, which leaves Gemma-2's soft capping of attention out.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
         equal = 0
         for one in generated:
             ids = torch.tensor([one.prompt + one.tokens])

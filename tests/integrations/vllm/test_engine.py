@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
         ("demo", "gptq", {}, {}),
         ("demo", "apex4-fast", {}, {"enforce_eager": False}),  # torch.compile
         ("qwen3", "apex4-fast", {}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),  # prompts in chunks
+        ("gemma2", "rtn", {}, {}),
         ("gemma3", "gptq", {}, {}),
         ("gemma3", "apex4-shared", {}, {}),
         ("phi3", "apex4-fast", {}, {}),  # q, k and v in one linear
@@ -45,14 +47,21 @@ def test_the_same_tokens_as_transformers(
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "layout"), [("llama", "apex4-fast", "sm90"), ("mixtral", "rtn", "rowmajor")]
+    ("name", "recipe", "layout", "options"),
+    [
+        ("llama", "apex4-fast", "sm90", {"tensor_parallel_size": 2}),
+        ("mixtral", "rtn", "rowmajor", {"tensor_parallel_size": 2}),
+        ("mixtral", "rtn", "sm80", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+        ("qwen3", "apex4-fast", "sm90", {"pipeline_parallel_size": 2}),
+    ],
+    ids=["tensor", "tensor-experts-cut", "experts", "pipeline"],
 )
-def test_two_tensor_parallel_ranks(
-    name: str, recipe: str, layout: str, quantized: Callable[..., Path], serve_here: Callable[..., Any],
-    require_equal: Callable[..., None],
+def test_two_ranks(
+    name: str, recipe: str, layout: str, options: dict[str, Any], quantized: Callable[..., Path],
+    serve_here: Callable[..., Any], require_equal: Callable[..., None],
 ) -> None:  # fmt: skip
     folder = quantized(name, recipe, layout=layout)
-    require_equal(serve_here(folder, tensor_parallel_size=2), folder)
+    require_equal(serve_here(folder, **options), folder)
 
 
 def test_weights_that_have_no_room_as_floats_are_unpacked_at_every_call(
@@ -115,6 +124,16 @@ def test_a_damaged_checkpoint_never_loads(
     change, message = DAMAGES[damage]
     folder = changed(quantized("llama", "apex4-fast"), tmp_path / "changed", change)
     with pytest.raises(Apex4Error, match=message):
+        serve_here(folder)
+
+
+def test_a_shard_that_ends_early(
+    quantized: Callable[..., Path], serve_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(quantized("llama"), tmp_path / "changed")
+    shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(SafetensorError, match="incomplete metadata, file not fully covered"):
         serve_here(folder)
 
 
