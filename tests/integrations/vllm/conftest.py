@@ -126,7 +126,9 @@ def serve_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Generated]
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
 
-    def run(folder: Path, lora: Any = None, watch: Callable[[Any], Any] | None = None, **options: Any) -> list[Generated]:
+    def run(
+        folder: Path, lora: Any = None, watch: Callable[[Any], Any] | None = None, **options: Any
+    ) -> list[Generated]:
         from vllm import LLM, SamplingParams
         from vllm.distributed import cleanup_dist_env_and_memory
 

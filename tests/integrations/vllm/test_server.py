@@ -17,6 +17,7 @@ openai = pytest.importorskip("openai", reason="needs vLLM: scripts/test-vllm")
 
 pytestmark = pytest.mark.xdist_group("server")  # one server, in one process, and these tests in their order
 
+
 @pytest.fixture(scope="module")
 def server(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     line = shlex.join(["vllm", "serve", str(quantized("demo", "gptq"))])
