@@ -22,7 +22,7 @@ import torch
 
 from ..errors import Apex4Error, UsageError
 from ..format.export_format import ExportFormat
-from ..format.number_format import BLOCK
+from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.storage import (
     REPORT_NAME,
@@ -99,6 +99,8 @@ def humming_section(formats: dict[str, LinearFormat], linears: Iterable[str]) ->
             )
         if format.transform.is_learned:
             raise UsageError(f"{name} has a learned transform ({format.transform}), which Humming has not: {advice}")
+        if format.activation_bits != BITS:
+            raise UsageError(f"{name} has {format.activation_bits}-bit activations, and the export is for {BITS}-bit ones")
         if format.activation_clip != 1:
             raise UsageError(
                 f"{name} clips its activations at {format.activation_clip}, which Humming does not: {advice}"

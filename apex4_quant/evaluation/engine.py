@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
+    from ..nn.arithmetic import Arithmetic
     from ..progress import Progress
 
 RUNS, WARM_UP = 5, 2  # of a measurement of speed, whose figures are medians
@@ -60,6 +61,7 @@ class Quality:
 
     perplexity: float
     tasks: Results
+    arithmetic: Arithmetic
     baseline_perplexity: float | None = None
     baseline_tasks: Results | None = None
     divergence: float | None = None
@@ -88,7 +90,7 @@ class Engine(Protocol):
 
     def speed(self, folder: Path, dtype: str, load: Load) -> dict[str, Any]:
         """Figures of one model: `figures` of the whole, and of its "prefill" and "decode"; "peak_memory_bytes" or None,
-        "cuda_graph", and "kernels": the activation formats of its quantized linears, "reference" for PyTorch operations."""
+        "cuda_graph", and what `Arithmetic` has."""
 
 
 def figures(requests: int, tokens: int, seconds: float) -> dict[str, Any]:

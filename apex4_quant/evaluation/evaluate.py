@@ -12,6 +12,7 @@ from ..calib.text import load_text
 from ..checkpoint.load import quant_config_of
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
+from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
 from ..models.tokenizers import load_tokenizer
 from ..progress import Progress
@@ -49,6 +50,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
     engine = open_engine(settings.engine, settings.device)
+    asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)
     baseline = None if settings.baseline is None else _prepare(settings.baseline, settings, progress)
@@ -77,6 +79,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         "text": settings.text,
         "seq_len": ids.shape[1],
         "tokens": ids.numel(),
+        **found.arithmetic,
         "kv_cache_bits": DTYPES[subject.dtype].itemsize * 8,
         "device": engine.device,
         "dtype": subject.dtype,
@@ -99,7 +102,7 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
         token_ids = tokenizer.encode(load_text(settings.text))
     except CalibrationError as error:
         raise UsageError(str(error)) from error
-    described = dtype if quantized is None else f"W4A4 g{quantized.group_size}, {quantized.recipe}, {dtype}"
+    described = dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {quantized.recipe}, {dtype}"
     context = config.get("max_position_embeddings")
     return Subject(name, folder, described, dtype, tokenizer, token_ids, seq_len, context, config.get("vocab_size"))
 
@@ -120,8 +123,10 @@ def _require_comparable(subject: Subject, baseline: Subject) -> None:
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The table for people: one figure a row, one model a column, and the difference."""
+    bits = " and ".join(map(str, result["activation_bits"]))
+    computed = f", computed with {bits}-bit activations" if bits else ""
     lines = [
-        f"{result['model']}: {result['format']}, KV cache {result['kv_cache_bits']} bits, {where(result)}",
+        f"{result['model']}: {result['format']}{computed}, KV cache {result['kv_cache_bits']} bits, {where(result)}",
         f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}, {result['seconds']:.1f} s",
     ]
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..nn.linear import Apex4Linear
+from ..nn.arithmetic import arithmetic_of
 from .engine import RUNS, WARM_UP, Load, figures_of
 
 if TYPE_CHECKING:
@@ -41,12 +41,11 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
         prefills.append(_seconds(run.prefill, device))
         decodes.append(_seconds(run.decode, device))
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
-    kernels = {module.kernel or "reference" for module in model.modules() if isinstance(module, Apex4Linear)}
     return {
         **figures_of(load, prefill, decode),
         "peak_memory_bytes": _peak(device),
         "cuda_graph": run.uses_graph,
-        "kernels": sorted(kernels),
+        **arithmetic_of(model),
     }
 
 

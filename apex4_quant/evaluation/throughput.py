@@ -14,6 +14,7 @@ from ..checkpoint.load import quant_config_of
 from ..errors import UsageError
 from ..format.storage import format_bytes
 from ..hardware.devices import resolve_dtype
+from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
 from ..progress import Progress
 from .engine import RUNS, EngineName, Load, where
@@ -46,6 +47,7 @@ def throughput(settings: ThroughputSettings, progress: Progress | None = None) -
         if value < least:
             raise UsageError(f"--{name} is {value}: give at least {least}")
     engine = open_engine(settings.engine, settings.device)
+    asked_activations()
     names = [settings.model] + ([settings.baseline] if settings.baseline else [])
     prepared = [_prepare(name, settings) for name in names]  # all that can be wrong, before anything is loaded
     load = Load(settings.batch, settings.prompt_len, settings.gen_len)
@@ -80,14 +82,16 @@ def _prepare(name: str, settings: ThroughputSettings) -> tuple[Path, str, str]:
             f"{name} has a context of {context} tokens and {settings.prompt_len} + {settings.gen_len} are asked for: "
             "give a smaller --prompt-len or --gen-len"
         )
-    return folder, dtype if quantized is None else f"W4A4 g{quantized.group_size}, {dtype}", dtype
+    return folder, dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {dtype}", dtype
 
 
 def throughput_as_text(result: dict[str, Any]) -> str:
     """The table for people."""
     measured, baseline = result["result"], result["baseline"]
+    kernels, bits = ", ".join(measured["kernels"]) or "none", " and ".join(map(str, measured["activation_bits"]))
+    computed = f"kernels {kernels}" + (f", {bits}-bit activations" if bits else "")
     lines = [
-        f"{measured['model']}: {measured['format']}, kernels {', '.join(measured['kernels']) or 'none'}, {where(result)}",
+        f"{measured['model']}: {measured['format']}, {computed}, {where(result)}",
         f"{result['batch']} requests of {result['prompt_len']} + {result['gen_len']} tokens, medians of {RUNS} runs, "
         f"decoding by {'CUDA graphs' if measured['cuda_graph'] else 'a plain loop'}",
     ]

@@ -11,6 +11,7 @@ import transformers
 
 from ..checkpoint.load import load_model, release_memory
 from ..hardware.devices import DTYPES, resolve_device
+from ..nn.arithmetic import arithmetic_of
 from ..progress import Progress
 from . import generation_speed
 from .engine import Load, Quality, Results, Subject, Tasks
@@ -43,11 +44,14 @@ class TransformersEngine:
         model = load_model(subject.folder, self.device, DTYPES[subject.dtype])
         with progress.stage(f"perplexity of {subject.name}", ids.numel(), "tok") as advance:
             if original is None:
-                return Quality(measure_perplexity(model, ids, advance), _tasks(model, subject, tasks))
+                return Quality(
+                    measure_perplexity(model, ids, advance), _tasks(model, subject, tasks), arithmetic_of(model)
+                )
             found = compare(model, original, advance)
         return Quality(
             perplexity=found.perplexity,
             tasks=_tasks(model, subject, tasks),
+            arithmetic=arithmetic_of(model),
             baseline_perplexity=original.perplexity,
             baseline_tasks=baseline_tasks,
             divergence=found.divergence,

@@ -28,6 +28,7 @@ from ..checkpoint.load import quant_config_of, verify_checksums
 from ..errors import Apex4Error, UsageError
 from ..kernels import dispatch
 from ..models.source import read_config
+from ..nn.arithmetic import Arithmetic
 from ..progress import Progress
 from .engine import RUNS, WARM_UP, Load, Quality, Results, Subject, Tasks, figures_of
 from .lm_eval_tasks import run_tasks
@@ -78,10 +79,11 @@ class VllmEngine:
                 measured.append(self._measured(each, ids, tasks, advance))
         perplexity, tops, results = measured[-1]
         if baseline is None:
-            return Quality(perplexity, results)
+            return Quality(perplexity, results, self._arithmetic(subject.folder))
         original, its_tops, its_results = measured[0]
         agreement = float((tops == its_tops).double().mean())
-        return Quality(perplexity, results, original, its_results, top1_agreement=agreement)
+        arithmetic = self._arithmetic(subject.folder)
+        return Quality(perplexity, results, arithmetic, original, its_results, top1_agreement=agreement)
 
     def _measured(
         self, subject: Subject, ids: torch.Tensor, tasks: Tasks | None, advance: Advance
@@ -122,13 +124,16 @@ class VllmEngine:
             **figures_of(load, prefill, max(whole - prefill, 1e-9)),
             "peak_memory_bytes": None,
             "cuda_graph": self.device == "cuda",
-            "kernels": self._kernels(folder),
+            **self._arithmetic(folder),
         }
 
-    def _kernels(self, folder: Path) -> list[str]:
-        if quant_config_of(read_config(folder)) is None:
-            return []
-        return [dispatch.kernel_format(torch.device(self.device)) or dispatch.REFERENCE]
+    def _arithmetic(self, folder: Path) -> Arithmetic:
+        quantized = quant_config_of(read_config(folder))
+        if quantized is None:
+            return {"activation_bits": [], "kernels": []}
+        bits = quantized.activation_bits
+        kernel = dispatch.kernel_format(torch.device(self.device), bits)
+        return {"activation_bits": [bits], "kernels": [kernel or dispatch.REFERENCE]}
 
     @contextlib.contextmanager
     def _running(

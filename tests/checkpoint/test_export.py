@@ -107,6 +107,7 @@ def linear(**changes: Any) -> LinearFormat:
     [
         ({"a.q_proj": linear(transform=TransformKind.DENSE)}, ("a.q_proj", "dense128", "rtn", "gptq")),
         ({"a.q_proj": linear(activation_clip=0.9)}, ("a.q_proj", "0.9", "search_clip")),
+        ({"a.q_proj": linear(activation_bits=8)}, ("a.q_proj", "8-bit")),
         ({"a.q_proj": linear(group_size=256)}, ("a.q_proj", "256", "--group-size 128")),
         ({"a.q_proj": linear(group_size="channel")}, ("a.q_proj", "channel", "--group-size 128")),
         ({"a.q_proj": linear(in_features=328)}, ("a.q_proj", "328", "plugin")),

@@ -9,9 +9,11 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ... import __version__
-from ...environment import KERNEL
+from ...environment import ACTIVATIONS, KERNEL
 from ...errors import Apex4Error
+from ...format.number_format import BITS
 from ...format.quant_config import QUANT_METHOD, QuantConfig
+from ...kernels.dispatch import asked_activations
 from . import names
 from .backend import FloatBudget
 
@@ -47,8 +49,17 @@ class Apex4Config(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Apex4Config:
-        """Raises Apex4Error for a format that this release does not read."""
-        return cls(QuantConfig.from_dict(config))
+        """Raises Apex4Error for a format that this release does not read, or does not run in vLLM."""
+        fields = QuantConfig.from_dict(config)
+        widths = {fields.activation_bits, *(fields.activation_bits_of(name) for name in fields.modules)}
+        if widths != {BITS}:
+            raise Apex4Error(
+                f"the checkpoint is {fields.name}, and apex4 computes with {BITS}-bit activations in vLLM: load it with "
+                f"transformers, or quantize with --activation-bits {BITS}"
+            )
+        if asked_activations() == "8":
+            raise Apex4Error(f"{ACTIVATIONS}=8 asks for 8-bit activations, which apex4 has not in vLLM: unset it")
+        return cls(fields)
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None

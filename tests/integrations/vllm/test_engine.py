@@ -148,13 +148,14 @@ def rewritten(folder: Path, out: Path, **fields: Any) -> Path:
     ("fields", "message"),
     [
         ({"format_version": 7}, "format version 7"),
+        ({"format_version": 2, "activation_bits": 8}, "W4A8, and apex4 computes with 4-bit activations in vLLM"),
         (
             {"modules": {"model.layers.0.self_attn.k_proj": {"activation_clip": 0.5}}},
             "q_proj and model.layers.0.self_attn.k_proj read one input.* activation_clip 1.0 and 0.5",
         ),
         ({"modules_to_not_convert": ["lm_head", NAME]}, f"{NAME}, which is not quantized, and .*gate_proj, which is"),
     ],
-    ids=["foreign version", "different clips", "one of two kept"],
+    ids=["foreign version", "8-bit activations", "different clips", "one of two kept"],
 )
 def test_what_config_json_says_and_vllm_cannot_run(
     fields: dict[str, Any], message: str, quantized: Callable[..., Path], serve_here: Callable[..., Any], tmp_path: Path
