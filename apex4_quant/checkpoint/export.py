@@ -100,7 +100,9 @@ def humming_section(formats: dict[str, LinearFormat], linears: Iterable[str]) ->
         if format.transform.is_learned:
             raise UsageError(f"{name} has a learned transform ({format.transform}), which Humming has not: {advice}")
         if format.activation_bits != BITS:
-            raise UsageError(f"{name} has {format.activation_bits}-bit activations, and the export is for {BITS}-bit ones")
+            raise UsageError(
+                f"{name} has {format.activation_bits}-bit activations, and the export is for {BITS}-bit ones"
+            )
         if format.activation_clip != 1:
             raise UsageError(
                 f"{name} clips its activations at {format.activation_clip}, which Humming does not: {advice}"
