@@ -65,7 +65,7 @@ def export(path: str, out: Path, to: str, progress: Callable[[str], None] = lamb
     make_folder(out)
 
     files = sorted({info.file for info in checkpoint.infos.values()})
-    total, names = 0, {}
+    total, names = 0, dict[str, str]()
     for number, file in enumerate(files, 1):
         stored = read_tensors(checkpoint.infos, [name for name, info in checkpoint.infos.items() if info.file == file])
         tensors = dict(_exported(name, tensor, formats) for name, tensor in stored.items())
