@@ -23,8 +23,9 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
     ("name", "recipe", "settings", "options"),
     [
         ("demo", "gptq", {}, {}),
-        ("demo", "apex4-fast", {}, {"enforce_eager": False}),  # torch.compile
-        ("qwen3", "apex4-fast", {}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),  # prompts in chunks
+        ("demo", "apex4-fast", {}, {}),
+        # torch.compile, and prompts in chunks
+        ("qwen3", "apex4-fast", {}, {"enforce_eager": False, "max_num_batched_tokens": 32, "max_num_seqs": 4}),
         ("gemma2", "rtn", {}, {}),
         ("gemma3", "gptq", {}, {}),
         ("gemma3", "apex4-shared", {}, {}),
