@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.check import stored_formats
+from ..checkpoint.inspect import Checkpoint
 from ..checkpoint.load import quant_config_of, verify_checksums
 from ..errors import Apex4Error, UsageError
 from ..kernels import dispatch
@@ -128,12 +130,18 @@ class VllmEngine:
         }
 
     def _arithmetic(self, folder: Path) -> Arithmetic:
-        quantized = quant_config_of(read_config(folder))
-        if quantized is None:
+        """What the plugin chooses for the linears of the checkpoint: integrations/vllm/backend.py."""
+        if quant_config_of(read_config(folder)) is None:
             return {"activation_bits": [], "kernels": []}
-        bits = quantized.activation_bits
-        kernel = dispatch.kernel_format(torch.device(self.device), bits)
-        return {"activation_bits": [bits], "kernels": [kernel or dispatch.REFERENCE]}
+        device = torch.device(self.device)
+        widths = {
+            dispatch.activation_bits(device, format.activation_bits)
+            if format.may_have_eight_bits
+            else format.activation_bits
+            for _, format in stored_formats(Checkpoint(str(folder)))
+        }
+        kernels = {dispatch.kernel_format(device, bits) or dispatch.REFERENCE for bits in widths}
+        return {"activation_bits": sorted(widths), "kernels": sorted(kernels)}
 
     @contextlib.contextmanager
     def _running(

@@ -6,14 +6,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ... import __version__
 from ...environment import ACTIVATIONS, KERNEL
 from ...errors import Apex4Error
-from ...format.number_format import BITS
 from ...format.quant_config import QUANT_METHOD, QuantConfig
-from ...kernels.dispatch import asked_activations
 from . import names
 from .backend import FloatBudget
 
@@ -49,17 +48,8 @@ class Apex4Config(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Apex4Config:
-        """Raises Apex4Error for a format that this release does not read, or does not run in vLLM."""
-        fields = QuantConfig.from_dict(config)
-        widths = {fields.activation_bits, *(fields.activation_bits_of(name) for name in fields.modules)}
-        if widths != {BITS}:
-            raise Apex4Error(
-                f"the checkpoint is {fields.name}, and apex4 computes with {BITS}-bit activations in vLLM: load it with "
-                f"transformers, or quantize with --activation-bits {BITS}"
-            )
-        if asked_activations() == "8":
-            raise Apex4Error(f"{ACTIVATIONS}=8 asks for 8-bit activations, which apex4 has not in vLLM: unset it")
-        return cls(fields)
+        """Raises Apex4Error for a format that this release does not read."""
+        return cls(QuantConfig.from_dict(config))
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
@@ -67,7 +57,9 @@ class Apex4Config(QuantizationConfig):
         # vLLM's key of compiled graphs is made of the attributes of hf_config, `quantization_config` among them. What else
         # decides what is compiled is our code and which arithmetic is asked for.
         if hf_config is not None:
-            hf_config.apex4_compiled_by = f"{__version__} {os.environ.get(KERNEL, '')}".strip()
+            hf_config.apex4_compiled_by = " ".join(
+                (__version__, *(os.environ.get(name, "") for name in (KERNEL, ACTIVATIONS)))
+            ).strip()
 
     def get_cache_scale_mapper(self) -> WeightsMapper:
         """vLLM's Mixtral loads the published names; an apex4 checkpoint has those of transformers' class."""
@@ -83,6 +75,7 @@ class Apex4Config(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from .fusion import install
         from .linear import Apex4LinearMethod
 
         self.has_published_names |= names.stored_name(prefix) != prefix
@@ -99,6 +92,7 @@ class Apex4Config(QuantizationConfig):
             raise Apex4Error(
                 f"vLLM runs {plain[0]}, which is not quantized, and {other}, which is, in one layer: quantize both or neither"
             )
+        install(get_current_vllm_config())
         return Apex4LinearMethod(self.fields, self.budget, members)
 
     def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:

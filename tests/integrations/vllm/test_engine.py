@@ -19,11 +19,16 @@ from apex4_quant.errors import Apex4Error
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 
 
+# Tokens are guessed from what stands in front of them, and checked: the same come out.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "options"),
     [
         ("demo", "gptq", {}, {}),
         ("demo", "apex4-fast", {}, {}),
+        ("demo", "gptq", {}, {"speculative_config": NGRAM}),
         # torch.compile, and prompts in chunks
         ("qwen3", "apex4-fast", {}, {"enforce_eager": False, "max_num_batched_tokens": 32, "max_num_seqs": 4}),
         ("gemma2", "rtn", {}, {}),
@@ -36,6 +41,9 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
         ("ragged", "rtn", {"layout": "sm80", "group_size": 256}, {}),
         ("ragged", "rtn", {"group_size": "channel"}, {}),
         ("llama", "rtn", {"ignore": ("*.mlp.*", "*.1.self_attn.*")}, {}),
+        ("demo", "apex4-fast", {"activation_bits": 8}, {"enforce_eager": False}),
+        ("ragged", "rtn", {"activation_bits": 8, "layout": "sm80", "group_size": 256}, {}),
+        ("mixtral", "rtn", {"activation_bits": 8}, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "usual",
 )
@@ -71,9 +79,21 @@ def test_weights_that_have_no_room_as_floats_are_unpacked_at_every_call(
     from apex4_quant.integrations.vllm.backend import FloatBudget
 
     monkeypatch.setattr(FloatBudget, "take", lambda self, size: False)
-    for name in ("ragged", "mixtral"):
-        folder = quantized(name, "rtn", layout="sm80")
+    for name, bits in (("ragged", 4), ("mixtral", 4), ("ragged", 8)):
+        folder = quantized(name, "rtn", layout="sm80", activation_bits=bits)
         require_equal(serve_here(folder), folder)
+
+
+def test_linears_of_four_bits_compute_with_eight_where_that_is_asked_for(
+    quantized: Callable[..., Path], serve_here: Callable[..., Any], require_equal: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = quantized("llama", "rtn")
+    with_four = [one.tokens for one in serve_here(folder)]
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    with_eight = serve_here(folder)
+    require_equal(with_eight, folder)
+    assert [one.tokens for one in with_eight] != with_four
 
 
 def test_dummy_weights_run(quantized: Callable[..., Path], serve_here: Callable[..., Any]) -> None:
@@ -149,14 +169,13 @@ def rewritten(folder: Path, out: Path, **fields: Any) -> Path:
     ("fields", "message"),
     [
         ({"format_version": 7}, "format version 7"),
-        ({"format_version": 2, "activation_bits": 8}, "W4A8, and apex4 computes with 4-bit activations in vLLM"),
         (
             {"modules": {"model.layers.0.self_attn.k_proj": {"activation_clip": 0.5}}},
             "q_proj and model.layers.0.self_attn.k_proj read one input.* activation_clip 1.0 and 0.5",
         ),
         ({"modules_to_not_convert": ["lm_head", NAME]}, f"{NAME}, which is not quantized, and .*gate_proj, which is"),
     ],
-    ids=["foreign version", "8-bit activations", "different clips", "one of two kept"],
+    ids=["foreign version", "different clips", "one of two kept"],
 )
 def test_what_config_json_says_and_vllm_cannot_run(
     fields: dict[str, Any], message: str, quantized: Callable[..., Path], serve_here: Callable[..., Any], tmp_path: Path
