@@ -22,6 +22,8 @@ from click.core import ParameterSource
 from apex4_quant import __version__, environment
 from apex4_quant import command_options as options
 from apex4_quant.errors import UsageError
+from apex4_quant.evaluation.engine import EngineName
+from apex4_quant.format.export_format import ExportFormat
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.planning.cost_model import DEFAULT_BUDGET, DEFAULT_TOKENS, MAINLOOPS, OURS
 from apex4_quant.planning.options import Mode
@@ -241,6 +243,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 @options.number("--batch-size", options.COUNT, 8, "For --tasks.")
 @options.number("--limit", options.COUNT, None, "At most so many windows of text and rows of each task.")
 @click.option("--throughput", is_flag=True, help="Measure tokens a second and memory instead.")
+@options.choice("--engine", list(EngineName), EngineName.TRANSFORMERS, "What computes; vllm: as 'vllm serve' does.")
 @click.option(
     "--record", is_flag=True, help="Keep the result in the checkpoint PATH, for 'apex4 card' and 'apex4 publish'."
 )
@@ -276,7 +279,7 @@ def evaluate(
     if throughput:
         from apex4_quant.evaluation import throughput as speed
 
-        common = {name: asked[name] for name in ("baseline", "device", "dtype")}
+        common = {name: asked[name] for name in ("baseline", "device", "dtype", "engine")}
         settings = speed.ThroughputSettings(model=path, batch=batch, prompt_len=prompt_len, gen_len=gen_len, **common)
         measured = speed.throughput(settings, _progress(as_json))
         keep(measured)
@@ -329,6 +332,19 @@ def repack(path: str, out: Path, target: str, as_json: bool) -> None:
             f"{out}: {result['linears']} linears, {result['layout_before']} -> {result['layout']}, {result['target']}"
         ),
     )
+
+
+@cli.command()
+@click.argument("path")
+@options.OUT
+@click.option("--to", type=options.OneOf(list(ExportFormat)), required=True, help="vllm-humming: stock vLLM >= 0.33.")
+@options.JSON
+def export(path: str, out: Path, to: str, as_json: bool) -> None:
+    """Write the quantized checkpoint PATH in the format of another program, which runs it without apex4."""
+    from apex4_quant.checkpoint.export import export
+
+    result = export(path, out, to, (lambda line: None) if as_json else functools.partial(click.echo, err=True))
+    _print(as_json, result, lambda: f"{out}: {result['linears']} linears in the format {result['format']}")
 
 
 @cli.command()

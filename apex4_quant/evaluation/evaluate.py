@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..calib.errors import CalibrationError
 from ..calib.samples import windows
 from ..calib.text import load_text
-from ..checkpoint.load import load_model, quant_config_of, release_memory
+from ..checkpoint.load import quant_config_of
 from ..errors import UsageError
-from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
+from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
 from ..models.tokenizers import load_tokenizer
-from ..nn.arithmetic import arithmetic_of
 from ..progress import Progress
-from .lm_eval_tasks import ROWS, Results, find_tasks, run_tasks
-from .predictions import Comparison, RecordedPredictions, compare, measure_perplexity
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .engine import EngineName, Subject, Tasks, where
+from .engines import open_engine
+from .lm_eval_tasks import ROWS, find_tasks
 
 # Rows of the table for people.
 DIVERGENCE = "KL divergence, nats/token"
@@ -44,6 +39,7 @@ class EvalSettings:
     limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    engine: str = EngineName.TRANSFORMERS
 
 
 def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -53,7 +49,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
     for name, value in (("seq-len", settings.seq_len), ("batch-size", settings.batch_size), ("limit", settings.limit)):
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
-    device = resolve_device(settings.device)
+    engine = open_engine(settings.engine, settings.device)
     asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)
@@ -65,60 +61,35 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         ids = windows(subject.token_ids, seq_len, f"evaluation text {settings.text!r}")[: settings.limit]
     except CalibrationError as error:
         raise UsageError(str(error)) from error
-    manager = find_tasks(settings.tasks, settings.include_path) if settings.tasks else None
-
-    original, baseline_tasks = None, None
-    if baseline is not None:
-        model = load_model(baseline.folder, device, DTYPES[baseline.dtype])
-        baseline_tasks = _tasks(model, baseline, settings, manager)
-        with progress.stage(f"perplexity of {baseline.name}", ids.numel(), "tok") as advance:
-            original = RecordedPredictions(model, ids, advance)
-        del model
-        release_memory()
-    model = load_model(subject.folder, device, DTYPES[subject.dtype])
-    comparison: Comparison | None = None
-    with progress.stage(f"perplexity of {subject.name}", ids.numel(), "tok") as advance:
-        if original is None:
-            perplexity = measure_perplexity(model, ids, advance)
-        else:
-            comparison = compare(model, original, advance)
-            perplexity = comparison.perplexity
+    tasks = None
+    if settings.tasks:
+        manager = find_tasks(settings.tasks, settings.include_path)
+        tasks = Tasks(settings.tasks, manager, settings.batch_size, settings.limit)
+    found = engine.quality(subject, baseline, ids, tasks, progress)
     return {
         "model": settings.model,
         "format": subject.format,
-        "perplexity": perplexity,
+        "perplexity": found.perplexity,
         "baseline": settings.baseline,
-        "baseline_perplexity": None if original is None else original.perplexity,
-        "divergence": None if comparison is None else comparison.divergence,
-        "top1_agreement": None if comparison is None else comparison.top1_agreement,
-        "tasks": _tasks(model, subject, settings, manager),
-        "baseline_tasks": baseline_tasks,
+        "baseline_perplexity": found.baseline_perplexity,
+        "divergence": found.divergence,
+        "top1_agreement": found.top1_agreement,
+        "tasks": found.tasks,
+        "baseline_tasks": found.baseline_tasks,
         "text": settings.text,
         "seq_len": ids.shape[1],
         "tokens": ids.numel(),
-        **arithmetic_of(model),
+        **found.arithmetic,
         "kv_cache_bits": DTYPES[subject.dtype].itemsize * 8,
-        "device": device,
+        "device": engine.device,
         "dtype": subject.dtype,
+        "engine": str(settings.engine),
+        "engine_version": engine.version,
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A model that can be evaluated, before it is loaded. `token_ids` are those of the whole text."""
-
-    name: str
-    folder: Path
-    format: str
-    dtype: str
-    tokenizer: PreTrainedTokenizerBase
-    token_ids: list[int]
-    seq_len: int
-    vocab_size: int | None
-
-
-def _prepare(name: str, settings: EvalSettings, progress: Progress) -> _Prepared:
+def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
     folder = resolve_model(name)
     config = read_config(folder)
     quantized = quant_config_of(config)
@@ -132,10 +103,11 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> _Prepared
     except CalibrationError as error:
         raise UsageError(str(error)) from error
     described = dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {quantized.recipe}, {dtype}"
-    return _Prepared(name, folder, described, dtype, tokenizer, token_ids, seq_len, config.get("vocab_size"))
+    context = config.get("max_position_embeddings")
+    return Subject(name, folder, described, dtype, tokenizer, token_ids, seq_len, context, config.get("vocab_size"))
 
 
-def _require_comparable(subject: _Prepared, baseline: _Prepared) -> None:
+def _require_comparable(subject: Subject, baseline: Subject) -> None:
     """Raise UsageError where the two models do not predict the same tokens from the same tokens."""
     if subject.token_ids != baseline.token_ids:
         raise UsageError(
@@ -149,18 +121,12 @@ def _require_comparable(subject: _Prepared, baseline: _Prepared) -> None:
         )
 
 
-def _tasks(model: PreTrainedModel, prepared: _Prepared, settings: EvalSettings, manager: TaskManager | None) -> Results:
-    if manager is None:
-        return {}
-    return run_tasks(model, prepared.tokenizer, settings.tasks, manager, settings.batch_size, settings.limit)
-
-
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The table for people: one figure a row, one model a column, and the difference."""
     bits = " and ".join(map(str, result["activation_bits"]))
     computed = f", computed with {bits}-bit activations" if bits else ""
     lines = [
-        f"{result['model']}: {result['format']}{computed}, KV cache {result['kv_cache_bits']} bits, {result['device']}",
+        f"{result['model']}: {result['format']}{computed}, KV cache {result['kv_cache_bits']} bits, {where(result)}",
         f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}, {result['seconds']:.1f} s",
     ]
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]
@@ -178,8 +144,11 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
         line = f"  {name:{width}}  {other:10.4f}  {value:10.4f}  {value - other:+10.4f}"
         lines.append(f"{line} ({100 * (value / other - 1):+.2f} %)" if other else line)
     divergence = result["divergence"]
-    lines += [
-        f"  {DIVERGENCE:{width}}  {'':10}  {divergence:10.6f}  {1000 * divergence:10.3f} / 1000",
-        f"  {AGREEMENT:{width}}  {'':10}  {100 * result['top1_agreement']:8.2f} %",
-    ]
+    if divergence is not None:
+        lines.append(f"  {DIVERGENCE:{width}}  {'':10}  {divergence:10.6f}  {1000 * divergence:10.3f} / 1000")
+    lines.append(f"  {AGREEMENT:{width}}  {'':10}  {100 * result['top1_agreement']:8.2f} %")
+    if divergence is None:
+        lines.append(
+            f"  {DIVERGENCE} is not measured in vLLM, which gives no whole distributions: --engine transformers"
+        )
     return "\n".join(lines)

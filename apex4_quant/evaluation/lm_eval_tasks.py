@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..private_names import without_git_commit
+from .engine import Results, Tasks
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "tasks"
-Results = dict[str, dict[str, float]]  # {task: {metric: value}}
 ROWS = "rows"
 
 
@@ -39,29 +39,28 @@ def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
     return manager
 
 
-def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    manager: TaskManager,
-    batch_size: int,
-    limit: int | None,
-) -> Results:
-    """Metrics without their filter suffix, standard errors as `metric_stderr`, and how many ROWS were evaluated. Raises UsageError for data that is not there."""
+def run_tasks(make_model: Callable[[], LM], tasks: Tasks) -> Results:
+    """What the model that `make_model` wraps for lm-eval reaches.
+
+    Metrics without their filter suffix, standard errors as `metric_stderr`, and how many ROWS were evaluated. Raises
+    UsageError for data that is not there.
+    """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         # lm-eval prints to stdout here and there.
         with contextlib.redirect_stdout(sys.stderr), without_git_commit():
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             results = simple_evaluate(
-                model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+                model=make_model(),
+                tasks=list(tasks.names),
+                task_manager=tasks.manager,
+                limit=tasks.limit,
+                log_samples=False,
             )
     except (ConnectionError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"a data set of {', '.join(tasks)} cannot be loaded ({reason})") from error
+        raise UsageError(f"a data set of {', '.join(tasks.names)} cannot be loaded ({reason})") from error
     return {
         task: {
             key.partition(",")[0]: float(value)

@@ -37,7 +37,7 @@ def measure_perplexity(model: PreTrainedModel, ids: torch.Tensor, advance: Advan
         logits = logits_of(model, window)
         total += sum(_likelihood(log_p, targets) for _, log_p, targets in _parts(logits, window))
         advance(len(window))
-    return _perplexity(total, ids)
+    return perplexity_of(total, ids)
 
 
 @torch.no_grad()
@@ -61,7 +61,8 @@ def _likelihood(log_p: torch.Tensor, targets: torch.Tensor) -> float:
     return -float(log_p.gather(1, targets).double().sum())
 
 
-def _perplexity(total: float, ids: torch.Tensor) -> float:
+def perplexity_of(total: float, ids: torch.Tensor) -> float:
+    """From the negative log-likelihood of all predicted tokens of windows `ids`, int64 [windows, L]."""
     return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
@@ -133,4 +134,4 @@ def compare(model: PreTrainedModel, original: RecordedPredictions, advance: Adva
             agreeing += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         advance(len(window))
     count = ids.shape[0] * (ids.shape[1] - 1)
-    return Comparison(_perplexity(total, ids), divergence / count, agreeing / count)
+    return Comparison(perplexity_of(total, ids), divergence / count, agreeing / count)

@@ -306,6 +306,8 @@ def throughput_rows(record: dict[str, Any]) -> list[Row]:
             (name, f"{other:.1f}" if other else "not measured", f"{speed:.1f}", f"{speed / other:.2f}" if other else "")
         )
     peak, other = ours["peak_memory_bytes"], theirs["peak_memory_bytes"] if theirs else None
+    if peak is None:  # measured in vLLM
+        return rows
     ratio = f"{peak / other:.2f}" if other else ""
     rows.append(("peak memory", format_bytes(other) if other else "not measured", format_bytes(peak), ratio))
     return rows

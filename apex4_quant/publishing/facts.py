@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.engine import EngineName
 from ..format.quant_config import QuantConfig
 from ..format.storage import format_bytes
 from .base_model import BaseModel
@@ -108,6 +109,7 @@ def conditions(record: dict[str, Any]) -> str:
     where = device["name"] + (f" (driver {device['driver']})" if "driver" in device else "")
     kernels = [name for name in record["activations"]["kernels"] if name != "reference"]
     how = f"the {' and '.join(kernels)} kernels" if kernels else "PyTorch operations"
+    served = " in vLLM" if result.get("engine") == EngineName.VLLM else ""
     bits = record["activations"]["bits"]
     bits = " and ".join(map(str, bits)) if isinstance(bits, list) else bits
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -116,7 +118,7 @@ def conditions(record: dict[str, Any]) -> str:
     else:
         what = f"{result['tokens']} tokens of {text_name(result['text'])} in windows of {result['seq_len']}"
         what += f", KV cache in {result['kv_cache_bits']} bits, {result['dtype']}"
-    return f"{what}; activations in {bits} bits, computed by {how} on {where}; {versions}; {record['date']}."
+    return f"{what}; activations in {bits} bits, computed by {how}{served} on {where}; {versions}; {record['date']}."
 
 
 def text_name(text: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import Apex4Error, UsageError
+from ..evaluation.engine import EngineName
 from ..format.storage import read_json, write_json
 from .folder import RECORDS_NAME, CheckpointFolder
 
@@ -31,9 +32,10 @@ VERSION = 1
 QUALITY, THROUGHPUT = "quality", "throughput"
 # What makes two measurements the same one, made again.
 _SETTINGS = {
-    QUALITY: ("text", "seq_len", "tokens", "baseline", "device", "dtype", "kv_cache_bits"),
-    THROUGHPUT: ("batch", "prompt_len", "gen_len", "device"),
+    QUALITY: ("text", "seq_len", "tokens", "baseline", "device", "dtype", "kv_cache_bits", "engine"),
+    THROUGHPUT: ("batch", "prompt_len", "gen_len", "device", "engine"),
 }
+_USUAL = {"engine": EngineName.TRANSFORMERS}  # of records that do not say it
 _PACKAGES = ("torch", "transformers", "lm_eval", "safetensors")
 
 
@@ -81,7 +83,7 @@ def record_evaluation(path: str, result: dict[str, Any], command: Sequence[str])
         "kind": kind,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(["apex4", *map(public_name, command)]),
-        "versions": _versions(),
+        "versions": _versions(result),
         "device": describe_device(str(result["device"])),
         "activations": _activations(result["result"] if kind == THROUGHPUT else result),
         "result": _public(result),
@@ -114,16 +116,18 @@ def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
     tasks = tuple(sorted(result.get("tasks") or {}))
     kind = record.get("kind", QUALITY)
     bits = str(record.get("activations", {}).get("bits"))
-    return (kind, tasks, bits, *(str(result.get(name)) for name in _SETTINGS[kind]))
+    return (kind, tasks, bits, *(str(result.get(name, _USUAL.get(name))) for name in _SETTINGS[kind]))
 
 
-def _versions() -> dict[str, str]:
+def _versions(result: dict[str, Any]) -> dict[str, str]:
     found = {"apex4": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if result.get("engine") == EngineName.VLLM:
+        found["vllm"] = str(result["engine_version"])
     return found
 
 

@@ -72,7 +72,9 @@ def test_the_shorter_context_of_the_two_is_that_of_both(invoke: Call, tiny_model
 def test_models_that_cannot_be_compared(
     invoke: Call, tiny_model: Call, one_sentence: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apex4_quant.evaluation.evaluate.load_model", None)  # refused before anything is loaded
+    monkeypatch.setattr(
+        "apex4_quant.evaluation.transformers_engine.load_model", None
+    )  # refused before anything is loaded
     larger = tiny_model("larger", vocab_size=4160)
     command = ("eval", "demo", *SHORT, "--json", "--baseline")
     one_sentence(invoke(*command, larger), USAGE, "demo", str(larger), "4096", "4160", "--baseline")

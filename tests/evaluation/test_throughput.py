@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import apex4_quant  # noqa: F401  (registers the quantizer)
-from apex4_quant.evaluation.throughput import _Run, measure
+from apex4_quant.evaluation.engine import Load
+from apex4_quant.evaluation.generation_speed import _Run, measure
 
 Call = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ def test_its_tokens_are_those_of_generate(demo_checkpoint: Path) -> None:
 def test_measure_leaves_the_model_as_it_was(demo_checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
     before = model(torch.arange(9)[None]).logits
-    measure(model, 1, 8, 3)
+    measure(model, Load(1, 8, 3))
     assert torch.equal(model(torch.arange(9)[None]).logits, before)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apex4_quant.checkpoint import load as loading
-from apex4_quant.evaluation import throughput
+from apex4_quant.evaluation import throughput, transformers_engine
 from apex4_quant.hardware import devices
 from apex4_quant.hardware.devices import multiplies_fast, multiply_in_float32
 from apex4_quant.models import layer_runner
@@ -72,6 +72,6 @@ def test_throughput_is_of_the_model_as_it_is(tiny_model: Call, monkeypatch: pyte
         asked.append(options)
         return loading.load_model(*arguments, **options)
 
-    monkeypatch.setattr(throughput, "load_model", load)
+    monkeypatch.setattr(transformers_engine, "load_model", load)
     throughput.throughput(throughput.ThroughputSettings(str(tiny_model()), prompt_len=4, gen_len=2, device="cpu"))
     assert asked == [{"as_it_is": True}]

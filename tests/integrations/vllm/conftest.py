@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ WITHIN = {4: 1e-3, 8: 0.1}  # logprobs, by activation bits
 
 def _models() -> dict[str, Callable[[], Any]]:
     from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
         LlamaConfig,
@@ -55,6 +58,7 @@ def _models() -> dict[str, Callable[[], Any]]:
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
         "ragged": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | RAGGED, attention_bias=True, mlp_bias=True)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **window)),
         "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **window)),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
@@ -82,8 +86,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def _write(folder: Path, name: str) -> Path:
-    import shutil
-
     from apex4_quant.models.families import FAMILIES
     from apex4_quant.models.source import DEMO_PATH
 
@@ -116,12 +118,19 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture
 def serve_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Generated]]:
-    """serve_here(folder, lora=None, **options of vllm.LLM) -> what vLLM generates, greedily, for `prompts()`."""
+    """serve_here(folder, lora=None, watch=None, **options of vllm.LLM) -> what vLLM generates, greedily, for `prompts()`.
+
+    `watch` is called with the LLM before it generates.
+    """
     pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
+    if shutil.which("g++") is None:  # what Inductor compiles with; vLLM then runs the traced graph as it is
+        monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
 
-    def run(folder: Path, lora: Any = None, **options: Any) -> list[Generated]:
+    def run(
+        folder: Path, lora: Any = None, watch: Callable[[Any], Any] | None = None, **options: Any
+    ) -> list[Generated]:
         from vllm import LLM, SamplingParams
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -129,6 +138,8 @@ def serve_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Generated]
         llm = None
         try:
             llm = LLM(str(folder), **usual | options)
+            if watch is not None:
+                watch(llm)
             sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
             asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
             outputs = llm.generate(asked, sampling, lora_request=lora, use_tqdm=False)
@@ -151,9 +162,9 @@ def require_equal() -> Callable[..., None]:
     """require_equal(generated, folder or model) asserts that vLLM generated what transformers does, for most prompts.
 
     vLLM and transformers round attention and norms differently, and an activation on a tie between two codes may get the
-    other one, which moves its sequence from there on: not all are equal, though the arithmetic of the linears is. A wrong
-    transform, scale, order or slice leaves no sequence as it is. 8-bit codes have 18 times as many ties, each of which moves
-    a sequence as much less: of the demo's sequences most moved, by 0.007 to 0.05.
+    other one, which moves its sequence from there on: not all are equal, though the arithmetic of the linears is
+    (test_ties.py). A wrong transform, scale, order or slice leaves no sequence as it is. 8-bit codes have 18 times as many ties,
+    each of which moves a sequence as much less: of the demo's sequences most moved, by 0.007 to 0.05.
     """
 
     @torch.no_grad()
@@ -163,7 +174,8 @@ def require_equal() -> Callable[..., None]:
         from apex4_quant.nn.arithmetic import arithmetic_of
 
         if isinstance(model, Path):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            # Not SDPA, which leaves Gemma-2's soft capping of attention out.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
         within = max(WITHIN[bits] for bits in arithmetic_of(model)["activation_bits"])
         equal, differences = 0, []
         for one in generated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
@@ -27,6 +28,21 @@ def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch: pytest.Mo
         backend.kernel_of(GPU, torch.bfloat16)
     monkeypatch.setenv("APEX4_KERNEL", "reference")
     assert backend.kernel_of(GPU, torch.bfloat16) is None
+
+
+def test_a_gpu_without_the_cuda_extra_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch = backend.dispatch
+    monkeypatch.delenv("APEX4_KERNEL", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    dispatch._format_of_gpu.cache_clear()
+    dispatch.compiler._nvrtc.cache_clear()
+    with pytest.raises(Apex4Error) as refused:
+        backend.kernel_of(GPU, torch.bfloat16)
+    dispatch._format_of_gpu.cache_clear()
+    said = str(refused.value)
+    assert "NVIDIA H100" in said and "pip install 'apex4-quant[cuda13]'" in said and "APEX4_KERNEL=reference" in said
 
 
 def test_kernels_and_float32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,9 +27,11 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1,
     ("name", "recipe", "settings", "options"),
     [
         ("demo", "gptq", {}, {}),
-        ("demo", "apex4-fast", {}, {"enforce_eager": False}),  # torch.compile
+        ("demo", "apex4-fast", {}, {}),
         ("demo", "gptq", {}, {"speculative_config": NGRAM}),
-        ("qwen3", "apex4-fast", {}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),  # prompts in chunks
+        # torch.compile, and prompts in chunks
+        ("qwen3", "apex4-fast", {}, {"enforce_eager": False, "max_num_batched_tokens": 32, "max_num_seqs": 4}),
+        ("gemma2", "rtn", {}, {}),
         ("gemma3", "gptq", {}, {}),
         ("gemma3", "apex4-shared", {}, {}),
         ("phi3", "apex4-fast", {}, {}),  # q, k and v in one linear
@@ -53,14 +56,20 @@ def test_the_same_tokens_as_transformers(
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "layout"), [("llama", "apex4-fast", "sm90"), ("mixtral", "rtn", "rowmajor")]
+    ("name", "recipe", "layout", "options"),
+    [
+        ("llama", "apex4-fast", "sm90", {"tensor_parallel_size": 2}),
+        ("mixtral", "rtn", "rowmajor", {"tensor_parallel_size": 2}),
+        ("mixtral", "rtn", "sm80", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+    ],
+    ids=["tensor", "tensor-experts-cut", "experts"],
 )
-def test_two_tensor_parallel_ranks(
-    name: str, recipe: str, layout: str, quantized: Callable[..., Path], serve_here: Callable[..., Any],
-    require_equal: Callable[..., None],
+def test_two_ranks(
+    name: str, recipe: str, layout: str, options: dict[str, Any], quantized: Callable[..., Path],
+    serve_here: Callable[..., Any], require_equal: Callable[..., None],
 ) -> None:  # fmt: skip
     folder = quantized(name, recipe, layout=layout)
-    require_equal(serve_here(folder, tensor_parallel_size=2), folder)
+    require_equal(serve_here(folder, **options), folder)
 
 
 def test_weights_that_have_no_room_as_floats_are_unpacked_at_every_call(
@@ -135,6 +144,16 @@ def test_a_damaged_checkpoint_never_loads(
     change, message = DAMAGES[damage]
     folder = changed(quantized("llama", "apex4-fast"), tmp_path / "changed", change)
     with pytest.raises(Apex4Error, match=message):
+        serve_here(folder)
+
+
+def test_a_shard_that_ends_early(
+    quantized: Callable[..., Path], serve_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(quantized("llama"), tmp_path / "changed")
+    shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(SafetensorError, match="incomplete metadata, file not fully covered"):
         serve_here(folder)
 
 

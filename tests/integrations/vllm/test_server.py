@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from .serving import Server
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 openai = pytest.importorskip("openai", reason="needs vLLM: scripts/test-vllm")
 
-PROMPT = "The module defines a class that"
-START_SECONDS = 240  # a limit for a server that never comes up, not a measure
-
-
-class Server:
-    """A running `vllm serve FOLDER`."""
-
-    def __init__(self, folder: Path, log: Path, environment: dict[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.model, self.log = str(folder), log
-        command = Path(sys.executable).with_name("vllm")
-        options = [
-            "--dtype",
-            "float32",
-            "--max-model-len",
-            "128",
-            "--enforce-eager",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        with open(log, "wb") as output:
-            self.process = subprocess.Popen(
-                [command, "serve", folder, *options],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=log.parent,
-            )
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self.process.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-            time.sleep(0.25)
-        self.process.kill()
-        raise AssertionError(log.read_text()[-4000:])
-
-    def complete(self, **options: Any) -> Any:
-        usual = {"model": self.model, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-        return self.client.completions.create(**usual | options)
+pytestmark = pytest.mark.xdist_group("server")  # one server, in one process, and these tests in their order
 
 
 @pytest.fixture(scope="module")
 def server(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    offline = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    environment = {**os.environ, **offline, "HF_HUB_OFFLINE": "1"}
-    running = Server(quantized("demo", "gptq"), tmp_path_factory.mktemp("server") / "log", environment)
+    line = shlex.join(["vllm", "serve", str(quantized("demo", "gptq"))])
+    log = tmp_path_factory.mktemp("server") / "log"
+    running = Server(line, log, {"HF_HUB_OFFLINE": "1"}, "--dtype", "float32")
     yield running
     running.process.kill()
     running.process.wait()

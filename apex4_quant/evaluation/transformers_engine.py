@@ -1,0 +1,76 @@
+"""The engine that is always there: the model as transformers loads it, in this process."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from ..checkpoint.load import load_model, release_memory
+from ..hardware.devices import DTYPES, resolve_device
+from ..nn.arithmetic import arithmetic_of
+from ..progress import Progress
+from . import generation_speed
+from .engine import Load, Quality, Results, Subject, Tasks
+from .lm_eval_tasks import run_tasks
+from .predictions import RecordedPredictions, compare, measure_perplexity
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedModel
+
+
+class TransformersEngine:
+    """Divergence is of all probabilities of all tokens: predictions.py."""
+
+    def __init__(self, device: str) -> None:
+        self.device = resolve_device(device)
+        self.version = transformers.__version__
+
+    def quality(
+        self, subject: Subject, baseline: Subject | None, ids: torch.Tensor, tasks: Tasks | None, progress: Progress
+    ) -> Quality:
+        original, baseline_tasks = None, None
+        if baseline is not None:
+            model = load_model(baseline.folder, self.device, DTYPES[baseline.dtype])
+            baseline_tasks = _tasks(model, baseline, tasks)
+            with progress.stage(f"perplexity of {baseline.name}", ids.numel(), "tok") as advance:
+                original = RecordedPredictions(model, ids, advance)
+            del model
+            release_memory()
+        model = load_model(subject.folder, self.device, DTYPES[subject.dtype])
+        with progress.stage(f"perplexity of {subject.name}", ids.numel(), "tok") as advance:
+            if original is None:
+                return Quality(
+                    measure_perplexity(model, ids, advance), _tasks(model, subject, tasks), arithmetic_of(model)
+                )
+            found = compare(model, original, advance)
+        return Quality(
+            perplexity=found.perplexity,
+            tasks=_tasks(model, subject, tasks),
+            arithmetic=arithmetic_of(model),
+            baseline_perplexity=original.perplexity,
+            baseline_tasks=baseline_tasks,
+            divergence=found.divergence,
+            top1_agreement=found.top1_agreement,
+        )
+
+    def speed(self, folder: Path, dtype: str, load: Load) -> dict[str, Any]:
+        model = load_model(folder, self.device, DTYPES[dtype], as_it_is=True)
+        measured = generation_speed.measure(model, load)
+        del model
+        release_memory()
+        return measured
+
+
+def _tasks(model: PreTrainedModel, subject: Subject, tasks: Tasks | None) -> Results:
+    return {} if tasks is None else run_tasks(partial(_wrapped, model, subject, tasks.batch_size), tasks)
+
+
+def _wrapped(model: PreTrainedModel, subject: Subject, batch_size: int) -> LM:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=batch_size)
