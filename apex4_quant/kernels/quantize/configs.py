@@ -50,7 +50,8 @@ WHOLE_SLICES, WHOLE_LONG_THREADS = (
     512,
 )  # the most slices of a CTA that are kept; threads of one that reads a row again
 WHOLE_LEAST_SLICES, WHOLE_MOST_ROWS = 16, 8  # a CTA of short rows has several of them
-CLUSTER_CTAS, CLUSTER_LEAST_BLOCKS = 8, 8  # the most CTAs that share a row, and the least that each has of it
+CLUSTER_CTAS, CLUSTER_GRID = 8, 64  # the most CTAs that share a row, and of all rows
+CLUSTER_LEAST_BLOCKS = 96  # of a row: a shorter one takes less time in one CTA than CTAs take to tell each other
 STREAM_THREADS = {"plain": 1024, "rms_norm": 1024, "silu_mul": 896}  # of a multiprocessor: 64 registers each, or 72
 STREAM_SHARED_BYTES = 227 << 10  # of an sm_90
 STREAM_SLOTS = {"plain": 2 * 4, "rms_norm": 3 * 4, "silu_mul": 2 * 4}  # SLOT_BYTES / 16 of quantize_whole_rows.cu
@@ -282,10 +283,8 @@ def choose_whole_rows(
 
     if k_blocks > WHOLE_SLICES or not aligned:
         return plan("long", m, 1, k_blocks)
-    ctas = CLUSTER_CTAS
-    while ctas > 1 and (m * ctas > sm_count or k_blocks < ctas * CLUSTER_LEAST_BLOCKS):
-        ctas //= 2
-    if sm_90 and ctas > 1:
+    ctas = min(CLUSTER_CTAS, _power_of_two_up_to(CLUSTER_GRID // m))
+    if sm_90 and ctas > 1 and k_blocks >= CLUSTER_LEAST_BLOCKS:
         return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
     rows = 1
     while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:
@@ -348,7 +347,7 @@ def choose_dense(
     eight_bit = format == TOKEN_FORMAT
     config = dense_config(int(rows == FEW_ROWS), input, dtype, format, sm_90)
     if config.source == "quantize/quantize_dense.cu" or eight_bit:
-        few, statistics = rows == FEW_ROWS, input == "rms_norm" and m > OWN_RMS_ROWS
+        few, statistics = rows == FEW_ROWS, input == "rms_norm" and (m > OWN_RMS_ROWS or eight_bit)
         threads, shared = DENSE_THREADS, 0
         if config.source != "quantize/quantize_dense.cu":
             threads, shared = DENSE_SM90["plain"][0], dense_sm90_shared_bytes(input, format)

@@ -216,7 +216,7 @@ def test_dense_transforms_to_eight_bits_on_hopper(input: str) -> None:
     for m, k_blocks in ((1, 32), (16, 224), (700, 32), (8192, 32), (8192, 224)):
         plan = choose_dense(m, k_blocks, input=input, format="s8", sm_90=True)
         assert not plan.needs_board and plan.defines["APEX4_PASS"] == 2
-        assert plan.needs_statistics == (input == "rms_norm" and m > 4)
+        assert plan.needs_statistics == (input == "rms_norm")
         assert plan.needs_row_scales == (plan.rows_per_cta != 16) == (m > 16)
         if m > 16:
             assert plan.config.source == "quantize/quantize_dense_sm90.cu" and plan.block == 256
@@ -262,6 +262,21 @@ def test_lanes_of_a_whole_row_cover_its_blocks() -> None:
         ),
     ):
         assert sorted((slices * 128 + columns).flatten()) == list(range(0, 8 * 128, 16))
+
+
+def test_lanes_read_what_others_have_copied() -> None:
+    """quantize_whole_rows, STREAM: columns and slots of copies and reads agree, and eight lanes read all banks at a time."""
+    fn, lane, copied = index_function, np.arange(32), {}
+    for copy in range(4):
+        slots = fn("whole_copy_slot")(lane, copy)
+        assert sorted(slots) == list(range(32))
+        slice_, column = fn("whole_slice")(lane), fn("whole_copy_column")(lane, copy)
+        copied.update({(copy, slot): place for slot, *place in zip(slots, slice_, column, strict=True)})
+    for part, octet in np.ndindex(2, 2):
+        copies, slots = fn("whole_read_copy")(lane, part), fn("whole_read_slot")(lane, octet)
+        wanted = np.stack((fn("whole_slice")(lane), fn("whole_column")(lane, part) + 8 * octet), 1)
+        assert [copied[place] for place in zip(copies, slots, strict=True)] == wanted.tolist()
+        assert all(len(set(slots[first : first + 8] % 8)) == 8 for first in range(0, 32, 8))
 
 
 def test_product_and_additions_are_the_hadamard_matrix() -> None:

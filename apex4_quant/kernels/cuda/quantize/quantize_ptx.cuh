@@ -129,6 +129,19 @@ __device__ __forceinline__ void store_relaxed(unsigned long long* to, unsigned l
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
 
+// The compiler delays loads while it works on those that have come. Not past this, which needs what all of them have loaded.
+__device__ __forceinline__ void await_all(unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile(
+      "{\n.reg .pred never;\n.reg .b32 all, more, size;\n"
+      "mov.u32 size, %%ntid.x;\n"
+      "setp.eq.u32 never, size, 0;\n"
+      "xor.b32 all, %0, %1;\nxor.b32 more, %2, %3;\nxor.b32 all, all, more;\n"
+      "setp.eq.and.u32 never, all, 0, never;\n"
+      "@never trap;\n}\n" ::"r"(a),
+      "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
 // Asks for the line of `from`, which is read soon.
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 

@@ -12,7 +12,7 @@
 //   LONG      any number, and rows that are not aligned: one row a CTA, read again from the caches in every pass.
 //   CLUSTER   few rows, on sm_90 and later: RESIDENT, but each row belongs to a cluster, whose CTAs tell each other their numbers.
 //   STREAM    many rows: RESIDENT, but a CTA goes on from tile to tile. The next rows are on their way to shared memory meanwhile,
-//             where every thread has slots of its own: what it copies it alone reads, so that nobody waits at a barrier for it.
+//             where every warp has slots of its own: nobody waits at a barrier for them.
 //
 // Operands (type T: bfloat16 or float16; KB = k_blocks; everything in device memory):
 //   codes    uint8 [KB, m_stride, 128], two's complement, chunks at sm90_activation_byte (index.cuh); 16-byte aligned
@@ -96,17 +96,16 @@ struct Lane {
   }
 
 #if APEX4_INPUT == APEX4_RMS_NORM
-  __device__ __forceinline__ float squares() const {
-    float sum = 0.0f;
+  // The sum of the squares of a whole slice, in one lane of the four; zero in the others. It is the product of the slice with
+  // itself, among those with the other slices: eight instructions instead of 64.
+  __device__ __forceinline__ float squares(int lane) const {
+    float d[4] = {};
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-#pragma unroll
-      for (int i = 0; i < WORDS; ++i) {
-        sum = fmaf(low_of(pairs[part][i]), low_of(pairs[part][i]), sum);
-        sum = fmaf(high_of(pairs[part][i]), high_of(pairs[part][i]), sum);
-      }
-    return sum;
+    for (int i = 0; i < WORDS; ++i) multiply_16x8x16(d, pairs[0][i], 0, pairs[1][i], 0, pairs[0][i], pairs[1][i]);
+    const int slice = whole_slice(lane);
+    return has_squares(lane) ? whole_square_element(slice) ? d[1] : d[0] : 0.0f;
   }
+  __device__ __forceinline__ static bool has_squares(int lane) { return lane == whole_square_lane(whole_slice(lane)); }
 #endif
 
  private:
@@ -208,6 +207,7 @@ __device__ __forceinline__ float over_lanes(float value, Combine combine) {
 template <class Combine>
 __device__ __forceinline__ float of_rows(const float* found, int rows_log2, int lane, Combine combine) {
   float value = 0.0f;
+#pragma unroll 1
   for (int i = lane; i < static_cast<int>(blockDim.x) / LANES; i += 32) value = combine(value, found[i]);
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2)
@@ -297,6 +297,7 @@ __device__ __forceinline__ float of_cluster(float* of_warps, float value, int la
   cluster_arrive();
   cluster_wait();
   value = 0.0f;
+#pragma unroll 1
   for (int i = lane; i < ctas * warps; i += 32) value = combine(value, of_warps[i]);
   return over_lanes<1, 32>(value, combine);
 }
@@ -324,8 +325,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
   wait_for_inputs();
   values.load(from, row, at.column(), active);
-  const float squares = over_lanes<1, LANES>(values.squares(), Sum());
-  if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
+  const float squares = values.squares(at.lane);
+  if (Lane::has_squares(at.lane)) slice_squares[at.slice] = squares;
   __syncthreads();
   const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, at.lane, Sum()), at.in_rows);
   inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
@@ -336,6 +337,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   wait_for_inputs();
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
+#if APEX4_INPUT == APEX4_SILU_MUL
+  await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
+#endif
 #endif
   values.finish(from, inverse_rms);
   float y[PARTS][COLUMNS], largest[PARTS] = {};
@@ -357,13 +361,16 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load_second(from, row, at.column(), active);
   wait_for_inputs();
   values.load(from, row, at.column(), active);
-  const float squares = values.squares();
+  const float squares = values.squares(at.lane);
   cluster_wait();
   inverse_rms = inverse_rms_of(of_cluster(warp_squares, squares, at.lane, Sum()), one_over_k, eps);
 #else
   wait_for_inputs();
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
+#if APEX4_INPUT == APEX4_SILU_MUL
+  await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
+#endif
 #endif
   values.finish(from, inverse_rms);
   float y[PARTS][COLUMNS], largest[PARTS] = {};
@@ -381,13 +388,13 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   __shared__ float slice_absmax[2][MAX_SLICES];
   Place at(rows_log2, 0);
   const int threads = blockDim.x, tiles = (m + (1 << rows_log2) - 1) >> rows_log2, step = gridDim.x;
-  uint4* const slots = memory + threadIdx.x;
+  uint4* const slots = memory + threadIdx.x / 32 * 32;
   // Of one operand's row: `slot` counts those of all.
   const auto copy_row = [&](int slot, const unsigned short* row, bool there) {
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) {
-      const int column = at.column() + whole_column(0, i / 2) + 8 * (i % 2);
-      copy_async_or_zero(slots + (slot + i) * threads, row + column, there && column < k);
+      const int column = BLOCK * at.block + whole_copy_column(at.lane, i);
+      copy_async_or_zero(slots + (slot + i) * threads + whole_copy_slot(at.lane, i), row + column, there && column < k);
     }
   };
   const auto copy_tile = [&](int stage, int tile) {
@@ -400,7 +407,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   };
   const auto read_row = [&](unsigned (&pairs)[PARTS][WORDS], int slot) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; ++i) unpack(pairs[i / 2] + 4 * (i % 2), slots[(slot + i) * threads]);
+    for (int i = 0; i < SLOTS; ++i)
+      unpack(pairs[i / 2] + 4 * (i % 2),
+             slots[(slot + whole_read_copy(at.lane, i / 2)) * threads + whole_read_slot(at.lane, i % 2)]);
   };
 #if APEX4_INPUT == APEX4_RMS_NORM
   __shared__ float slice_squares[MAX_SLICES];
@@ -418,15 +427,17 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   for (int tile = blockIdx.x; tile < tiles; tile += step) {
     asm volatile("" : "+r"(at.lane));  // to the compiler another number: it shall keep nothing made of it from tile to tile
     wait_for_copies_but<STAGES - 1>();
+    __syncwarp();  // the other lanes' copies, too
     read_row(values.pairs, stage * OPERANDS * SLOTS);
 #if APEX4_INPUT == APEX4_SILU_MUL
     read_row(values.factors, (stage * OPERANDS + 1) * SLOTS);
 #endif
+    __syncwarp();
     copy_tile(stage, tile + STAGES * step);
     commit_copies();
 #if APEX4_INPUT == APEX4_RMS_NORM
-    const float squares = over_lanes<1, LANES>(values.squares(), Sum());
-    if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
+    const float squares = values.squares(at.lane);
+    if (Lane::has_squares(at.lane)) slice_squares[at.slice] = squares;
     __syncthreads();
     const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, at.lane, Sum()), at.in_rows);
     inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
@@ -459,7 +470,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   for (int round = first_slice; round - first_slice < k_blocks; round += slices) {
     const int block = round + whole_slice(lane);
     values.load(from, row, BLOCK * block + whole_column(lane, 0), block < k_blocks);
-    squares += values.squares();
+    squares += values.squares(lane);
   }
   squares = over_lanes<1, LANES>(squares, Sum());
   if (lane % LANES == 0) slice_squares[first_slice + whole_slice(lane)] = squares;
