@@ -19,16 +19,11 @@ from apex4_quant.errors import Apex4Error
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 
 
-# Tokens are guessed from what stands in front of them, and checked: the same come out.
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-
-
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "options"),
     [
         ("demo", "gptq", {}, {}),
         ("demo", "apex4-fast", {}, {}),
-        ("demo", "gptq", {}, {"speculative_config": NGRAM}),
         # torch.compile, and prompts in chunks
         ("qwen3", "apex4-fast", {}, {"enforce_eager": False, "max_num_batched_tokens": 32, "max_num_seqs": 4}),
         ("gemma2", "rtn", {}, {}),

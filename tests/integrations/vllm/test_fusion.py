@@ -242,7 +242,8 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
 
     def log(message: str, *arguments: Any) -> None:
-        lines.append(message % arguments)
+        if message.startswith("apex4 fuse"):
+            lines.append(message % arguments)
 
     for name in ("info_once", "warning_once"):
         monkeypatch.setattr(fusion.logger, name, log)
