@@ -174,4 +174,4 @@ def test_it_says_what_it_is() -> None:
     linear.prepare("sm80")
     assert repr(linear) == f"Apex4Linear(in={K}, out={N}, group=128, layout=sm80)"
     linear.prepare("s8")
-    assert repr(linear) == f"Apex4Linear(in={K}, out={N}, group=128, activations=8 bits, layout=sm90)"
+    assert repr(linear) == f"Apex4Linear(in={K}, out={N}, group=128, activations=8 bits, layout=s8)"
