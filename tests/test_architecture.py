@@ -56,6 +56,8 @@ SMALL = 60  # lines: a module no longer than that may be tested with those that 
 TESTED_IN: dict[str, dict[str, str]] = {
     "one file for all parts of one kernel: configurations, launch and CUDA source only mean something together": {
         "kernels/gemm/configs.py": "kernels/gemm/test_gemm_kernels.py",
+        "kernels/gemm/s8_configs.py": "kernels/gemm/test_s8_kernels.py",
+        "kernels/gemm/sm90_s8_configs.py": "kernels/gemm/test_sm90_s8_kernels.py",
         "kernels/quantize/configs.py": "kernels/quantize/test_quantize_kernels.py",
         "kernels/quantize/launch.py": "kernels/quantize/test_quantize_kernels.py",
     },
