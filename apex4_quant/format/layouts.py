@@ -211,7 +211,7 @@ def _sign_magnitude_of_words(packed: torch.Tensor) -> torch.Tensor:
     nibbles = torch.stack((packed & 0x0F, packed >> 4), -1).unflatten(-2, (-1, 4)).flatten(-2)  # [..., w, 8]
     magnitude = torch.where(nibbles > 7, 16 - nibbles, nibbles) & 7
     sign = nibbles & 8
-    stored = magnitude[..., 0::2] | magnitude[..., 1::2] << 4 | sign[..., :4] << 4 | sign[..., 4:]
+    stored: torch.Tensor = magnitude[..., 0::2] | magnitude[..., 1::2] << 4 | sign[..., :4] << 4 | sign[..., 4:]
     return stored.flatten(-2).to(torch.uint8)
 
 
@@ -220,7 +220,7 @@ def _twos_complement_of_words(packed: torch.Tensor) -> torch.Tensor:
     words = packed.unflatten(-1, (-1, 4))
     magnitude = torch.stack((words & 7, words >> 4 & 7), -1).flatten(-2)
     sign = torch.cat((words & 0x80, words << 4 & 0x80), -1)
-    nibbles = torch.where(sign != 0, torch.where(magnitude == 0, 8, 16 - magnitude), magnitude)
+    nibbles: torch.Tensor = torch.where(sign != 0, torch.where(magnitude == 0, 8, 16 - magnitude), magnitude)
     return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).flatten(-2).to(torch.uint8)
 
 

@@ -1,8 +1,9 @@
 """`apex4 bench`: W4A4 linears of real models on this GPU, beside cuBLAS BF16, FP8 and Humming, one row a shape and M.
 
 What is timed (`CONTENDERS`): `apex4` is the GEMM alone, on codes; `apex4+q` the activation quantizer with its Hadamard
-transform, then the GEMM: what replaces a BF16 linear, and what speed-ups are quoted for. `bf16` is torch.matmul, `fp8`
-torch._scaled_mm with a scale per row (without the quantization of x), `humming-*` Humming's INT4 weights in groups of
+transform, then the GEMM: what replaces a BF16 linear, and what speed-ups are quoted for. `apex4-a8` and `apex4-a8+q` are the same
+with 8-bit activations. `bf16` is torch.matmul, `fp8` torch._scaled_mm with a scale per row (without the quantization of x; with
+it, compiled by torch.compile: `fp8+q`), `humming-*` Humming's INT4 weights in groups of
 128 with INT4 or INT8 activations in groups of 128, GEMM alone and, with `+q`, with a Hadamard transform and quantization.
 
 How: random data; a CUDA graph of the call; before every iteration a buffer larger than L2 is read, so that weights
@@ -40,7 +41,10 @@ SHAPES: dict[str, dict[str, tuple[int, int]]] = {
 TOKENS = (1, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
 QUICK_SHAPES = ("Llama-3-8B:gate_up", "Llama-2-70B:qkv", "Llama-2-70B:down")
 QUICK_TOKENS = (1, 16, 2048, 8192)
-CONTENDERS = ("apex4", "apex4+q", "bf16", "fp8", "humming-w4a4", "humming-w4a4+q", "humming-w4a8", "humming-w4a8+q")
+CONTENDERS = (
+    "apex4", "apex4+q", "apex4-a8", "apex4-a8+q", "bf16", "fp8", "fp8+q", "humming-w4a4", "humming-w4a4+q", "humming-w4a8",
+    "humming-w4a8+q",
+)  # fmt: skip
 DEFAULT_CONTENDERS = ("apex4", "apex4+q", "bf16", "fp8")
 FLUSH_BYTES = 256 << 20  # five times the L2 of an H200
 WARM_UP, REPEATS = 3, 30
@@ -278,34 +282,43 @@ def _bf16(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
     return {"bf16": lambda x: lambda: torch.matmul(x, weight.t())}
 
 
-def _apex4(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
-    from ..format.layouts import get_layout
-    from ..kernels import ops
-    from ..kernels.catalogue import kernel_family
-    from ..kernels.hadamard import apply_block_hadamard
+def _apex4(bits: int) -> Callable[[torch.Tensor], dict[str, Callable[[torch.Tensor], Call]]]:
+    """Activations of 4 or 8 bits."""
 
-    major, minor = torch.cuda.get_device_capability(weight.device)
-    family = kernel_family(10 * major + minor)
-    if family is None:
-        raise Unavailable(f"no kernel for sm_{major}{minor}")
-    name = family.removeprefix("gemm_")
-    n, k = weight.shape
-    padded = math.ceil(k / BLOCK) * BLOCK
-    grouped = apply_block_hadamard(torch.nn.functional.pad(weight.float(), (0, padded - k))).unflatten(1, (-1, BLOCK))
-    scale = (grouped.abs().amax(-1) / CODE_MAX).clamp_min(WEIGHT_SCALE_MIN).half()
-    codes = torch.round(grouped / scale.float()[..., None]).clamp_(-CODE_MAX, CODE_MAX).flatten(1).to(torch.int8)
-    del grouped
-    layout = get_layout(name)
-    packed, scales = layout.pack(codes).contiguous(), layout.pack_scales(scale).contiguous()
-    del codes
+    def prepare(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
+        from ..kernels import ops
+        from ..kernels.hadamard import apply_block_hadamard
+        from ..kernels.operands import TOKEN_FORMAT, fold_scales, layout_of_format
+        from ..kernels.runtime.architectures import eight_bit_family, kernel_family
 
-    how = (None, padded, BLOCK, 1.0, True, name)
+        major, minor = torch.cuda.get_device_capability(weight.device)
+        family = (kernel_family if bits == 4 else eight_bit_family)(10 * major + minor)
+        if family is None:
+            raise Unavailable(f"no kernel for {bits}-bit activations for sm_{major}{minor}")
+        format = TOKEN_FORMAT if bits == 8 else family.removeprefix("gemm_")
+        n, k = weight.shape
+        padded = math.ceil(k / BLOCK) * BLOCK
+        grouped = apply_block_hadamard(torch.nn.functional.pad(weight.float(), (0, padded - k))).unflatten(
+            1, (-1, BLOCK)
+        )
+        scale = (grouped.abs().amax(-1) / CODE_MAX).clamp_min(WEIGHT_SCALE_MIN).half()
+        codes = torch.round(grouped / scale.float()[..., None]).clamp_(-CODE_MAX, CODE_MAX).flatten(1).to(torch.int8)
+        del grouped
+        layout = layout_of_format(format)
+        packed = layout.pack(codes).contiguous()
+        scales, unit = fold_scales(scale) if bits == 8 else (layout.pack_scales(scale).contiguous(), None)
+        del codes
 
-    def alone(x: torch.Tensor) -> Call:
-        codes, factors = ops.quantize(x, *how)
-        return lambda: ops.gemm(codes, factors, packed, scales, None, None, len(x), n, x.dtype)
+        how = (None, padded, padded if bits == 8 else BLOCK, 1.0, True, format)
 
-    return {"apex4": alone, "apex4+q": lambda x: lambda: ops.linear(x, packed, scales, None, None, n, *how)}
+        def alone(x: torch.Tensor) -> Call:
+            codes, factors = ops.quantize(x, *how)
+            return lambda: ops.gemm(codes, factors, packed, scales, unit, None, len(x), n, x.dtype)
+
+        name = "apex4" if bits == 4 else "apex4-a8"
+        return {name: alone, f"{name}+q": lambda x: lambda: ops.linear(x, packed, scales, unit, None, n, *how)}
+
+    return prepare
 
 
 def _fp8(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
@@ -324,7 +337,18 @@ def _fp8(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
             codes, weight_codes.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    return {"fp8": make}
+    compiled_rows = torch.compile(rows)  # one pass over x, as a kernel of our own would make
+
+    def quantized(x: torch.Tensor) -> Call:
+        def call() -> torch.Tensor:
+            codes, scale = compiled_rows(x)
+            return torch._scaled_mm(
+                codes, weight_codes.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+        return call
+
+    return {"fp8": make, "fp8+q": quantized}
 
 
 def _humming(bits: int) -> Callable[[torch.Tensor], dict[str, Callable[[torch.Tensor], Call]]]:
@@ -371,7 +395,8 @@ def _transformed(weight: torch.Tensor) -> torch.Tensor:
 
 
 _FAMILIES: dict[str, Callable[[torch.Tensor], dict[str, Callable[[torch.Tensor], Call]]]] = {
-    "apex4": _apex4,
+    "apex4": _apex4(4),
+    "apex4-a8": _apex4(8),
     "bf16": _bf16,
     "fp8": _fp8,
     "humming-w4a4": _humming(4),

@@ -1,4 +1,6 @@
-"""`apex4 kernels tune`: time every plan of the W4A4 GEMM for the shapes of a model on this GPU, and keep the winners.
+"""`apex4 kernels tune`: time every plan of the GEMM for the shapes of a model on this GPU, and keep the winners.
+
+The GEMM is that of the activations that linears of 4 bits compute with here: of 8 bits on Hopper (APEX4_ACTIVATIONS).
 
 What is kept decides from then on (tuned.py); the heuristic decides for other shapes, and its own plan stays where
 no other is faster by more than `MARGIN`.
@@ -12,13 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ..environment import ACTIVATIONS
 from ..environment import GEMM as VARIABLE
 from ..errors import Apex4Error, UsageError
 from ..format.number_format import BLOCK, CODE_MAX
-from ..kernels.gemm import tuned
-from ..kernels.gemm.configs import GemmPlan, candidates, choose_gemm
+from ..kernels.gemm import sm90_s8_configs, tuned
+from ..kernels.gemm.configs import GemmPlan, PlanSource, candidates, choose_gemm
+from ..kernels.gemm.sm90_s8_configs import Sm90S8Plan
 from ..progress import Progress
 from .bench import SHAPES, BenchSettings, Timer, parse_list
+
+Plan = GemmPlan | Sm90S8Plan
 
 MARGIN = 0.02  # what two runs of one plan may differ by
 _OUT = {"bf16": "bfloat16", "fp16": "float16"}
@@ -49,7 +55,7 @@ def settings_of(shapes: str, tokens: str, out: str, repeats: int) -> TuneSetting
 
 
 @contextmanager
-def plan_forced(plan: GemmPlan) -> Iterator[None]:
+def plan_forced(plan: Plan) -> Iterator[None]:
     """The operators use this plan."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = plan.label
@@ -62,7 +68,7 @@ def plan_forced(plan: GemmPlan) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def winner(times: list[tuple[GemmPlan, float]], heuristic: GemmPlan) -> tuple[GemmPlan, float]:
+def winner(times: list[tuple[Plan, float]], heuristic: Plan) -> tuple[Plan, float]:
     """The fastest plan, or the heuristic's own where that is as fast."""
     best = min(times, key=lambda each: each[1])
     own = next((each for each in times if each[0] == heuristic), None)
@@ -73,6 +79,7 @@ def tune(settings: TuneSettings, progress: Progress | None = None) -> dict[str, 
     """Measure, keep, report. Raises Apex4Error without a GPU that has kernels, UsageError for settings."""
     import torch
 
+    from ..kernels import dispatch
     from ..kernels.catalogue import kernel_family
 
     settings.check()
@@ -84,12 +91,17 @@ def tune(settings: TuneSettings, progress: Progress | None = None) -> dict[str, 
     sm, sm_count = 10 * properties.major + properties.minor, properties.multi_processor_count
     if kernel_family(sm) is None:
         raise Apex4Error(f"{properties.name} is sm_{sm}, for which there are no kernels to tune")
+    bits = dispatch.activation_bits(device, 4)
+    if bits == 8 and sm != 90:
+        raise Apex4Error(
+            f"plans for 8-bit activations are tuned on sm_90 alone, and {properties.name} is sm_{sm}: unset {ACTIVATIONS}"
+        )
     timer = Timer(device, settings.repeats)
     measured: dict[str, dict[str, Any]] = {}
     for name, n, k in layers:
         for m in settings.tokens:
             entry = _tune_shape(sm, sm_count, m, n, k, settings, timer, device)
-            measured[tuned.key(m, n, -(-k // BLOCK), 1, settings.out)] = entry
+            measured[tuned.key(m, n, -(-k // BLOCK), 1, settings.out, bits)] = entry
             if progress is not None:
                 progress.line(
                     f"{name or f'{n}x{k}':20} M {m:5}  {entry['plan']:24} {entry['microseconds']:9.1f} us, "
@@ -104,27 +116,39 @@ def _tune_shape(
 ) -> dict[str, Any]:
     import torch
 
-    from ..format.layouts import get_layout
-    from ..kernels import ops
+    from ..kernels import dispatch, ops
+    from ..kernels.operands import TOKEN_FORMAT, fold_scales, layout_of_format
 
     k_blocks = -(-k // BLOCK)
-    family = "sm90" if sm == 90 else "sm80"
+    eight_bits = dispatch.activation_bits(device, 4) == 8
+    format = TOKEN_FORMAT if eight_bits else "sm90" if sm == 90 else "sm80"
     generator = torch.Generator(device).manual_seed(0)
     codes_w = torch.randint(-CODE_MAX, CODE_MAX + 1, (n, k_blocks * BLOCK), generator=generator, device=device)
-    layout = get_layout(family)
+    layout = layout_of_format(format)
     packed = layout.pack(codes_w.to(torch.int8))
-    scales = layout.pack_scales((torch.rand(n, k_blocks, generator=generator, device=device) + 0.1).half())
+    scale_w = (torch.rand(n, k_blocks, generator=generator, device=device) + 0.1).half()
+    scales, unit = fold_scales(scale_w) if eight_bits else (layout.pack_scales(scale_w), None)
     dtype = getattr(torch, _OUT[settings.out])
     x = torch.randn(m, k, dtype=dtype, device=device, generator=generator)
-    codes, factors = ops.quantize(x, None, k_blocks * BLOCK, BLOCK, 1.0, True, family)
-    options = candidates(sm, sm_count, m, n, k_blocks, 1, settings.out)
-    times = []
+    group = k_blocks * BLOCK if eight_bits else BLOCK
+    codes, factors = ops.quantize(x, None, k_blocks * BLOCK, group, 1.0, True, format)
+    options: list[Plan]
+    heuristic: Plan
+    if eight_bits:
+        options = [*sm90_s8_configs.candidates(sm_count, m, n, k_blocks, settings.out)]
+        source = PlanSource(None, 0)
+        heuristic = sm90_s8_configs.choose_sm90_s8(
+            sm, sm_count, m, n, k_blocks, 1, settings.out, source, measured=False
+        )
+    else:
+        options = [*candidates(sm, sm_count, m, n, k_blocks, 1, settings.out)]
+        heuristic = choose_gemm(sm, sm_count, m, n, k_blocks, 1, settings.out, measured=False)
+    times: list[tuple[Plan, float]] = []
     for plan in options:
         with plan_forced(plan):
             times.append(
-                (plan, timer.seconds(lambda: ops.gemm(codes, factors, packed, scales, None, None, m, n, dtype)))
+                (plan, timer.seconds(lambda: ops.gemm(codes, factors, packed, scales, unit, None, m, n, dtype)))
             )
-    heuristic = choose_gemm(sm, sm_count, m, n, k_blocks, 1, settings.out, measured=False)
     best, seconds = winner(times, heuristic)
     own = next((each for plan, each in times if plan == heuristic), seconds)
     return {

@@ -71,7 +71,7 @@ class Kernel:
 def kernels() -> Iterator[Kernel]:
     """Every GEMM configuration for every architecture with bfloat16 output, those that quantize, and the control kernel."""
     from ...format.layout_name import KERNEL_TILE_N
-    from ..gemm import fused_linear, s8_configs
+    from ..gemm import fused_linear, s8_configs, sm90_s8_configs
     from ..gemm.configs import all_configs
 
     for sm in FAMILIES:
@@ -102,6 +102,12 @@ def kernels() -> Iterator[Kernel]:
         yield from _eight_bit(sm, s8_configs.all_configs(sm))
         if sm < 90:
             yield Kernel("naive_i2f", arch_of(sm), str(CONTROL), "naive_gemm", {}, (128, 128), 64, False, 3 * 17152)
+    for hopper in sm90_s8_configs.all_configs(90):
+        if hopper.out == "bf16":  # a warpgroup holds 64 outputs, as above
+            yield Kernel(
+                hopper.name, arch_of(90), hopper.source, hopper.entry, dict(hopper.defines), (hopper.tile_m, hopper.tile_n),
+                hopper.tile_m // 2, False, hopper.shared_bytes, bits=8,
+            )  # fmt: skip
     for sm in s8_configs.ARCHITECTURES:
         if sm not in FAMILIES:
             yield from _eight_bit(sm, s8_configs.all_configs(sm))

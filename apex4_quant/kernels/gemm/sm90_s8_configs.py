@@ -165,11 +165,11 @@ _LATENCY = 1500.0  # clocks until the first block's products, and of a kernel's 
 # Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile.
 _BLOCK = {256: 1250.0, 128: 800.0, 64: 650.0}
 _TILE = {256: 2500.0, 128: 1700.0, 64: 1300.0}
-_SPANS = 9000.0  # that sharing tiles costs: writing, announcing and adding partial sums
+_SPANS = 14000.0  # that sharing tiles costs: writing, announcing and adding partial sums
 _BYTES_PER_CLOCK = 19.0  # of memory, a multiprocessor's part
 # Few tokens: clocks of a block where a thread block reads alone, of a tile's end, and of adding a cluster's sums: with no token,
 # and more for each.
-_DECODE_BLOCK, _DECODE_TILE, _CLUSTER = (230.0, 2.0), 700.0, (1500.0, 100.0)
+_DECODE_BLOCK, _DECODE_TILE, _CLUSTER = (230.0, 2.0), 700.0, (1500.0, 40.0)
 
 
 def _clocks(plan: Sm90S8Plan) -> float:
