@@ -41,8 +41,6 @@ VALUES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "whole_transformed_column": [((3,), 0), ((9,), 32), ((31,), 112)],
     "whole_product_input": [((1,), 1), ((2,), 16), ((7,), 49), ((8,), 64)],
     "whole_product_output": [((1,), 16), ((8,), 1), ((15,), 113)],
-    "whole_square_lane": [((0,), 0), ((1,), 4), ((7,), 31), ((6,), 27)],
-    "whole_square_element": [((0,), 0), ((7,), 1)],
     "whole_copy_column": [((3, 0), 24), ((4, 3), 96), ((5, 1), 40)],
     "whole_copy_slot": [((5, 0), 5), ((5, 1), 4), ((6, 3), 7)],
     "whole_read_copy": [((1, 0), 0), ((2, 0), 1), ((31, 1), 3)],
