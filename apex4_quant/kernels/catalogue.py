@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .gemm import configs as gemm_configs
-from .gemm import fused_linear, s8_configs
+from .gemm import fused_linear, s8_configs, sm90_s8_configs
 from .quantize import configs as quantize_configs
 from .runtime.architectures import ARCHITECTURES, FAMILIES, eight_bit_family, kernel_family, sm_of
 from .runtime.configuration import Configuration
@@ -23,6 +23,10 @@ def configurations(arch: str) -> list[Configuration]:
         ),
         *(Configuration(each.name, each.source, each.entry, {**each.defines}) for each in gemm_configs.all_configs(sm)),
         *(Configuration(each.name, each.source, each.entry, {**each.defines}) for each in fused_linear.all_configs(sm)),
+        *(
+            Configuration(each.name, each.source, each.entry, {**each.defines})
+            for each in sm90_s8_configs.all_configs(sm)
+        ),
         *(
             Configuration(each.name, each.source, each.entry, {**each.defines})
             for each in quantize_configs.all_configs(sm)

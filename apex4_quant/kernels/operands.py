@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import torch
 
 from ..errors import Apex4Error
-from ..format.layout_name import KERNEL_TILE_N, LayoutName
-from ..format.layouts import Layout, get_layout
+from ..format.layout_name import KERNEL_TILE_N
+from ..format.layouts import S8, Layout, get_layout
 from ..format.number_format import BLOCK, LARGEST_K_OF_TOKENS, round_up
 from .folding import fold
 from .index import index_function
@@ -47,7 +47,7 @@ def format_of_codes(codes: torch.Tensor, unit: torch.Tensor | None) -> str:
 
 def layout_of_format(format: str) -> Layout:
     """In which the weights lie that codes of this format are multiplied by."""
-    return get_layout(LayoutName.SM90 if format == TOKEN_FORMAT else format)
+    return S8 if format == TOKEN_FORMAT else get_layout(format)
 
 
 def fold_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""Launches of gemm_s8.cu and what must hold of them: its outputs are those of integer sums, bit for bit.
+"""Launches of the 8-bit GEMMs and what must hold of them: their outputs are those of integer sums, bit for bit.
 
-tests/gpu/test_gemm_s8.py runs the checks on a GPU, tests/kernels/gemm/test_s8_kernels.py those that it can on a CPU.
+tests/gpu/test_gemm_s8.py and test_gemm_sm90_s8.py run the checks on a GPU, tests/kernels/gemm/test_s8_kernels.py those that it can on a CPU.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.layouts import S8
 from apex4_quant.format.number_format import BLOCK, CODE_MAX
 from apex4_quant.kernels.folding import fold, fold_codes
 from apex4_quant.kernels.gemm.s8_configs import S8Config, S8Plan
+from apex4_quant.kernels.gemm.sm90_s8_configs import Sm90S8Config, Sm90S8Plan
 from apex4_quant.kernels.operands import fold_scales, pack_activations
 from apex4_quant.kernels.runtime import launcher
+
+Config = S8Config | Sm90S8Config
+Plan = S8Plan | Sm90S8Plan
+SM_COUNT = 8  # of the plans that are checked: thread blocks take several tiles
 
 POISON = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +65,7 @@ def random_operands(
 class Launch:
     """One launch with its packed operands kept alive; `run` may be called again and again."""
 
-    def __init__(self, plan: S8Plan, operands: Operands, pad_columns: int = 0) -> None:
+    def __init__(self, plan: Plan, operands: Operands, pad_columns: int = 0) -> None:
         config, (m, n, k) = plan.config, operands.shape
         device = operands.codes_a.device
         self.plan, self.operands = plan, operands
@@ -69,7 +74,7 @@ class Launch:
         self.a_codes[:, m:] = 0x80  # nobody may read the padding into a result
         self.a_scale = a_scale.clone()
         self.a_scale[:, m:] = POISON
-        self.w_packed = get_layout("sm90").pack(operands.codes_w)
+        self.w_packed = S8.pack(operands.codes_w)
         self.w_ratio, self.w_unit = fold_scales(operands.scale_w)
         self.ldy = n + pad_columns
         self.y = torch.full((m, self.ldy), POISON, dtype=DTYPES[config.out], device=device)
@@ -110,7 +115,7 @@ def same(y: torch.Tensor, want: torch.Tensor) -> bool:
 # ---- the checks: each raises AssertionError -------------------------------------------------------------------------
 
 
-def shapes(config: S8Config) -> list[tuple[int, int, int, int]]:
+def shapes(config: Config) -> list[tuple[int, int, int, int]]:
     """(M, N, blocks, blocks per group): one tile, ragged in every direction, several tiles, wide groups."""
     tall = config.tile_m
     return [
@@ -119,18 +124,32 @@ def shapes(config: S8Config) -> list[tuple[int, int, int, int]]:
     ]  # fmt: skip
 
 
-def plans(config: S8Config, m: int, n: int, blocks: int) -> Iterator[S8Plan]:
+def plan_of(config: Config, m: int, n: int, blocks: int, splits: int = 1) -> Plan:
+    """Whole tiles, or tiles that about as many thread blocks share where the kernel can."""
+    if isinstance(config, S8Config):
+        return S8Plan(config, m, n, blocks, splits)
+    plan = Sm90S8Plan(config, m, n, blocks, SM_COUNT)
+    if config.few_tokens:
+        return replace(plan, cluster=min(splits, 2))
+    return replace(plan, span=-(-blocks // splits) if splits > 1 else 0)
+
+
+def plans(config: Config, m: int, n: int, blocks: int) -> Iterator[Plan]:
     """Whole tiles, and tiles shared by some thread blocks; the last gives each one block."""
-    plan = S8Plan(config, m, n, blocks)
+    if isinstance(config, Sm90S8Config) and config.few_tokens:
+        yield from (plan_of(config, m, n, blocks, cluster) for cluster in (1, 2))
+        return
     for splits in sorted({1, 2, 3, blocks} & set(range(1, min(blocks, 32) + 1))):
-        yield replace(plan, splits=splits)
+        yield plan_of(config, m, n, blocks, splits)
+    if isinstance(config, Sm90S8Config):  # a span that ends within tiles and goes on in the next
+        yield replace(Sm90S8Plan(config, m, n, blocks, SM_COUNT), span=blocks + 1)
 
 
-def check_shapes(config: S8Config, generator: torch.Generator) -> None:
+def check_shapes(config: Config, generator: torch.Generator) -> None:
     for m, n, blocks, per_group in shapes(config):
         operands = random_operands(m, n, blocks, per_group, generator, bias=(m + n) % 2 == 1)
-        for plan in plans(config, m, n, blocks):
-            launch = Launch(plan, operands, pad_columns=(0, 8, 3)[plan.splits % 3])
+        for number, plan in enumerate(plans(config, m, n, blocks)):
+            launch = Launch(plan, operands, pad_columns=(8, 3, 0)[number % 3])
             y, want = launch.run(), expected(operands, launch.y.dtype)
             shape = f"M {m} N {n} blocks {blocks}/{per_group} {plan.label}"
             assert same(y, want), f"{shape}: {int((y != want).sum())} of {y.numel()} outputs differ"
@@ -138,7 +157,7 @@ def check_shapes(config: S8Config, generator: torch.Generator) -> None:
             assert not launch.counter.any(), f"{shape}: counters are not zero again"
 
 
-def check_integers(config: S8Config, generator: torch.Generator) -> None:
+def check_integers(config: Config, generator: torch.Generator) -> None:
     """The largest sums, their signs and last bits; every code with every ratio's rounding."""
     m, n, blocks = min(config.tile_m, 40), 128, 12
     device = generator.device
@@ -170,24 +189,36 @@ def check_integers(config: S8Config, generator: torch.Generator) -> None:
                 )
 
 
-def check_extremes(config: S8Config, generator: torch.Generator) -> None:
+def check_long_rows(config: Config, generator: torch.Generator) -> None:
+    m, n, blocks = 3, 64, 28672 // BLOCK
+    operands = random_operands(m, n, blocks, 1, generator, bias=False)
+    operands.codes_a.fill_(TOKEN_CODE_MAX)
+    operands.codes_w.fill_(CODE_MAX)
+    operands.codes_w[1::2] = -CODE_MAX
+    operands.scale_w.fill_(1)
+    for plan in plans(config, m, n, blocks):
+        launch = Launch(plan, operands)
+        assert same(launch.run(), expected(operands, launch.y.dtype)), plan.label
+
+
+def check_extremes(config: Config, generator: torch.Generator) -> None:
     """Huge and tiny scales, a token of zeros, NaN in one token's scale: NaN there and nowhere else."""
     m, n, blocks = config.tile_m + 3, 200, 4
     for factor_a, factor_w in ((1e6, 60000.0), (2.0**-60, 2.0**-24), (1e20, 2.0**-24)):
         operands = random_operands(m, n, blocks, 2, generator, bias=False)
         operands.scale_a.fill_(factor_a)
         operands.scale_w.fill_(factor_w)
-        launch = Launch(S8Plan(config, m, n, blocks), operands)
+        launch = Launch(plan_of(config, m, n, blocks), operands)
         assert same(launch.run(), expected(operands, launch.y.dtype)), f"scales {factor_a:g} and {factor_w:g}"
     operands = random_operands(m, n, blocks, 1, generator)
     operands.codes_a[0] = 0
     operands.scale_a[1] = POISON
-    y = Launch(S8Plan(config, m, n, blocks, 2), operands).run()
+    y = Launch(plan_of(config, m, n, blocks, 2), operands).run()
     assert operands.bias is not None and torch.equal(y[0], operands.bias.to(y.dtype)), "a token of zeros gives the bias"
     assert y[1].isnan().all() and not y[2:].isnan().any(), "a NaN scale must reach its token and no other"
 
 
-def check_replay(config: S8Config, generator: torch.Generator) -> None:
+def check_replay(config: Config, generator: torch.Generator) -> None:
     """The same bits from two runs, from a graph, and from many streams at once."""
     operands = random_operands(config.tile_m + 5, 700, 12, 1, generator)
     for plan in plans(config, *operands.shape[:2], 12):

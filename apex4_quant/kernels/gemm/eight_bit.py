@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ...errors import Apex4Error
 from ..runtime.architectures import eight_bit_family
-from . import s8_configs
+from . import s8_configs, sm90_s8_configs
 from .configs import PlanSource, plan_source
 
 
@@ -69,6 +69,7 @@ class Chooser(Protocol):
 
 
 CHOOSERS: Mapping[str, Chooser] = {  # by the family of architectures.EIGHT_BIT_FAMILIES
+    "gemm_sm90_s8": sm90_s8_configs.choose_sm90_s8,
     "gemm_s8": s8_configs.choose_s8,
 }
 

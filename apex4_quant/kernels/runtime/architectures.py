@@ -14,6 +14,7 @@ FAMILIES = {80: "gemm_sm80", 86: "gemm_sm80", 89: "gemm_sm80", 90: "gemm_sm90"}
 FOUR_BIT_UNITS = (80, 86, 89)
 # sm -> the GEMM of 8-bit activations that it runs.
 EIGHT_BIT_FAMILIES: dict[int, str] = {
+    90: "gemm_sm90_s8",
     **dict.fromkeys((75, 80, 86, 89, 100, 120), "gemm_s8"),
 }
 ARCHITECTURES = tuple(sorted({*FAMILIES, *EIGHT_BIT_FAMILIES}))

@@ -18,11 +18,16 @@ from apex4_quant.errors import Apex4Error
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 
 
+# Tokens are guessed from what stands in front of them, and checked: the same come out.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "options"),
     [
         ("demo", "gptq", {}, {}),
         ("demo", "apex4-fast", {}, {"enforce_eager": False}),  # torch.compile
+        ("demo", "gptq", {}, {"speculative_config": NGRAM}),
         ("qwen3", "apex4-fast", {}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),  # prompts in chunks
         ("gemma3", "gptq", {}, {}),
         ("gemma3", "apex4-shared", {}, {}),

@@ -186,7 +186,7 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "chunk of ldmatrix": ([(INDEX, "4 * half + (lane >> 3))", "2 * half + (lane >> 3))")], FEW),
     "order of ratios": ([(INDEX, "16 * warp + 2 * (lane >> 2))", "16 * warp + 2 * (lane >> 2 ^ 1))")], FEW),
     "rounding": ([(FOLD, "ROUND = 0x80808080", "ROUND = 0x807f807f")], FEW),
-    "signs of the second row": ([(FOLD, "0x8ba9", "0xba98")], FEW),
+    "signs of the second row": ([(FOLD, "word << 4, word << 4, 0xba98", "word << 4, word << 4, 0x8ba9")], FEW),
     "a borrow of the next byte": ([(FOLD, "& 0x7f7f7f7f, minus_two, magnitudes) ^ 0x80808080", "& 0x7f7f7f7f, minus_two, magnitudes & 0x7f7f7f7f)")], FEW),
     "group of a split": ([(KERNEL, "blocks_left = (group + 1) * p.blocks_per_group - kb;", "blocks_left = p.blocks_per_group;")], (S8Plan(M16, 17, 200, 6, 3), 3, 0)),
     "wait": ([(KERNEL, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>")], FEW),

@@ -174,6 +174,10 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // Makes initialised barriers visible to the copy engine and to the cluster.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Copies 4 bytes, counted with the others of this thread by cp_async_commit.
+__device__ __forceinline__ void cp_async_4(uint32 shared_wr, const void* gmem_rd) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
+}
 // Copies `bytes` (a multiple of 16, both addresses aligned to 16) and counts them on `barrier`.
 __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd, int bytes, uint32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_wr),
@@ -202,6 +206,9 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // Into another thread block's shared memory, and an arrival at a barrier there, after what this thread has written.
 __device__ __forceinline__ void remote_write_float4(uint32 remote_wr, float4 v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_wr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void remote_write_int4(uint32 remote_wr, int4 v) {
+  asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(remote_wr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 __device__ __forceinline__ void remote_barrier_arrive(uint32 remote_barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");

@@ -26,14 +26,11 @@ __device__ __forceinline__ uint32 with_signs(uint32 magnitudes, uint32 negative,
   return ptx::multiply_add(magnitudes & negative & 0x7f7f7f7f, minus_two, magnitudes) ^ 0x80808080;
 }
 
-// One word of layout sm90: eight codes of two rows, four consecutive inputs each, in sign and magnitude (layouts.py).
+// One word of layout s8: four codes of one row, then four of another, of the same inputs, in sign and magnitude (layouts.py).
 __device__ __forceinline__ void widen(uint32 word, const FoldTable& first_row, const FoldTable& second_row,
                                       uint32 minus_two, uint32& first, uint32& second) {
-  // Magnitudes of the rows alternate. A lookup takes four of them, of which its row has every second one.
   const uint32 magnitudes = word & 0x77777777, upper = ptx::permute_bytes(magnitudes, 0, 0x4432);
-  const uint32 of_first = ptx::permute_bytes(first_row.look_up(magnitudes), first_row.look_up(upper), 0x6420);
-  const uint32 of_second = ptx::permute_bytes(second_row.look_up(magnitudes), second_row.look_up(upper), 0x7531);
-  // A selector with bit 3 set repeats the sign of a byte. Signs of the second row are in bit 3 of the byte that follows.
-  first = with_signs(of_first, ptx::permute_bytes(word, word, 0xba98), minus_two);
-  second = with_signs(of_second, ptx::permute_bytes(word << 4, word << 4, 0x8ba9), minus_two);
+  // A selector with bit 3 set repeats the sign of a byte. Signs of the second row are in bit 3 of the bytes.
+  first = with_signs(first_row.look_up(magnitudes), ptx::permute_bytes(word, word, 0xba98), minus_two);
+  second = with_signs(second_row.look_up(upper), ptx::permute_bytes(word << 4, word << 4, 0xba98), minus_two);
 }
