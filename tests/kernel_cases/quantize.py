@@ -397,8 +397,8 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                             yield replace(small, shared_matrix=True, m=5000, k=4096, gain_offset=True)
                     if format == "s8":  # few rows that CTAs share, and more of them than there are CTAs
                         yield from (
-                            replace(small, m=m, k=k) for m, k in ((1, 28672), (13, 4096), (2500, 4096), (9000, 256))
+                            replace(small, m=m, k=k) for m, k in ((1, 28672), (13, 12288), (600, 28672), (9000, 256))
                         )
                         yield from (
-                            replace(small, m=m, k=4096, data=data) for m in (2, 2300) for data in ("nan", "ties")
+                            replace(small, m=m, k=4096, data=data) for m in (2, 300) for data in ("nan", "ties")
                         )

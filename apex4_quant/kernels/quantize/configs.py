@@ -181,7 +181,7 @@ def row_rms_config(dtype: str) -> QuantizeConfig:
 
 def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
     """Every quantizer kernel of an architecture: of one input type, or of both."""
-    dtypes = DTYPES if dtype is None else (dtype,)
+    dtypes: tuple[str, ...] = DTYPES if dtype is None else (dtype,)
     if sm < 80:
         dtypes = tuple(each for each in dtypes if each != "bfloat16")
     grouped = GROUPED_FORMATS.get(sm)
@@ -273,13 +273,13 @@ def choose_whole_rows(
     if m < 1 or k_blocks < 1:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
 
-    def plan(form: str, grid: int, rows: int, blocks: int, **more: int) -> QuantizePlan:
+    def plan(form: str, grid: int, rows: int, blocks: int, shared_bytes: int = 0, cluster: int = 1) -> QuantizePlan:
         block = -(-rows * blocks * WHOLE_LANES // WARP) * WARP
         config = whole_rows_config(form, input, hadamard, dtype)
         block = min(block, WHOLE_LONG_THREADS) if form == "long" else block
         return QuantizePlan(
-            config, (grid, 1, 1), block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks, **more
-        )  # fmt: skip
+            config, (grid, 1, 1), block, shared_bytes, cluster, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks
+        )
 
     if k_blocks > WHOLE_SLICES or not aligned:
         return plan("long", m, 1, k_blocks)
@@ -293,7 +293,8 @@ def choose_whole_rows(
     resident = plan("resident", tiles, rows, k_blocks)
     shared = 16 * STREAM_SLOTS[input] * resident.block
     ctas = sm_count * min(STREAM_THREADS[input] // resident.block, STREAM_SHARED_BYTES // (shared + 4096))
-    if sm_90 and ctas and tiles >= 2 * ctas:
+    # Where two CTAs fit a multiprocessor, one works while the other waits, which takes less time (docs/kernel_measurements.md).
+    if sm_90 and ctas == sm_count and tiles >= 2 * ctas:
         return plan("stream", ctas, rows, k_blocks, shared_bytes=shared)
     return resident
 

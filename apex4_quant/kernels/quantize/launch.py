@@ -146,9 +146,9 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
             input=input, hadamard=shape.transform == "hadamard", aligned=shape.aligned, dtype=dtype, sm_count=sm_count,
             sm_90=shape.sm_90,
         )  # fmt: skip
-        integers = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
-        behind = eps, _float(1 / k), _int(shape.gain_offset), aligned
-        return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
+        numbers_of_rows = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
+        how = eps, _float(1 / k), _int(shape.gain_offset), aligned
+        return Quantizer(bound(plan, 4, *map(_int, numbers_of_rows), *how), dense=False)
     if shape.transform != "dense":
         plan = choose_rows(
             m, k_blocks, shape.blocks_per_group,

@@ -74,10 +74,6 @@ APEX4_INDEX(whole_transformed_column, (int lane), 16 * (lane >> 2))
 // those of the output. The eight products are those of the other bits, 1, 2 and 3.
 APEX4_INDEX(whole_product_input, (int k), (k & 1) + 16 * (k >> 1 & 3) + 64 * (k >> 3))
 APEX4_INDEX(whole_product_output, (int row), (row >> 3) + 16 * (row & 7))
-// The element of a product of the eight slices with each other, in accumulators 2 q + e of row g, that is a slice with itself: the
-// lane that has it for slice g, and e.
-APEX4_INDEX(whole_square_lane, (int slice), 4 * slice + (slice >> 1))
-APEX4_INDEX(whole_square_element, (int slice), slice & 1)
 // STREAM: rows are copied so that four lanes copy 64 bytes together, octet 4 i + q of a slice being copy i of lane q; they are read
 // by the lanes that want them. Both the 32 slots of a warp's copy that are written and those that are read are in all banks.
 APEX4_INDEX(whole_copy_column, (int lane, int copy), 32 * copy + 8 * (lane & 3))

@@ -110,7 +110,7 @@ struct Input {
 
 constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
 
-#if APEX4_FEW_ROWS == 2
+#if APEX4_FEW_ROWS == 2 || APEX4_FORMAT == 8
 #define APEX4_BOUNDS __launch_bounds__(THREADS, 1)
 #else
 #define APEX4_BOUNDS __launch_bounds__(THREADS)

@@ -40,7 +40,8 @@ constexpr int LANES = 4, SLICES = 32 / LANES;  // of a slice; of a warp
 constexpr int PARTS = 2, COLUMNS = 16;         // of a lane; of a part
 constexpr int WORDS = COLUMNS / 2;
 [[maybe_unused]] constexpr int MAX_SLICES = 224, MAX_THREADS = APEX4_FORM == APEX4_LONG ? 512 : LANES * MAX_SLICES;
-#if APEX4_FORM == APEX4_LONG || (APEX4_FORM == APEX4_STREAM && APEX4_INPUT == APEX4_SILU_MUL) || __CUDA_ARCH__ < 800
+#if APEX4_FORM == APEX4_LONG || (APEX4_FORM == APEX4_STREAM && APEX4_INPUT == APEX4_SILU_MUL) || \
+    __CUDA_ARCH__ < (APEX4_INPUT == APEX4_RMS_NORM ? 900 : 800)
 #define APEX4_BOUNDS __launch_bounds__(MAX_THREADS)
 #else
 #define APEX4_BOUNDS __launch_bounds__(1024)  // 64 registers rather than 72: more CTAs of short rows fit a multiprocessor
@@ -51,6 +52,8 @@ constexpr int WORDS = COLUMNS / 2;
 constexpr int SLOTS = 4, OPERANDS = APEX4_INPUT == APEX4_SILU_MUL ? 2 : 1, STAGES = 2 / OPERANDS;
 [[maybe_unused]] constexpr int SLOT_BYTES = 16 * SLOTS * (STAGES * OPERANDS + (APEX4_INPUT == APEX4_RMS_NORM ? 1 : 0));
 #endif
+
+[[maybe_unused]] constexpr unsigned FEW_TILES = 64;
 
 #if APEX4_HADAMARD
 constexpr float TRANSFORM_FACTOR = 0.08838834764831845f;  // 1 / sqrt(128)
@@ -96,16 +99,17 @@ struct Lane {
   }
 
 #if APEX4_INPUT == APEX4_RMS_NORM
-  // The sum of the squares of a whole slice, in one lane of the four; zero in the others. It is the product of the slice with
-  // itself, among those with the other slices: eight instructions instead of 64.
-  __device__ __forceinline__ float squares(int lane) const {
-    float d[4] = {};
+  __device__ __forceinline__ float squares() const {
+    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) multiply_16x8x16(d, pairs[0][i], 0, pairs[1][i], 0, pairs[0][i], pairs[1][i]);
-    const int slice = whole_slice(lane);
-    return has_squares(lane) ? whole_square_element(slice) ? d[1] : d[0] : 0.0f;
+    for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) {
+        sum = fmaf(low_of(pairs[part][i]), low_of(pairs[part][i]), sum);
+        sum = fmaf(high_of(pairs[part][i]), high_of(pairs[part][i]), sum);
+      }
+    return sum;
   }
-  __device__ __forceinline__ static bool has_squares(int lane) { return lane == whole_square_lane(whole_slice(lane)); }
 #endif
 
  private:
@@ -325,8 +329,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
   wait_for_inputs();
   values.load(from, row, at.column(), active);
-  const float squares = values.squares(at.lane);
-  if (Lane::has_squares(at.lane)) slice_squares[at.slice] = squares;
+  const float squares = over_lanes<1, LANES>(values.squares(), Sum());
+  if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
   __syncthreads();
   const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, at.lane, Sum()), at.in_rows);
   inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
@@ -338,7 +342,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
 #if APEX4_INPUT == APEX4_SILU_MUL
-  await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
+  if (gridDim.x > FEW_TILES)
+    await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
 #endif
 #endif
   values.finish(from, inverse_rms);
@@ -361,7 +366,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load_second(from, row, at.column(), active);
   wait_for_inputs();
   values.load(from, row, at.column(), active);
-  const float squares = values.squares(at.lane);
+  const float squares = values.squares();
   cluster_wait();
   inverse_rms = inverse_rms_of(of_cluster(warp_squares, squares, at.lane, Sum()), one_over_k, eps);
 #else
@@ -369,7 +374,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
 #if APEX4_INPUT == APEX4_SILU_MUL
-  await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
+  if (gridDim.x > FEW_TILES)
+    await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
 #endif
 #endif
   values.finish(from, inverse_rms);
@@ -436,8 +442,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
     copy_tile(stage, tile + STAGES * step);
     commit_copies();
 #if APEX4_INPUT == APEX4_RMS_NORM
-    const float squares = values.squares(at.lane);
-    if (Lane::has_squares(at.lane)) slice_squares[at.slice] = squares;
+    const float squares = over_lanes<1, LANES>(values.squares(), Sum());
+    if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
     __syncthreads();
     const float row_squares = __shfl_sync(FULL_WARP, of_rows(slice_squares, rows_log2, at.lane, Sum()), at.in_rows);
     inverse_rms = inverse_rms_of(row_squares, one_over_k, eps);
@@ -470,7 +476,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   for (int round = first_slice; round - first_slice < k_blocks; round += slices) {
     const int block = round + whole_slice(lane);
     values.load(from, row, BLOCK * block + whole_column(lane, 0), block < k_blocks);
-    squares += values.squares(lane);
+    squares += values.squares();
   }
   squares = over_lanes<1, LANES>(squares, Sum());
   if (lane % LANES == 0) slice_squares[first_slice + whole_slice(lane)] = squares;
