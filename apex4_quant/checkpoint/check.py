@@ -16,7 +16,8 @@ from ..format.quant_config import LinearFormat
 from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..models.experts import unfuse_experts
-from ..models.source import INDEX_NAME, read_tensors
+from ..models.source import read_tensors
+from ..models.weight_files import index_of
 from .inspect import Checkpoint
 from .load import load_model, verify_checksums
 
@@ -45,8 +46,10 @@ def _index(checkpoint: Checkpoint) -> str:
     named = {info.file.name for info in checkpoint.infos.values()}
     extra = sorted(p.name for p in checkpoint.folder.glob("*.safetensors") if p.name not in named)
     if extra:
+        index = index_of(checkpoint.folder)
+        by = index.name if index is not None else "its single file of weights, which transformers loads"
         raise Apex4Error(
-            f"{checkpoint.folder / extra[0]} is not named by {INDEX_NAME}: remove it or get the model again"
+            f"{checkpoint.folder / extra[0]} is no file of this model by {by}: remove it or get the model again"
         )
     return f"{len(checkpoint.infos)} tensors in {len(named)} files"
 

@@ -12,7 +12,9 @@ from ..errors import Apex4Error, UsageError
 from ..format.quant_config import QUANT_METHOD, QuantConfig
 from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import multiplies_fast, multiply_in_float32
-from ..models.source import read_config, read_tensor_infos, verify_listed
+from ..models.foreign_formats import foreign_format
+from ..models.source import read_config, verify_listed
+from ..models.weight_files import read_tensor_infos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +70,8 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     infos = read_tensor_infos(folder)
     if quantized:
         verify_checksums(folder)
+    elif (other := foreign_format(folder, config, infos)) is not None:
+        raise UsageError(f"{folder} is quantized ({other}) and its config.json does not say how: get the model again")
     else:
         verify_listed(folder, (info.file for info in infos.values()))
     shown = logging.is_progress_bar_enabled()

@@ -29,7 +29,8 @@ from ..format.storage import (
     write_tensors,
 )
 from ..hardware.gpus import Target, resolve_target
-from ..models.source import INDEX_NAME, read_tensors
+from ..models.source import read_tensors
+from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG, index_of
 from .check import stored_formats
 from .inspect import Checkpoint
 from .load import verify_checksums
@@ -60,7 +61,9 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
         progress(f"  {number}/{len(files)}  {file.name}")
         del tensors
     _copy_companions(checkpoint, out, {file.name for file in files})
-    if (checkpoint.folder / INDEX_NAME).is_file():
+    config = dict(checkpoint.config)
+    if index_of(checkpoint.folder) is not None:
+        config.pop(NAMED_IN_CONFIG, None)
         weight_map = {name: info.file.name for name, info in checkpoint.infos.items()}
         write_json(
             out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -73,7 +76,7 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
         target={"gpu": wanted.gpu, "arch": wanted.arch},
         modules=_overrides(checkpoint, after),
     )
-    write_json(out / "config.json", checkpoint.config | {"quantization_config": section.to_dict()})
+    write_json(out / "config.json", config | {"quantization_config": section.to_dict()})
     return {
         "model": path,
         "output": str(out),

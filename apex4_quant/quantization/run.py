@@ -38,7 +38,8 @@ from ..format.storage import (
 )
 from ..hardware.devices import DTYPES
 from ..models.layer_runner import LayerRunner
-from ..models.source import INDEX_NAME, ModelSource, hub_revision
+from ..models.source import ModelSource, hub_revision
+from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
@@ -340,7 +341,9 @@ class _Run:
         write_json(out / REPORT_NAME, report)
         # Last: without config.json no reader takes the folder for a model.
         section = {"quantization_config": self._config(records).to_dict()}
-        write_json(out / "config.json", self.source.config | self.rewriter.config_changes() | section)
+        config = {name: value for name, value in self.source.config.items() if name != NAMED_IN_CONFIG}
+        named = {"architectures": [self.source.family.architecture]}  # vLLM asks for it; not every original has it
+        write_json(out / "config.json", named | config | self.rewriter.config_changes() | section)
         return QuantizeResult.of(out, report, total)
 
     def _config(self, records: list[dict[str, Any]]) -> QuantConfig:

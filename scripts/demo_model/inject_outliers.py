@@ -28,7 +28,8 @@ import torch
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.format.storage import require_empty, write_tensors
 from apex4_quant.models.families import Producer
-from apex4_quant.models.source import SINGLE_NAME, ModelSource
+from apex4_quant.models.source import ModelSource
+from apex4_quant.models.weight_files import SINGLE_NAME
 from apex4_quant.quantization.run import COMPANION_PATTERNS
 
 MIN_CHANNELS = 2

@@ -105,7 +105,7 @@ def test_norm_offsets_are_rotated_too(
     """No supported family has both. The first Gemma does: gains stored less one, and no norm behind a writer."""
     sizes = ZOO.SIZES | {"head_dim": 32}
     monkeypatch.setitem(ZOO.MODELS, "gemma", lambda: GemmaForCausalLM(GemmaConfig(**sizes)))
-    family = Family("GemmaForCausalLM", norm_offset=1.0, scaled_embedding=True)
+    family = Family("GemmaForCausalLM", "gemma", norm_offset=1.0, scaled_embedding=True)
     monkeypatch.setitem(FAMILIES, family.architecture, family)
     source = float_model("gemma")
     tensors = write_rewritten(source, recipe, tmp_path / "rewritten")
