@@ -8,7 +8,6 @@ take, and how a refusal is said, is in apex4_quant/command_options.py.
 from __future__ import annotations
 
 import functools
-import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -38,7 +37,12 @@ def _progress(as_json: bool) -> Progress:
 
 
 def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> None:
-    click.echo(json.dumps(value) if as_json else text())
+    if not as_json:
+        click.echo(text())
+        return
+    from apex4_quant.format.storage import json_text
+
+    click.echo(json_text(value))
 
 
 def _stop_on_signals() -> Callable[[], bool]:

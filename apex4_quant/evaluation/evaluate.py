@@ -14,7 +14,7 @@ from ..checkpoint.load import load_model, quant_config_of, release_memory
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
 from ..models.source import read_config, resolve_model
-from ..models.tokenizers import load_tokenizer
+from ..models.tokenizers import load_tokenizer, require_known
 from ..progress import Progress
 from .lm_eval_tasks import ROWS, Results, find_tasks, run_tasks
 from .predictions import Comparison, RecordedPredictions, compare, measure_perplexity
@@ -127,6 +127,8 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> _Prepared
         token_ids = tokenizer.encode(load_text(settings.text))
     except CalibrationError as error:
         raise UsageError(str(error)) from error
+    # Tasks bring texts of their own: there any token of the tokenizer may come.
+    require_known(max(tokenizer.get_vocab().values() if settings.tasks else token_ids, default=0), config, name)
     described = dtype if quantized is None else f"W4A4 g{quantized.group_size}, {quantized.recipe}, {dtype}"
     return _Prepared(name, folder, described, dtype, tokenizer, token_ids, seq_len, config.get("vocab_size"))
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import Apex4Error, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def require_known(largest: int, config: Mapping[str, Any], name: str) -> None:
+    """Raise Apex4Error if the largest token of a text is beyond the embedding of the model `name`."""
+    vocabulary = config.get("vocab_size")
+    if isinstance(vocabulary, int) and largest >= vocabulary:
+        raise Apex4Error(
+            f"the tokenizer of {name} makes token {largest} and the model knows {vocabulary}: "
+            "tokenizer and model do not belong together"
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -133,7 +133,7 @@ def test_names_that_leave_the_folder(tiny_model: Call, tmp_path: Path) -> None:
         with pytest.raises(Apex4Error, match="transformers_weights"):
             index_of(folder)
     set_config(folder, transformers_weights="absent.safetensors")
-    with pytest.raises(UsageError, match="names absent.safetensors as its weights, which is not there"):
+    with pytest.raises(UsageError, match=r"names absent\.safetensors as its weights, which is not there"):
         index_of(folder)
 
 
