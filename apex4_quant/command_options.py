@@ -188,7 +188,10 @@ TARGET = click.option(
 )
 LAYOUT = choice("--layout", list(LayoutName), None, "Order of the packed codes.  [default: what the target reads]")
 TEXT = click.option(
-    "--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set."
+    "--calib",
+    default="bundled",
+    show_default=True,
+    help="Text: bundled, a file (.txt, .jsonl, .json, also .gz), a Hub data set.",
 )
 SEQ_LEN = number("--seq-len", COUNT, 2048, "Tokens a window, at most the model's context.")
 DRAWN_BY = number("--seed", SEED, 0, "Which windows of the text are drawn.")
