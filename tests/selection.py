@@ -31,6 +31,9 @@ SLOW: dict[str, tuple[str, ...]] = {
         "scripts/test_bench_quantize.py::test_apex4_is_measured_alone_and_a_line_says_so",
         "scripts/test_bench_quantize.py::test_what_was_measured_is_said",
     ),
+    "processes that read all of lm-eval's tasks: what makes its command find the format is tested with a script": (
+        "test_launch.py::test_lm_eval",
+    ),
     "a process that imports everything, for one more order of imports": (
         "integrations/test_transformers.py::test_registration_works_in_any_import_order[transformers.quantizers.auto]",
     ),

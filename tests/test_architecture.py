@@ -34,7 +34,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("publishing",),
     ("command_options",),
     ("cli",),
-    ("__main__", ""),
+    ("__main__", "launch", ""),
 )
 # The same for the modules and sub-packages of `kernels`; "*" stands for those that are named nowhere. Here the modules of
 # one line may import each other.

@@ -115,7 +115,7 @@ def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config)

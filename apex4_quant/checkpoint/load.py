@@ -83,6 +83,7 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,
+            trust_remote_code=False,  # else transformers may ask on the terminal
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
