@@ -55,6 +55,28 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if known else None
 
 
+def _why_not_fetched(error: BaseException) -> str:
+    """The end of the sentence. What huggingface_hub says itself is a paragraph with URLs and request ids."""
+    chain: list[BaseException] = []
+    while error is not None and len(chain) < 8:  # it wraps what happened: "not in the cache" may mean "no network"
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    names = {type(each).__name__ for each in chain}
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
+    status = next((status for status in statuses if isinstance(status, int)), None)
+    if "GatedRepoError" in names:
+        return "it is gated, accept its terms on its page and give the access token (hf auth login)"
+    if "RepositoryNotFoundError" in names or status in (401, 403, 404):
+        return "it is not there or private, check the id and the access token (hf auth login)"
+    if "HFValidationError" in names:
+        return "this is no legal id, give ORG/NAME"
+    if status is not None:
+        return f"it answered with HTTP status {status}, try again later"
+    if "OfflineModeIsEnabled" in names or any("offline" in str(each).lower() for each in chain):
+        return "offline mode is on (HF_HUB_OFFLINE) and it is not in the cache, allow the network or give a folder"
+    return "it cannot be reached and the model is not in the cache, check the network"
+
+
 def _download(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -66,10 +88,8 @@ def _download(hub_id: str, revision: str | None = None) -> Path:
             raise UsageError(f"no space left to download model {hub_id!r} into the Hub's cache: free some") from error
         if "RevisionNotFound" in type(error).__name__:
             raise UsageError(f"model {hub_id!r} has no revision {revision!r}: see its branches and tags") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"model {hub_id!r} is no local folder and cannot be fetched from the Hub ({reason}): "
-            "check the id, the network and the access token"
+            f"model {hub_id!r} is no local folder and cannot be fetched from the Hub: {_why_not_fetched(error)}"
         ) from error
 
 
