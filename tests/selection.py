@@ -53,6 +53,9 @@ LONG: tuple[str, ...] = (
 
 def add_options(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also the tests that are marked slow")
+    parser.addoption(
+        "--fuzz", type=int, default=1, metavar="N", help="tests/fuzz: N times as many cases, other ones for N > 1"
+    )
     gpu = parser.getgroup("gpu", "the checks of kernels on a GPU (tests/gpu)")
     gpu.addoption("--gpu-quick", action="store_true", help="fewer shapes of the quantizers")
     gpu.addoption("--gpu-only", action="append", metavar="TEXT", help="checks whose id holds this text")
