@@ -13,8 +13,10 @@ from ..calib.text import load_text
 from ..checkpoint.load import load_model, quant_config_of, release_memory
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
+from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
 from ..models.tokenizers import load_tokenizer, require_known
+from ..nn.arithmetic import arithmetic_of
 from ..progress import Progress
 from .lm_eval_tasks import ROWS, Results, find_tasks, run_tasks
 from .predictions import Comparison, RecordedPredictions, compare, measure_perplexity
@@ -52,6 +54,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
     device = resolve_device(settings.device)
+    asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)
     baseline = None if settings.baseline is None else _prepare(settings.baseline, settings, progress)
@@ -93,6 +96,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         "text": settings.text,
         "seq_len": ids.shape[1],
         "tokens": ids.numel(),
+        **arithmetic_of(model),
         "kv_cache_bits": DTYPES[subject.dtype].itemsize * 8,
         "device": device,
         "dtype": subject.dtype,
@@ -129,7 +133,7 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> _Prepared
         raise UsageError(str(error)) from error
     # Tasks bring texts of their own: there any token of the tokenizer may come.
     require_known(max(tokenizer.get_vocab().values() if settings.tasks else token_ids, default=0), config, name)
-    described = dtype if quantized is None else f"W4A4 g{quantized.group_size}, {quantized.recipe}, {dtype}"
+    described = dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {quantized.recipe}, {dtype}"
     return _Prepared(name, folder, described, dtype, tokenizer, token_ids, seq_len, config.get("vocab_size"))
 
 
@@ -155,8 +159,10 @@ def _tasks(model: PreTrainedModel, prepared: _Prepared, settings: EvalSettings, 
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The table for people: one figure a row, one model a column, and the difference."""
+    bits = " and ".join(map(str, result["activation_bits"]))
+    computed = f", computed with {bits}-bit activations" if bits else ""
     lines = [
-        f"{result['model']}: {result['format']}, KV cache {result['kv_cache_bits']} bits, {result['device']}",
+        f"{result['model']}: {result['format']}{computed}, KV cache {result['kv_cache_bits']} bits, {result['device']}",
         f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}, {result['seconds']:.1f} s",
     ]
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]
