@@ -121,15 +121,22 @@ def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
-    with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(config)
-    unfuse_experts(skeleton)
-    for name in checkpoint.linears():
-        if name not in checkpoint.quant.modules_to_not_convert:
-            linear = skeleton.get_submodule(name)
-            yield name, checkpoint.quant.linear_format(name, linear.out_features, linear.in_features)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        del config.quantization_config
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config)
+        unfuse_experts(skeleton)
+        linears = {
+            name: skeleton.get_submodule(name)
+            for name in checkpoint.linears()
+            if name not in checkpoint.quant.modules_to_not_convert
+        }
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{checkpoint.folder / 'config.json'} does not describe a model ({reason})") from error
+    for name, linear in linears.items():
+        yield name, checkpoint.quant.linear_format(name, int(linear.out_features), int(linear.in_features))
 
 
 def _shapes(checkpoint: Checkpoint) -> str:

@@ -36,9 +36,28 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = read_json(path)
-    if not isinstance(report, dict) or not {"files", "quantized", "kept"} <= set(report):
+    if not _is_report(report):
         raise Apex4Error(f"{path} is not the report of a run: the file is damaged, get it again")
     return report
+
+
+def _is_report(report: Any) -> bool:
+    """Whether a report has what is read of it, of the right types."""
+    if not isinstance(report, dict) or not {"files", "quantized", "kept"} <= set(report):
+        return False
+    named = [report["quantized"], report["kept"]]
+    if not all(isinstance(entries, list) for entries in named) or not isinstance(report["files"], dict):
+        return False
+    entries = [entry for entries in named for entry in entries]
+    files = report["files"].values()
+    return (
+        all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries)
+        and all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in files)
+        and all(Path(name).name == name for name in report["files"])
+        and all(isinstance(entry.get("error", 0.0), int | float | None) for entry in entries)
+        and all(isinstance(entry.get("calibration_tokens", 0), int) for entry in entries)
+        and isinstance(report.get("settings") or {}, dict)
+    )
 
 
 def verify_checksums(folder: Path) -> bool:
@@ -62,7 +81,7 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
 
     On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     config = read_config(folder)
@@ -74,6 +93,11 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
         raise UsageError(f"{folder} is quantized ({other}) and its config.json does not say how: get the model again")
     else:
         verify_listed(folder, (info.file for info in infos.values()))
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{folder / 'config.json'} does not describe a model ({reason})") from error
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -34,7 +34,8 @@ def companions_of(folder: Path, everything: bool = False) -> tuple[list[str], li
 
     `everything`: of a checkpoint of ours that is written anew, also its card, measurements and pictures.
     """
-    taken, left = [], []
+    taken: list[str] = []
+    left: list[str] = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)

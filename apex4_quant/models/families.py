@@ -121,10 +121,13 @@ class Experts:
         return ((entering,), inner)
 
 
+_MOST = 2**16  # of experts, and of layers between sparse ones: more are a damaged file, and would be counted through
+
+
 def _positive(config: dict[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST:
             return value
     raise Apex4Error(f"config.json has no usable {names[0]}: the file is damaged, get it again")
 

@@ -127,7 +127,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(_adapter_sentence(folder))
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise Apex4Error(f"quantization_config in {folder / 'config.json'} is not a JSON object: get the file again")
+    context = config.get("max_position_embeddings")
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise Apex4Error(f"{folder / 'config.json'} has max_position_embeddings = {context!r}: get the file again")
     return config
+
+
+_LARGEST_SIZE = 2**31  # of any dimension: beyond it, a damaged file would be counted through layer by layer
 
 
 def _adapter_sentence(folder: Path) -> str:
@@ -141,7 +147,7 @@ def _adapter_sentence(folder: Path) -> str:
 def require_sizes(config: dict[str, Any], folder: Path) -> None:
     """Raise Apex4Error if config.json lacks one of the sizes that every supported architecture has."""
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
+        if type(config.get(name)) is not int or not 1 <= config[name] < _LARGEST_SIZE:
             raise Apex4Error(f"{folder / 'config.json'} has no usable {name}: the file is damaged, get it again")
 
 
