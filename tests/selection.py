@@ -31,6 +31,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "scripts/test_bench_quantize.py::test_apex4_is_measured_alone_and_a_line_says_so",
         "scripts/test_bench_quantize.py::test_what_was_measured_is_said",
     ),
+    "random cases, more of what quick tests cover by name: CI runs them": ("fuzz/*::*",),
     "processes that read all of lm-eval's tasks: what makes its command find the format is tested with a script": (
         "test_launch.py::test_lm_eval",
     ),
