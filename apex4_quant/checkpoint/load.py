@@ -36,7 +36,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = read_json(path)
-    if not _is_report(report):
+    if not isinstance(report, dict) or not _is_report(report):
         raise Apex4Error(f"{path} is not the report of a run: the file is damaged, get it again")
     return report
 

@@ -159,7 +159,7 @@ class QuantConfig:
         if not set(target) <= {"gpu", "arch"} or not all(isinstance(v, str | None) for v in target.values()):
             raise Apex4Error(f"quantization_config has target = {target!r}: config.json is damaged")
         config = cls(**values)
-        config.target = {"gpu": None, "arch": None} | config.target
+        config.target = {name: target.get(name) for name in ("gpu", "arch")}
         for name, given, needed in (
             ("quant_method", config.quant_method, QUANT_METHOD),
             ("bits", config.bits, BITS),

@@ -107,7 +107,10 @@ def test_doctor_says_with_how_many_bits(
     monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
     assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu"
     monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
-    assert lines()[0] == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
+    assert (
+        lines()[0]
+        == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
+    )
     monkeypatch.setenv("APEX4_ACTIVATIONS", "5")
     result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (2, "apex4: APEX4_ACTIVATIONS=5 is not known: give 4, 8 or auto\n")
