@@ -22,7 +22,7 @@ from typing import IO, Any
 from .errors import CalibrationError
 
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
-    ".gz": gzip.GzipFile,
+    ".gz": lambda path: gzip.GzipFile(path),
     ".bz2": bz2.open,
     ".xz": lzma.open,
 }
