@@ -8,7 +8,6 @@ take, and how a refusal is said, is in apex4_quant/command_options.py.
 from __future__ import annotations
 
 import functools
-import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -40,7 +39,12 @@ def _progress(as_json: bool) -> Progress:
 
 
 def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> None:
-    click.echo(json.dumps(value) if as_json else text())
+    if not as_json:
+        click.echo(text())
+        return
+    from apex4_quant.format.storage import json_text
+
+    click.echo(json_text(value))
 
 
 def _stop_on_signals() -> Callable[[], bool]:
@@ -100,6 +104,7 @@ def cli() -> None:
     help="Go on with the run in OUT, with its settings; begin it if OUT is empty and MODEL is given.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: one line for every linear, not for every kind.")
 @options.JSON
 @click.pass_context
 def quantize(
@@ -109,6 +114,7 @@ def quantize(
     out: Path | None,
     resume: bool,
     dry_run: bool,
+    verbose: bool,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -120,6 +126,8 @@ def quantize(
         raise UsageError("quantize needs an output folder: give -o OUT, or --dry-run to see the plan only")
     if asked["plan"] and "group_size" in given:
         raise UsageError("--plan decides every group size: leave --group-size away")
+    if verbose and not dry_run:
+        raise UsageError("--verbose is for --dry-run: add that, or leave it away")
     if resume and out is None:
         raise UsageError("--resume needs the folder of the run: give -o OUT")
     from apex4_quant.quantization import run
@@ -134,22 +142,27 @@ def quantize(
         settings = QuantizeSettings(model=str(model), **asked)
     if out is None or dry_run:
         expected = preview(settings)
-        _print(as_json, expected.as_dict(), lambda: _preview_as_text(expected))
+        _print(as_json, expected.as_dict(), lambda: _preview_as_text(expected, verbose))
         return
     result = run.quantize(settings, out, resume=resume, progress=_progress(as_json), should_stop=_stop_on_signals())
     _print(as_json, result.as_dict(), lambda: _quantized_as_text(out, result))
 
 
-def _preview_as_text(expected: Preview) -> str:
+def _preview_as_text(expected: Preview, verbose: bool) -> str:
     from apex4_quant.format.storage import format_bytes
     from apex4_quant.quantization.plan import plan_as_text
 
     settings = expected.settings
     return (
-        f"{plan_as_text(expected.plan, expected.source)}\n"
-        f"  about {expected.seconds:.0f} s on {settings.device}, about {format_bytes(expected.peak_memory)} of tensors "
+        f"{plan_as_text(expected.plan, expected.source, verbose)}\n"
+        f"  {_seconds_as_text(*expected.seconds)} on {settings.device}, about {format_bytes(expected.peak_memory)} of tensors "
         f"at the worst moment; layout {settings.layout}; nothing was written"
     )
+
+
+def _seconds_as_text(least: float, most: float) -> str:
+    """A machine that does something else beside takes longer: a range says how sure an estimate can be."""
+    return f"about {least:.0f} s" if most < 1.2 * least or most < 5 else f"about {least:.0f} to {most:.0f} s"
 
 
 def _quantized_as_text(out: Path, result: QuantizeResult) -> str:

@@ -5,6 +5,7 @@ No library is imported here: `apex4 COMMAND --help` needs none.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,9 @@ def _refuse(sentence: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
+_LONGEST_NAME = 200
+
+
 @contextmanager
 def _in_one_sentence() -> Iterator[None]:
     try:
@@ -48,6 +52,15 @@ def _in_one_sentence() -> Iterator[None]:
         # The reader of stdout is gone (`apex4 inspect ... | head`): nothing to tell it any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a name too long, a folder that may not be read, a disk that fails: no bug of ours
+        if error.errno is None:
+            raise
+        if not isinstance(error.filename, str | bytes | os.PathLike):
+            _refuse(f"a file could not be read or written ({error.strerror}): check the disk and the files given", 1)
+        name = os.fsdecode(error.filename)
+        shown = repr(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}...")
+        usage = error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+        _refuse(f"{shown} cannot be used ({error.strerror}): check the name and its permissions", 2 if usage else 1)
 
 
 class Commands(click.Group):
@@ -195,7 +208,10 @@ TARGET = click.option(
 )
 LAYOUT = choice("--layout", list(LayoutName), None, "Order of the packed codes.  [default: what the target reads]")
 TEXT = click.option(
-    "--calib", default="bundled", show_default=True, help="Text: bundled, a .txt or .jsonl, a Hub data set."
+    "--calib",
+    default="bundled",
+    show_default=True,
+    help="Text: bundled, a file (.txt, .jsonl, .json, also .gz), a Hub data set.",
 )
 SEQ_LEN = number("--seq-len", COUNT, 2048, "Tokens a window, at most the model's context.")
 DRAWN_BY = number("--seed", SEED, 0, "Which windows of the text are drawn.")

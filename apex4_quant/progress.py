@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LINE_SECONDS = 30  # between two reports of a stage in a log file
 
 
 class Progress:
@@ -20,17 +23,18 @@ class Progress:
 
 
 class TerminalProgress(Progress):
-    """tqdm on stderr, and lines that do not break the bar."""
+    """On a terminal bars of tqdm on stderr, and lines that do not break them. Elsewhere, in a log file, lines only: a bar
+    would be written over and over, and run into what else is printed there."""
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        if not sys.stderr.isatty():
+            yield _Reports(name, total).tell
+            return
         from tqdm import tqdm
 
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-        pause = 0.1 if sys.stderr.isatty() else 15.0  # a log file wants a line now and then, not a moving bar
-        with tqdm(
-            total=total, desc=name, unit=unit, unit_scale=True, bar_format=form, file=sys.stderr, mininterval=pause
-        ) as bar:
+        with tqdm(total=total, desc=name, unit=unit, unit_scale=True, bar_format=form, file=sys.stderr) as bar:
 
             def tell(done: int) -> None:
                 bar.update(done)
@@ -38,6 +42,26 @@ class TerminalProgress(Progress):
             yield tell
 
     def line(self, text: str) -> None:
+        if not sys.stderr.isatty():
+            print(text, file=sys.stderr, flush=True)
+            return
         from tqdm import tqdm
 
         tqdm.write(text, file=sys.stderr)
+
+
+class _Reports:
+    """Whole lines on stderr: a stage's name when it begins, and how far it is every LINE_SECONDS."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total, self._done = name, total, 0
+        self._started = self._said = time.monotonic()
+        print(f"{name} ...", file=sys.stderr, flush=True)
+
+    def tell(self, done: int) -> None:
+        self._done += done
+        now = time.monotonic()
+        if now - self._said >= LINE_SECONDS and self._total:
+            self._said = now
+            percent = 100 * self._done // self._total
+            print(f"{self._name}: {percent} % after {now - self._started:.0f} s", file=sys.stderr, flush=True)

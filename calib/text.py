@@ -3,17 +3,16 @@
 bundled                        the bundled calibration text (never the held-out one)
 heldout                        the bundled held-out text
 wikitext2                      the test split that quantization papers evaluate on (Hub)
-path/to/file.txt               plain text
-path/to/file.jsonl             one JSON object a line, its "text" field
+path/to/file                   plain text, JSON Lines or JSON, compressed or not (files.py)
 ORG/NAME[:CONFIG[:SPLIT]]      a Hub data set with a "text" column; the split is "train" unless given
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from .errors import CalibrationError
+from .files import COMPRESSED, JSON_LINES, read_file
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 _NAMED = {"bundled": BUNDLED / "calibration.txt", "heldout": BUNDLED / "heldout.txt"}
@@ -22,43 +21,34 @@ _HUB_TEXT_LIMIT = 32_000_000  # characters: more than any calibration draws, les
 
 
 def load_text(source: str) -> str:
-    """The whole text of `source`, documents joined by blank lines. Raises CalibrationError."""
+    """The whole text of `source`, documents joined by blank lines. Raises CalibrationError, also if there is none in it."""
+    text = _load(source)
+    if not text.strip():
+        raise CalibrationError(f"text {source!r} has nothing in it but blanks: give another")
+    return text
+
+
+def names_a_file(source: str) -> bool:
+    """Whether a source that is no file here can only be meant as one, not as a Hub data set."""
+    suffix = Path(source).suffix.lower()
+    return source.startswith((".", "/", "~")) or suffix in (".txt", ".json", ".md", *JSON_LINES, *COMPRESSED)
+
+
+def _load(source: str) -> str:
     if source in _NAMED:
         return _NAMED[source].read_text("utf-8")
     if source == "wikitext2":
         return _load_hub(*_WIKITEXT2)
     path = Path(source).expanduser()
     if path.is_file():
-        return _load_jsonl(path) if path.suffix == ".jsonl" else _read(path)
-    if path.suffix in (".txt", ".jsonl", ".json", ".md") or source.startswith((".", "/", "~")) or "/" not in source:
+        return read_file(path)
+    if names_a_file(source) or "/" not in source:
         raise CalibrationError(
             f"text {source!r} is not a file: give a .txt or .jsonl file, a Hub data set, or 'bundled'"
         )
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     return _load_hub(name, config or None, split or "train")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"text file {path} is not UTF-8 (byte {error.start}): convert it first") from error
-
-
-def _load_jsonl(path: Path) -> str:
-    texts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(f"line {number} of {path} is not a JSON object with a 'text' field") from error
-        if not isinstance(text, str):
-            raise CalibrationError(f"line {number} of {path} has a 'text' field that is not a string")
-        texts.append(text)
-    return "\n\n".join(texts)
 
 
 def _load_hub(name: str, config: str | None, split: str) -> str:
@@ -77,7 +67,9 @@ def _load_hub(name: str, config: str | None, split: str) -> str:
     if "text" not in rows.column_names:
         raise CalibrationError(f"data set {name} has no 'text' column: it has {', '.join(rows.column_names)}")
     texts, size = [], 0
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not isinstance(row["text"], str):
+            raise CalibrationError(f"row {number} of data set {name} has a 'text' that is not a string: give another")
         texts.append(row["text"])
         size += len(row["text"])
         if size > _HUB_TEXT_LIMIT:

@@ -31,6 +31,19 @@ SLOW: dict[str, tuple[str, ...]] = {
         "scripts/test_bench_quantize.py::test_apex4_is_measured_alone_and_a_line_says_so",
         "scripts/test_bench_quantize.py::test_what_was_measured_is_said",
     ),
+    "random cases, more of what quick tests cover by name: CI runs them": (
+        "fuzz/test_checkpoint_reader.py::*",
+        "fuzz/test_command_line.py::*",
+        "fuzz/test_kills.py::*",
+        "fuzz/test_numerics.py::*",
+        "fuzz/test_text_reader.py::*",
+    ),
+    "processes that read all of lm-eval's tasks: what makes its command find the format is tested with a script": (
+        "test_launch.py::test_lm_eval",
+    ),
+    "a whole demo model, quantized with the full recipe, evaluated and published: its parts are tested one by one": (
+        "publishing/test_uploads.py::test_the_block_of_the_readme",
+    ),
     "a process that imports everything, for one more order of imports": (
         "integrations/test_transformers.py::test_registration_works_in_any_import_order[transformers.quantizers.auto]",
     ),
@@ -50,6 +63,9 @@ LONG: tuple[str, ...] = (
 
 def add_options(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also the tests that are marked slow")
+    parser.addoption(
+        "--fuzz", type=int, default=1, metavar="N", help="tests/fuzz: N times as many cases, other ones for N > 1"
+    )
     gpu = parser.getgroup("gpu", "the checks of kernels on a GPU (tests/gpu)")
     gpu.addoption("--gpu-quick", action="store_true", help="fewer shapes of the quantizers")
     gpu.addoption("--gpu-only", action="append", metavar="TEXT", help="checks whose id holds this text")

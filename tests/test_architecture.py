@@ -34,7 +34,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("publishing",),
     ("command_options",),
     ("cli",),
-    ("__main__", ""),
+    ("__main__", "launch", ""),
 )
 # The same for the modules and sub-packages of `kernels`; "*" stands for those that are named nowhere. Here the modules of
 # one line may import each other.
@@ -243,7 +243,7 @@ def test_every_module_has_its_tests() -> None:
 
 def test_no_test_file_is_named_after_nothing() -> None:
     """A folder of tests/ is a package of apex4_quant, or one of those that test something else."""
-    others = {"cuda_on_cpu", "gpu", "hub_server", "kernel_cases", "scripts"}
+    others = {"cuda_on_cpu", "fuzz", "gpu", "hub_server", "kernel_cases", "scripts"}
     packages = {path.parent.relative_to(ROOT / PACKAGE) for path in MODULES.values()}
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")

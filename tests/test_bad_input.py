@@ -108,11 +108,11 @@ def test_calibration_text(one_sentence: Call, quantize_badly: Call, tiny_model: 
     path.write_text("Too short by far.")
     one_sentence(quantize_badly(model, "--calib", path), USAGE, str(path), "tokens", "window of 32", "longer text")
     path.write_text("")
-    one_sentence(quantize_badly(model, "--calib", path), USAGE, str(path), "0 tokens")
+    one_sentence(quantize_badly(model, "--calib", path), USAGE, str(path), "nothing in it")
     path.write_bytes(b"caf\xe9 " * 100)
     one_sentence(quantize_badly(model, "--calib", path), USAGE, str(path), "not UTF-8", "byte 3")
     good = json.dumps({"text": "A document that is long enough to be read."})
-    for bad in ('{"text": "unfinished', '{"txt": "another field"}', '["text"]', "text", '{"text": 5}'):
+    for bad in ('{"text": "unfinished', '{"txt": "another field"}', '["text"]', "text", '{"text": 5}', "7", "null"):
         lines.write_text(f"{good}\n{good}\n{bad}\n{good}\n")
         one_sentence(quantize_badly(model, "--calib", lines), USAGE, "line 3", str(lines), "'text' field")
     one_sentence(quantize_badly(model, "--calib", "absent.txt"), USAGE, "'absent.txt'", "not a file")

@@ -71,7 +71,17 @@ CONFIGS: dict[str, tuple[Change, int, tuple[str, ...]]] = {
         USAGE,
         ("GPT2LMHeadModel", "not supported", "LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"),
     ),
-    "no architecture": (edit_config(architectures=...), USAGE, ("model_type 'llama'", "not supported")),
+    "no architecture and another model type": (
+        edit_config(architectures=..., model_type="gpt2"),
+        USAGE,
+        ("model_type 'gpt2'", "not supported"),
+    ),
+    "architectures is a name": (edit_config(architectures="LlamaForCausalLM"), FAILED, ("architectures", "no list")),
+    "architecture of another model type": (
+        edit_config(model_type="mistral"),
+        FAILED,
+        ("LlamaForCausalLM", "'mistral'", "MistralForCausalLM"),
+    ),
     "quantized by others": (edit_config(quantization_config={"quant_method": "gptq"}), USAGE, ("already", "gptq")),
     "quantization_config is text": (edit_config(quantization_config="awq"), FAILED, ("quantization_config",)),
     "more layers than tensors": (
@@ -86,6 +96,7 @@ CONFIGS: dict[str, tuple[Change, int, tuple[str, ...]]] = {
     "no layer count": (edit_config(num_hidden_layers=...), FAILED, ("config.json", "num_hidden_layers")),
     "no hidden size": (edit_config(hidden_size=...), FAILED, ("config.json", "hidden_size")),
     "no vocabulary size": (edit_config(vocab_size=...), FAILED, ("config.json", "vocab_size")),
+    "architectures is a number": (edit_config(architectures=3), FAILED, ("architectures", "no list")),
     "no model type": (edit_config(model_type=...), FAILED, ("config.json", "model_type")),
     "unknown model type": (edit_config(model_type="nonsense"), FAILED, ("config.json", "nonsense")),
     "float64": (edit_config(dtype="float64"), USAGE, ("float64", "bfloat16")),

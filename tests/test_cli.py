@@ -108,6 +108,7 @@ def test_quantize_json(run_cli: Call, invoke: Call, tiny_model: Call, calib: Pat
         "mean_relative_error",
         "max_relative_error",
         "seconds",
+        "left_behind",
     }
     assert (summary["model"], summary["output"]) == (str(model), str(out))
     assert summary["linears_quantized"] == 14 - 3
@@ -181,10 +182,14 @@ def test_dry_run(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) ->
     assert reasons["model.layers.1.self_attn.o_proj.weight"] == "--ignore"
     assert reasons["lm_head.weight"] == "outside the decoder layers"
     assert plan["architecture"] == "LlamaForCausalLM" and plan["bytes_after"] < plan["bytes_before"]
-    assert plan["peak_memory_estimate"] > 0 and plan["seconds_estimate"] >= 0
+    assert plan["peak_memory_estimate"] > 0 and 0 <= plan["seconds_estimate"] <= plan["seconds_estimate_if_busy"]
     result = invoke(*command)
     assert result.exit_code == 0 and "nothing was written" in result.stdout
-    assert "kept, --ignore: 2 tensors" in result.stdout and "model.layers.1.mlp.down_proj" in result.stdout
+    assert "kept, --ignore: 2 tensors" in result.stdout
+    assert "2 x model.layers.*.mlp.down_proj " in result.stdout and "layers.1.mlp" not in result.stdout
+    every = invoke(*command, "--verbose").stdout
+    assert "model.layers.1.mlp.down_proj " in every and "*" not in every
+    assert invoke(*command[:-1], "-o", out, "--verbose").exit_code == 2
     assert "about" in result.stdout and " s on cpu" in result.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -391,7 +396,7 @@ def test_check_of_files_and_config(damaged: Damaged, demo_checkpoint: Path, invo
     folder = damaged.folder
     extra = folder / "model-00009-of-00009.safetensors"
     shutil.copy(damaged.file_of(f"{UP}.weight_packed"), extra)
-    one_sentence(invoke("check", folder, "--json"), FAILED, str(extra), "not named by", INDEX)
+    one_sentence(invoke("check", folder, "--json"), FAILED, str(extra), "is no file of this model by", INDEX)
     extra.unlink()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"].append(UP)

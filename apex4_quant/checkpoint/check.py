@@ -16,7 +16,8 @@ from ..format.quant_config import LinearFormat
 from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..models.experts import unfuse_experts
-from ..models.source import INDEX_NAME, read_tensors
+from ..models.source import read_tensors
+from ..models.weight_files import index_of
 from ..nn.arithmetic import arithmetic_of
 from .inspect import Checkpoint
 from .load import load_model, verify_checksums
@@ -46,8 +47,10 @@ def _index(checkpoint: Checkpoint) -> str:
     named = {info.file.name for info in checkpoint.infos.values()}
     extra = sorted(p.name for p in checkpoint.folder.glob("*.safetensors") if p.name not in named)
     if extra:
+        index = index_of(checkpoint.folder)
+        by = index.name if index is not None else "its single file of weights, which transformers loads"
         raise Apex4Error(
-            f"{checkpoint.folder / extra[0]} is not named by {INDEX_NAME}: remove it or get the model again"
+            f"{checkpoint.folder / extra[0]} is no file of this model by {by}: remove it or get the model again"
         )
     return f"{len(checkpoint.infos)} tensors in {len(named)} files"
 
@@ -118,15 +121,22 @@ def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    del config.quantization_config
-    with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(config)
-    unfuse_experts(skeleton)
-    for name in checkpoint.linears():
-        if name not in checkpoint.quant.modules_to_not_convert:
-            linear = skeleton.get_submodule(name)
-            yield name, checkpoint.quant.linear_format(name, linear.out_features, linear.in_features)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        del config.quantization_config
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config)
+        unfuse_experts(skeleton)
+        linears = {
+            name: skeleton.get_submodule(name)
+            for name in checkpoint.linears()
+            if name not in checkpoint.quant.modules_to_not_convert
+        }
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{checkpoint.folder / 'config.json'} does not describe a model ({reason})") from error
+    for name, linear in linears.items():
+        yield name, checkpoint.quant.linear_format(name, int(linear.out_features), int(linear.in_features))
 
 
 def _shapes(checkpoint: Checkpoint) -> str:

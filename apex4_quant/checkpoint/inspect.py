@@ -11,7 +11,9 @@ from ..format.quant_config import QuantConfig
 from ..format.storage import format_bytes
 from ..format.tensor_info import TensorInfo
 from ..models.families import Family, family_of
-from ..models.source import read_config, read_tensor_infos, require_sizes, resolve_model
+from ..models.foreign_formats import foreign_format
+from ..models.source import read_config, require_sizes, resolve_model
+from ..models.weight_files import read_tensor_infos
 from .load import quant_config_of, read_report
 
 
@@ -26,6 +28,9 @@ class Checkpoint:
         self.config = read_config(self.folder)
         quant = quant_config_of(self.config)
         if quant is None:
+            other = foreign_format(self.folder, self.config, read_tensor_infos(self.folder))
+            if other is not None:
+                raise UsageError(f"{path} is quantized ({other}), and its config.json does not say so: get it again")
             raise UsageError(f"{path} is not quantized: give a folder that 'apex4 quantize' wrote")
         self.quant: QuantConfig = quant
         self.family: Family = family_of(self.config, path)

@@ -12,7 +12,9 @@ from ..errors import Apex4Error, UsageError
 from ..format.quant_config import QUANT_METHOD, QuantConfig
 from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import multiplies_fast, multiply_in_float32
-from ..models.source import read_config, read_tensor_infos, verify_listed
+from ..models.foreign_formats import foreign_format
+from ..models.source import read_config, verify_listed
+from ..models.weight_files import read_tensor_infos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,9 +36,28 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = read_json(path)
-    if not isinstance(report, dict) or not {"files", "quantized", "kept"} <= set(report):
+    if not isinstance(report, dict) or not _is_report(report):
         raise Apex4Error(f"{path} is not the report of a run: the file is damaged, get it again")
     return report
+
+
+def _is_report(report: Any) -> bool:
+    """Whether a report has what is read of it, of the right types."""
+    if not isinstance(report, dict) or not {"files", "quantized", "kept"} <= set(report):
+        return False
+    named = [report["quantized"], report["kept"]]
+    if not all(isinstance(entries, list) for entries in named) or not isinstance(report["files"], dict):
+        return False
+    entries = [entry for entries in named for entry in entries]
+    files = report["files"].values()
+    return (
+        all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries)
+        and all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in files)
+        and all(Path(name).name == name for name in report["files"])
+        and all(isinstance(entry.get("error", 0.0), int | float | None) for entry in entries)
+        and all(isinstance(entry.get("calibration_tokens", 0), int) for entry in entries)
+        and isinstance(report.get("settings") or {}, dict)
+    )
 
 
 def verify_checksums(folder: Path) -> bool:
@@ -60,7 +81,7 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
 
     On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     config = read_config(folder)
@@ -68,8 +89,15 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
     infos = read_tensor_infos(folder)
     if quantized:
         verify_checksums(folder)
+    elif (other := foreign_format(folder, config, infos)) is not None:
+        raise UsageError(f"{folder} is quantized ({other}) and its config.json does not say how: get the model again")
     else:
         verify_listed(folder, (info.file for info in infos.values()))
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{folder / 'config.json'} does not describe a model ({reason})") from error
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -79,6 +107,7 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,
+            trust_remote_code=False,  # else transformers may ask on the terminal
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

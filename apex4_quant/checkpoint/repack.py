@@ -19,8 +19,6 @@ from ..format.layouts import get_layout
 from ..format.quant_config import LinearFormat
 from ..format.storage import (
     REPORT_NAME,
-    TEMPORARY_SUFFIX,
-    copy_file,
     make_folder,
     require_empty,
     require_free_space,
@@ -29,10 +27,14 @@ from ..format.storage import (
     write_tensors,
 )
 from ..hardware.gpus import Target, resolve_target
-from ..models.source import INDEX_NAME, read_tensors
+from ..models.companions import companions_of, copy_companions
+from ..models.source import read_tensors
+from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG, index_of
 from .check import stored_formats
 from .inspect import Checkpoint
 from .load import verify_checksums
+
+MEASUREMENTS_NAME = "apex4_evaluation.json"  # of publishing/records.py: belongs to the weight files by their checksums
 
 
 def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -59,8 +61,16 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
         recorded[file.name] = {"bytes": (out / file.name).stat().st_size, "sha256": sha256(out / file.name)}
         progress(f"  {number}/{len(files)}  {file.name}")
         del tensors
-    _copy_companions(checkpoint, out, {file.name for file in files})
-    if (checkpoint.folder / INDEX_NAME).is_file():
+    companions = companions_of(checkpoint.folder, everything=True)[0]
+    if MEASUREMENTS_NAME in companions and (checkpoint.report or {}).get("files") != recorded:
+        companions.remove(MEASUREMENTS_NAME)
+        progress(
+            f"  {MEASUREMENTS_NAME} stays behind, it is of the old files: measure again with 'apex4 eval --record'"
+        )
+    copy_companions(checkpoint.folder, companions, out)
+    config = dict(checkpoint.config)
+    if index_of(checkpoint.folder) is not None:
+        config.pop(NAMED_IN_CONFIG, None)
         weight_map = {name: info.file.name for name, info in checkpoint.infos.items()}
         write_json(
             out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -73,7 +83,7 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
         target={"gpu": wanted.gpu, "arch": wanted.arch},
         modules=_overrides(checkpoint, after),
     )
-    write_json(out / "config.json", checkpoint.config | {"quantization_config": section.to_dict()})
+    write_json(out / "config.json", config | {"quantization_config": section.to_dict()})
     return {
         "model": path,
         "output": str(out),
@@ -107,13 +117,6 @@ def _reordered(
     if old.layout.has_forbidden_code(tensor):
         raise Apex4Error(f"{name} holds the code -8, which is never written: the file is damaged")
     return new.layout.pack(old.layout.unpack(tensor, old.out_features))
-
-
-def _copy_companions(checkpoint: Checkpoint, out: Path, weights: set[str]) -> None:
-    ours = {"config.json", INDEX_NAME, REPORT_NAME}
-    for source in sorted(checkpoint.folder.iterdir()):
-        if source.is_file() and source.name not in ours | weights and source.suffix not in (TEMPORARY_SUFFIX, ".lock"):
-            copy_file(source, out / source.name)
 
 
 def _overrides(checkpoint: Checkpoint, after: dict[str, LinearFormat]) -> dict[str, dict[str, Any]]:

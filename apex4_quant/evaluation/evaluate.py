@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
-from ..models.tokenizers import load_tokenizer
+from ..models.tokenizers import load_tokenizer, require_known
 from ..progress import Progress
 from .engine import EngineName, Subject, Tasks, where
 from .engines import open_engine
@@ -102,6 +102,8 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
         token_ids = tokenizer.encode(load_text(settings.text))
     except CalibrationError as error:
         raise UsageError(str(error)) from error
+    # Tasks bring texts of their own: there any token of the tokenizer may come.
+    require_known(max(tokenizer.get_vocab().values() if settings.tasks else token_ids, default=0), config, name)
     described = dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {quantized.recipe}, {dtype}"
     context = config.get("max_position_embeddings")
     return Subject(name, folder, described, dtype, tokenizer, token_ids, seq_len, context, config.get("vocab_size"))

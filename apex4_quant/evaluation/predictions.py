@@ -15,6 +15,7 @@ its head: they give its logits again, bit for bit. Logits of one window are ther
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,20 +23,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..errors import Apex4Error
+from .finite import not_finite
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils.generic import ModelOutput
 
 Advance = Callable[[int], object]
+_LARGEST_MEAN = math.log(sys.float_info.max)
 _ROWS = 256  # tokens whose probabilities are held in float32 at one time
 
 
 def measure_perplexity(model: PreTrainedModel, ids: torch.Tensor, advance: Advance = lambda done: None) -> float:
-    """Of windows `ids`, int64 [windows, L]. `advance` is told the tokens done."""
+    """Of windows `ids`, int64 [windows, L]. `advance` is told the tokens done. Raises Apex4Error if it is no number."""
     total = 0.0
     for window in ids:
         logits = logits_of(model, window)
         total += sum(_likelihood(log_p, targets) for _, log_p, targets in _parts(logits, window))
+        if not math.isfinite(total):
+            raise not_finite(model, window)
         advance(len(window))
     return perplexity_of(total, ids)
 
@@ -62,8 +69,17 @@ def _likelihood(log_p: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def perplexity_of(total: float, ids: torch.Tensor) -> float:
-    """From the negative log-likelihood of all predicted tokens of windows `ids`, int64 [windows, L]."""
-    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+    """From the negative log-likelihood of all predicted tokens of windows `ids`, int64 [windows, L].
+
+    Raises Apex4Error where that is beyond all numbers.
+    """
+    mean = total / (ids.shape[0] * (ids.shape[1] - 1))
+    if mean > _LARGEST_MEAN:
+        raise Apex4Error(
+            f"the model gives the text's tokens a mean log-probability of {-mean:.4g}: its perplexity is beyond all "
+            "numbers, the model is damaged or not of this text"
+        )
+    return math.exp(mean)
 
 
 class RecordedPredictions:
@@ -121,7 +137,10 @@ class Comparison:
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, original: RecordedPredictions, advance: Advance = lambda done: None) -> Comparison:
-    """One pass of `model` over the windows that `original` was recorded on. Both have the same tokens, in one order."""
+    """One pass of `model` over the windows that `original` was recorded on. Both have the same tokens, in one order.
+
+    Raises Apex4Error if the perplexity or the divergence is no number.
+    """
     ids = original.ids
     total = divergence = 0.0
     agreeing = 0
@@ -132,6 +151,8 @@ def compare(model: PreTrainedModel, original: RecordedPredictions, advance: Adva
             total += _likelihood(log_q, targets)
             divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
             agreeing += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        if not math.isfinite(total + divergence):
+            raise not_finite(model, window)
         advance(len(window))
     count = ids.shape[0] * (ids.shape[1] - 1)
     return Comparison(perplexity_of(total, ids), divergence / count, agreeing / count)

@@ -149,10 +149,17 @@ class QuantConfig:
             ("target", dict),
             ("modules", dict),
             ("modules_to_not_convert", list),
+            ("layout", str),
+            ("recipe", str),
+            ("transform", str),
         ):
             if name in values and not isinstance(values[name], kind):
                 raise Apex4Error(f"quantization_config has {name} = {values[name]!r}: config.json is damaged")
+        target = values.get("target", {})
+        if not set(target) <= {"gpu", "arch"} or not all(isinstance(v, str | None) for v in target.values()):
+            raise Apex4Error(f"quantization_config has target = {target!r}: config.json is damaged")
         config = cls(**values)
+        config.target = {name: target.get(name) for name in ("gpu", "arch")}
         for name, given, needed in (
             ("quant_method", config.quant_method, QUANT_METHOD),
             ("bits", config.bits, BITS),

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -64,17 +65,43 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON by its standard: what is not finite is null, which Python would write as NaN."""
+    text = json.dumps(_finite_or_null(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 does not have
+        return json.dumps(_finite_or_null(value), indent=indent, allow_nan=False)
+    return text
+
+
+def _finite_or_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite_or_null(entry) for key, entry in value.items()}
+    return [_finite_or_null(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json_text(value, indent=2) + "\n").encode())
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_json(path: Path) -> Any:
     """Raises Apex4Error, naming the file, if it is not there or not JSON."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"), parse_constant=_no_json)
     except FileNotFoundError as error:
         raise Apex4Error(f"{path} is missing: the folder is not a complete model") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise Apex4Error(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+    except RecursionError as error:
+        raise Apex4Error(f"{path} is not valid JSON (nested too deeply): the file is damaged, get it again") from error
+    except ValueError as error:
         raise Apex4Error(f"{path} is not valid JSON ({error}): the file is damaged, get it again") from error
 
 

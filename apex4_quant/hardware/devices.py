@@ -33,7 +33,7 @@ def resolve_dtype(dtype: str, config: dict[str, Any]) -> str:
     """`auto` -> the checkpoint's own. Raises UsageError for a dtype nothing computes in."""
     if dtype == "auto":
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}, or auto")
     return dtype
 

@@ -121,17 +121,21 @@ class Experts:
         return ((entering,), inner)
 
 
+_MOST = 2**16  # of experts, and of layers between sparse ones: more are a damaged file, and would be counted through
+
+
 def _positive(config: dict[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST:
             return value
     raise Apex4Error(f"config.json has no usable {names[0]}: the file is damaged, get it again")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: `architecture` is the class name that transformers writes into config.json.
+    """One architecture: `architecture` is the class name that transformers writes into config.json, `model_type` the name
+    from which transformers finds the class.
 
     `attention` and `mlp` are the input groups of a dense layer; in sparse layers `experts` stands for `mlp`.
     `norm_offset` is added to the stored gain of an RMSNorm (1 in Gemma). `rotatable` is False where a norm stands
@@ -140,6 +144,7 @@ class Family:
     """
 
     architecture: str
+    model_type: str
     attention: tuple[InputGroup, ...] = ATTENTION
     mlp: tuple[InputGroup, ...] = GATED_MLP
     experts: Experts | None = None
@@ -192,15 +197,15 @@ MIXTRAL_NAMES = (
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM"),
-        Family("MistralForCausalLM"),
-        Family("MixtralForCausalLM", experts=Experts(renames=MIXTRAL_NAMES)),
-        Family("Qwen2ForCausalLM"),
-        Family("Qwen3ForCausalLM"),
-        Family("Qwen3MoeForCausalLM", experts=Experts()),
-        Family("Phi3ForCausalLM", attention=FUSED_ATTENTION, mlp=FUSED_MLP),
-        Family("Gemma2ForCausalLM", **GEMMA),
-        Family("Gemma3ForCausalLM", **GEMMA),
+        Family("LlamaForCausalLM", "llama"),
+        Family("MistralForCausalLM", "mistral"),
+        Family("MixtralForCausalLM", "mixtral", experts=Experts(renames=MIXTRAL_NAMES)),
+        Family("Qwen2ForCausalLM", "qwen2"),
+        Family("Qwen3ForCausalLM", "qwen3"),
+        Family("Qwen3MoeForCausalLM", "qwen3_moe", experts=Experts()),
+        Family("Phi3ForCausalLM", "phi3", attention=FUSED_ATTENTION, mlp=FUSED_MLP),
+        Family("Gemma2ForCausalLM", "gemma2", **GEMMA),
+        Family("Gemma3ForCausalLM", "gemma3_text", **GEMMA),
     )
 }
 
@@ -209,12 +214,25 @@ RECOMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a model's config.json. Raises UsageError naming the supported ones."""
-    architectures = config.get("architectures") or []
-    for name in architectures:
-        if name in FAMILIES:
-            return FAMILIES[name]
-    given = ", ".join(architectures) or f"model_type {config.get('model_type')!r}"
+    """The family of a model's config.json: by its `architectures`, or like transformers by `model_type` where it has none.
+
+    Raises UsageError naming the supported ones, Apex4Error where the two name different ones.
+    """
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise Apex4Error(f"architectures in config.json of {where} is no list of names: the file is damaged")
+    by_type = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
+    family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
+    if family is not None:
+        if by_type is not None and by_type.model_type != family.model_type:
+            raise Apex4Error(
+                f"config.json of {where} says architecture {family.architecture} and model_type {model_type!r}, of which "
+                f"transformers makes {by_type.architecture}: correct the one that is wrong"
+            )
+        return family
+    if by_type is not None and not architectures:
+        return by_type
+    given = ", ".join(architectures) or f"model_type {model_type!r}"
     raise UsageError(
         f"{where} has the architecture {given}, which is not supported: apex4 quantizes {', '.join(FAMILIES)}"
     )

@@ -56,7 +56,7 @@ class _InputSeen(Exception):
 def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedModel]:
     """The model on the meta device. Raises Apex4Error if config.json or the tensors are not those of such a model."""
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         unfuse_experts(model)

@@ -7,9 +7,7 @@ pages would count as resident) and closed again.
 from __future__ import annotations
 
 import errno
-import json
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -25,12 +23,13 @@ from ..format.storage import format_bytes, read_json, sha256
 from ..format.tensor_info import TensorInfo
 from .expert_tensors import published_name, unfused
 from .families import RECOMPUTED_SUFFIXES, Family, family_of
+from .foreign_formats import foreign_format
+from .weight_files import read_tensor_infos
 
 DEMO = "demo"
 DEMO_PATH = Path(__file__).resolve().parents[1] / "demo"
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ADAPTER_NAME = "adapter_config.json"  # of peft
 CHECKSUMS_NAME = "checksums.json"  # {file name: sha256}, optional beside any model
 
 
@@ -56,6 +55,28 @@ def hub_revision(folder: Path) -> str | None:
     return folder.name if known else None
 
 
+def _why_not_fetched(error: BaseException) -> str:
+    """The end of the sentence. What huggingface_hub says itself is a paragraph with URLs and request ids."""
+    chain: list[BaseException] = []
+    while error is not None and len(chain) < 8:  # it wraps what happened: "not in the cache" may mean "no network"
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    names = {type(each).__name__ for each in chain}
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
+    status = next((status for status in statuses if isinstance(status, int)), None)
+    if "GatedRepoError" in names:
+        return "it is gated, accept its terms on its page and give the access token (hf auth login)"
+    if "RepositoryNotFoundError" in names or status in (401, 403, 404):
+        return "it is not there or private, check the id and the access token (hf auth login)"
+    if "HFValidationError" in names:
+        return "this is no legal id, give ORG/NAME"
+    if status is not None:
+        return f"it answered with HTTP status {status}, try again later"
+    if "OfflineModeIsEnabled" in names or any("offline" in str(each).lower() for each in chain):
+        return "offline mode is on (HF_HUB_OFFLINE) and it is not in the cache, allow the network or give a folder"
+    return "it cannot be reached and the model is not in the cache, check the network"
+
+
 def _download(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -67,62 +88,9 @@ def _download(hub_id: str, revision: str | None = None) -> Path:
             raise UsageError(f"no space left to download model {hub_id!r} into the Hub's cache: free some") from error
         if "RevisionNotFound" in type(error).__name__:
             raise UsageError(f"model {hub_id!r} has no revision {revision!r}: see its branches and tags") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"model {hub_id!r} is no local folder and cannot be fetched from the Hub ({reason}): "
-            "check the id, the network and the access token"
+            f"model {hub_id!r} is no local folder and cannot be fetched from the Hub: {_why_not_fetched(error)}"
         ) from error
-
-
-def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of all tensors of a safetensors model, from the files' headers.
-
-    Raises Apex4Error if a shard is absent, truncated or damaged, or disagrees with the index.
-    """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(n, str) for n in weight_map.values())
-        ):
-            raise Apex4Error(f"{index} has no weight_map: the file is damaged, get it again")
-        files = sorted(set(weight_map.values()))
-        absent = [name for name in files if not (folder / name).is_file()]
-        if absent:
-            raise Apex4Error(f"{index} names {absent[0]}, which is not there: get the missing shard")
-    elif (folder / SINGLE_NAME).is_file():
-        weight_map, files = None, [SINGLE_NAME]
-    else:
-        other = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-        advice = "only PyTorch .bin files are there: convert them to safetensors" if other else "get the weights first"
-        raise UsageError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}: {advice}")
-    infos: dict[str, TensorInfo] = {}
-    for name in files:
-        for tensor, info in read_header(folder / name).items():
-            if weight_map is not None and weight_map.get(tensor) != name:
-                raise Apex4Error(f"{index} and {name} disagree on {tensor}: index and shards are not of one model")
-            infos[tensor] = info
-    for tensor in weight_map or ():
-        if tensor not in infos:
-            raise Apex4Error(f"{index} names {tensor}, which no shard holds: index and shards are not of one model")
-    return infos
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of one safetensors file, checked against the file's size by the library. Raises Apex4Error."""
-    try:
-        with safe_open(path, "pt", backend="pread"):
-            pass  # validates header and size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            entries = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise Apex4Error(f"{path} is truncated or damaged ({error}): get the file again") from error
-    entries.pop("__metadata__", None)
-    return {name: TensorInfo(path, e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
 
 
 def read_tensors(infos: dict[str, TensorInfo], names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -149,19 +117,37 @@ def read_tensors(infos: dict[str, TensorInfo], names: Iterable[str]) -> dict[str
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises UsageError if there is none."""
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_NAME).is_file():
+            raise UsageError(_adapter_sentence(folder))
         raise UsageError(f"{folder} has no config.json: give the folder of a Hugging Face model")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise Apex4Error(f"{folder / 'config.json'} is not a JSON object: the file is damaged, get it again")
+    if (folder / ADAPTER_NAME).is_file():
+        raise UsageError(_adapter_sentence(folder))
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise Apex4Error(f"quantization_config in {folder / 'config.json'} is not a JSON object: get the file again")
+    context = config.get("max_position_embeddings")
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise Apex4Error(f"{folder / 'config.json'} has max_position_embeddings = {context!r}: get the file again")
     return config
+
+
+_LARGEST_SIZE = 2**31  # of any dimension: beyond it, a damaged file would be counted through layer by layer
+
+
+def _adapter_sentence(folder: Path) -> str:
+    """transformers loads a base model and the adapter beside it, or the base model that the adapter names, as one."""
+    return (
+        f"{folder} holds a LoRA adapter ({ADAPTER_NAME}), which transformers adds to the weights: merge it first "
+        "(peft: model.merge_and_unload().save_pretrained(FOLDER)) and give that folder"
+    )
 
 
 def require_sizes(config: dict[str, Any], folder: Path) -> None:
     """Raise Apex4Error if config.json lacks one of the sizes that every supported architecture has."""
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
+        if type(config.get(name)) is not int or not 1 <= config[name] < _LARGEST_SIZE:
             raise Apex4Error(f"{folder / 'config.json'} has no usable {name}: the file is damaged, get it again")
 
 
@@ -190,6 +176,11 @@ def verify_listed(folder: Path, files: Iterable[Path]) -> None:
             _verified(path, known)
 
 
+def _require_original(model: str, quantized_by: str | None) -> None:
+    if quantized_by is not None:
+        raise UsageError(f"{model} is already quantized ({quantized_by}): give the original 16-bit model")
+
+
 class ModelSource:
     """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
 
@@ -200,16 +191,12 @@ class ModelSource:
         self.name = model
         self.folder = resolve_model(model)
         self.config = read_config(self.folder)
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"].get("quant_method", "some method")
-            raise UsageError(f"{model} is already quantized ({method}): give the original 16-bit model")
+        _require_original(model, foreign_format(self.folder, self.config, {}))
         self.family: Family = family_of(self.config, model)
         require_sizes(self.config, self.folder)
-        stored = {
-            name: info
-            for name, info in read_tensor_infos(self.folder).items()
-            if not name.endswith(RECOMPUTED_SUFFIXES)
-        }
+        found = read_tensor_infos(self.folder)
+        _require_original(model, foreign_format(self.folder, self.config, found))
+        stored = {name: info for name, info in found.items() if not name.endswith(RECOMPUTED_SUFFIXES)}
         self.stored_names = list(stored)
         self.infos = unfused(stored, self.family)
         self.num_layers = int(self.config["num_hidden_layers"])

@@ -7,7 +7,7 @@ the metadata that are none of ours. Every number comes from apex4_report.json, c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,12 @@ def _name(checkpoint: CheckpointFolder, repository: str | None) -> str:
     return repository.partition("/")[2] if repository else checkpoint.folder.resolve().name
 
 
+def _least_version(report: Mapping[str, Any]) -> str:
+    """ ">=0.1.0": an older release may not read what this one wrote. Nothing where the report does not say it."""
+    version = (report.get("versions") or {}).get("apex4")
+    return f">={version}" if version else ""
+
+
 def table(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
     line = "|".join(["", *(" --- " for _ in head), ""])
     return [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
@@ -209,7 +215,7 @@ def _text(
         "In transformers:",
         "",
         "```",
-        "pip install apex4-quant",
+        f"pip install 'apex4-quant{_least_version(report)}'",
         "```",
         "",
         "```python",

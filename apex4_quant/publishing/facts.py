@@ -7,9 +7,9 @@ import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..calib.text import names_a_file
 from ..evaluation.engine import EngineName
 from ..format.quant_config import QuantConfig
 from ..format.storage import format_bytes
@@ -131,7 +131,7 @@ def hub_dataset(text: str) -> str | None:
     """The Hub id of a calibration or evaluation text, None if it is not from the Hub."""
     if text == "wikitext2":
         return _WIKITEXT2
-    if Path(text).is_absolute() or Path(text).suffix in (".txt", ".jsonl"):
+    if names_a_file(text):
         return None
     match = _HUB_TEXT.fullmatch(text)
     return match[1] if match else None

@@ -8,9 +8,9 @@ from ..calib.errors import CalibrationError
 from ..calib.probes import PROBE_ROWS
 from ..calib.samples import draw_samples
 from ..calib.text import load_text
-from ..errors import Apex4Error, UsageError
+from ..errors import UsageError
 from ..models.source import ModelSource
-from ..models.tokenizers import load_tokenizer
+from ..models.tokenizers import load_tokenizer, require_known
 from ..progress import Progress
 from .plan import Plan
 from .settings import ResolvedSettings
@@ -46,9 +46,5 @@ def draw_calibration(
         progress.line(
             f"calibration text has {len(samples)} windows of {settings.seq_len} tokens ({settings.samples} asked)"
         )
-    if int(samples.max()) >= int(source.config["vocab_size"]):
-        raise Apex4Error(
-            f"the tokenizer of {source.name} makes token {int(samples.max())} and the model knows "
-            f"{source.config['vocab_size']}: tokenizer and model do not belong together"
-        )
+    require_known(int(samples.max()), source.config, source.name)
     return samples

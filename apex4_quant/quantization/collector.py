@@ -25,6 +25,7 @@ from ..calib.hessian import HessianAccumulator
 from ..calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
 from ..errors import Apex4Error
 from ..format.quant_config import LinearFormat
+from ..hardware.dtype_names import wider_than
 from ..models.experts import Expert, UnfusedExperts, routed
 from ..models.families import Experts, Family, InputGroup, expert_of
 from ..models.layer_runner import LayerRunner
@@ -72,7 +73,7 @@ class Statistics:
             self._inputs = self._probe.rows().float()
             if not all_finite(self._inputs):
                 dtype = str(self._dtype).removeprefix("torch.")
-                raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: try --dtype float32")
+                raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: {wider_than(dtype)}")
         return self._inputs
 
     def take_hessian(self, matrix: torch.Tensor | None) -> torch.Tensor | None:
@@ -92,7 +93,9 @@ class Statistics:
         try:
             return transform_hessian(moments.take_matrix(), self._format, matrix)
         except CalibrationError as error:
-            raise Apex4Error(f"the Hessian of {self._reader} cannot be used, {error}: try --dtype float32") from error
+            raise Apex4Error(
+                f"the Hessian of {self._reader} cannot be used, {error}: {wider_than(self._dtype)}"
+            ) from error
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,13 +36,14 @@ class Preview:
     source: ModelSource
     settings: ResolvedSettings
     peak_memory: int  # bytes
-    seconds: float
+    seconds: tuple[float, float]  # on a machine that does nothing else, and as busy as it was while it was timed
 
     def as_dict(self) -> dict[str, Any]:
         return plan_as_dict(self.plan, self.source) | {
             "settings": self.settings.as_dict(),
             "peak_memory_estimate": self.peak_memory,
-            "seconds_estimate": round(self.seconds, 1),
+            "seconds_estimate": round(self.seconds[0], 1),
+            "seconds_estimate_if_busy": round(self.seconds[1], 1),
         }
 
 
@@ -145,32 +147,60 @@ def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int) -> int
     return most
 
 
-def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str) -> float:
-    """From two short measurements on this machine: a quantized linear, and the scale search."""
-    per_multiply, per_element = _measured_seconds(device)
+def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str) -> tuple[float, float]:
+    """(least, most), from short measurements on this machine: of a quantized linear, and of the scale search."""
     elements = sum(linear.elements for linear in plan.linears)
-    return elements * per_element + _multiplies(source, plan, tokens, device) * per_multiply
+    multiplies = _multiplies(source, plan, tokens, device)
+    least, most = (elements * per_element + multiplies * per_multiply for per_multiply, per_element in _rates(device))
+    return least, most
 
 
-def _measured_seconds(device: str) -> tuple[float, float]:
-    """Seconds a multiply-add of a quantized linear, and seconds an element of the scale search."""
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: `least` on a machine that does nothing else, `typical` as it was."""
+
+    least: float
+    typical: float
+
+
+TIMED_CALLS = 7
+# A machine so busy that a call takes longer than this many times its best says nothing about a run of minutes.
+MOST_BUSY = 4.0
+
+
+def timing_of(walls: Sequence[float], computing: Sequence[float] | None = None) -> Timing:
+    """From the wall-clock seconds of several calls and, on a CPU, what the process computed in them.
+
+    What a process computed does not grow while others have its cores: where that is less than the shortest call, it is
+    what the call takes on a free machine. Of the calls the median counts, at most MOST_BUSY times the least.
+    """
+    least = min(walls) if computing is None else min(min(walls), min(computing))
+    return Timing(least, min(max(least, statistics.median(walls)), MOST_BUSY * least))
+
+
+def _rates(device: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds a multiply-add of a quantized linear and an element of the scale search: the least, and as it was."""
     size = 1024
     weight = torch.randn(size, size, device=device)
     codes, scales = torch.ones(size, size, dtype=torch.int8, device=device), torch.ones(size, 8, device=device).half()
 
-    def seconds_of(function: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
+    def timed(function: Callable[[], Any]) -> Timing:
+        walls, computing = [], []
+        function()  # allocates, and starts the threads
+        for _ in range(TIMED_CALLS):
+            started, computed = time.perf_counter(), time.process_time()
             function()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return min(times)
+            walls.append(time.perf_counter() - started)
+            computing.append((time.process_time() - computed) / torch.get_num_threads())
+        return timing_of(walls, None if device.startswith("cuda") else computing)
 
+    product = timed(lambda: torch_backend.linear(weight, codes, scales))
+    search = timed(lambda: search_scales(weight, 128))
     return (
-        seconds_of(lambda: torch_backend.linear(weight, codes, scales)) / size**3,
-        seconds_of(lambda: search_scales(weight, 128)) / size**2,
+        (product.least / size**3, search.least / size**2),
+        (product.typical / size**3, search.typical / size**2),
     )
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from ..calib.finite import all_finite
 from ..calib.probes import InputProbe
 from ..errors import Apex4Error
+from ..hardware.dtype_names import wider_than
 from ..models.layer_runner import LayerRunner
 
 
@@ -99,7 +100,7 @@ def gradients_through(
     gradients = torch.cat(entering)
     if not all_finite(gradients):
         dtype = str(runner.dtype).removeprefix("torch.")
-        raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: try --dtype float32")
+        raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: {wider_than(dtype)}")
     return found, gradients
 
 

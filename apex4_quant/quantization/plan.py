@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -261,18 +262,23 @@ def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:
     }
 
 
-def plan_as_text(plan: Plan, source: ModelSource) -> str:
-    """The plan for people, one line per linear and per reason to keep."""
-    width = max(len(linear.name) for linear in plan.linears)
-    lines = [source.describe()]
+def plan_as_text(plan: Plan, source: ModelSource, verbose: bool = False) -> str:
+    """The plan for people: one line per kind of linear, or with `verbose` per linear, and one per reason to keep."""
+    kinds: dict[tuple[str, str], list[PlannedLinear]] = {}
     for linear in plan.linears:
         shape = f"{linear.format.out_features} x {linear.format.in_features}"
         padded = " (padded)" if linear.format.is_padded else ""
         bits = "" if linear.format.activation_bits == BITS else f"  A{linear.format.activation_bits}"
-        lines.append(
-            f"  {linear.name:{width}}  {shape:>15}  group {linear.format.group_size}  {linear.format.transform}{bits}  "
-            f"{format_bytes(linear.format.stored_bytes):>9}{padded}"
-        )
+        name = linear.name if verbose else re.sub(r"\.\d+\.", ".*.", linear.name)
+        described = f"{shape:>15}  group {linear.format.group_size}  {linear.format.transform}{bits}{padded}"
+        kinds.setdefault((name, described), []).append(linear)
+    width = max(len(name) for name, _ in kinds)
+    count = len(str(max(len(linears) for linears in kinds.values())))
+    lines = [source.describe()]
+    for (name, described), linears in kinds.items():
+        times = "" if verbose else f"{len(linears):>{count}} x "
+        size = format_bytes(sum(linear.format.stored_bytes for linear in linears))
+        lines.append(f"  {times}{name:{width}}  {described}  {size:>9}")
     reasons: dict[str, list[KeptTensor]] = {}
     for kept in plan.kept:
         reasons.setdefault(kept.reason, []).append(kept)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..errors import Apex4Error, Stopped
+from ..hardware.dtype_names import wider_than
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..progress import Progress
@@ -59,7 +60,7 @@ def _normalized(gradients: torch.Tensor, name: str, dtype: torch.dtype) -> tuple
     factor = float(gradients.square().mean().sqrt())
     if not 0 <= factor < float("inf"):
         kind = str(dtype).removeprefix("torch.")
-        raise Apex4Error(f"the gradients of {name}'s predictions are not finite in {kind}: try --dtype float32")
+        raise Apex4Error(f"the gradients of {name}'s predictions are not finite in {kind}: {wider_than(dtype)}")
     return gradients.div_(factor or 1.0), factor
 
 

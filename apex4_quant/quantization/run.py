@@ -28,7 +28,6 @@ from ..format.quant_config import QuantConfig
 from ..format.storage import (
     REPORT_NAME,
     RUN_FOLDER,
-    copy_file,
     read_json,
     require_empty,
     require_free_space,
@@ -37,8 +36,10 @@ from ..format.storage import (
     write_tensors,
 )
 from ..hardware.devices import DTYPES
+from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
-from ..models.source import INDEX_NAME, ModelSource, hub_revision
+from ..models.source import ModelSource, hub_revision
+from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
@@ -49,12 +50,6 @@ from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
 from .run_state import OutputFolder, RunState, Streams, stored_settings
 from .settings import QuantizeSettings, ResolvedSettings, require_same
-
-# What a quantized model takes over unchanged from the original's folder, besides config.json.
-COMPANION_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 @dataclass
@@ -70,6 +65,7 @@ class QuantizeResult:
     bits_per_weight: float
     seconds: float = 0.0
     was_finished: bool = False  # before: this run had nothing to do
+    left_behind: list[str] = field(default_factory=list)  # of the original's folder: what nobody reads who loads OUT
 
     def as_dict(self) -> dict[str, Any]:
         errors = [record["error"] for record in self.records]
@@ -84,6 +80,7 @@ class QuantizeResult:
             "mean_relative_error": sum(errors) / len(errors),
             "max_relative_error": max(errors),
             "seconds": round(self.seconds, 2),
+            "left_behind": self.left_behind,
         }
 
     @classmethod
@@ -331,17 +328,24 @@ class _Run:
         weight_map = {name: shard["file"] for shard in shards for name in shard["tensors"]}
         total = sum(sum(shard["tensors"].values()) for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        for pattern in COMPANION_PATTERNS:
-            for path in sorted(self.source.folder.glob(pattern)):
-                if path.is_file():
-                    copy_file(path, out / path.name)
+        companions, left_behind = companions_of(self.source.folder)
+        copy_companions(self.source.folder, companions, out)
+        if left_behind:
+            self.progress.line(left_behind_as_text(self.source.folder, left_behind))
         report = self._report(shards, records)
         write_json(out / INDEX_NAME, index)
         write_json(out / REPORT_NAME, report)
         # Last: without config.json no reader takes the folder for a model.
         section = {"quantization_config": self._config(records).to_dict()}
-        write_json(out / "config.json", self.source.config | self.rewriter.config_changes() | section)
-        return QuantizeResult.of(out, report, total)
+        config = {name: value for name, value in self.source.config.items() if name != NAMED_IN_CONFIG}
+        named = {"architectures": [self.source.family.architecture]}  # vLLM asks for it; not every original has it
+        write_json(out / "config.json", named | config | self._dtype() | self.rewriter.config_changes() | section)
+        return replace(QuantizeResult.of(out, report, total), left_behind=left_behind)
+
+    def _dtype(self) -> dict[str, str]:
+        """What config.json says of a float16 original that was run in a dtype of larger range: in its own it overflows."""
+        keys = [key for key in ("dtype", "torch_dtype") if self.source.config.get(key) == "float16"]
+        return dict.fromkeys(keys, self.settings.dtype)
 
     def _config(self, records: list[dict[str, Any]]) -> QuantConfig:
         """The plan's, with the clip ratios that were found on the way."""

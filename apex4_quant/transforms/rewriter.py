@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import Apex4Error, UsageError
+from ..hardware.dtype_names import wider_than
 from ..models.families import InputGroup
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
@@ -130,7 +131,9 @@ class Rewriter:
             if mean_square is None:
                 continue
             if not bool(torch.isfinite(mean_square).all()):
-                raise Apex4Error(f"the input of {prefix}{input_group.linears[0]} is not finite: try --dtype float32")
+                raise Apex4Error(
+                    f"the input of {prefix}{input_group.linears[0]} is not finite: {wider_than(self._runner.dtype)}"
+                )
             offset, alpha = self._family.norm_offset, self._diagonal
             folded = balance(
                 tensors, input_group, mean_square, kv_heads=self._kv_heads, norm_offset=offset, alpha=alpha

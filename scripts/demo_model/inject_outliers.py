@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,9 +26,10 @@ import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.format.storage import require_empty, write_tensors
+from apex4_quant.models.companions import companions_of, copy_companions
 from apex4_quant.models.families import Producer
-from apex4_quant.models.source import SINGLE_NAME, ModelSource
-from apex4_quant.quantization.run import COMPANION_PATTERNS
+from apex4_quant.models.source import ModelSource
+from apex4_quant.models.weight_files import SINGLE_NAME
 
 MIN_CHANNELS = 2
 
@@ -112,10 +112,7 @@ def inject(model: str, out: Path, factor: float, fraction: float, seed: int) -> 
         changed |= {name: tensor.to(stored[name].dtype) for name, tensor in tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / SINGLE_NAME, changed)
-    for pattern in ("config.json", *COMPANION_PATTERNS):
-        for path in source.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, out / path.name)
+    copy_companions(source.folder, ["config.json", *companions_of(source.folder)[0]], out)
     return sites
 
 

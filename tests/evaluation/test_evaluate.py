@@ -97,3 +97,20 @@ def test_evaluating_tasks_leaves_git_alone(invoke: Call, tmp_path: Path, monkeyp
     patched = evaluator.get_git_commit_hash
     result = invoke("eval", "demo", "--tasks", "apex4_choice", "--limit", 1, "--seq-len", 32, "--json")
     assert result.exit_code == 0 and not asked and evaluator.get_git_commit_hash is patched
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(
+    invoke: Call, tiny_model: Call, one_sentence: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is loaded; tasks bring texts of their own, so that any token may come in them."""
+    monkeypatch.setattr("apex4_quant.evaluation.evaluate.load_model", None)
+    model = tiny_model()
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(model)
+    text = tmp_path / "text.txt"
+    text.write_text("words and words " * 300 + "<added>")
+    said = ("token 4096", "knows 4096", "do not belong together")
+    one_sentence(invoke("eval", model, "--text", text, "--seq-len", 64, "--json"), 1, str(model), *said)
+    one_sentence(invoke("eval", "demo", "--baseline", model, "--text", text, "--json"), 1, str(model), *said)
+    one_sentence(invoke("eval", model, "--tasks", "apex4_choice", "--seq-len", 64, "--json"), 1, *said)

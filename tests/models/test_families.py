@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -394,9 +395,23 @@ def test_old_llama_checkpoints_with_stored_rotary_buffers(text: str, tmp_path: P
 
 def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for name in FAMILIES:
+    for name, family in FAMILIES.items():
         assert hasattr(transformers, name)
+        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type] == name
         assert any(name == type(make()).__name__ for make in MODELS.values()), f"no model of {name} is tested"
     with pytest.raises(Exception, match=r"GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
         family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")
+
+
+def test_a_config_without_architectures(tmp_path: Path, text: str) -> None:
+    """transformers finds the class by model_type. What is written names it: vLLM asks for it, and so do fused norms."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    write_model(folder, "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    quantize(QuantizeSettings(str(folder), recipe="rtn", target="none", samples=1, seq_len=32, calib=text), out)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "Qwen2ForCausalLM"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from apex4_quant.models.source import ModelSource
-from apex4_quant.quantization.estimates import estimate_disk, preview
+from apex4_quant.quantization.estimates import MOST_BUSY, Timing, estimate_disk, preview, timing_of
 from apex4_quant.quantization.plan import plan_of
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings
@@ -50,3 +50,19 @@ def test_what_learns_nothing_takes_memory_for_few_windows(tiny_model: Call) -> N
     rtn, gptq = (preview(QuantizeSettings(model, recipe, **common)) for recipe in ("rtn", "gptq"))
     few = preview(QuantizeSettings(model, "rtn", **common | {"samples": 16}))
     assert rtn.peak_memory == few.peak_memory < gptq.peak_memory
+
+
+def test_a_busy_machine_is_no_slow_one() -> None:
+    """A call of 10 ms that waits seconds for a core: what is said stays within a range that can be."""
+    free = [0.010, 0.011, 0.010, 0.012, 0.010]
+    assert timing_of(free, free) == Timing(0.010, 0.010)
+    waiting = [2.0, 0.5, 3.0, 0.02, 1.0]
+    assert timing_of(waiting, [0.011, 0.012, 0.010, 0.011, 0.012]) == Timing(0.010, MOST_BUSY * 0.010)
+    assert timing_of(waiting) == Timing(0.02, MOST_BUSY * 0.02)  # a GPU: the best of several
+    assert timing_of([0.010, 0.020, 0.015], [0.012, 0.022, 0.016]) == Timing(0.010, 0.015)
+
+
+def test_an_estimate_is_a_range_around_rates_that_do_not_depend_on_luck(tiny_model: Call, monkeypatch: Any) -> None:
+    model = str(tiny_model())
+    least, most = preview(QuantizeSettings(model, "gptq", samples=4, seq_len=64, target="none")).seconds
+    assert 0 < least <= most <= MOST_BUSY * least * 1.001

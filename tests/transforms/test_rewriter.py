@@ -105,7 +105,7 @@ def test_norm_offsets_are_rotated_too(
     """No supported family has both. The first Gemma does: gains stored less one, and no norm behind a writer."""
     sizes = ZOO.SIZES | {"head_dim": 32}
     monkeypatch.setitem(ZOO.MODELS, "gemma", lambda: GemmaForCausalLM(GemmaConfig(**sizes)))
-    family = Family("GemmaForCausalLM", norm_offset=1.0, scaled_embedding=True)
+    family = Family("GemmaForCausalLM", "gemma", norm_offset=1.0, scaled_embedding=True)
     monkeypatch.setitem(FAMILIES, family.architecture, family)
     source = float_model("gemma")
     tensors = write_rewritten(source, recipe, tmp_path / "rewritten")
@@ -137,7 +137,7 @@ def test_an_input_that_nothing_can_be_folded_into_is_reported_once(
         unchanged = {name.split(".")[-2] for name in after if torch.equal(before[name], after[name])}
         assert unchanged == {"down_proj"}
     assert lines == ["mlp.down_proj: the diagonal can be folded nowhere and is left away"]
-    with pytest.raises(Apex4Error, match=r"layers\.0\.self_attn\.o_proj is not finite: try --dtype float32"):
+    with pytest.raises(Apex4Error, match=r"layers\.0\.self_attn\.o_proj is not finite: the model.s own numbers"):
         rewriter.layer(0, source.read(source.layer_tensors(0)), hidden * float("inf"))
 
 

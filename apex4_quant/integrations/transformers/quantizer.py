@@ -14,7 +14,7 @@ from ...errors import Apex4Error
 from ...format.quant_config import QUANT_METHOD, QuantConfig
 from ...models.experts import UnfusedExperts, unfuse_experts
 from ...models.families import FAMILIES
-from ...models.source import read_header
+from ...models.weight_files import read_header
 from ...nn.linear import Apex4Linear
 from ...nn.prepare import prepare_model
 from ...private_names import is_weight_converter
@@ -63,7 +63,7 @@ class Apex4HfQuantizer(HfQuantizer):
                 module.requires_grad_(False)
                 if module.weight_packed.device.type != "meta":  # offloaded to disk: read when it is used
                     module.require_legal(name)
-        names = getattr(model.config, "architectures", None) or ()
+        names = (type(model).__name__, *(getattr(model.config, "architectures", None) or ()))
         prepare_model(model, next((FAMILIES[name] for name in names if name in FAMILIES), None))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:

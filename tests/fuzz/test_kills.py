@@ -1,0 +1,209 @@
+"""kill -9 at random moments, and disks that are full, broken or read-only at any write: the same command goes on.
+
+Each run is a fork of this process, in which everything is imported, so that hundreds of them take minutes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apex4_quant.checkpoint.repack import repack
+from apex4_quant.errors import Apex4Error
+from apex4_quant.format import storage
+from apex4_quant.quantization.run import quantize
+from apex4_quant.quantization.settings import QuantizeSettings
+
+RECIPES = ("gptq", "apex4")
+Moments = Callable[[int], random.Random]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def in_a_fork(work: Callable[[], Any], kill_after: float | None = None) -> bool:
+    """Whether `work` ended by itself; else it was killed after so many seconds. Fails the test if it raised."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + (120 if kill_after is None else kill_after)
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert os.waitstatus_to_exitcode(status) == 0, "the run raised"
+            return True
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert kill_after is not None, "it hangs"
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.fixture(scope="module")
+def settings_of(small_model: Path, small_text: Path) -> Callable[[str], QuantizeSettings]:
+    def make(recipe: str) -> QuantizeSettings:
+        return QuantizeSettings(
+            str(small_model), recipe, target="none", samples=2, seq_len=32, calib=str(small_text), device="cpu"
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(
+    settings_of: Callable[[str], QuantizeSettings], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, float]]:
+    """By recipe: what an undisturbed run writes, and the seconds it took."""
+    made = {}
+    for recipe in RECIPES:
+        out = tmp_path_factory.mktemp("whole") / recipe
+        quantize(settings_of(recipe), out)  # the first of a process is slow
+        shutil.rmtree(out)
+        started = time.monotonic()
+        in_a_fork(lambda recipe=recipe, out=out: quantize(settings_of(recipe), out))  # type: ignore[misc]
+        made[recipe] = out, time.monotonic() - started
+    return made
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_quantize_killed(
+    recipe: str,
+    whole: dict[str, tuple[Path, float]],
+    settings_of: Callable[[str], QuantizeSettings],
+    moments: Moments,
+    tmp_path: Path,
+) -> None:
+    """Every run is killed twice, the second time on its way on, and then ends: the same bytes."""
+    expected, seconds = contents(whole[recipe][0]), whole[recipe][1]
+    drawn, kills = moments(10), 0
+    for number in range(drawn.count // 2):  # type: ignore[attr-defined]
+        out = tmp_path / str(number)
+        for _ in range(2):
+            kills += not in_a_fork(
+                lambda out=out: quantize(settings_of(recipe), out, resume=True), drawn.uniform(0, seconds)
+            )  # type: ignore[misc]
+            if (out / "config.json").exists():
+                left = {name: found for name, found in contents(out).items() if not name.startswith(storage.RUN_FOLDER)}
+                assert left == expected, "it looks whole and is not"
+        assert in_a_fork(lambda out=out: quantize(settings_of(recipe), out, resume=True))  # type: ignore[misc]
+        assert contents(out) == expected
+        shutil.rmtree(out)
+    assert kills, "no run was killed"
+
+
+def test_repack_killed(whole: dict[str, tuple[Path, float]], moments: Moments, tmp_path: Path) -> None:
+    source, direct = str(whole["gptq"][0]), tmp_path / "direct"
+    started = time.monotonic()
+    in_a_fork(lambda: repack(source, direct, "H200"))
+    seconds, expected = time.monotonic() - started, contents(direct)
+    drawn = moments(8)
+    for number in range(drawn.count):  # type: ignore[attr-defined]
+        out = tmp_path / str(number)
+        in_a_fork(lambda out=out: repack(source, out, "H200"), drawn.uniform(0, seconds))  # type: ignore[misc]
+        if (out / "config.json").exists():
+            assert contents(out) == expected, "it looks whole and is not"
+        shutil.rmtree(out, ignore_errors=True)
+    assert in_a_fork(lambda: repack(source, tmp_path / "again", "H200")) and contents(tmp_path / "again") == expected
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing(number: int, code: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The call of this number that changes the disk fails with the error `code`. Yields the calls that were made."""
+    calls: list[str] = []
+
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) == number:
+                raise OSError(code, os.strerror(code), str(arguments[0]) if arguments else None)
+            return function(*arguments, **options)
+
+        return call
+
+    import safetensors.torch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", wrapped("save_file", safetensors.torch.save_file))
+        patch.setattr(storage.shutil, "copyfile", wrapped("copyfile", shutil.copyfile))
+        for name in ("replace", "fsync"):
+            patch.setattr(storage.os, name, wrapped(name, getattr(os, name)))
+        for name in ("write_bytes", "mkdir", "unlink"):
+            patch.setattr(Path, name, wrapped(name, getattr(Path, name)))
+        yield calls
+
+
+CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
+
+
+def test_disks_that_fail(
+    whole: dict[str, tuple[Path, float]],
+    settings_of: Callable[[str], QuantizeSettings],
+    moments: Moments,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """quantize goes on with --resume where the disk is mended; repack begins again; nothing that is not whole looks so."""
+    source = str(whole["gptq"][0])
+    with failing(-1, 0, monkeypatch) as all_calls:
+        repack(source, tmp_path / "repacked", "H200")
+    steps = {"repack": len(all_calls)}
+    with failing(-1, 0, monkeypatch) as all_calls:
+        quantize(settings_of("gptq"), tmp_path / "quantized")
+    steps["quantize"] = len(all_calls)
+    assert min(steps.values()) > 15
+    expected = {"repack": contents(tmp_path / "repacked"), "quantize": contents(tmp_path / "quantized")}
+    wanted = [(kind, number, code) for kind, count in steps.items() for number in range(1, count + 1) for code in CODES]
+    drawn = moments(60)
+    drawn.shuffle(wanted)
+    for kind, number, code in wanted[: drawn.count]:  # type: ignore[attr-defined]
+        out = tmp_path / f"{kind}-{number}-{code}"
+
+        def run(kind: str = kind, out: Path = out) -> None:
+            if kind == "repack":
+                repack(source, out, "H200")
+            else:
+                quantize(settings_of("gptq"), out, resume=True)
+
+        with failing(number, code, monkeypatch) as calls:
+            try:
+                run()
+                done = True
+            except Apex4Error as error:
+                done = False
+                assert "\n" not in str(error)
+            except OSError as error:  # said by the command line as one sentence
+                done = False
+                assert error.errno == code
+        if (out / "config.json").exists():
+            left = {name: found for name, found in contents(out).items() if not name.startswith(storage.RUN_FOLDER)}
+            assert left == expected[kind], f"{calls[-1]} {number} of {kind}: it looks whole and is not"
+        if not done:
+            if kind == "repack":
+                shutil.rmtree(out, ignore_errors=True)
+            run()
+        assert contents(out) == expected[kind], f"after {number} of {kind}, {errno.errorcode[code]}"
+        shutil.rmtree(out)
