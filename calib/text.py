@@ -4,14 +4,17 @@ bundled                        the bundled calibration text (never the held-out 
 heldout                        the bundled held-out text
 wikitext2                      the test split that quantization papers evaluate on (Hub)
 path/to/file.txt               plain text
-path/to/file.jsonl             one JSON object a line, its "text" field
+path/to/file.jsonl             one JSON object a line: its "text", or its conversation, "messages", as the model's
+                               chat template renders it
 ORG/NAME[:CONFIG[:SPLIT]]      a Hub data set with a "text" column; the split is "train" unless given
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import CalibrationError
 
@@ -21,15 +24,22 @@ _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 _HUB_TEXT_LIMIT = 32_000_000  # characters: more than any calibration draws, less than fills memory
 
 
-def load_text(source: str) -> str:
-    """The whole text of `source`, documents joined by blank lines. Raises CalibrationError."""
+# A conversation, [{"role": ..., "content": ...}, ...], to text.
+Render = Callable[[list[dict[str, Any]]], str]
+
+
+def load_text(source: str, render: Render | None = None) -> str:
+    """The whole text of `source`, documents joined by blank lines, conversations (`render`) one behind the other.
+
+    Raises CalibrationError.
+    """
     if source in _NAMED:
         return _NAMED[source].read_text("utf-8")
     if source == "wikitext2":
         return _load_hub(*_WIKITEXT2)
     path = Path(source).expanduser()
     if path.is_file():
-        return _load_jsonl(path) if path.suffix == ".jsonl" else _read(path)
+        return _load_jsonl(path, render) if path.suffix == ".jsonl" else _read(path)
     if path.suffix in (".txt", ".jsonl", ".json", ".md") or source.startswith((".", "/", "~")) or "/" not in source:
         raise CalibrationError(
             f"text {source!r} is not a file: give a .txt or .jsonl file, a Hub data set, or 'bundled'"
@@ -46,19 +56,38 @@ def _read(path: Path) -> str:
         raise CalibrationError(f"text file {path} is not UTF-8 (byte {error.start}): convert it first") from error
 
 
-def _load_jsonl(path: Path) -> str:
-    texts = []
+def _load_jsonl(path: Path, render: Render | None) -> str:
+    texts: list[str] = []
+    conversations: list[str] = []
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+            values = json.loads(line)
+            text, messages = values.get("text"), values.get("messages")
+        except (ValueError, AttributeError) as error:
             raise CalibrationError(f"line {number} of {path} is not a JSON object with a 'text' field") from error
-        if not isinstance(text, str):
+        if isinstance(messages, list):
+            conversations.append(_rendered(messages, render, f"line {number} of {path}"))
+        elif isinstance(text, str):
+            texts.append(text)
+        elif text is None:
+            raise CalibrationError(f"line {number} of {path} is not a JSON object with a 'text' field, or 'messages'")
+        else:
             raise CalibrationError(f"line {number} of {path} has a 'text' field that is not a string")
-        texts.append(text)
-    return "\n\n".join(texts)
+    if texts and conversations:
+        raise CalibrationError(f"{path} has texts and conversations ('messages'): give one kind in a file")
+    return "".join(conversations) or "\n\n".join(texts)
+
+
+def _rendered(messages: list[Any], render: Render | None, where: str) -> str:
+    if render is None:
+        raise CalibrationError(f"{where} is a conversation and the model has no chat template: give plain text")
+    try:
+        return render(messages)
+    except Exception as error:  # whatever the model's template raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"the chat template of the model refuses the messages of {where} ({reason})") from error
 
 
 def _load_hub(name: str, config: str | None, split: str) -> str:

@@ -14,7 +14,7 @@ from ..checkpoint.load import load_model, quant_config_of, release_memory
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
 from ..models.source import read_config, resolve_model
-from ..models.tokenizers import load_tokenizer
+from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer
 from ..progress import Progress
 from .lm_eval_tasks import ROWS, Results, find_tasks, run_tasks
 from .predictions import Comparison, RecordedPredictions, compare, measure_perplexity
@@ -36,6 +36,7 @@ class EvalSettings:
     baseline: str | None = None
     text: str = "heldout"
     seq_len: int = 2048
+    bos: str = Bos.AUTO
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
     batch_size: int = 8
@@ -59,7 +60,8 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         _require_comparable(subject, baseline)
     seq_len = min(each.seq_len for each in (subject, baseline) if each is not None)
     try:
-        ids = windows(subject.token_ids, seq_len, f"evaluation text {settings.text!r}")[: settings.limit]
+        text = f"evaluation text {settings.text!r}"
+        ids = windows(subject.token_ids, seq_len, text, subject.beginning)[: settings.limit]
     except CalibrationError as error:
         raise UsageError(str(error)) from error
     manager = find_tasks(settings.tasks, settings.include_path) if settings.tasks else None
@@ -92,6 +94,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         "baseline_tasks": baseline_tasks,
         "text": settings.text,
         "seq_len": ids.shape[1],
+        "bos": bool(subject.beginning),
         "tokens": ids.numel(),
         "kv_cache_bits": DTYPES[subject.dtype].itemsize * 8,
         "device": device,
@@ -102,7 +105,8 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model that can be evaluated, before it is loaded. `token_ids` are those of the whole text."""
+    """A model that can be evaluated, before it is loaded. `token_ids` are those of the whole text, `beginning` those that
+    every window begins with."""
 
     name: str
     folder: Path
@@ -110,6 +114,7 @@ class _Prepared:
     dtype: str
     tokenizer: PreTrainedTokenizerBase
     token_ids: list[int]
+    beginning: list[int]
     seq_len: int
     vocab_size: int | None
 
@@ -123,17 +128,19 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> _Prepared
     seq_len = min(settings.seq_len, config.get("max_position_embeddings") or settings.seq_len)
     if seq_len < settings.seq_len:
         progress.line(f"{name}: windows are {seq_len} tokens, the model's context ({settings.seq_len} asked)")
+    beginning = beginning_of(tokenizer, settings.bos)
     try:
-        token_ids = tokenizer.encode(load_text(settings.text))
+        token_ids = encode_text(tokenizer, load_text(settings.text, conversation_renderer(tokenizer)))
     except CalibrationError as error:
         raise UsageError(str(error)) from error
+    vocabulary = config.get("vocab_size")
     described = dtype if quantized is None else f"W4A4 g{quantized.group_size}, {quantized.recipe}, {dtype}"
-    return _Prepared(name, folder, described, dtype, tokenizer, token_ids, seq_len, config.get("vocab_size"))
+    return _Prepared(name, folder, described, dtype, tokenizer, token_ids, beginning, seq_len, vocabulary)
 
 
 def _require_comparable(subject: _Prepared, baseline: _Prepared) -> None:
     """Raise UsageError where the two models do not predict the same tokens from the same tokens."""
-    if subject.token_ids != baseline.token_ids:
+    if (subject.token_ids, subject.beginning) != (baseline.token_ids, baseline.beginning):
         raise UsageError(
             f"the tokenizers of {subject.name} and {baseline.name} cut the text into different tokens, and only "
             "predictions of the same tokens can be compared: give the original of the model as --baseline"
@@ -148,14 +155,22 @@ def _require_comparable(subject: _Prepared, baseline: _Prepared) -> None:
 def _tasks(model: PreTrainedModel, prepared: _Prepared, settings: EvalSettings, manager: TaskManager | None) -> Results:
     if manager is None:
         return {}
-    return run_tasks(model, prepared.tokenizer, settings.tasks, manager, settings.batch_size, settings.limit)
+    return run_tasks(
+        model,
+        prepared.tokenizer,
+        settings.tasks,
+        manager,
+        settings.batch_size,
+        settings.limit,
+        bool(prepared.beginning),
+    )
 
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The table for people: one figure a row, one model a column, and the difference."""
     lines = [
         f"{result['model']}: {result['format']}, KV cache {result['kv_cache_bits']} bits, {result['device']}",
-        f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}, {result['seconds']:.1f} s",
+        f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}{', each behind BOS' if result['bos'] else ''}, {result['seconds']:.1f} s",
     ]
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]
     for task, metrics in result["tasks"].items():

@@ -46,8 +46,9 @@ def run_tasks(
     manager: TaskManager,
     batch_size: int,
     limit: int | None,
+    bos: bool,
 ) -> Results:
-    """Metrics without their filter suffix, standard errors as `metric_stderr`, and how many ROWS were evaluated. Raises UsageError for data that is not there."""
+    """`bos`: every text begins with BOS. Metrics without their filter suffix, standard errors as `metric_stderr`, and how many ROWS were evaluated. Raises UsageError for data that is not there."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -55,7 +56,7 @@ def run_tasks(
     try:
         # lm-eval prints to stdout here and there.
         with contextlib.redirect_stdout(sys.stderr), without_git_commit():
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
             results = simple_evaluate(
                 model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
             )

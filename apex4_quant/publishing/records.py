@@ -30,7 +30,7 @@ VERSION = 1
 QUALITY, THROUGHPUT = "quality", "throughput"
 # What makes two measurements the same one, made again.
 _SETTINGS = {
-    QUALITY: ("text", "seq_len", "tokens", "baseline", "device", "dtype", "kv_cache_bits"),
+    QUALITY: ("text", "seq_len", "bos", "tokens", "baseline", "device", "dtype", "kv_cache_bits"),
     THROUGHPUT: ("batch", "prompt_len", "gen_len", "device"),
 }
 _PACKAGES = ("torch", "transformers", "lm_eval", "safetensors")

@@ -159,7 +159,7 @@ def quantize(
         progress.line(
             f"nothing is learned from text: {windows} of {resolved.samples} calibration windows are used, to measure errors"
         )
-    samples = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
+    samples, bos = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
@@ -178,7 +178,7 @@ def quantize(
     }
     state = RunState.resume(out, recorded) if found is OutputFolder.RUN else RunState.begin(out, recorded)
     try:
-        result = _Run(source, resolved, plan, samples, runner, state, progress, should_stop).execute()
+        result = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop).execute()
     finally:
         state.close()
     state.finish()
@@ -207,6 +207,7 @@ class _Run:
     settings: ResolvedSettings
     plan: Plan
     samples: torch.Tensor
+    bos: bool  # whether they begin with it
     runner: LayerRunner
     state: RunState
     progress: Progress
@@ -370,5 +371,6 @@ class _Run:
             },
             "settings": self.settings.as_dict(),
             "calibration_tokens": self.samples.numel(),
+            "calibration_bos": self.bos,
             "files": {shard["file"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards},
         }
