@@ -43,6 +43,7 @@ from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
 from .calibration import draw_calibration, windows_needed
+from .distilling import distill, require_distillable, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
@@ -154,6 +155,7 @@ def quantize(
     source = ModelSource(settings.model)
     resolved = settings.resolve(source)
     plan = plan_of(source, resolved)
+    require_distillable(source, plan)
     windows = windows_needed(plan, resolved)
     if windows < resolved.samples:
         progress.line(
@@ -235,6 +237,8 @@ class _Run:
 
     def execute(self) -> QuantizeResult:
         """Raises Stopped or Apex4Error."""
+        if self.state.is_distilled:
+            return self._finish_distilled()
         for runner in self._runners:
             runner.prepare(self.samples.shape[1])
         embedding = f"{self.source.family.embedding}.weight"
@@ -249,6 +253,14 @@ class _Run:
         rest = [name for name in self.source.outer_tensors if name != embedding]
         written = self._write_shard(self._shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self._shard_count, written, [])
+        if not self.plan.recipe.distill_steps:
+            return self._finish()
+        return_free_memory()
+        distill(self.source, self.plan, self.settings, self.samples, self.state, self.progress, self.should_stop)
+        return self._finish_distilled()
+
+    def _finish_distilled(self) -> QuantizeResult:
+        take_distilled(self.state)
         return self._finish()
 
     def _embed(self, embedding: str) -> None:
@@ -370,6 +382,7 @@ class _Run:
                 "transformers": transformers.__version__,
             },
             "settings": self.settings.as_dict(),
+            **({"distillation": self.state.load_distilled()[1]["distillation"]} if self.state.is_distilled else {}),
             "calibration_tokens": self.samples.numel(),
             "calibration_bos": self.bos,
             "files": {shard["file"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards},
