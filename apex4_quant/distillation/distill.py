@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from ..format.quant_config import LinearFormat
@@ -98,8 +99,11 @@ class Student:
         for name, module in self._model.named_modules():
             gain = getattr(module, "weight", None)
             if "norm" in name.rpartition(".")[2] and isinstance(gain, nn.Parameter):
+                dtype = gain.dtype
                 module.weight = nn.Parameter(gain.detach().float())
-                self._norms[f"{name}.weight"] = (module.weight, gain.dtype)
+                # Learned in float32, read in the model's dtype: the residual stream keeps that.
+                parametrize.register_parametrization(module, "weight", _Cast(dtype), unsafe=True)
+                self._norms[f"{name}.weight"] = (module.parametrizations["weight"].original, dtype)  # type: ignore[index, union-attr]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is learned, by a name that ends with its kind of RELATIVE_RATES."""
@@ -139,6 +143,17 @@ class Student:
         for name, (gain, dtype) in self._norms.items():
             result.others[name] = gain.detach().to(dtype)
         return result
+
+
+class _Cast(nn.Module):
+    """A tensor in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self._dtype)
 
 
 class Distillation:
