@@ -62,7 +62,7 @@ def _given(context: click.Context) -> set[str]:
 
 
 # \b: click leaves the lines of a block as they are.
-_ENVIRONMENT = "\b\nEnvironment:\n" + "\n".join(f"  {name:15}  {text}" for name, text in environment.MEANING.items())
+_ENVIRONMENT = "\b\nEnvironment:\n" + "\n".join(f"  {name:17}  {text}" for name, text in environment.MEANING.items())
 
 
 @click.group(
@@ -85,6 +85,7 @@ def cli() -> None:
 @options.TARGET
 @options.LAYOUT
 @options.choice("--transform", list(TransformKind), None, "Group transform.  [default: the recipe's]")
+@options.ACTIVATION_BITS
 @options.calibration(128, "Calibration windows.")
 @options.DEVICE
 @options.DTYPE

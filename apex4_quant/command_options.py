@@ -16,6 +16,7 @@ import click
 
 from .errors import Apex4Error, UsageError
 from .format.layout_name import LayoutName
+from .format.number_format import ACTIVATION_BITS as ACTIVATION_BITS_KNOWN
 from .format.number_format import BLOCK, CHANNEL, GroupSize, parse_group_size
 from .hardware.dtype_names import DTYPE_NAMES
 from .recipes import DEFAULT_RECIPE, recipe_names
@@ -182,6 +183,12 @@ GROUP_SIZE = click.option(
     show_default=True,
     callback=_group_size,
     help=f"{BLOCK}, {2 * BLOCK}, {4 * BLOCK}, ... or '{CHANNEL}'.",
+)
+ACTIVATION_BITS = click.option(
+    "--activation-bits",
+    type=OneOf([str(bits) for bits in ACTIVATION_BITS_KNOWN]),
+    callback=lambda context, param, value: None if value is None else int(value),
+    help="Of the linears' inputs: 8 is closer to the original.  [default: the plan's, or 4]",
 )
 TARGET = click.option(
     "--target", default="auto", show_default=True, help="GPU ('RTX 3090'), sm_XX, none, or auto: the GPU here."

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+ACTIVATIONS = "APEX4_ACTIVATIONS"
 CACHE_DIR = "APEX4_CACHE_DIR"
 FUSE = "APEX4_FUSE"
 GEMM = "APEX4_GEMM"
 KERNEL = "APEX4_KERNEL"
 
 MEANING = {
+    ACTIVATIONS: "8: all linears have 8-bit activations; 4: those of the checkpoint that do.  [default: auto, by GPU]",
     CACHE_DIR: "Folder for compiled kernels and tuned plans.  [default: apex4 in the user's cache folder]",
     FUSE: "0: every linear quantizes its input by itself, apart from norms and activation functions.",
     GEMM: "One plan of the GEMM for all shapes, to measure it.  [default: the tuned one or the heuristic's]",

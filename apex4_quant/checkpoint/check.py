@@ -11,12 +11,13 @@ import torch
 from ..calib.finite import all_finite
 from ..errors import Apex4Error
 from ..format.layouts import get_layout
-from ..format.number_format import BLOCK
+from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.storage import REPORT_NAME
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..models.experts import unfuse_experts
 from ..models.source import INDEX_NAME, read_tensors
+from ..nn.arithmetic import arithmetic_of
 from .inspect import Checkpoint
 from .load import load_model, verify_checksums
 
@@ -97,6 +98,11 @@ def _config_of_report(checkpoint: Checkpoint) -> str:
             raise Apex4Error(
                 f"{entry['name']} has transform '{transform}' in config.json and '{decided}' in {REPORT_NAME}: {advice}"
             )
+        bits, decided = quant.activation_bits_of(entry["name"]), entry.get("activation_bits", BITS)
+        if decided != bits:
+            raise Apex4Error(
+                f"{entry['name']} has {bits}-bit activations in config.json and {decided!r} in {REPORT_NAME}: {advice}"
+            )
         clip = quant.modules.get(entry["name"], {}).get("activation_clip", quant.activation_clip)
         decided = entry.get("activation_clip", clip)
         if decided != clip:
@@ -104,7 +110,7 @@ def _config_of_report(checkpoint: Checkpoint) -> str:
                 f"{entry['name']} has activation_clip {clip!r} in config.json and {decided!r} in {REPORT_NAME}: {advice}"
             )
     found = sorted({quant.transform_of(entry["name"]) for entry in checkpoint.report["quantized"]})
-    return f"transform {' and '.join(found)} and all activation clips as in the report"
+    return f"{quant.name}, transform {' and '.join(found)} and all activation clips as in the report"
 
 
 def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
@@ -169,4 +175,5 @@ def _forward(checkpoint: Checkpoint) -> str:
     logits: Any = model(input_ids=tokens, use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
         raise Apex4Error(f"{checkpoint.folder} gives logits that are not finite: the checkpoint is damaged")
-    return f"logits {list(logits.shape)} are finite in {dtype}"
+    bits = " and ".join(map(str, arithmetic_of(model)["activation_bits"]))
+    return f"logits {list(logits.shape)} are finite in {dtype}, computed with {bits}-bit activations"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..format.number_format import BITS
 from ..format.quant_config import QuantConfig
 from ..format.storage import format_bytes
 from ..format.tensor_info import TensorInfo
@@ -63,6 +64,7 @@ def inspect(path: str) -> dict[str, Any]:
                 "shape": shape,
                 "group_size": override.get("group_size", checkpoint.quant.group_size) if packed else None,
                 "transform": checkpoint.quant.transform_of(name) if packed else None,
+                "activation_bits": checkpoint.quant.activation_bits_of(name) if packed else None,
                 "bytes": sum(info.bytes for info in stored),
                 "error": of_run.get("error"),
             }
@@ -73,6 +75,7 @@ def inspect(path: str) -> dict[str, Any]:
     return {
         "path": path,
         "architecture": checkpoint.family.architecture,
+        "format": checkpoint.quant.name,
         "quantization_config": {k: v for k, v in checkpoint.quant.to_dict().items() if k != "modules"},
         "linears": linears,
         "bytes": total,
@@ -87,13 +90,15 @@ def inspection_as_text(result: dict[str, Any]) -> str:
     target = quant["target"]["gpu"] or quant["target"]["arch"] or "no GPU in particular"
     lines = [
         f"{result['path']}: {result['architecture']}, {format_bytes(result['bytes'])}",
-        f"  W{quant['bits']}A{quant['activation_bits']}, group {quant['group_size']}, transform {quant['transform']}, "
+        f"  {result['format']}, group {quant['group_size']}, transform {quant['transform']}, "
         f"recipe {quant['recipe']}, layout {quant['layout']}, for {target}",
     ]
     width = max(len(linear["name"]) for linear in result["linears"])
     for linear in result["linears"]:
         shape = " x ".join(map(str, linear["shape"] or ()))
         how = f"group {linear['group_size']} {linear['transform']}" if linear["quantized"] else "not quantized"
+        if linear["activation_bits"] not in (None, BITS):
+            how += f" A{linear['activation_bits']}"
         error = f"output error {linear['error']:.4f}" if linear["error"] is not None else ""
         if "fallback" in linear:
             error += f"  {linear['fallback']} ({linear['calibration_tokens']} tokens of its own)"

@@ -126,7 +126,7 @@ def _overrides(checkpoint: Checkpoint, after: dict[str, LinearFormat]) -> dict[s
             entry["shape"] = [format.out_features, format.in_features]
         else:
             entry.pop("shape", None)
-        order = ("group_size", "transform", "shape", "transform_from")
+        order = ("group_size", "transform", "shape", "transform_from", "activation_bits")
         if kept := {key: entry[key] for key in order if key in entry}:
             planned[name] = kept
     for name in after:

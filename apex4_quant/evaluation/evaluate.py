@@ -13,8 +13,10 @@ from ..calib.text import load_text
 from ..checkpoint.load import load_model, quant_config_of, release_memory
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
+from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
 from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer
+from ..nn.arithmetic import arithmetic_of
 from ..progress import Progress
 from .lm_eval_tasks import ROWS, Results, find_tasks, run_tasks
 from .predictions import Comparison, RecordedPredictions, compare, measure_perplexity
@@ -53,6 +55,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
     device = resolve_device(settings.device)
+    asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)
     baseline = None if settings.baseline is None else _prepare(settings.baseline, settings, progress)
@@ -96,6 +99,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         "seq_len": ids.shape[1],
         "bos": bool(subject.beginning),
         "tokens": ids.numel(),
+        **arithmetic_of(model),
         "kv_cache_bits": DTYPES[subject.dtype].itemsize * 8,
         "device": device,
         "dtype": subject.dtype,
@@ -134,7 +138,7 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> _Prepared
     except CalibrationError as error:
         raise UsageError(str(error)) from error
     vocabulary = config.get("vocab_size")
-    described = dtype if quantized is None else f"W4A4 g{quantized.group_size}, {quantized.recipe}, {dtype}"
+    described = dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {quantized.recipe}, {dtype}"
     return _Prepared(name, folder, described, dtype, tokenizer, token_ids, beginning, seq_len, vocabulary)
 
 
@@ -168,9 +172,12 @@ def _tasks(model: PreTrainedModel, prepared: _Prepared, settings: EvalSettings, 
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The table for people: one figure a row, one model a column, and the difference."""
+    bits = " and ".join(map(str, result["activation_bits"]))
+    computed = f", computed with {bits}-bit activations" if bits else ""
     lines = [
-        f"{result['model']}: {result['format']}, KV cache {result['kv_cache_bits']} bits, {result['device']}",
-        f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}{', each behind BOS' if result['bos'] else ''}, {result['seconds']:.1f} s",
+        f"{result['model']}: {result['format']}{computed}, KV cache {result['kv_cache_bits']} bits, {result['device']}",
+        f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}"
+        f"{', each behind BOS' if result['bos'] else ''}, {result['seconds']:.1f} s",
     ]
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]
     for task, metrics in result["tasks"].items():

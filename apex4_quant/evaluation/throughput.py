@@ -23,8 +23,9 @@ from ..checkpoint.load import load_model, quant_config_of, release_memory
 from ..errors import UsageError
 from ..format.storage import format_bytes
 from ..hardware.devices import DTYPES, resolve_device, resolve_dtype
+from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
-from ..nn.linear import Apex4Linear
+from ..nn.arithmetic import arithmetic_of
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def throughput(settings: ThroughputSettings, progress: Progress | None = None) -
         if value < least:
             raise UsageError(f"--{name} is {value}: give at least {least}")
     device = resolve_device(settings.device)
+    asked_activations()
     names = [settings.model] + ([settings.baseline] if settings.baseline else [])
     prepared = [_prepare(name, settings) for name in names]  # all that can be wrong, before anything is loaded
     results = []
@@ -92,7 +94,7 @@ def _prepare(name: str, settings: ThroughputSettings) -> tuple[Path, str, str]:
             f"{name} has a context of {context} tokens and {settings.prompt_len} + {settings.gen_len} are asked for: "
             "give a smaller --prompt-len or --gen-len"
         )
-    return folder, dtype if quantized is None else f"W4A4 g{quantized.group_size}, {dtype}", dtype
+    return folder, dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {dtype}", dtype
 
 
 @torch.inference_mode()
@@ -114,14 +116,13 @@ def measure(model: PreTrainedModel, batch: int, prompt_len: int, gen_len: int) -
         prefills.append(_seconds(run.prefill, device))
         decodes.append(_seconds(run.decode, device))
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
-    kernels = {module.kernel or "reference" for module in model.modules() if isinstance(module, Apex4Linear)}
     return {
         **_figures(batch, batch * (prompt_len + gen_len), prefill + decode),
         "prefill": _figures(batch, batch * prompt_len, prefill),
         "decode": _figures(batch, batch * (gen_len - 1), decode),  # the first token is the prefill's
         "peak_memory_bytes": _peak(device),
         "cuda_graph": run.uses_graph,
-        "kernels": sorted(kernels),
+        **arithmetic_of(model),
     }
 
 
@@ -230,8 +231,10 @@ def _peak(device: torch.device) -> int:
 def throughput_as_text(result: dict[str, Any]) -> str:
     """The table for people."""
     measured, baseline = result["result"], result["baseline"]
+    kernels, bits = ", ".join(measured["kernels"]) or "none", " and ".join(map(str, measured["activation_bits"]))
+    computed = f"kernels {kernels}" + (f", {bits}-bit activations" if bits else "")
     lines = [
-        f"{measured['model']}: {measured['format']}, kernels {', '.join(measured['kernels']) or 'none'}, {result['device']}",
+        f"{measured['model']}: {measured['format']}, {computed}, {result['device']}",
         f"{result['batch']} requests of {result['prompt_len']} + {result['gen_len']} tokens, medians of {RUNS} runs, "
         f"decoding by {'a CUDA graph' if measured['cuda_graph'] else 'a plain loop'}",
     ]

@@ -121,10 +121,14 @@ class Layout:
         return bool(((low == 0x08) | (high == 0x80)).any())
 
     def pack_scales(self, scales: torch.Tensor) -> torch.Tensor:
-        """Order float16 scales [N, G] as `scale_shape(N, G)`; the scales of rows past N are the smallest positive."""
+        """Order float16 scales [N, G] as `scale_shape(N, G)`; the scales of rows past N are the smallest positive.
+
+        Integers in the place of the scales are ordered likewise, with zeros for the rows past N.
+        """
         out_features, groups = scales.shape
         padding = self.padded_out_features(out_features) - out_features
-        padded = torch.nn.functional.pad(scales, (0, 0, 0, padding), value=WEIGHT_SCALE_MIN)
+        value = WEIGHT_SCALE_MIN if scales.dtype.is_floating_point else 0
+        padded = torch.nn.functional.pad(scales, (0, 0, 0, padding), value=value)
         tiles = _to_tiles(padded, self.scale_rows, (("g", groups),), ("g", *self.scale_order), cols_per_tile=groups)
         return tiles.reshape(self.scale_shape(out_features, groups))
 

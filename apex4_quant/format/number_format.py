@@ -1,9 +1,10 @@
-"""The W4A4 number format: codes, groups, scales. docs/format.md is normative.
+"""The number format: codes, groups, scales. docs/format.md is normative.
 
     y[m, n] = sum_g  s_a[m, g] * s_w[n, g] * ( sum_{k in g} q_a[m, k] * q_w[n, k] )  +  bias[n]
 
 Codes are integers in [-7, 7]. Weight scales are float16 and chosen before the codes; activation scales are float32,
-one per token and group, computed at run time. Constants here are the only copies.
+one per token and group, computed at run time. With 8-bit activations codes of the input are integers in [-127, 127] with one
+scale a token, and weights are folded (kernels/folding.py). Constants here are the only copies.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from __future__ import annotations
 from ..errors import UsageError
 
 BITS = 4
+ACTIVATION_BITS = (4, 8)  # what a linear may say of its input's codes
+TOKEN_CODE_MAX = 127  # of 8-bit activations, which have one scale a token; -128 is never produced
+# Padded input features whose sums of 8-bit products an int32 holds: 127 * 126 * 2^17 < 2^31.
+LARGEST_K_OF_TOKENS = 2**17
 CODE_MAX = 7  # -8 is never produced: symmetric +-7 stays exact in e4m3 and in the Blackwell INT4 grids
 FORBIDDEN_CODE = -8
 
@@ -27,6 +32,13 @@ GroupSize = int | str
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def parse_activation_bits(value: object) -> int:
+    """4 or 8. Raises UsageError for anything else."""
+    if type(value) is not int or value not in ACTIVATION_BITS:
+        raise UsageError(f"activation bits {value!r} are not known: give one of {', '.join(map(str, ACTIVATION_BITS))}")
+    return value
 
 
 def parse_group_size(value: GroupSize) -> GroupSize:

@@ -7,23 +7,27 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from ..errors import Apex4Error
+from ..errors import Apex4Error, UsageError
 from .layout_name import LayoutName
 from .layouts import Layout, get_layout
 from .number_format import (
+    ACTIVATION_BITS,
     BITS,
     BLOCK,
+    LARGEST_K_OF_TOKENS,
     GroupSize,
     group_count,
     group_length,
     padded_in_features,
+    parse_activation_bits,
     parse_group_size,
 )
 from .transform_kind import TransformKind
 
 QUANT_METHOD = "apex4"
-FORMAT_VERSION = 1
-_OVERRIDES = ("group_size", "transform", "activation_clip", "shape", "transform_from")  # the keys of a `modules` entry
+FORMAT_VERSION, EIGHT_BIT_VERSION = 1, 2  # the second where a linear has 8-bit activations: else the first is written
+# The keys of a `modules` entry; those of version 1 stand first.
+_OVERRIDES = ("group_size", "transform", "activation_clip", "shape", "transform_from", "activation_bits")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ class LinearFormat:
     transform: TransformKind
     activation_clip: float
     transform_from: str | None = None  # the linear that stores the dense transform of the input both read
+    activation_bits: int = BITS  # 4, or 8: then `activation_clip` is 1
 
     def __post_init__(self) -> None:
         # A plain string compares equal to a kind and is none: `is` would take the wrong branch without a word.
         object.__setattr__(self, "transform", TransformKind(self.transform))
+
+    @property
+    def may_have_eight_bits(self) -> bool:
+        """Whether an integer of 32 bits holds the sums of 8-bit activations."""
+        return self.padded_k <= LARGEST_K_OF_TOKENS
 
     @cached_property
     def padded_k(self) -> int:
@@ -87,11 +97,24 @@ def _check_clip(name: str, value: object) -> None:
         raise Apex4Error(f"quantization_config.{name} is {value!r} and must be a positive number")
 
 
+def _check_activation_bits(name: str, value: object, version: object) -> None:
+    try:
+        bits = parse_activation_bits(value)
+    except UsageError as error:
+        known = " or ".join(map(str, ACTIVATION_BITS))
+        raise Apex4Error(f"quantization_config.{name} is {value!r} and this format has {known}") from error
+    if bits != BITS and version == FORMAT_VERSION:
+        raise Apex4Error(
+            f"quantization_config.{name} is {bits} in a file of format version {FORMAT_VERSION}, which has {BITS} only: "
+            "config.json is damaged"
+        )
+
+
 @dataclass
 class QuantConfig:
     """Field by field the JSON object. `modules` holds what differs for single linears: `group_size`, `transform`,
-    `activation_clip`, `transform_from` (the linear that stores the dense transform of the input both read), and `shape`
-    [out, in] where the stored tensors are padded."""
+    `activation_clip`, `activation_bits`, `transform_from` (the linear that stores the dense transform of the input both read),
+    and `shape` [out, in] where the stored tensors are padded."""
 
     group_size: GroupSize = 128
     layout: str = LayoutName.ROWMAJOR
@@ -113,10 +136,10 @@ class QuantConfig:
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """Read and check. Raises Apex4Error for a version, key or value this release does not understand."""
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, EIGHT_BIT_VERSION):
             raise Apex4Error(
-                f"the checkpoint has format version {version!r} and this apex4 reads version {FORMAT_VERSION}: "
-                "use the release that wrote it, or quantize again"
+                f"the checkpoint has format version {version!r} and this apex4 reads versions {FORMAT_VERSION} and "
+                f"{EIGHT_BIT_VERSION}: use the release that wrote it, or quantize again"
             )
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
@@ -133,16 +156,17 @@ class QuantConfig:
         for name, given, needed in (
             ("quant_method", config.quant_method, QUANT_METHOD),
             ("bits", config.bits, BITS),
-            ("activation_bits", config.activation_bits, BITS),
         ):
             if given != needed:
                 raise Apex4Error(f"quantization_config says {name} = {given!r} and this format needs {needed!r}")
+        _check_activation_bits("activation_bits", config.activation_bits, version)
         if config.transform not in list(TransformKind):
             raise Apex4Error(f"quantization_config has an unknown transform {config.transform!r}: use a newer apex4")
         config.transform = TransformKind(config.transform)
         get_layout(config.layout)
         parse_group_size(config.group_size)
         _check_clip("activation_clip", config.activation_clip)
+        config._check_clip_of_bits(None)
         for name, override in config.modules.items():
             if not isinstance(override, dict):
                 raise Apex4Error(f"quantization_config.modules[{name!r}] is {override!r} and must be an object")
@@ -161,6 +185,9 @@ class QuantConfig:
                     f"quantization_config.modules[{name!r}] has unknown fields {', '.join(unknown)}: use a newer apex4"
                 )
             parse_group_size(override.get("group_size", config.group_size))
+            if "activation_bits" in override:
+                _check_activation_bits(f"modules[{name!r}].activation_bits", override["activation_bits"], version)
+            config._check_clip_of_bits(name)
             owner = override.get("transform_from")
             if owner is not None and not config._stores_transform_of(name, owner):
                 raise Apex4Error(
@@ -168,6 +195,27 @@ class QuantConfig:
                     "of its kind: config.json is damaged"
                 )
         return config
+
+    @property
+    def name(self) -> str:
+        """ "W4A4", "W4A8", or both where linears differ."""
+        overrides = {int(entry.get("activation_bits", self.activation_bits)) for entry in self.modules.values()}
+        return " and ".join(f"W{self.bits}A{bits}" for bits in sorted({self.activation_bits, *overrides}))
+
+    def activation_bits_of(self, name: str) -> int:
+        """4 or 8, of one linear."""
+        return int(self.modules.get(name, {}).get("activation_bits", self.activation_bits))
+
+    def _check_clip_of_bits(self, name: str | None) -> None:
+        """Of a linear, or of all without an override."""
+        override = {} if name is None else self.modules[name]
+        clip = override.get("activation_clip", self.activation_clip)
+        if override.get("activation_bits", self.activation_bits) != BITS and clip != 1:
+            where = "" if name is None else f".modules[{name!r}]"
+            raise Apex4Error(
+                f"quantization_config{where} has activation_clip {clip!r} with 8-bit activations, which are not clipped: "
+                "config.json is damaged"
+            )
 
     def transform_of(self, name: str) -> TransformKind:
         """The group transform of one linear."""
@@ -191,7 +239,7 @@ class QuantConfig:
         shape = override.get("shape")
         if shape is not None and list(shape) != [out_features, in_features]:
             raise Apex4Error(f"{name} is {out_features} x {in_features} in the model but {shape} in the checkpoint")
-        return LinearFormat(
+        format = LinearFormat(
             out_features=out_features,
             in_features=in_features,
             group_size=parse_group_size(override.get("group_size", self.group_size)),
@@ -199,4 +247,11 @@ class QuantConfig:
             transform=self.transform_of(name),
             activation_clip=float(override.get("activation_clip", self.activation_clip)),
             transform_from=override.get("transform_from"),
+            activation_bits=self.activation_bits_of(name),
         )
+        if format.activation_bits != BITS and not format.may_have_eight_bits:
+            raise Apex4Error(
+                f"{name} has {format.padded_k} input features with 8-bit activations, and at most {LARGEST_K_OF_TOKENS} can be "
+                "summed: config.json is damaged"
+            )
+        return format

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from ..format.layouts import get_layout
 from . import torch_backend
 from .activation_quantization import OperatorArguments
+from .folding import fold_codes
 from .operands import (
+    TOKEN_FORMAT,
     Operands,
     format_of_codes,
+    layout_of_format,
     pack_activations,
     require_gemm,
     require_quantizer,
@@ -26,24 +28,33 @@ def _quantize(
 ) -> Operands:
     with torch.autocast(x.device.type, enabled=False):
         padded = x if x.shape[1] == k_padded else torch.nn.functional.pad(x, (0, k_padded - x.shape[1]))
-        codes, scales = torch_backend.quantize_activation(padded, group, clip, hadamard, matrix)
+        if format == TOKEN_FORMAT:
+            codes, scales = torch_backend.quantize_token(padded, hadamard, matrix)
+        else:
+            codes, scales = torch_backend.quantize_activation(padded, group, clip, hadamard, matrix)
         return pack_activations(codes.flatten(1), scales, format)
 
 
 def _multiply(
-    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, m: int,
-    n: int, out: torch.dtype,
+    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, m: int, n: int, out: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    layout = get_layout(format_of_codes(codes))
+    format = format_of_codes(codes, unit)
+    layout = layout_of_format(format)
     codes_w, scale_w = layout.unpack(packed, n), layout.unpack_scales(scale, n)
-    codes_a, scale_a = unpack_activations(codes, scales, m)
-    weight, grouped_scale = torch_backend.grouped_weight(codes_w, scale_w)
+    codes_a, scale_a = unpack_activations(codes, scales, m, format)
+    weight: torch.Tensor
+    factor: torch.Tensor | None
+    if unit is not None:
+        weight, factor, product = fold_codes(codes_w, scale_w).float(), unit[:n], torch_backend.multiply_folded
+    else:
+        (weight, factor), product = torch_backend.grouped_weight(codes_w, scale_w), torch_backend.multiply
     y = torch.empty(m, n, dtype=out, device=codes.device)
     with torch.autocast(codes.device.type, enabled=False):
         for start in range(0, m, torch_backend.ROWS_AT_ONCE):
             rows = slice(start, start + torch_backend.ROWS_AT_ONCE)
             grouped = codes_a[rows].float().unflatten(1, (len(scales), -1))
-            y[rows] = torch_backend.multiply(grouped, scale_a[rows], weight, grouped_scale, bias).to(out)
+            y[rows] = product(grouped, scale_a[rows], weight, factor, bias).to(out)
     return y
 
 
@@ -78,40 +89,41 @@ def silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, *how: *OperatorArgum
 
 
 def gemm(
-    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, m: int,
-    n: int, out: torch.dtype,
+    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, m: int, n: int, out: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    require_gemm("gemm", codes, scales, packed, scale, bias, m, n)
-    return _multiply(codes, scales, packed, scale, bias, m, n, out)
+    require_gemm("gemm", codes, scales, packed, scale, unit, bias, m, n)
+    return _multiply(codes, scales, packed, scale, unit, bias, m, n, out)
 
 
 def linear(
     x: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
+    unit: torch.Tensor | None,
     bias: torch.Tensor | None,
     n: int,
     *how: *OperatorArguments,
 ) -> torch.Tensor:
     require_quantizer("linear", False, x, *how)
-    require_weights("linear", x, packed, scale, bias, n, *how)
-    return _multiply(*_quantize(x, *how), packed, scale, bias, x.shape[0], n, x.dtype)
+    require_weights("linear", x, packed, scale, unit, bias, n, *how)
+    return _multiply(*_quantize(x, *how), packed, scale, unit, bias, x.shape[0], n, x.dtype)
 
 
 def rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
+    unit: torch.Tensor | None, bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("rms_norm_linear", False, x, *how, gain=gain)
-    require_weights("rms_norm_linear", x, packed, scale, bias, n, *how)
+    require_weights("rms_norm_linear", x, packed, scale, unit, bias, n, *how)
     operands = _quantize(_normed(x, gain, eps, gain_offset), *how)
-    return _multiply(*operands, packed, scale, bias, x.shape[0], n, x.dtype)
+    return _multiply(*operands, packed, scale, unit, bias, x.shape[0], n, x.dtype)
 
 
 def silu_mul_linear(
-    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    *how: *OperatorArguments,
+    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("silu_mul_linear", False, gate, *how, up=up)
-    require_weights("silu_mul_linear", gate, packed, scale, bias, n, *how)
-    return _multiply(*_quantize(_gated(gate, up), *how), packed, scale, bias, gate.shape[0], n, gate.dtype)
+    require_weights("silu_mul_linear", gate, packed, scale, unit, bias, n, *how)
+    return _multiply(*_quantize(_gated(gate, up), *how), packed, scale, unit, bias, gate.shape[0], n, gate.dtype)

@@ -12,14 +12,17 @@ from functools import lru_cache
 
 import torch
 
+from ..errors import Apex4Error
 from ..format.number_format import BLOCK
 from ..private_names import current_cuda_stream
 from . import cpu_ops
 from .activation_quantization import OperatorNumbers
 from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
+from .gemm.eight_bit import EightBitPlan, choose_eight_bit_gemm
 from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, FusedShape, fused_launch
 from .operands import (
     ROW_BYTES,
+    TOKEN_FORMAT,
     Operands,
     empty_operands,
     require_gemm,
@@ -27,7 +30,7 @@ from .operands import (
     require_weights,
     row_stride,
 )
-from .quantize.configs import FEW_ROWS, product_is_faster
+from .quantize.configs import FEW_ROWS, FORMATS, product_is_faster
 from .quantize.hadamard_product import signs
 from .quantize.launch import Quantizer, QuantizerShape, quantizer, rows_are_aligned
 from .runtime import launcher, workspace
@@ -82,7 +85,12 @@ class _Source:
         """And the matrix that it reads: `matrix`, or the Hadamard matrix where that is the faster way."""
         x, factor = self.x, 1.0
         index, (m, k) = x.device.index, x.shape
-        sm_count = _gpu(index)[1]
+        sm, sm_count = _gpu(index)
+        if format not in FORMATS:
+            raise Apex4Error(
+                f"there is no kernel that quantizes to the format {format} for sm_{sm}: quantize with 4-bit activations, or set "
+                "APEX4_KERNEL=reference"
+            )
         if matrix is None and hadamard and group == BLOCK and m > FEW_ROWS and product_is_faster(
             m, k_padded // BLOCK, input=self.input, aligned=self.aligned, format=format, sm_count=sm_count
         ):  # fmt: skip
@@ -90,7 +98,7 @@ class _Source:
         shape = QuantizerShape(
             index, m, k, k_padded // BLOCK, row_stride(m), x.stride(0), self.ld_second, self.aligned, _NAMES[x.dtype], format,
             sm_count, group // BLOCK, "dense" if matrix is not None else "hadamard" if hadamard else "none", clip, self.input,
-            self.eps, self.gain_offset, matrix is not None and len(matrix) == 1, factor, format == "sm90",
+            self.eps, self.gain_offset, matrix is not None and len(matrix) == 1, factor, _is_programmatic(sm, format),
         )  # fmt: skip
         return quantizer(shape), matrix
 
@@ -130,7 +138,7 @@ def _quantize(source: _Source, matrix: torch.Tensor | None, *how: *OperatorNumbe
 
 
 def _linear(
-    source: _Source, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    source: _Source, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None, bias: torch.Tensor | None, n: int,
     matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     """As `_quantize` and `_multiply`, in one kernel or with one piece of memory for all that is gone afterwards."""
@@ -165,8 +173,13 @@ def _linear(
         stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes,
         _board(run, device.index, stream),
     )  # fmt: skip
-    _multiply(y, codes, scales, packed, scale, bias, k_padded // BLOCK, group // BLOCK, m_stride, stream)
+    _multiply(y, codes, scales, packed, scale, unit, bias, k_padded // BLOCK, m_stride, stream)
     return y
+
+
+def _is_programmatic(sm: int, format: str) -> bool:
+    """Whether a kernel may start before the one in front of it has ended."""
+    return format == "sm90" or (format == TOKEN_FORMAT and sm >= 90)
 
 
 def _board(run: Quantizer, index: int, stream: int) -> int:
@@ -199,32 +212,45 @@ def _gemm_launch(
     m_stride: int,
     out: torch.dtype,
     source: PlanSource,
-) -> tuple[GemmPlan, Launch]:
-    """The plan, and its kernel with all but the pointers."""
-    plan = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source=source)
+    eight_bit: bool,
+) -> tuple[GemmPlan | EightBitPlan, Launch, int]:
+    """The plan, its kernel with all but the pointers, and the bytes for its partial sums."""
+    plan: GemmPlan | EightBitPlan
+    if eight_bit:
+        plan = chosen = choose_eight_bit_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source)
+        pointers, programmatic, words = 9, chosen.programmatic, chosen.workspace_words
+    else:
+        plan = four = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source=source)
+        pointers, programmatic, words = 8, four.config.family == "sm90", four.workspace_floats
     kernel = launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)
     numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)
     launch = kernel.bind(
-        plan.grid, plan.block, 8, [c_int(number) for number in numbers],
-        shared_bytes=plan.config.shared_bytes, cluster=plan.cluster, programmatic=plan.config.family == "sm90",
+        plan.grid, plan.block, pointers, [c_int(number) for number in numbers],
+        shared_bytes=plan.config.shared_bytes, cluster=plan.cluster, programmatic=programmatic,
     )  # fmt: skip
-    return plan, launch
+    return plan, launch, 4 * words
 
 
 def _multiply(
-    y: torch.Tensor, codes: int, scales: int, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
-    k_blocks: int, blocks_per_group: int, m_stride: int, stream: int,
+    y: torch.Tensor, codes: int, scales: int, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, k_blocks: int, m_stride: int, stream: int,
 ) -> None:  # fmt: skip
     """y [m, n] = the product. `codes` and `scales` are addresses."""
     (m, n), device = y.shape, y.device
-    plan, launch = _gemm_launch(device.index, m, n, k_blocks, blocks_per_group, m_stride, y.dtype, plan_source())
+    blocks_per_group = k_blocks // scale.shape[1]
+    plan, launch, workspace_bytes = _gemm_launch(
+        device.index, m, n, k_blocks, blocks_per_group, m_stride, y.dtype, plan_source(), unit is not None
+    )
     partial = counter = 0
     if plan.parts > 1:
         # Not kept: what it holds is read by this kernel alone, and the allocator orders its reuse by the stream.
-        sums = torch.empty(plan.workspace_floats, dtype=torch.float32, device=device)
+        sums = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         partial = sums.data_ptr()
         counter = workspace.counters(device.index, stream, 4 * plan.counters).data_ptr()
-    launch(stream, y.data_ptr(), codes, scales, packed.data_ptr(), scale.data_ptr(), _address(bias), partial, counter)
+    weights = (packed.data_ptr(), scale.data_ptr())
+    if unit is not None:
+        weights += (unit.data_ptr(),)
+    launch(stream, y.data_ptr(), codes, scales, *weights, _address(bias), partial, counter)
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
@@ -261,51 +287,51 @@ def silu_mul_quantize(
 
 
 def gemm(
-    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, m: int,
-    n: int, out: torch.dtype,
+    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, m: int, n: int, out: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    require_gemm("gemm", codes, scales, packed, scale, bias, m, n)
+    require_gemm("gemm", codes, scales, packed, scale, unit, bias, m, n)
     y = torch.empty(m, n, dtype=out, device=codes.device)
     if m:
         k_blocks, m_stride, _ = codes.shape
         _multiply(
-            y, codes.data_ptr(), scales.data_ptr(), packed, scale, bias, k_blocks, k_blocks // scales.shape[0], m_stride,
+            y, codes.data_ptr(), scales.data_ptr(), packed, scale, unit, bias, k_blocks, m_stride,
             current_cuda_stream(codes.device.index),
         )  # fmt: skip
     return y
 
 
 def linear(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None, bias: torch.Tensor | None, n: int,
     matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
-        return gemm(*cpu_ops.quantize(x, matrix, *how), packed, scale, bias, x.shape[0], n, x.dtype)
+        return gemm(*cpu_ops.quantize(x, matrix, *how), packed, scale, unit, bias, x.shape[0], n, x.dtype)
     require_quantizer("linear", True, x, matrix, *how)
-    require_weights("linear", x, packed, scale, bias, n, matrix, *how)
-    return _linear(_Source("plain", x), packed, scale, bias, n, matrix, *how)
+    require_weights("linear", x, packed, scale, unit, bias, n, matrix, *how)
+    return _linear(_Source("plain", x), packed, scale, unit, bias, n, matrix, *how)
 
 
 def rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, gain_offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: *OperatorNumbers,
+    unit: torch.Tensor | None, bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         operands = cpu_ops.rms_norm_quantize(x, gain, eps, gain_offset, matrix, *how)
-        return gemm(*operands, packed, scale, bias, x.shape[0], n, x.dtype)
+        return gemm(*operands, packed, scale, unit, bias, x.shape[0], n, x.dtype)
     require_quantizer("rms_norm_linear", True, x, matrix, *how, gain=gain)
-    require_weights("rms_norm_linear", x, packed, scale, bias, n, matrix, *how)
+    require_weights("rms_norm_linear", x, packed, scale, unit, bias, n, matrix, *how)
     source = _Source("rms_norm", x, gain, eps, bool(gain_offset))
-    return _linear(source, packed, scale, bias, n, matrix, *how)
+    return _linear(source, packed, scale, unit, bias, n, matrix, *how)
 
 
 def silu_mul_linear(
-    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    matrix: torch.Tensor | None, *how: *OperatorNumbers,
+    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, n: int, matrix: torch.Tensor | None, *how: *OperatorNumbers,
 ) -> torch.Tensor:  # fmt: skip
     if _by_torch(matrix):
         operands = cpu_ops.silu_mul_quantize(gate, up, matrix, *how)
-        return gemm(*operands, packed, scale, bias, gate.shape[0], n, gate.dtype)
+        return gemm(*operands, packed, scale, unit, bias, gate.shape[0], n, gate.dtype)
     require_quantizer("silu_mul_linear", True, gate, matrix, *how, up=up)
-    require_weights("silu_mul_linear", gate, packed, scale, bias, n, matrix, *how)
-    return _linear(_Source("silu_mul", gate, up), packed, scale, bias, n, matrix, *how)
+    require_weights("silu_mul_linear", gate, packed, scale, unit, bias, n, matrix, *how)
+    return _linear(_Source("silu_mul", gate, up), packed, scale, unit, bias, n, matrix, *how)

@@ -3,6 +3,9 @@
 A GPU computes with kernels if its architecture has some and cuda.core can compile and launch them; if not, one warning
 says what happens instead and what to install. APEX4_KERNEL=reference asks for PyTorch operations everywhere. A CPU has
 no kernels and nothing is missing there.
+
+A linear's activations have 4 or 8 bits, as the checkpoint says. On a GPU without 4-bit units linears of 4 bits compute with 8,
+which is faster there and more exact; APEX4_ACTIVATIONS=4 keeps them at 4.
 """
 
 from __future__ import annotations
@@ -14,22 +17,67 @@ from functools import cache
 
 import torch
 
+from ..environment import ACTIVATIONS
 from ..environment import KERNEL as VARIABLE
 from ..errors import Apex4Error, UsageError
+from .operands import TOKEN_FORMAT
 from .runtime import compiler, launcher
-from .runtime.architectures import FAMILIES, kernel_family
+from .runtime.architectures import (
+    EIGHT_BIT_FAMILIES,
+    FAMILIES,
+    eight_bit_family,
+    gains_by_eight_bits,
+    kernel_family,
+)
 
 REFERENCE = "reference"
+AUTO = "auto"
+_EIGHT_BIT_KERNELS = "kernels for 8-bit activations"
 
 
-def kernel_format(device: torch.device) -> str | None:
-    """The activation format and weight layout of the kernels that `device` runs, or None: PyTorch operations.
+def activation_bits(device: torch.device, stored: int) -> int:
+    """With how many bits of its input a linear computes on `device`, for which the checkpoint says `stored`.
 
-    Raises UsageError for a value of APEX4_KERNEL that means nothing.
+    Never with fewer. APEX4_ACTIVATIONS=8 is 8 everywhere, 4 what the checkpoint says; auto is 8 on a GPU that gains by it, and
+    elsewhere what the checkpoint says. Raises UsageError for another value.
+    """
+    return activation_bits_on(_architecture(_index_of(device)) if device.type == "cuda" else None, stored)
+
+
+def activation_bits_on(sm: int | None, stored: int) -> int:
+    """`activation_bits` of a GPU of this architecture; None: of a CPU."""
+    asked = asked_activations()
+    if stored == 8 or asked == "8":
+        return 8
+    return 8 if asked == AUTO and sm is not None and gains_by_eight_bits(sm) else stored
+
+
+def asked_activations() -> str:
+    """What APEX4_ACTIVATIONS says: "4", "8" or "auto". Raises UsageError for another value."""
+    asked = os.environ.get(ACTIVATIONS, "") or AUTO
+    if asked not in ("4", "8", AUTO):
+        raise UsageError(f"{ACTIVATIONS}={asked} is not known: give 4, 8 or {AUTO}")
+    return asked
+
+
+def kernel_format(device: torch.device, activation_bits: int = 4) -> str | None:
+    """The activation format of the kernels that `device` runs for linears of 4- or 8-bit activations, or None: PyTorch operations.
+
+    The layout of the weights is `operands.layout_of_format`. Raises UsageError for a value of APEX4_KERNEL that means nothing.
     """
     if reference_is_forced() or device.type != "cuda":
         return None
-    return _format_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return _format_of_gpu(_index_of(device), activation_bits)
+
+
+def _index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def reference_is_forced() -> bool:
@@ -42,20 +90,21 @@ def reference_is_forced() -> bool:
 
 
 @cache
-def _format_of_gpu(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    family = kernel_family(10 * major + minor)
+def _format_of_gpu(index: int, activation_bits: int) -> str | None:
+    sm = _architecture(index)
+    family = kernel_family(sm) if activation_bits == 4 else eight_bit_family(sm)
     name = torch.cuda.get_device_name(index)
     if family is None:
-        known = ", ".join(f"sm_{sm}" for sm in FAMILIES)
-        _warn(f"{name} is sm_{major}{minor}, and apex4 has kernels for {known}")
+        what, families = ("kernels", FAMILIES) if activation_bits == 4 else (_EIGHT_BIT_KERNELS, EIGHT_BIT_FAMILIES)
+        known = ", ".join(f"sm_{sm}" for sm in families)
+        _warn(f"{name} is sm_{sm}, and apex4 has {what} for {known or 'no GPU yet'}")
         return None
     try:
         _require_tools(index)
     except Apex4Error as error:
         _warn(f"the kernels for {name} cannot run: {error}")
         return None
-    return family.removeprefix("gemm_")
+    return TOKEN_FORMAT if activation_bits == 8 else family.removeprefix("gemm_")
 
 
 def _require_tools(index: int) -> None:
@@ -70,6 +119,16 @@ def warn_of_dtype(dtype: torch.dtype) -> None:
     """Called where kernels are there and the activations are none they read."""
     name = str(dtype).removeprefix("torch.")
     _warn(f"the kernels read bfloat16 and float16, and the model runs in {name} (load it with dtype=torch.bfloat16)")
+
+
+@cache
+def say_of_eight_bits(device: torch.device) -> None:
+    """Called where linears that the checkpoint has with 4-bit activations compute with 8."""
+    asked = asked_activations()
+    why = f"{ACTIVATIONS}={asked}" if asked != AUTO else f"{torch.cuda.get_device_name(device)} has no 4-bit units"
+    what = "linears quantized for 4-bit activations compute with 8 bits"
+    advice = f"; set {ACTIVATIONS}=4 to compute with 4" if asked == AUTO else ""
+    warnings.warn(f"apex4: {why}: {what}, which is more exact{advice}", UserWarning, stacklevel=2)
 
 
 def warn_of_wide_groups(linears: Sequence[str], group_length: int) -> None:

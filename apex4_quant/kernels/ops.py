@@ -11,7 +11,9 @@ those of operands.py and of the layout of the same name; what does not fit is re
 argument. The last arguments are those of activation_quantization.py: K is padded with zeros to `k_padded` before the transform,
 which is `matrix` or the Hadamard matrix or none. How a GPU computes the Hadamard transform of a row, and so its last bits before
 they become codes, may depend on the number of rows. On a GPU `matrix` is what quantize.configs.prepack_matrix makes, of x's
-dtype, where groups are of 128; otherwise, and on a CPU, float16 [k_padded / 128, 128, 128] as stored.
+dtype, where groups are of 128 or the format is `s8`; otherwise, and on a CPU, float16 [k_padded / 128, 128, 128] as stored.
+With a `weight_unit`, and only so, activations have 8 bits: the format is `s8`, `weight_scale` the int16 ratio of folding.py, the
+layout `sm90`, and for the quantizers `group` is `k_padded` and `clip` 1.
 On a GPU they launch the kernels on the current stream and wait for nothing. Weights, gains and matrices may be read before
 the kernel in front has ended: they must not be what that one writes.
 """
@@ -33,15 +35,15 @@ __all__ = [
 ]  # fmt: skip
 
 _HOW = "Tensor? matrix, int k_padded, int group, float clip, bool hadamard, str format"
-_WEIGHTS = "Tensor weight_packed, Tensor weight_scale, Tensor? bias, int n"
+_WEIGHTS = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_unit, Tensor? bias, int n"
 _NORM = "Tensor x, Tensor gain, float eps, float gain_offset"
 _GATE = "Tensor gate, Tensor up"
 _SCHEMAS = {
     "quantize": f"(Tensor x, {_HOW}) -> (Tensor, Tensor)",
     "rms_norm_quantize": f"({_NORM}, {_HOW}) -> (Tensor, Tensor)",
     "silu_mul_quantize": f"({_GATE}, {_HOW}) -> (Tensor, Tensor)",
-    "gemm": "(Tensor codes, Tensor scales, Tensor weight_packed, Tensor weight_scale, Tensor? bias, int m, int n, "
-    "ScalarType out) -> Tensor",
+    "gemm": "(Tensor codes, Tensor scales, Tensor weight_packed, Tensor weight_scale, Tensor? weight_unit, Tensor? bias, "
+    "int m, int n, ScalarType out) -> Tensor",
     "linear": f"(Tensor x, {_WEIGHTS}, {_HOW}) -> Tensor",
     "rms_norm_linear": f"({_NORM}, {_WEIGHTS}, {_HOW}) -> Tensor",
     "silu_mul_linear": f"({_GATE}, {_WEIGHTS}, {_HOW}) -> Tensor",
@@ -69,10 +71,10 @@ def _fake_silu_mul_quantize(gate: torch.Tensor, up: torch.Tensor, *how: *Operato
 
 
 def _fake_gemm(
-    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, m: int,
-    n: int, out: torch.dtype,
+    codes: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, m: int, n: int, out: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    require_gemm("gemm", codes, scales, packed, scale, bias, m, n)
+    require_gemm("gemm", codes, scales, packed, scale, unit, bias, m, n)
     return codes.new_empty((m, n), dtype=out)
 
 
@@ -80,30 +82,31 @@ def _fake_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
+    unit: torch.Tensor | None,
     bias: torch.Tensor | None,
     n: int,
     *how: *OperatorArguments,
 ) -> torch.Tensor:
     require_quantizer("linear", x.is_cuda, x, *how)
-    require_weights("linear", x, packed, scale, bias, n, *how)
+    require_weights("linear", x, packed, scale, unit, bias, n, *how)
     return x.new_empty((x.shape[0], n))
 
 
 def _fake_rms_norm_linear(
     x: torch.Tensor, gain: torch.Tensor, eps: float, offset: float, packed: torch.Tensor, scale: torch.Tensor,
-    bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
+    unit: torch.Tensor | None, bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("rms_norm_linear", x.is_cuda, x, *how, gain=gain)
-    require_weights("rms_norm_linear", x, packed, scale, bias, n, *how)
+    require_weights("rms_norm_linear", x, packed, scale, unit, bias, n, *how)
     return x.new_empty((x.shape[0], n))
 
 
 def _fake_silu_mul_linear(
-    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int,
-    *how: *OperatorArguments,
+    gate: torch.Tensor, up: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor | None,
+    bias: torch.Tensor | None, n: int, *how: *OperatorArguments,
 ) -> torch.Tensor:  # fmt: skip
     require_quantizer("silu_mul_linear", gate.is_cuda, gate, *how, up=up)
-    require_weights("silu_mul_linear", gate, packed, scale, bias, n, *how)
+    require_weights("silu_mul_linear", gate, packed, scale, unit, bias, n, *how)
     return gate.new_empty((gate.shape[0], n))
 
 

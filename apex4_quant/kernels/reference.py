@@ -1,16 +1,16 @@
 """The float64 reference every backend is tested against. Written to be read, not to be fast.
 
 Quantizer and GEMM are separate oracles: codes are compared with `quantize_activation`, a GEMM is compared with
-`linear` on the codes and scales it was given, never with the unquantized operands.
+`linear` on the codes and scales it was given, never with the unquantized operands. With 8-bit activations they are
+`quantize_token`, `fold` and `folded_linear`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..format.number_format import ACTIVATION_SCALE_MIN, CODE_MAX
-from .block_matrix import apply_block_matrix
-from .hadamard import apply_block_hadamard
+from ..format.number_format import ACTIVATION_SCALE_MIN, CODE_MAX, TOKEN_CODE_MAX
+from .hadamard import apply_block_hadamard, apply_block_matrix
 
 
 def quantize_activation(
@@ -23,15 +23,17 @@ def quantize_activation(
 
     s = max(clip * absmax / 7, floor) is rounded to float32, as stored; q = clamp(round_half_even(x / s), -7, 7).
     """
-    x = x.double()
-    if matrix is not None:
-        x = apply_block_matrix(x, matrix.double())
-    elif hadamard:
-        x = apply_block_hadamard(x)
-    grouped: torch.Tensor = x.unflatten(-1, (-1, group))
+    grouped: torch.Tensor = _transformed(x, hadamard, matrix).unflatten(-1, (-1, group))
     scale = (clip * grouped.abs().amax(-1) / CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN).float().double()
     codes = torch.round(grouped / scale[..., None]).clamp(-CODE_MAX, CODE_MAX)
     return codes.flatten(-2).long(), scale
+
+
+def _transformed(x: torch.Tensor, hadamard: bool, matrix: torch.Tensor | None) -> torch.Tensor:
+    x = x.double()
+    if matrix is not None:
+        return apply_block_matrix(x, matrix.double())
+    return apply_block_hadamard(x) if hadamard else x
 
 
 def group_sums(codes_a: torch.Tensor, codes_w: torch.Tensor, group: int) -> torch.Tensor:
@@ -51,4 +53,47 @@ def linear(
     """y float64 [M, N] = sum_g s_a[m, g] s_w[n, g] (integer sum) + bias. scale_a [M, G], scale_w [N, G]."""
     group = codes_a.shape[-1] // scale_a.shape[-1]
     y = torch.einsum("mng,mg,ng->mn", group_sums(codes_a, codes_w, group).double(), scale_a.double(), scale_w.double())
+    return y if bias is None else y + bias.double()
+
+
+# ---- 8-bit activations ---------------------------------------------------------------------------------------------------
+
+
+def quantize_token(
+    x: torch.Tensor, hadamard: bool = True, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K], K a multiple of 128 -> integer codes int64 [M, K] and scales float64 [M], one a token.
+
+    s = max(absmax / 127, floor) is rounded to float32, as stored; a = clamp(round_half_even(x / s), -127, 127). The transform
+    is `quantize_activation`'s.
+    """
+    x = _transformed(x, hadamard, matrix)
+    scale = (x.abs().amax(-1) / TOKEN_CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN).float().double()
+    codes = torch.round(x / scale[..., None]).clamp(-TOKEN_CODE_MAX, TOKEN_CODE_MAX)
+    return codes.long(), scale
+
+
+def fold(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int codes [N, K] and float16 scales [N, G] -> folded weights int64 [N, K] and units float64 [N]: w8 * u is about q * s_w.
+
+    R = round_half_even(4608 s_w / s_max); w8 = sign(q) floor((|q| R + 128) / 256); u = s_max / 18, rounded to float32.
+    """
+    scale = scale_w.double()
+    largest = scale.amax(1)
+    ratio = torch.round(4608 * scale / largest[:, None]).long()
+    grouped: torch.Tensor = codes_w.long().unflatten(1, (scale.shape[1], -1))
+    magnitude = torch.div(grouped.abs() * ratio[..., None] + 128, 256, rounding_mode="floor")
+    return (grouped.sign() * magnitude).flatten(1), (largest / 18).float().double()
+
+
+def folded_linear(
+    codes_a: torch.Tensor,
+    scale_a: torch.Tensor,
+    folded: torch.Tensor,
+    unit: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y float64 [M, N] = s_a[m] u[n] (integer sum of a [M, K] times w8 [N, K]) + bias. scale_a [M], unit [N]."""
+    sums = codes_a.long() @ folded.long().t()
+    y = sums.double() * scale_a.double()[:, None] * unit.double()
     return y if bias is None else y + bias.double()

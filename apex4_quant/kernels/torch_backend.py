@@ -4,6 +4,9 @@ Exact where the format says exact. Codes are integers of magnitude <= 7, so a pr
 at most 49 g: below 2^24, a float32 matrix product of codes holds it exactly, in any order of summation. (K beyond
 342,000 in one group would not; no model has it.) The dequantization costs one multiply by s_w, exact for g = 128 (13
 bits times the 11 of a float16; on a CPU it is done to the weights beforehand), and one multiply-add by s_a.
+
+With 8-bit activations weights are folded first (folding.py). A sum over 1024 inputs is at most 127 * 126 * 1024 < 2^24, so that a
+float32 product holds that of eight blocks; beyond them the parts are added as int32.
 """
 
 from __future__ import annotations
@@ -12,15 +15,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX
-from .block_matrix import apply_block_matrix
-from .hadamard import apply_block_hadamard
+from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, TOKEN_CODE_MAX
+from .folding import fold, fold_codes
+from .hadamard import apply_block_hadamard, apply_block_matrix
 
 ROWS_AT_ONCE = 2048  # tokens per pass: bounds the float32 partial sums, [rows, N]
 
 # On a CPU fewer, so that a pass over the rows finds them in a core's cache, and malloc has room for them without asking the
 # system: with 2048 rows of 768 the quantizer took four times as long. A product wants so many rows at least.
 CPU_ELEMENTS, CPU_ROWS = 2**18, 256
+
+EXACT_INPUTS = 1024  # input features whose sums of 8-bit products are exact in float32
 
 # int8 codes [N, K], float16 scales [N, G] and a bias [N] or None.
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -43,16 +48,29 @@ def quantize_activation(
 
     NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
     """
+    return _quantize_in_ranges(x, group, clip, hadamard, matrix, CODE_MAX)
+
+
+def quantize_token(
+    x: torch.Tensor, hadamard: bool = True, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_activation`, to 8 bits with one scale a token: codes float32 [M, 1, K] (integers), scales float32 [M, 1]."""
+    return _quantize_in_ranges(x, x.shape[1], 1.0, hadamard, matrix, TOKEN_CODE_MAX)
+
+
+def _quantize_in_ranges(
+    x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None, code_max: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     matrix = None if matrix is None else matrix.float()
     ranges = list(row_ranges(len(x), x.shape[1], x.device))
     if len(ranges) < 2:
-        return _quantize(x, group, clip, hadamard, matrix)
-    codes, scales = zip(*(_quantize(x[rows], group, clip, hadamard, matrix) for rows in ranges), strict=True)
+        return _quantize(x, group, clip, hadamard, matrix, code_max)
+    codes, scales = zip(*(_quantize(x[rows], group, clip, hadamard, matrix, code_max) for rows in ranges), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
 
 def _quantize(
-    x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None
+    x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None, code_max: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     if matrix is not None:
@@ -60,8 +78,8 @@ def _quantize(
     elif hadamard:
         x = apply_block_hadamard(x)
     grouped = x.unflatten(-1, (-1, group))
-    scale = (grouped.abs().amax(-1) * (clip / CODE_MAX)).clamp_min(ACTIVATION_SCALE_MIN)
-    codes = (grouped / scale[..., None]).round_().clamp_(-CODE_MAX, CODE_MAX)
+    scale = (grouped.abs().amax(-1) * (clip / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
+    codes = (grouped / scale[..., None]).round_().clamp_(-code_max, code_max)
     return codes, scale
 
 
@@ -73,12 +91,14 @@ def linear(
     clip: float = 1.0,
     hadamard: bool = True,
     matrix: torch.Tensor | None = None,
+    activation_bits: int = 4,
 ) -> torch.Tensor:
-    """y [..., N] in x's dtype: quantize x [..., K], multiply by int8 codes_w [N, K_padded], dequantize per group.
+    """y [..., N] in x's dtype: quantize x [..., K], multiply by int8 codes_w [N, K_padded], dequantize.
 
-    scale_w is float16 [N, G], matrix None or [K_padded / 128, 128, 128]; K is padded with zeros to K_padded; bias [N] is added in float32.
+    scale_w is float16 [N, G], matrix None or [K_padded / 128, 128, 128]; K is padded with zeros to K_padded; bias [N] is added in
+    float32. `clip` is of 4-bit activations.
     """
-    return linears(x, [(codes_w, scale_w, bias)], clip, hadamard, matrix)[0]
+    return linears(x, [(codes_w, scale_w, bias)], clip, hadamard, matrix, activation_bits)[0]
 
 
 @torch.no_grad()  # rounding has no gradient worth having
@@ -88,6 +108,7 @@ def linears(
     clip: float = 1.0,
     hadamard: bool = True,
     matrix: torch.Tensor | None = None,
+    activation_bits: int = 4,
 ) -> list[torch.Tensor]:
     """What `linear` returns for each of `weights`, which have K_padded and G in common: x is quantized once."""
     # Under autocast the products of codes would be rounded to 16 bits.
@@ -95,15 +116,18 @@ def linears(
         padded_k, groups = weights[0][0].shape[1], weights[0][1].shape[1]
         matrix = None if matrix is None else matrix.float()
         rows = x.reshape(-1, x.shape[-1])
-        grouped = [grouped_weight(codes, scale) for codes, scale, _ in weights]
+        in_tokens = activation_bits == 8
+        group, code_max = (padded_k, TOKEN_CODE_MAX) if in_tokens else (padded_k // groups, CODE_MAX)
+        prepare, product = (folded_weight, multiply_folded) if in_tokens else (grouped_weight, multiply)
+        prepared = [prepare(codes, scale) for codes, scale, _ in weights]
         results = [torch.empty(len(rows), len(codes), dtype=x.dtype, device=x.device) for codes, _, _ in weights]
         for some in row_ranges(len(rows), padded_k, x.device):
             part = rows[some]
             if part.shape[1] < padded_k:
                 part = torch.nn.functional.pad(part, (0, padded_k - part.shape[1]))
-            codes, scale_a = _quantize(part, padded_k // groups, clip, hadamard, matrix)
-            for y, (weight, scale_w), (_, _, bias) in zip(results, grouped, weights, strict=True):
-                y[some] = multiply(codes, scale_a, weight, scale_w, bias)
+            codes, scale_a = _quantize(part, group, 1.0 if in_tokens else clip, hadamard, matrix, code_max)
+            for y, (weight, factor), (_, _, bias) in zip(results, prepared, weights, strict=True):
+                y[some] = product(codes, scale_a, weight, factor, bias)
         return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
 
 
@@ -139,3 +163,35 @@ def multiply(
     if bias is not None:
         total += bias.float()
     return total
+
+
+def folded_weight(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [N, K] and float16 scales [N, G] as `multiply_folded` wants them: float32 [N, K] (integers) and unit [N]."""
+    ratio, unit = fold(scale_w)
+    return fold_codes(codes_w, ratio).float(), unit
+
+
+def multiply_folded(
+    codes: torch.Tensor,
+    scale_a: torch.Tensor,
+    weight: torch.Tensor,
+    unit: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """float32 [M, N] from codes float32 [M, 1, K] and scale_a float32 [M, 1], and what `folded_weight` returns."""
+    assert unit is not None
+    total = exact_product(codes[:, 0], weight) * scale_a * unit
+    if bias is not None:
+        total += bias.float()
+    return total
+
+
+def exact_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 [M, N], the exact integer product of 8-bit codes [M, K] and folded weights [N, K], both float32, rounded once."""
+    if codes.shape[1] <= EXACT_INPUTS:
+        return codes @ weight.t()
+    pairs = zip(codes.split(EXACT_INPUTS, 1), weight.split(EXACT_INPUTS, 1), strict=True)
+    sums = torch.zeros(len(codes), len(weight), dtype=torch.int32, device=codes.device)
+    for part_a, part_w in pairs:
+        sums += (part_a @ part_w.t()).int()
+    return sums.float()

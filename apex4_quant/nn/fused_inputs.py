@@ -25,7 +25,8 @@ class KernelWeights(NamedTuple):
     """What the operators multiply by, in the layout of the kernels: of one linear, or of several one behind the other."""
 
     packed: torch.Tensor  # uint8
-    scale: torch.Tensor  # float16
+    scale: torch.Tensor  # float16, or with 8-bit activations the ratio, int16
+    unit: torch.Tensor | None  # float32, with 8-bit activations
     bias: torch.Tensor | None  # float32 [out_features]
     out_features: int
 
@@ -63,7 +64,7 @@ class LinearInput:
     def multiply(self, operands: Operands, weights: KernelWeights) -> torch.Tensor:
         """y [..., N] of what `quantize` returned."""
         shape = self._x.shape[:-1]
-        y: torch.Tensor = ops.gemm(*operands, *weights[:3], shape.numel(), weights.out_features, self._x.dtype)
+        y: torch.Tensor = ops.gemm(*operands, *weights[:4], shape.numel(), weights.out_features, self._x.dtype)
         return y.reshape(*shape, weights.out_features)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,12 @@ import torch
 from torch import nn
 
 from ..errors import Apex4Error
-from ..format.layouts import get_layout
-from ..format.number_format import BLOCK
+from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels import dispatch, ops, torch_backend
 from ..kernels.activation_quantization import ActivationQuantization, OperatorArguments
-from ..kernels.operands import HALVES
+from ..kernels.operands import HALVES, TOKEN_FORMAT, fold_scales, layout_of_format
 from ..kernels.quantize.configs import prepack_matrix
 from ..private_names import is_offloaded, offloaded_tensor
 from .fused_inputs import KernelWeights, LinearInput, Plain
@@ -52,8 +51,12 @@ class InputSharing(Protocol):
 
 
 class Apex4Linear(nn.Module):
-    """y = W4A4(x) + bias. Parameters, as stored: `weight_packed` uint8, `weight_scale` float16, `bias` or None, and
-    `input_transform` float16 if this linear stores the dense transform of its input (`take_transform_from`: another)."""
+    """y = W4A4(x) + bias, or W4A8(x) + bias. Parameters, as stored: `weight_packed` uint8, `weight_scale` float16, `bias` or
+    None, and `input_transform` float16 if this linear stores the dense transform of its input (`take_transform_from`: another).
+
+    `activation_bits` is what it computes with, from when it was prepared for its device; `format.activation_bits` what the
+    checkpoint says.
+    """
 
     def __init__(self, format: LinearFormat, bias: bool, dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
@@ -71,6 +74,9 @@ class Apex4Linear(nn.Module):
         self._transform_owner: tuple[Apex4Linear, ...] = ()  # a tuple hides it from nn.Module: it is no child
         self.layout = format.layout  # of the tensors as they are now
         self.kernel: str | None = None  # the activation format of the kernels that compute, None: PyTorch operations
+        self.activation_bits = format.activation_bits
+        self.keeps_activation_bits = False  # those of the format, on every device
+        self.folded: tuple[torch.Tensor, torch.Tensor] | None = None  # ratio and unit, for kernels of 8-bit activations
         self._prepared_on: torch.device | None = None
         self.float_bias: torch.Tensor | None = None  # what the kernels add
         self.prepacked: dict[torch.dtype, torch.Tensor] = {}  # the dense transform stored here, as kernels read it
@@ -137,15 +143,21 @@ class Apex4Linear(nn.Module):
             clip=self.format.activation_clip,
             hadamard=self.format.transform is TransformKind.HADAMARD,
             matrix=self.transform_matrix(),
+            activation_bits=self.activation_bits,
         )
 
     def kernel_weights(self) -> KernelWeights:
         """What the operators multiply by."""
-        if self.layout.name == self.kernel:
-            return KernelWeights(self.weight_packed, self.weight_scale, self.float_bias, self.out_features)
-        layout = get_layout(self.kernel or "")  # offloaded: the tensors come anew for every call, in the stored order
-        packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
-        return KernelWeights(packed, scale, self.float_bias, self.out_features)
+        layout = layout_of_format(self.kernel or "")
+        packed, scale, unit = self.weight_packed, self.weight_scale, None
+        # Offloaded: the tensors come anew for every call, in the stored order.
+        if self.layout.name != layout.name:
+            packed = layout.pack(self.codes())
+        if self.kernel == TOKEN_FORMAT:
+            scale, unit = self.folded or fold_scales(self.scales())
+        elif self.layout.name != layout.name:
+            scale = layout.pack_scales(self.scales())
+        return KernelWeights(packed, scale, unit, self.float_bias, self.out_features)
 
     def quantizer_arguments(self, dtype: torch.dtype, device: torch.device) -> OperatorArguments:
         """The last arguments of the operators, for an input of this dtype on this device."""
@@ -155,7 +167,7 @@ class Apex4Linear(nn.Module):
 
     def _kernel_matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """The learned transform as the operators read it."""
-        if device.type != "cuda" or self.format.group_length != BLOCK:
+        if device.type != "cuda" or self.quantizes_by_torch:
             return self.transform_matrix()
         owner = self.transform_owner
         if is_offloaded(owner):
@@ -173,23 +185,36 @@ class Apex4Linear(nn.Module):
                 owner.prepacked[dtype] = found
         return found
 
+    def arithmetic_on(self, device: torch.device) -> tuple[str | None, int]:
+        """What `prepare` takes, as the device does best, or as the format says where this linear keeps to it."""
+        bits = self.format.activation_bits
+        if not self.keeps_activation_bits and self.format.may_have_eight_bits:
+            bits = dispatch.activation_bits(device, bits)
+        if bits != self.format.activation_bits:
+            dispatch.say_of_eight_bits(device)
+        return dispatch.kernel_format(device, bits), bits
+
     @torch.inference_mode(False)  # what it makes outlives the call that may be under it
-    def prepare(self, kernel: str | None) -> None:
+    def prepare(self, kernel: str | None, activation_bits: int | None = None) -> None:
         """Compute with the kernels of this activation format, or None: with PyTorch operations, from now on.
 
-        The tensors are put into the layout of the same name, one linear's at a time, in the place of the old ones.
+        `activation_bits`: those of the format, or for PyTorch operations any; None: as the checkpoint says. The tensors are put
+        into the layout that the kernels read, one linear's at a time, in the place of the old ones.
         """
+        if activation_bits is None:
+            activation_bits = self.format.activation_bits
+        if kernel is not None:
+            activation_bits = 8 if kernel == TOKEN_FORMAT else 4
         with PREPARING:
             device = self.weight_packed.device
             if kernel is not None and device.type == "cuda":
                 ops.prepare(device)
-            if kernel is not None and self.layout.name != kernel:
-                layout = get_layout(kernel)
+            if kernel is not None and self.layout.name != (layout := layout_of_format(kernel)).name:
                 packed, scale = layout.pack(self.codes()), layout.pack_scales(self.scales())
                 self.weight_packed = nn.Parameter(packed, requires_grad=False)
                 self.weight_scale = nn.Parameter(scale, requires_grad=False)
                 self.layout = layout
-            self.kernel = kernel
+            self.kernel, self.activation_bits = kernel, activation_bits
             self._renew()
             self._prepared_on = device  # last: until then other threads that call this linear wait for the lock
 
@@ -198,13 +223,13 @@ class Apex4Linear(nn.Module):
         with PREPARING:
             if self._prepared_on == device:  # by another thread meanwhile
                 return
-            kernel = dispatch.kernel_format(device)
+            kernel, bits = self.arithmetic_on(device)
             if is_offloaded(self):
-                self.kernel = kernel
+                self.kernel, self.activation_bits = kernel, bits
                 self._renew()
                 self._prepared_on = device
             elif self.weight_packed.device == device:
-                self.prepare(kernel)
+                self.prepare(kernel, bits)
             if self.quantizes_by_torch:
                 dispatch.warn_of_wide_groups([f"a linear ({self.extra_repr()})"], self.format.group_length)
 
@@ -215,9 +240,12 @@ class Apex4Linear(nn.Module):
         self._quantization = None
         if self.kernel is not None:
             hadamard = format.transform is TransformKind.HADAMARD
-            self._quantization = ActivationQuantization(
-                format.padded_k, format.group_length, format.activation_clip, hadamard, self.kernel
-            )
+            in_tokens = self.kernel == TOKEN_FORMAT
+            group, clip = (format.padded_k, 1.0) if in_tokens else (format.group_length, format.activation_clip)
+            self._quantization = ActivationQuantization(format.padded_k, group, clip, hadamard, self.kernel)
+        self.folded = None
+        if self.kernel == TOKEN_FORMAT and self.weight_scale.device.type != "meta" and not is_offloaded(self):
+            self.folded = fold_scales(self.scales())
         bias = self.bias if self.kernel is not None else None
         self.float_bias = None if bias is None or bias.device.type == "meta" else bias.detach().float()
         self.prepacked = {}
@@ -227,7 +255,8 @@ class Apex4Linear(nn.Module):
     @property
     def quantizes_by_torch(self) -> bool:
         """Whether this linear's input is quantized by PyTorch operations though it has kernels: none takes such groups."""
-        return self.kernel is not None and self.format.transform.is_learned and self.format.group_length != BLOCK
+        wide = self.format.group_length != BLOCK and self.kernel != TOKEN_FORMAT
+        return self.kernel is not None and self.format.transform.is_learned and wide
 
     def take_transform_from(self, owner: Apex4Linear) -> None:
         """Use the dense transform that `owner`, which reads the same input, stores."""
@@ -279,7 +308,7 @@ class Apex4Linear(nn.Module):
                 setattr(self, name, nn.Parameter(data.to(now.device), requires_grad=False))
         device = self.weight_packed.device
         if device.type != "meta" and self._prepared_on is not None and device != self._prepared_on:
-            self.prepare(dispatch.kernel_format(device))
+            self.prepare(*self.arithmetic_on(device))
         else:
             self._renew()
         return self
@@ -303,7 +332,8 @@ class Apex4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         group = self.format.group_size
-        return f"in={self.in_features}, out={self.out_features}, group={group}, layout={self.layout.name}"
+        bits = "" if self.activation_bits == BITS else f", activations={self.activation_bits} bits"
+        return f"in={self.in_features}, out={self.out_features}, group={group}{bits}, layout={self.layout.name}"
 
 
 def input_of(x: torch.Tensor | LinearInput) -> LinearInput:

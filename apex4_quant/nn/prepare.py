@@ -15,6 +15,7 @@ from torch import nn
 from ..environment import FUSE as VARIABLE
 from ..errors import UsageError
 from ..kernels import dispatch
+from ..kernels.operands import TOKEN_FORMAT
 from ..models.families import Family, InputGroup
 from .call_scope import CallScope
 from .deferring import ATTRIBUTE as DEFERRING
@@ -39,7 +40,7 @@ def prepare_model(
 ) -> None:
     """Make every Apex4Linear of a loaded model compute as its device does best, and share inputs where linears do.
 
-    `kernel` is the activation format of the operators on a CPU, for tests; otherwise the device decides. `fuse`: whether
+    `kernel` is the activation format of the operators on a CPU, for tests; otherwise the device decides, and APEX4_ACTIVATIONS. `fuse`: whether
     linears share inputs, and norms and activation functions are computed by the quantizer behind them; None: APEX4_FUSE
     decides. May be called again at any time; what an earlier call has set up is taken away first.
     """
@@ -54,7 +55,7 @@ def prepare_model(
             if module.shared is not None:
                 module.shared.detach()
             if module.weight_packed.device.type != "meta":
-                module.prepare(kernel or dispatch.kernel_format(module.weight_packed.device))
+                module.prepare(*_arithmetic(module, kernel))
             if module.quantizes_by_torch:
                 by_torch.append((name, module))
     if by_torch:
@@ -67,6 +68,13 @@ def prepare_model(
         prefix = prefix.removeprefix(f"{model.base_model_prefix}.")
     for index, layer in enumerate(model.get_submodule(prefix).children()):
         _prepare_layer(layer, family, family.groups(config, index))
+
+
+def _arithmetic(module: Apex4Linear, kernel: str | None) -> tuple[str | None, int]:
+    if kernel is None:
+        return module.arithmetic_on(module.weight_packed.device)
+    bits = 8 if kernel == TOKEN_FORMAT else module.format.activation_bits
+    return (TOKEN_FORMAT if bits == 8 else kernel), bits
 
 
 def _prepare_layer(layer: nn.Module, family: Family, groups: list[InputGroup]) -> None:
@@ -101,7 +109,7 @@ def _readers_of_one_tensor(layer: nn.Module, groups: Iterable[InputGroup]) -> It
             if isinstance(module, Apex4Linear):
                 how = module.format
                 owner = id(module.transform_owner) if how.transform.is_learned else None
-                transform = (how.transform, owner, how.activation_clip)
+                transform = (how.transform, owner, how.activation_clip, how.activation_bits)
                 key = (name.rpartition(".")[0], position, how.padded_k, how.group_length, transform)
                 alike.setdefault(key, []).append(module)
     return (tuple(members) for members in alike.values() if len(members) > 1)

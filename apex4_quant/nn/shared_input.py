@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from ..format.layout_name import KERNEL_TILE_N
-from ..kernels.operands import Operands
+from ..kernels.operands import Operands, layout_of_format
 from ..private_names import mark_static_address, written_count
 from .call_scope import CallScope
 from .fused_inputs import KernelWeights, LinearInput
@@ -129,7 +129,7 @@ class SharedInput:
         first = self.members[0]
         device = first.weight_packed.device
         return first.kernel is not None and all(
-            member.layout.name == first.kernel
+            member.layout.name == layout_of_format(first.kernel).name
             and member.out_features % KERNEL_TILE_N == 0
             and member.weight_packed.device == device
             and device.type != "meta"
@@ -150,10 +150,23 @@ class SharedInput:
             bias = torch.cat(parts)
             for member, part in zip(self.members, bias.split([len(part) for part in parts]), strict=True):
                 member.float_bias = None if member.float_bias is None else part
-        for tensor in (packed, scale, bias):
+        unit = None
+        if self.members[0].folded is not None:
+            scale, unit = self._joined_folded()
+        for tensor in (packed, scale, unit, bias):
             if tensor is not None:
                 mark_static_address(tensor)  # they are weights
-        return KernelWeights(packed, scale, bias, sum(member.out_features for member in self.members))
+        return KernelWeights(packed, scale, unit, bias, sum(member.out_features for member in self.members))
+
+    def _joined_folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The members' ratios, and their units: tensors whose parts the members have afterwards."""
+        folded = [member.folded for member in self.members]
+        ratios, units = ([pair[which] for pair in folded if pair is not None] for which in (0, 1))
+        ratio, unit = torch.cat(ratios), torch.cat(units)
+        parts = (tensor.split([len(part) for part in each]) for tensor, each in ((ratio, ratios), (unit, units)))
+        for member, *pair in zip(self.members, *parts, strict=True):
+            member.folded = pair[0], pair[1]
+        return ratio, unit
 
     def _joined(self, name: str) -> torch.Tensor:
         """The members' parameters `name` in one tensor, whose parts they are afterwards."""

@@ -201,9 +201,8 @@ def _text(
     lines = [
         f"# {name}",
         "",
-        f"{origin}, quantized to W{quant.get('bits')}A{quant.get('activation_bits')} with apex4: the linear layers "
-        f"compute on INT{quant.get('bits')} weights and INT{quant.get('activation_bits')} activations, in groups of "
-        f"{quant.get('group_size')}.",
+        f"{origin}, quantized to {facts.format_name(checkpoint)} with apex4: the linear layers compute on INT4 weights and "
+        f"{facts.activations_name(checkpoint)} activations, in groups of {quant.get('group_size')}.",
         "",
         "## Load",
         "",

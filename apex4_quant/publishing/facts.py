@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..format.quant_config import QuantConfig
 from ..format.storage import format_bytes
 from .base_model import BaseModel
 from .folder import CheckpointFolder
@@ -83,6 +84,16 @@ def comparisons(record: dict[str, Any]) -> list[Comparison]:
     return found
 
 
+def format_name(checkpoint: CheckpointFolder) -> str:
+    """ "W4A4", "W4A8", or both."""
+    return QuantConfig.from_dict(checkpoint.quantization).name
+
+
+def activations_name(checkpoint: CheckpointFolder) -> str:
+    """ "INT4", "INT8", or both."""
+    return format_name(checkpoint).replace("W4A", "INT")
+
+
 def quality_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == QUALITY]
 
@@ -98,6 +109,7 @@ def conditions(record: dict[str, Any]) -> str:
     kernels = [name for name in record["activations"]["kernels"] if name != "reference"]
     how = f"the {' and '.join(kernels)} kernels" if kernels else "PyTorch operations"
     bits = record["activations"]["bits"]
+    bits = " and ".join(map(str, bits)) if isinstance(bits, list) else bits
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     if record["kind"] == THROUGHPUT:
         what = f"{result['batch']} requests of {result['prompt_len']} + {result['gen_len']} tokens"
@@ -205,7 +217,7 @@ def reproducing_command(checkpoint: CheckpointFolder, base: BaseModel) -> list[s
         options.append(("--plan", "plan.json"))
     else:
         options += [("--group-size", settings.get("group_size")), ("--transform", settings.get("transform"))]
-    for name in ("target", "layout", "calib", "samples", "seq_len", "seed", "bos", "dtype"):
+    for name in ("activation_bits", "target", "layout", "calib", "samples", "seq_len", "seed", "bos", "dtype"):
         value = settings.get(name)
         options.append((f"--{name.replace('_', '-')}", public_name(str(value)) if value is not None else None))
     options += [("--ignore", pattern) for pattern in settings.get("ignore") or ()]

@@ -3,9 +3,10 @@
     {"version": 1,
      "weights": SHA-256 over the recorded checksums of all weight files,
      "records": [{"kind": "quality" or "throughput", "date": ..., "command": ..., "versions": {...}, "device": {...},
-                  "activations": {"bits": ..., "kernels": [...]}, "result": what `apex4 eval --json` printed}]}
+                  "activations": {"bits": 4, 8 or [4, 8], "kernels": [...]}, "result": what `apex4 eval --json` printed}]}
 
-A measurement made again with the same settings takes the place of the first one. Measurements belong to the weights they
+`activations` says what the linears computed with, which may be more bits than the checkpoint says. A measurement made again with
+the same settings and so computed takes the place of the first one. Measurements belong to the weights they
 were made with: those of other weights are refused, when they are written and when they are read.
 """
 
@@ -82,10 +83,7 @@ def record_evaluation(path: str, result: dict[str, Any], command: Sequence[str])
         "command": shlex.join(["apex4", *map(public_name, command)]),
         "versions": _versions(),
         "device": describe_device(str(result["device"])),
-        "activations": {
-            "bits": checkpoint.quantization.get("activation_bits"),
-            "kernels": _kernels(kind, result),
-        },
+        "activations": _activations(result["result"] if kind == THROUGHPUT else result),
         "result": _public(result),
     }
     kept = [one for one in read_records(checkpoint) if _identity(one) != _identity(record)]
@@ -115,7 +113,8 @@ def _identity(record: dict[str, Any]) -> tuple[Any, ...]:
     result = record["result"]
     tasks = tuple(sorted(result.get("tasks") or {}))
     kind = record.get("kind", QUALITY)
-    return (kind, tasks, *(str(result.get(name)) for name in _SETTINGS[kind]))
+    bits = str(record.get("activations", {}).get("bits"))
+    return (kind, tasks, bits, *(str(result.get(name)) for name in _SETTINGS[kind]))
 
 
 def _versions() -> dict[str, str]:
@@ -154,12 +153,6 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _kernels(kind: str, result: dict[str, Any]) -> list[str]:
-    """Formats of the activations that the kernels computed with, or "reference": PyTorch operations."""
-    if kind == THROUGHPUT:
-        return list(result["result"]["kernels"])
-    import torch
-
-    from ..kernels.dispatch import kernel_format
-
-    return [kernel_format(torch.device(str(result["device"]))) or "reference"]
+def _activations(measured: dict[str, Any]) -> dict[str, Any]:
+    bits = list(measured["activation_bits"])
+    return {"bits": bits[0] if len(bits) == 1 else bits, "kernels": list(measured["kernels"])}

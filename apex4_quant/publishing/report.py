@@ -86,7 +86,7 @@ def _summary(checkpoint: CheckpointFolder, base: BaseModel) -> Iterable[str]:
     rows = [
         ("original", base.name + (f", commit {base.revision}" if base.revision else "")),
         ("architecture", str(report.get("architecture", "not recorded"))),
-        ("format", f"W{quant.get('bits')}A{quant.get('activation_bits')}, group {quant.get('group_size')}"),
+        ("format", f"{facts.format_name(checkpoint)}, group {quant.get('group_size')}"),
         ("packed for", f"{facts.packed_for(checkpoint)}, layout {quant.get('layout')}"),
         ("weight files", f"{len(report['files'])}, {format_bytes(checkpoint.weight_bytes)}"),
     ]

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from ..calib.probes import evenly_spaced
+from ..format.number_format import BITS
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
@@ -252,7 +253,8 @@ def decide_input(
     weighed: Callable[[], Iterator[torch.Tensor]],
     say: Say,
 ) -> InputDecision:
-    """Learn the input's transform, where the plan wants one, and search its clip ratio, where the recipe does.
+    """Learn the input's transform, where the plan wants one, and search its clip ratio, where the recipe does and activations
+    have 4 bits.
 
     `weighed` gives the weights that read the input, float32 [N_i, padded K], rows scaled by how much their errors matter;
     `gradients` are by full linear name, as far as they are known.
@@ -267,9 +269,10 @@ def decide_input(
             recipe.transform_steps,
             format.transform is TransformKind.SHARED,
             None if found is None else pad_input_features(found.rows, format),
+            format.activation_bits,
             warn=lambda text: say(f"{reader}: {text}"),
         )
-    if recipe.search_clip:
+    if recipe.search_clip and format.activation_bits == BITS:
         amplifying = weighed() if found is None else iter([found.rows])  # an error of the input
         bases = (transform_weight(rows, format, matrix) for rows in amplifying)
         inputs = evenly_spaced(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
@@ -319,6 +322,7 @@ def pack(
 ) -> Apex4Linear:
     """The linear that stores `codes` and `scales` in the format's layout; `owner` stores the transform if it does not."""
     linear = Apex4Linear.from_codes(format, codes, scales, bias, matrix)
+    linear.keeps_activation_bits = True  # the layers behind are calibrated with the checkpoint's arithmetic
     if format.transform_from is not None:
         assert owner is not None
         linear.take_transform_from(owner)

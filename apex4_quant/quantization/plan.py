@@ -10,11 +10,12 @@ from typing import Any
 
 from ..errors import UsageError
 from ..format.layouts import get_layout
-from ..format.number_format import GroupSize
-from ..format.quant_config import LinearFormat, QuantConfig
+from ..format.number_format import BITS, LARGEST_K_OF_TOKENS, GroupSize
+from ..format.quant_config import EIGHT_BIT_VERSION, FORMAT_VERSION, LinearFormat, QuantConfig
 from ..format.storage import format_bytes
 from ..format.transform_kind import TransformKind
 from ..hardware.gpus import resolve_target
+from ..kernels.runtime.architectures import eight_bit_family
 from ..models.source import ModelSource
 from ..recipes import Recipe, get_recipe
 from .plan_file import PlanEntry
@@ -93,6 +94,7 @@ def plan_of(source: ModelSource, settings: ResolvedSettings) -> Plan:
         target={"gpu": target.gpu, "arch": target.arch},
         ignore=settings.ignore,
         entries=settings.plan,
+        activation_bits=settings.activation_bits,
     )
 
 
@@ -106,15 +108,25 @@ def build_plan(
     target: dict[str, str | None],
     ignore: tuple[str, ...],
     entries: Mapping[str, PlanEntry] | None = None,
+    activation_bits: int = BITS,
 ) -> Plan:
     """Decide every linear of `source`. `entries` of a plan, by full module name, override `group_size` and, where they name
-    one, `transform`.
+    one, `transform` and `activation_bits`.
 
-    Raises UsageError if an --ignore pattern matches nothing, or everything does, or a plan misses a linear.
+    Raises UsageError if an --ignore pattern matches nothing, or everything does, or a plan misses a linear, or the target has
+    no kernel for 8-bit activations that are asked for.
     """
     family = source.family
     asked = get_recipe(recipe)
-    base = LinearFormat(1, 1, group_size, get_layout(layout), transform, asked.activation_clip)
+    base = LinearFormat(
+        1,
+        1,
+        group_size,
+        get_layout(layout),
+        transform,
+        _clip_of(asked, activation_bits),
+        activation_bits=activation_bits,
+    )
     linears: list[PlannedLinear] = []
     quantized_tensors: set[str] = set()
     ignored: list[str] = []
@@ -135,6 +147,7 @@ def build_plan(
                 entry = None if entries is None else entries.get(name)
                 if entries is not None and entry is None:
                     raise UsageError(f"the plan says nothing of {name}: add it, or keep it with --ignore")
+                bits = (entry.activation_bits if entry else None) or activation_bits
                 format = replace(
                     base,
                     out_features=out_features,
@@ -142,7 +155,11 @@ def build_plan(
                     group_size=entry.group_size if entry else group_size,
                     transform=(entry.transform if entry else None) or transform,
                     transform_from=owner,
+                    activation_bits=bits,
+                    activation_clip=_clip_of(asked, bits),
                 )
+                if bits != BITS:
+                    _require_eight_bits(name, format, target)
                 if format.transform.is_learned:
                     owner = owner or name
                 linears.append(PlannedLinear(name, layer, position, format))
@@ -173,13 +190,36 @@ def build_plan(
         group_size=group_size,
         layout=layout,
         transform=transform,
-        activation_clip=asked.activation_clip,
+        activation_clip=base.activation_clip,
+        activation_bits=base.activation_bits,
+        format_version=(
+            FORMAT_VERSION if all(each.format.activation_bits == BITS for each in linears) else EIGHT_BIT_VERSION
+        ),
         target=target,
         modules={linear.name: changed for linear in linears if (changed := _override(linear.format, base))},
         modules_to_not_convert=[family.head, *ignored],
         recipe=asked.name,
     )
     return Plan(tuple(linears), kept, config, asked)
+
+
+def _clip_of(recipe: Recipe, activation_bits: int) -> float:
+    return recipe.activation_clip if activation_bits == BITS else 1.0
+
+
+def _require_eight_bits(name: str, format: LinearFormat, target: dict[str, str | None]) -> None:
+    """Raise UsageError if the linear cannot have 8-bit activations, or the target not compute with them."""
+    if not format.may_have_eight_bits:
+        raise UsageError(
+            f"{name} has {format.padded_k} input features, more than the {LARGEST_K_OF_TOKENS} that can be summed with 8-bit "
+            "activations: give it 4 in a plan"
+        )
+    arch = target["arch"]
+    if arch is not None and eight_bit_family(int(arch.removeprefix("sm_"))) is None:
+        raise UsageError(
+            f"{name} is to have 8-bit activations, and apex4 has no kernel for them for {target['gpu'] or arch}: "
+            "use 4 bits, or --target none"
+        )
 
 
 def _override(format: LinearFormat, base: LinearFormat) -> dict[str, Any]:
@@ -193,6 +233,8 @@ def _override(format: LinearFormat, base: LinearFormat) -> dict[str, Any]:
         entry["shape"] = [format.out_features, format.in_features]
     if format.transform_from is not None:
         entry["transform_from"] = format.transform_from
+    if format.activation_bits != base.activation_bits:
+        entry["activation_bits"] = format.activation_bits
     return entry
 
 
@@ -209,6 +251,7 @@ def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:
                 "transform": str(linear.format.transform),
                 "bytes": linear.format.stored_bytes,
             }
+            | ({} if linear.format.activation_bits == BITS else {"activation_bits": linear.format.activation_bits})
             for linear in plan.linears
         ],
         "kept": [{"name": kept.name, "reason": str(kept.reason), "bytes": kept.bytes} for kept in plan.kept],
@@ -225,8 +268,9 @@ def plan_as_text(plan: Plan, source: ModelSource) -> str:
     for linear in plan.linears:
         shape = f"{linear.format.out_features} x {linear.format.in_features}"
         padded = " (padded)" if linear.format.is_padded else ""
+        bits = "" if linear.format.activation_bits == BITS else f"  A{linear.format.activation_bits}"
         lines.append(
-            f"  {linear.name:{width}}  {shape:>15}  group {linear.format.group_size}  {linear.format.transform}  "
+            f"  {linear.name:{width}}  {shape:>15}  group {linear.format.group_size}  {linear.format.transform}{bits}  "
             f"{format_bytes(linear.format.stored_bytes):>9}{padded}"
         )
     reasons: dict[str, list[KeptTensor]] = {}

@@ -1,14 +1,14 @@
-"""The plan file: group size and transform of every linear, written by `apex4 plan`, edited by people, read by
+"""The plan file: group size, transform and activation bits of every linear, written by `apex4 plan`, edited by people, read by
 `apex4 quantize --plan`.
 
     apex4_plan: 1
     architecture: LlamaForCausalLM
     linears:
-      model.layers.0.self_attn.q_proj: {group_size: 128, transform: dense128, shape: [4096, 4096]}
+      model.layers.0.self_attn.q_proj: {group_size: 128, transform: dense128, activation_bits: 8, shape: [4096, 4096]}
 
-YAML, or JSON if the name ends so (which is YAML too). `transform` may be left away: the run's is used then. Everything
-else at the top (model, target, mode, ...) says how the plan came about and binds nobody. Linears that read one input
-transform and quantize it once, so they must have one group size and one transform.
+YAML, or JSON if the name ends so (which is YAML too). `transform` and `activation_bits` may be left away: the run's are used
+then. Everything else at the top (model, target, mode, ...) says how the plan came about and binds nobody. Linears that read one
+input transform and quantize it once, so they must have one group size, one transform and one number of bits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-from ..format.number_format import BLOCK, GroupSize, parse_group_size
+from ..format.number_format import BITS, BLOCK, GroupSize, parse_activation_bits, parse_group_size
 from ..format.transform_kind import TransformKind
 from ..models.source import ModelSource
 
 PLAN_VERSION = 1
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
 _INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "bos", "budget", "max_loss", "predicted")
-_ENTRY_KEYS = ("group_size", "transform", "shape")
+_ENTRY_KEYS = ("group_size", "transform", "activation_bits", "shape")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,16 @@ class PlanEntry:
     group_size: GroupSize
     transform: TransformKind | None = None  # None: that of the run
     shape: tuple[int, int] | None = None  # [out, in] as the file claims it
+    activation_bits: int | None = None  # None: those of the run
 
     def as_dict(self) -> dict[str, Any]:
         """What a run records."""
-        return {"group_size": self.group_size} | ({} if self.transform is None else {"transform": str(self.transform)})
+        entry: dict[str, Any] = {"group_size": self.group_size}
+        if self.transform is not None:
+            entry["transform"] = str(self.transform)
+        if self.activation_bits is not None:
+            entry["activation_bits"] = self.activation_bits
+        return entry
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,14 @@ class PlanFile:
     def names_transforms(self) -> bool:
         return any(entry.transform is not None for entry in self.linears.values())
 
-    def for_model(self, source: ModelSource, transform: TransformKind) -> dict[str, PlanEntry]:
-        """The entries by full module name; `transform` is that of linears for which the plan names none.
+    @property
+    def names_activation_bits(self) -> bool:
+        return any(entry.activation_bits is not None for entry in self.linears.values())
+
+    def for_model(
+        self, source: ModelSource, transform: TransformKind, activation_bits: int = BITS
+    ) -> dict[str, PlanEntry]:
+        """The entries by full module name; `transform` and bits are those of linears for which the plan names none.
 
         Raises UsageError where the plan is not one of this model.
         """
@@ -81,6 +93,11 @@ class PlanFile:
                     for what, of_first, of_other in (
                         ("group size", first.group_size, other.group_size),
                         ("transform", first.transform or transform, other.transform or transform),
+                        (
+                            "activation_bits",
+                            first.activation_bits or activation_bits,
+                            other.activation_bits or activation_bits,
+                        ),
                     ):
                         if of_other != of_first:
                             raise UsageError(
@@ -168,10 +185,17 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
             f"plan {path} has transform {transform} and group size {group_size} for {name}, and kernels have a learned "
             f"transform with groups of {BLOCK} only: change one of them"
         )
+    bits = entry.get("activation_bits")
+    if bits is not None:
+        try:
+            bits = parse_activation_bits(bits)
+        except UsageError as error:
+            raise UsageError(f"plan {path}, {name}: {error}") from error
     return PlanEntry(
         group_size,
         None if transform is None else TransformKind(transform),
         None if shape is None else (shape[0], shape[1]),
+        bits,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import Apex4Error, UsageError
 from ..format.layouts import get_layout
-from ..format.number_format import GroupSize, parse_group_size
+from ..format.number_format import BITS, GroupSize, parse_activation_bits, parse_group_size
 from ..format.transform_kind import TransformKind
 from ..hardware.devices import resolve_device, resolve_dtype
 from ..hardware.gpus import resolve_target
@@ -47,6 +47,7 @@ class QuantizeSettings:
     target: str = "auto"
     layout: str | None = None
     transform: str | None = None
+    activation_bits: int | None = None  # None: 4
     calib: str = "bundled"
     samples: int = 128
     seq_len: int = 2048
@@ -80,16 +81,18 @@ class QuantizeSettings:
         group_size = parse_group_size(self.group_size)
         if self.plan is not None and group_size != 128:
             raise UsageError("--plan decides every group size: leave --group-size away")
+        bits = BITS if self.activation_bits is None else parse_activation_bits(self.activation_bits)
         context = source.config.get("max_position_embeddings") or self.seq_len
         return ResolvedSettings(
             model=self.model,
             # A file may change before a resume: its content is what is recorded.
             recipe=self.recipe if self.recipe in list(named_recipes()) else recipe.as_dict(),
             group_size=group_size,
-            plan=self._resolved_plan(source, TransformKind(transform)),
+            plan=self._resolved_plan(source, TransformKind(transform), bits),
             target=target.gpu or target.arch or "none",
             layout=get_layout(self.layout or target.layout).name,
             transform=TransformKind(transform),
+            activation_bits=bits,
             calib=self.calib,
             samples=self.samples,
             seq_len=min(self.seq_len, context),
@@ -100,7 +103,9 @@ class QuantizeSettings:
             ignore=tuple(self.ignore),
         )
 
-    def _resolved_plan(self, source: ModelSource, transform: TransformKind) -> dict[str, PlanEntry] | None:
+    def _resolved_plan(
+        self, source: ModelSource, transform: TransformKind, activation_bits: int
+    ) -> dict[str, PlanEntry] | None:
         if self.plan is None:
             return None
         plan = read_plan_file(Path(self.plan).expanduser()) if isinstance(self.plan, str) else plan_given(self.plan)
@@ -108,14 +113,18 @@ class QuantizeSettings:
             raise UsageError(
                 f"plan {plan.path} decides transforms: leave --transform away, or remove them from the plan"
             )
-        return plan.for_model(source, transform)
+        if plan.names_activation_bits and self.activation_bits is not None:
+            raise UsageError(
+                f"plan {plan.path} decides activation bits: leave --activation-bits away, or remove them from the plan"
+            )
+        return plan.for_model(source, transform, activation_bits)
 
 
 @dataclass(frozen=True)
 class ResolvedSettings:
     """What a run does, every field decided. `recipe` is a named recipe's name or the content of a file.
 
-    `transform` is that of linears for which `plan`, by full module name, has none. `seq_len` is within the model's context.
+    `transform` and `activation_bits` are those of linears for which `plan`, by full module name, has none. `seq_len` is within the model's context.
     `target` is a GPU of the table, sm_XX or none.
     """
 
@@ -126,6 +135,7 @@ class ResolvedSettings:
     target: str
     layout: str
     transform: TransformKind
+    activation_bits: int
     calib: str
     samples: int
     seq_len: int
@@ -144,7 +154,13 @@ class ResolvedSettings:
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object that is recorded."""
+        """The JSON object that is recorded. Where activations have 4 bits nothing is said of them, as ever."""
+        values = self._values()
+        if self.activation_bits == BITS:
+            del values["activation_bits"]
+        return values
+
+    def _values(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return values | {
             "plan": None if self.plan is None else {name: entry.as_dict() for name, entry in self.plan.items()},
@@ -156,7 +172,9 @@ class ResolvedSettings:
     def from_dict(cls, values: Mapping[str, Any], where: Path) -> ResolvedSettings:
         """What `as_dict` wrote into the file `where`, which may hold more beside it. Raises Apex4Error if it is damaged."""
         try:
+            values = {"activation_bits": BITS, **values}
             known = {field.name: values[field.name] for field in fields(cls)}
+            parse_activation_bits(known["activation_bits"])
             plan = known["plan"]
             return cls(
                 **known
@@ -177,6 +195,8 @@ class ResolvedSettings:
         # Beside a plan that decides transforms, or another plan, the transform is an option only if it is asked for.
         if "plan" in asked or any(entry.transform for entry in (self.plan or {}).values()):
             values["transform"] = None
+        if "plan" in asked or any(entry.activation_bits for entry in (self.plan or {}).values()):
+            values["activation_bits"] = None
         return QuantizeSettings(**values | dict(asked))
 
 
@@ -192,7 +212,7 @@ def require_same(out: Path, first: ResolvedSettings, asked: Mapping[str, Any]) -
     if not asked:
         return
     again = first.changed(asked).resolve(ModelSource(first.model))
-    recorded, now = first.as_dict(), again.as_dict()
+    recorded, now = first._values(), again._values()
     for name, given in asked.items():
         if recorded[name] != now[name]:
             shown = now[name] if name == "recipe" or str(given) == str(now[name]) else given

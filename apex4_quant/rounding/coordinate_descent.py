@@ -17,31 +17,55 @@ import torch
 from ..format.number_format import BLOCK, CODE_MAX
 from ..hardware.threads import few_threads
 from ..kernels.sweeps import column_sweeps
+from .folded_grid import FoldedGrid, GroupGrid
 
 
 def refine_codes(
-    codes: torch.Tensor, scales: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damping: float, sweeps: int
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    damping: float,
+    sweeps: int,
+    grid: FoldedGrid | None = None,
 ) -> torch.Tensor:
     """int8 codes [N, K], float16 scales [N, G], target float32 [N, K], H float32 [K, K] -> int8 codes [N, K].
 
     `damping` of the mean of H's diagonal is added to it, as in GPTQ. Columns whose input was always zero keep their
-    codes. Scales are not changed.
+    codes. Scales are not changed. With a `grid`, that of the scales, codes are worth its numbers.
     """
     group = codes.shape[1] // scales.shape[1]
-    step = scales.float().t().contiguous()  # [G, N]
     code = codes.t().float().contiguous()  # [K, N]: a column of the weight is a contiguous row, as in gptq.py
-    error = target.t() - code * step.repeat_interleave(group, dim=0)
+    if grid is None:
+        step = scales.float().t().contiguous()  # [G, N]
+        error = target.t() - code * step.repeat_interleave(group, dim=0)
+    else:
+        worth = torch.cat([grid.group(g).worth(part) for g, part in enumerate(code.split(group))])
+        error = target.t() - worth
     diagonal = hessian.diagonal()
     added = damping * diagonal.mean()
     gradient = (hessian @ error).add_(error, alpha=float(added))  # [K, N]
     del error
     curvature = (diagonal + added).masked_fill(diagonal == 0, torch.inf)
-    kernels = column_sweeps.run_on(code.device)
+    kernels = grid is None and column_sweeps.run_on(code.device)
     visit, width = (_visit_in_a_kernel, BLOCK) if kernels else (_visit, group)
     damped = float(added)
     with few_threads(2.0 * group * code.numel()):
         for _ in range(sweeps):
             for start in range(0, len(code), width):
+                if grid is not None:
+                    _visit_folded(
+                        code,
+                        worth,
+                        gradient,
+                        hessian,
+                        curvature,
+                        damped,
+                        grid.group(start // group),
+                        start,
+                        start + width,
+                    )
+                    continue
                 visit(code, gradient, hessian, curvature, damped, step[start // group], start, start + width)
     return code.t().contiguous().to(torch.int8)
 
@@ -66,6 +90,29 @@ def _visit(
         slope.addr_(coupling, (best - code[column]).mul_(step), alpha=-1)
         code[column] = best
     _follow(gradient, hessian, (code[start:stop] - before).mul_(step), start, stop)
+
+
+def _visit_folded(
+    code: torch.Tensor,
+    worth: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    curvature: torch.Tensor,
+    added: float,
+    grid: GroupGrid,
+    start: int,
+    stop: int,
+) -> None:
+    """`_visit` where codes are worth numbers of their own; `worth` [K, N] changes with them."""
+    inside = hessian[start:stop, start:stop].clone()
+    inside.diagonal().add_(added)
+    before, slope = worth[start:stop].clone(), gradient[start:stop]
+    for row, coupling in enumerate(inside):
+        column = start + row
+        best, value = grid.round(worth[column] + slope[row] / curvature[column])
+        slope.addr_(coupling, value - worth[column], alpha=-1)
+        code[column], worth[column] = best, value
+    _follow(gradient, hessian, worth[start:stop] - before, start, stop)
 
 
 def _visit_in_a_kernel(

@@ -18,6 +18,9 @@ of the input x that comes through the quantized layers before it. Expanding the 
 so it is GPTQ, of W' in W's place, with the damped H as everywhere. alpha = 1 is the objective as written; a
 part of the way measured better (docs/log.md). The paper lets only the columns after k make up for column k's drift:
 triu(C U^T, 1) U in the place of C H^-1, times the weights as they are corrected at that moment.
+
+With 8-bit activations codes are worth their folded weights (folded_grid.py), which depend on the scales of all groups of a row.
+Columns are then rounded twice: first as ever, which finds the scales, and again with these to the folded weights.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from ..hardware.threads import few_threads
 from ..kernels.sweeps import column_sweeps
 from ..transforms.block_transforms import transform_weight
 from .coordinate_descent import refine_codes
+from .folded_grid import FoldedGrid, GroupGrid
 from .nearest import WEIGHT_CLIP_RATIOS, require_quantizable, search_scales
 
 DAMPING = 0.01  # of the mean of H's diagonal: the value of the paper's code
@@ -110,7 +114,7 @@ def quantize_weight_gptq(
     # Transposed: a column of the weight is a contiguous row here.
     # A copy in any case: without a transform, and in float32, it is the model's own weight.
     pending = transformed.t().clone(memory_format=torch.contiguous_format)  # [K, N], corrected as the sweep goes on
-    if hessian is None:
+    if hessian is None and format.activation_bits == 4:
         del transformed
     codes = torch.empty_like(pending, dtype=torch.int8)
     errors = torch.empty_like(pending)
@@ -118,10 +122,15 @@ def quantize_weight_gptq(
     group = format.group_length
     with few_threads(2.0 * group * pending.numel()):
         _round_groups(pending, codes, errors, factor, scales, group)
+        stored = torch.stack(scales, dim=1).half()
+        grid = FoldedGrid(stored) if format.activation_bits == 8 else None
+        if grid is not None:
+            pending.copy_(transformed.t())
+            _round_to_grid(pending, codes, errors, factor, grid, group)
     del pending, errors
-    found, stored = codes.t().contiguous(), torch.stack(scales, dim=1).half()
+    found = codes.t().contiguous()
     if hessian is not None:
-        found = refine_codes(found, stored, transformed, hessian, DAMPING, sweeps)
+        found = refine_codes(found, stored, transformed, hessian, DAMPING, sweeps, grid)
     return found, stored
 
 
@@ -152,22 +161,43 @@ def _round_groups(
         scales.append(scale)
 
 
+def _round_to_grid(
+    pending: torch.Tensor,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+    factor: torch.Tensor,
+    grid: FoldedGrid,
+    group: int,
+) -> None:
+    """`_round_groups` with the scales known, to folded weights; by operations of PyTorch on every device."""
+    for g, start in enumerate(range(0, len(pending), group)):
+        stop = start + group
+        _sweep(pending, codes, errors, factor, grid.group(g), start, stop, False)
+        if stop < len(pending):
+            pending[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
+
+
 def _sweep(
     pending: torch.Tensor,
     codes: torch.Tensor,
     errors: torch.Tensor,
     factor: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | GroupGrid,
     start: int,
     stop: int,
     kernels: bool,
 ) -> None:
     """Round columns start..stop-1, each corrected by those before it within the range."""
-    if kernels and stop - start == BLOCK:
+    if isinstance(scale, GroupGrid):
+        if stop - start == 1:
+            codes[start], worth = scale.round(pending[start])
+            errors[start] = (pending[start] - worth) / factor[start, start]
+            return
+    elif kernels and stop - start == BLOCK:
         here = slice(start, stop)
         column_sweeps.round_columns(pending[here], codes[here], errors[here], scale, factor[here, here])
         return
-    if stop - start == 1:
+    elif stop - start == 1:
         code = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
         codes[start] = code
         errors[start] = (pending[start] - code * scale) / factor[start, start]

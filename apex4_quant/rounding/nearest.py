@@ -8,6 +8,7 @@ from ..errors import Apex4Error
 from ..format.number_format import CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
 from ..format.quant_config import LinearFormat
 from ..transforms.block_transforms import transform_weight
+from .folded_grid import FoldedGrid
 
 WEIGHT_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00 ... 0.50 of absmax
 ELEMENTS_AT_ONCE = 1 << 20  # float32 working set of the search: a few MB, so that it stays in cache
@@ -64,10 +65,15 @@ def quantize_weight_rtn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [N, K] -> int8 codes [N, padded K], float16 scales [N, G]. `matrix`: the dense transform of the input.
 
+    With 8-bit activations codes are rounded to what their folded weights are worth.
     Raises Apex4Error, naming the tensor, if a value is not finite or too large for a float16 scale.
     """
     transformed = transform_weight(weight, format, matrix)
     require_quantizable(name, transformed)
     scale = search_scales(transformed, format.group_length)
+    if format.activation_bits == 8:
+        stored = scale.half()
+        grid, columns = FoldedGrid(stored), transformed.split(format.group_length, 1)
+        return torch.cat([grid.group(g).round_columns(part) for g, part in enumerate(columns)], 1), stored
     codes = round_to_codes(transformed.unflatten(1, (-1, format.group_length)), scale).flatten(1)
     return codes.to(torch.int8), scale.half()

@@ -303,9 +303,9 @@ def _apex4(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
 
     def alone(x: torch.Tensor) -> Call:
         codes, factors = ops.quantize(x, *how)
-        return lambda: ops.gemm(codes, factors, packed, scales, None, len(x), n, x.dtype)
+        return lambda: ops.gemm(codes, factors, packed, scales, None, None, len(x), n, x.dtype)
 
-    return {"apex4": alone, "apex4+q": lambda x: lambda: ops.linear(x, packed, scales, None, n, *how)}
+    return {"apex4": alone, "apex4+q": lambda x: lambda: ops.linear(x, packed, scales, None, None, n, *how)}
 
 
 def _fp8(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TypedDict
 
 from .. import __version__
+from ..environment import ACTIVATIONS
 from ..errors import Apex4Error
+from ..format.number_format import BITS
 from ..format.storage import format_bytes
 from ..kernels.catalogue import kernel_family
+from ..kernels.dispatch import AUTO, activation_bits_on, asked_activations
 from ..kernels.runtime import compiler
+from ..kernels.runtime.architectures import eight_bit_family
 
 
 class Torch(TypedDict):
@@ -38,6 +42,8 @@ class GpuFound(TypedDict):
     name: str
     arch: str
     kernels: str | None  # the family of catalogue.py
+    eight_bit_kernels: str | None  # those of 8-bit activations
+    activation_bits: int  # with how many linears compute that are quantized for 4
     computes_with: str
 
 
@@ -65,13 +71,14 @@ class Findings(TypedDict):
 
 def examine() -> Findings:
     """What is here, as JSON values. `problems` has a sentence for all that keeps a GPU from its kernels; else it is empty."""
+    asked_activations()
     driver = _driver()
     torch = _torch()
     extra = _extra(driver["cuda"] or torch["cuda"])
     compiling = _compiling()
     gpus = _gpus()
     problems = []
-    if any(gpu["kernels"] for gpu in gpus):
+    if any(gpu["kernels"] or gpu["eight_bit_kernels"] for gpu in gpus):
         if compiling["problem"]:
             problems.append(compiling["problem"])
         elif (
@@ -174,19 +181,32 @@ def _gpus() -> list[GpuFound]:
     gpus: list[GpuFound] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(index)
-        family = kernel_family(10 * major + minor)
+        sm = 10 * major + minor
+        family, eight_bit = kernel_family(sm), eight_bit_family(sm)
+        bits = activation_bits_on(sm, BITS)
         gpus.append(
             {
                 "index": index,
                 "name": torch.cuda.get_device_name(index),
                 "arch": f"sm_{major}{minor}",
                 "kernels": family,
-                "computes_with": f"the kernels of {family}.cu"
-                if family
-                else "PyTorch operations, exact but slow: there are no kernels for it",
+                "eight_bit_kernels": eight_bit,
+                "activation_bits": bits,
+                "computes_with": _computes_with(family, eight_bit, bits),
             }
         )
     return gpus
+
+
+def _computes_with(family: str | None, eight_bit: str | None, bits: int) -> str:
+    if bits == BITS:
+        if not family:
+            return "PyTorch operations, exact but slow: there are no kernels for it"
+        of_eight = f"{eight_bit}.cu" if eight_bit else "PyTorch operations"
+        return f"the kernels of {family}.cu; 8-bit activations: {of_eight}"
+    with_what = f"the kernels of {eight_bit}.cu" if eight_bit else "PyTorch operations, exact but slow"
+    why = "" if asked_activations() == AUTO else f" ({ACTIVATIONS}={asked_activations()})"
+    return f"{with_what}, all linears with {bits}-bit activations{why}"
 
 
 def _cache() -> Cache:

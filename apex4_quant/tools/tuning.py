@@ -121,7 +121,9 @@ def _tune_shape(
     times = []
     for plan in options:
         with plan_forced(plan):
-            times.append((plan, timer.seconds(lambda: ops.gemm(codes, factors, packed, scales, None, m, n, dtype))))
+            times.append(
+                (plan, timer.seconds(lambda: ops.gemm(codes, factors, packed, scales, None, None, m, n, dtype)))
+            )
     heuristic = choose_gemm(sm, sm_count, m, n, k_blocks, 1, settings.out, measured=False)
     best, seconds = winner(times, heuristic)
     own = next((each for plan, each in times if plan == heuristic), seconds)

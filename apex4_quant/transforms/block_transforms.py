@@ -11,8 +11,7 @@ import torch
 
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
-from ..kernels.block_matrix import apply_block_matrix
-from ..kernels.hadamard import apply_block_hadamard
+from ..kernels.hadamard import apply_block_hadamard, apply_block_matrix
 
 
 def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:

@@ -22,6 +22,9 @@ and max_w are the two means of largest squares. So coordinates are always those 
 chain rule would take a product. What is left of the noise is that of the rows looked at: twice as many of them for half as
 many steps end at the same error (docs/log.md).
 
+With 8-bit activations a step of the input is 1/127 of a token's largest value. The first term is then (7/127)^2 of what it is
+above, as if all blocks of a token had largest values of one size: a power of two gives it to them (`with_equal_peaks`).
+
 One matrix can also be learned for all blocks of an input, by the sum of their errors. It starts from the Hadamard matrix
 and is best given inputs and weights that a diagonal has balanced already (function_preserving.py): that of a block alone
 would have to be stored.
@@ -44,13 +47,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..format.number_format import BLOCK
+from ..format.number_format import BITS, BLOCK, CODE_MAX, TOKEN_CODE_MAX
 from ..hardware.threads import few_threads
 from ..kernels.hadamard import apply_block_hadamard
 
 STEPS = 100
 LEARNING_RATE = 0.02  # of S; falls to zero along a cosine
 WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one size, which may add up to more than I
+# What an error of the input counts against one of the weights, by activation bits: a step is 1/7 or 1/127 of the largest value.
+INPUT_WEIGHT = {4: 1.0, 8: (CODE_MAX / TOKEN_CODE_MAX) ** 2}
+MOST_RAISED = 8  # of a stored matrix, as a power of two: the weights' scales fall by it, and float16 ends at 2^-24
 EXACT_INVERSE = 20  # steps from one computed inverse to the next
 SAME_MOMENTS = 2  # steps that go by the same A' and B', which change slowly
 BETAS, EPSILON = (0.8, 0.9), 1e-8
@@ -75,6 +81,7 @@ class BlockStatistics:
     weight_rows: int  # N: `peaks_and_slopes` takes a mean over rows, the error of the weights is a sum
     a: torch.Tensor
     b: torch.Tensor
+    input_weight: float = 1.0  # of what errors of the input add
 
     @classmethod
     def of(
@@ -160,6 +167,7 @@ def learn_transform(
     steps: int = STEPS,
     shared: bool = False,
     gradients: torch.Tensor | None = None,
+    activation_bits: int = BITS,
     warn: Callable[[str], None] = lambda text: None,
 ) -> torch.Tensor:
     """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
@@ -169,9 +177,10 @@ def learn_transform(
     its inverse, of which `warn` is told. Every matrix returned has a finite inverse. The blocks of a `shared` one are
     equal. The same arguments give the same result.
     `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
-    that of the weights, whose rows have to be scaled by how much their errors matter.
+    that of the weights, whose rows have to be scaled by how much their errors matter. `activation_bits`: of the inputs.
     """
     blocks = BlockStatistics.of(inputs, weights, gradients, shared)
+    blocks.input_weight = INPUT_WEIGHT[activation_bits]
     with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
         hadamard = apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None]
         start = hadamard if shared else balanced_hadamard(blocks)
@@ -184,7 +193,22 @@ def learn_transform(
         warn(f"{lost} of {len(better)} learned transforms cannot be stored in 16 bits, their start is used")
     stored = torch.where((better & sound)[:, None, None], stored, storable(start))
     stored = torch.where(is_sound(stored)[:, None, None], stored, storable(hadamard))
+    if activation_bits == 8 and not shared:
+        stored = with_equal_peaks(stored, inputs)
     return stored.expand(len(blocks.x), -1, -1)
+
+
+def with_equal_peaks(stored: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """T float16 [G, 128, 128] -> for every block a power of two times T, so that its largest values in inputs [T, K] are of the
+    size of the other blocks'.
+
+    8-bit activations have one scale a token, with which a block of smaller values than another's has fewer codes to itself.
+    The weights have scales by group, and take the other side of the factor for nothing.
+    """
+    peaks = _mean_peak(rows_of_step(_by_block(inputs), COMPARED_ROWS, 0) @ stored.float()).sqrt()
+    exponents = torch.log2(peaks.amax() / peaks).round().clamp(0, MOST_RAISED)
+    exponents = torch.where((peaks > 0) & torch.isfinite(exponents), exponents, 0.0)
+    return torch.ldexp(stored.float(), exponents[:, None, None]).half()
 
 
 def is_sound(transform: torch.Tensor) -> torch.Tensor:
@@ -223,7 +247,12 @@ def descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.T
             moments = moments_in_basis(blocks, transform, inverse)
         x, w = rows_of_step(blocks.x, INPUT_ROWS_PER_STEP, step), rows_of_step(blocks.w, WEIGHT_ROWS_PER_STEP, step)
         slope = slope_of_log_error(
-            blocks.weight_rows, x @ transform, w @ inverse.transpose(1, 2), *moments, len(start) == 1
+            blocks.weight_rows,
+            x @ transform,
+            w @ inverse.transpose(1, 2),
+            *moments,
+            len(start) == 1,
+            blocks.input_weight,
         )
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
@@ -279,7 +308,13 @@ def moments_in_basis(
 
 
 def slope_of_log_error(
-    weight_rows: int, y: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, shared: bool
+    weight_rows: int,
+    y: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    shared: bool,
+    input_weight: float = 1.0,
 ) -> torch.Tensor:
     """Of the logarithm of every block's error by S in T (I + S), at S = 0, [G, 128, 128]; of their sum, if one T is for
     all. y [G, R, 128] and v [G, R', 128] are rows of the input and of the weights in the basis of T."""
@@ -287,6 +322,7 @@ def slope_of_log_error(
     w_peak, w_back = peaks_and_slopes(v)
     w_peak, w_back = w_peak * weight_rows, w_back * weight_rows
     a_trace, b_trace = _trace(a), _trace(b)
+    x_peak, x_back = x_peak * input_weight, x_back * input_weight
     slope = x_back.transpose(1, 2) * b_trace[:, None, None] - w_back * a_trace[:, None, None]
     slope += a * (2 * w_peak)[:, None, None] - b * (2 * x_peak)[:, None, None]
     error = x_peak * b_trace + w_peak * a_trace
@@ -306,7 +342,7 @@ def block_errors(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tens
     w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
     b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
     a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
-    error = x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
+    error = blocks.input_weight * x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
     return error.sum(0, keepdim=True) if len(transform) == 1 else error
 
 

@@ -68,7 +68,28 @@ def test_default_config_is_the_golden_json() -> None:
     assert QuantConfig.from_dict(GOLDEN) == QuantConfig()
 
 
-@pytest.mark.parametrize("values", [GOLDEN, FULL])
+EIGHT_BITS: dict[str, Any] = {
+    **GOLDEN,
+    "format_version": 2,
+    "activation_bits": 8,
+    "modules": {"a.down": {"activation_bits": 4, "activation_clip": 0.8}, "a.up": {"group_size": "channel"}},
+}
+
+
+def test_activation_bits_of_each_linear() -> None:
+    config = QuantConfig.from_dict(EIGHT_BITS)
+    formats = [config.linear_format(name, 64, 200) for name in ("a.down", "a.up", "a.gate")]
+    assert [format.activation_bits for format in formats] == [4, 8, 8]
+    assert [format.activation_clip for format in formats] == [0.8, 1.0, 1.0]
+    assert QuantConfig.from_dict({**GOLDEN, "format_version": 2}).activation_bits_of("a.up") == 4
+    with pytest.raises(
+        Apex4Error, match=r"a\.gate has 131200 input features with 8-bit activations, and at most 131072"
+    ):
+        config.linear_format("a.gate", 64, 131_100)
+    assert config.linear_format("a.down", 64, 131_100).padded_k == 131_200
+
+
+@pytest.mark.parametrize("values", [GOLDEN, FULL, EIGHT_BITS])
 def test_round_trip_through_json(values: dict[str, Any]) -> None:
     config = QuantConfig.from_dict(json.loads(json.dumps(values)))
     assert json.loads(json.dumps(config.to_dict())) == values
@@ -86,12 +107,24 @@ def test_defaults_are_not_shared_between_configs() -> None:
     ("change", "words"),
     [
         ({"zero_point": True}, ["unknown", "zero_point"]),
-        ({"format_version": 2}, ["version 2", "version 1"]),
+        ({"format_version": 3}, ["version 3", "versions 1 and 2"]),
         ({"format_version": 0}, ["version 0"]),
         ({"format_version": "1"}, ["'1'"]),
         ({"format_version": None}, ["None"]),
         ({"bits": 8}, ["bits = 8", "4"]),
-        ({"activation_bits": 16}, ["activation_bits = 16", "4"]),
+        ({"activation_bits": 16}, ["activation_bits is 16", "4 or 8"]),
+        ({"activation_bits": 8}, ["activation_bits is 8", "version 1"]),
+        ({"format_version": 2, "activation_bits": 8.0}, ["activation_bits is 8.0", "4 or 8"]),
+        ({"format_version": 2, "activation_bits": True}, ["activation_bits is True", "4 or 8"]),
+        ({"format_version": 2, "activation_bits": "8"}, ["activation_bits is '8'", "4 or 8"]),
+        ({"format_version": 2, "activation_bits": None}, ["activation_bits is None", "4 or 8"]),
+        ({"format_version": 2, "activation_bits": 8, "activation_clip": 0.9}, ["activation_clip 0.9", "8-bit"]),
+        ({"modules": {"a.up": {"activation_bits": 8}}}, ["modules['a.up'].activation_bits is 8", "version 1"]),
+        ({"format_version": 2, "modules": {"a.up": {"activation_bits": 5}}}, ["modules['a.up'].activation_bits is 5"]),
+        (
+            {"format_version": 2, "activation_clip": 0.9, "modules": {"a.up": {"activation_bits": 8}}},
+            ["modules['a.up'] has activation_clip 0.9", "8-bit"],
+        ),
         ({"quant_method": "gptq"}, ["'gptq'", "'apex4'"]),
         ({"transform": "wush"}, ["transform", "'wush'"]),
         ({"layout": "sm75"}, ["layout", "'sm75'", "rowmajor"]),

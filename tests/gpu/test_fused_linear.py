@@ -73,8 +73,8 @@ def _check(
         try:
             poisoned = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
             del poisoned  # what the operators write to next
-            y = linear(*inputs, *weights, bias, n, *how)
-            expected = ops.gemm(*quantize(*inputs, *how), *weights, bias, m, n, dtype)
+            y = linear(*inputs, *weights, None, bias, n, *how)
+            expected = ops.gemm(*quantize(*inputs, *how), *weights, None, bias, m, n, dtype)
         finally:
             os.environ.pop("APEX4_GEMM", None)
             if before is not None:
@@ -101,9 +101,9 @@ def _check_replay(format: str, generator: torch.Generator) -> None:
 
     def chain(y: torch.Tensor) -> torch.Tensor:
         for _ in range(12):
-            z = ops.rms_norm_linear(y, gain, EPS, 0.0, *weights, None, k, *how)
-            y = ops.silu_mul_linear(z, y, *weights, None, k, *how)
-            y = ops.linear(y, *weights, None, k, *how)
+            z = ops.rms_norm_linear(y, gain, EPS, 0.0, *weights, None, None, k, *how)
+            y = ops.silu_mul_linear(z, y, *weights, None, None, k, *how)
+            y = ops.linear(y, *weights, None, None, k, *how)
         return y
 
     expected = chain(x)

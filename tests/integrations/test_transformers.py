@@ -141,9 +141,9 @@ def test_a_damaged_checkpoint_never_loads(damage: str, demo_checkpoint: Path, tm
 def test_a_newer_format_is_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
     folder = copied(demo_checkpoint, tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Apex4Error, match="version 2"):
+    with pytest.raises(Apex4Error, match="version 3"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.kernels import cuda_ops, dispatch, ops
-from apex4_quant.kernels.gemm import fused_linear, tuned
+from apex4_quant.kernels.gemm import eight_bit, fused_linear, tuned
 from apex4_quant.kernels.gemm.configs import SHARED_LIMITS, choose_gemm
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.operands import unpack_activations
 from apex4_quant.kernels.quantize import hadamard_product
 from apex4_quant.kernels.quantize.configs import fragment_order, prepack_matrix
 from apex4_quant.kernels.runtime import launcher, workspace
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
 
 
 def generator(seed: int) -> torch.Generator:
@@ -76,8 +78,8 @@ def test_a_plan_that_is_forced_or_won_is_used_at_once(
 
     def tiles() -> list[int]:
         launches.made.clear(), launches.launched.clear()
-        cuda_ops.gemm(codes, scales, packed, scale, None, m, 130, x.dtype)
-        cuda_ops.linear(x, packed, scale, None, 130, None, 512, 128, 1.0, True, "sm90")
+        cuda_ops.gemm(codes, scales, packed, scale, None, None, m, 130, x.dtype)
+        cuda_ops.linear(x, packed, scale, None, None, 130, None, 512, 128, 1.0, True, "sm90")
         return [rest["tile"] for _, rest in launches.launched if rest["tile"] is not None]
 
     before = tiles()
@@ -97,7 +99,7 @@ def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
     codes, scales = torch.zeros(blocks, stride, 128, dtype=torch.uint8), torch.zeros(groups, stride)
     packed, scale = torch.zeros(3, blocks, 4096, dtype=torch.uint8), torch.zeros(3, groups, 64).half()
     bias = torch.zeros(n)
-    y = cuda_ops.gemm(codes, scales, packed, scale, bias, m, n, torch.float16)
+    y = cuda_ops.gemm(codes, scales, packed, scale, None, bias, m, n, torch.float16)
     assert y.shape == (m, n) and y.dtype == torch.float16
     ((source, entry, defines),), ((args, rest),) = launches.made, launches.launched
     pointers = tuple(tensor.data_ptr() for tensor in (y, codes, scales, packed, scale, bias))
@@ -109,7 +111,7 @@ def test_what_a_gemm_launches(m: int, launches: Launches) -> None:
     assert args[:6] == pointers and [pointer != 0 for pointer in args[6:8]] == [plan.parts > 1] * 2
     assert args[8:] == (m, n, blocks, 2, stride, n, *plan.arguments)
     assert rest["stream"] == 77 and rest["shared_bytes"] > 0
-    assert cuda_ops.gemm(codes, scales, packed, scale, None, 0, n, torch.float16).shape == (0, n)
+    assert cuda_ops.gemm(codes, scales, packed, scale, None, None, 0, n, torch.float16).shape == (0, n)
     assert len(launches.launched) == 1
 
 
@@ -151,9 +153,9 @@ def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None
     ):
         launches.launched.clear()
         codes, scales = quantize(*inputs, *how)
-        cuda_ops.gemm(codes, scales, packed, scale, None, m, n, x.dtype)
+        cuda_ops.gemm(codes, scales, packed, scale, None, None, m, n, x.dtype)
         apart, launches.launched = launches.launched, []
-        y = linear(*inputs, packed, scale, None, n, *how)
+        y = linear(*inputs, packed, scale, None, None, n, *how)
         assert y.shape == (m, n) and len(launches.launched) == len(apart) == 2 + (
             dense and quantize is cuda_ops.rms_norm_quantize
         )
@@ -168,7 +170,9 @@ def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None
             assert between == second + 4 * scales.numel() == launches.launched[1][0][4], (
                 "inverse_rms, behind the scales"
             )
-    assert linear(*(each[:0] if each is not gain else each for each in inputs), packed, scale, None, n, *how).shape == (
+    assert linear(
+        *(each[:0] if each is not gain else each for each in inputs), packed, scale, None, None, n, *how
+    ).shape == (
         0,
         n,
     )
@@ -181,7 +185,7 @@ def test_many_rows_of_a_norm_in_front_of_a_dense_transform_are_one_launch(launch
     packed, scale = torch.zeros(3, 4, 4096, dtype=torch.uint8), torch.zeros(3, 4, 64).half()
     how = (matrix, k, 128, 0.7, False, "sm90")
     cuda_ops.rms_norm_quantize(x, gain, 1e-5, 0.0, *how)
-    cuda_ops.rms_norm_linear(x, gain, 1e-5, 0.0, packed, scale, None, n, *how)
+    cuda_ops.rms_norm_linear(x, gain, 1e-5, 0.0, packed, scale, None, None, n, *how)
     assert [source for source, _, _ in launches.made[:1]] == ["quantize/quantize_dense_sm90.cu"]
     assert len(launches.launched) == 3  # the quantizer; the quantizer and the GEMM
     for args, rest in launches.launched[:2]:
@@ -206,7 +210,7 @@ def test_a_hadamard_transform_of_many_normalised_rows_is_a_product(
         return launches.made[0][0]
 
     assert source_of(x) == "quantize/quantize_dense_sm90.cu"
-    cuda_ops.rms_norm_linear(x, gain, 1e-5, 0.0, packed, scale, None, 64, None, k, 128, 0.7, True, "sm90")
+    cuda_ops.rms_norm_linear(x, gain, 1e-5, 0.0, packed, scale, None, None, 64, None, k, 128, 0.7, True, "sm90")
     assert len(launches.launched) == 3  # the quantizer; the quantizer and the GEMM
     for args, rest in launches.launched[:2]:
         assert args[2:6] == (x.data_ptr(), gain.data_ptr(), launches.board.data_ptr(), matrix.data_ptr())
@@ -258,7 +262,7 @@ def test_few_tokens_on_hopper_are_one_launch(launches: Launches) -> None:
         (2, cuda_ops.silu_mul_linear, (x, up)),
     ):
         launches.made.clear(), launches.launched.clear()
-        y = linear(*inputs, packed, scale, bias, n, *how)
+        y = linear(*inputs, packed, scale, None, bias, n, *how)
         ((source, entry, defines),), ((args, rest),) = launches.made, launches.launched
         assert (source, entry, defines["QUANTIZES"]) == ("gemm/gemm_sm90_decode.cu", "apex4_linear", 1)
         assert (defines["APEX4_INPUT"], defines["OUT_BF16"], defines["APEX4_BF16"]) == (input, 0, 0)
@@ -292,10 +296,35 @@ def test_what_is_no_one_launch(
     packed, scale = torch.zeros(1, k // 128, 4096, dtype=torch.uint8), torch.zeros(1, k // group, 64).half()
     how = (None, k, group, 1.0, what.get("hadamard", True), what.get("format", "sm90"))
     if "gain" in what:
-        cuda_ops.rms_norm_linear(x, x[0], 1e-5, 0.0, packed, scale, None, 64, *how)
+        cuda_ops.rms_norm_linear(x, x[0], 1e-5, 0.0, packed, scale, None, None, 64, *how)
     else:
-        cuda_ops.linear(x, packed, scale, None, 64, *how)
+        cuda_ops.linear(x, packed, scale, None, None, 64, *how)
     assert len(launches.launched) == launched
+
+
+def test_eight_bits_launch_the_kernel_of_their_family(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(
+        name="some", source="gemm/some.cu", entry="apex4_gemm", defines={"TILE_M": 7}, shared_bytes=5
+    )
+    plan = SimpleNamespace(
+        config=config, grid=(2, 1, 1), block=64, cluster=1, programmatic=True, arguments=(11, 12), parts=2, counters=3,
+        workspace_words=40,
+    )  # fmt: skip
+    asked = []
+    monkeypatch.setitem(EIGHT_BIT_FAMILIES, 90, "some")
+    monkeypatch.setattr(eight_bit, "CHOOSERS", {"some": lambda *shape: asked.append(shape) or plan})
+    codes, scales = torch.zeros(4, 16, 128, dtype=torch.uint8), torch.zeros(1, 16)
+    packed, ratio = torch.zeros(3, 4, 4096, dtype=torch.uint8), torch.zeros(3, 2, 64, dtype=torch.int16)
+    unit, bias = torch.zeros(192), torch.zeros(130)
+    y = cuda_ops.gemm(codes, scales, packed, ratio, unit, bias, 5, 130, torch.float16)
+    assert [shape[:-1] for shape in asked] == [(90, 132, 5, 130, 4, 2, "fp16")]
+    ((args, rest),) = launches.launched
+    assert args[:7] == tuple(tensor.data_ptr() for tensor in (y, codes, scales, packed, ratio, unit, bias))
+    assert args[7] != 0 and args[8] != 0 and args[9:] == (5, 130, 4, 2, 16, 130, 11, 12)
+    assert rest["programmatic"] and rest["shared_bytes"] == 5
+    monkeypatch.setattr(eight_bit, "CHOOSERS", {})
+    with pytest.raises(Apex4Error, match="there is no kernel for 8-bit activations for sm_90"):
+        cuda_ops.gemm(codes, scales, packed, ratio, unit, bias, 6, 130, torch.float16)
 
 
 def test_shared_memory_of_the_fused_kernel_is_enough_or_it_is_not_taken() -> None:
@@ -338,14 +367,14 @@ def test_on_a_gpu_the_operators_are_those_of_the_cpu(m: int, transform: str) -> 
     matrix = stored if transform == "matrix" else None
     prepared = None if matrix is None else prepack_matrix(matrix.to(device), x.dtype)
     how = (k, 128, 0.9, transform == "hadamard", format)
-    expected = unpack_activations(*ops.quantize(x, matrix, *how), m)
+    expected = unpack_activations(*ops.quantize(x, matrix, *how), m, format)
     operands = ops.quantize(x.to(device), prepared, *how)
-    found = unpack_activations(operands[0].cpu(), operands[1].cpu(), m)
+    found = unpack_activations(operands[0].cpu(), operands[1].cpu(), m, format)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=0)
     difference = (found[0] - expected[0]).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 2e-3  # ties within rounding
     codes_w, bias = random_codes(n, k), torch.randn(n, generator=generator(3))
     weights = layout.pack(codes_w), layout.pack_scales((torch.rand(n, k // 128, generator=generator(4)) * 0.01).half())
-    y = ops.gemm(*operands, *(w.to(device) for w in weights), bias.to(device), m, n, torch.bfloat16)
-    wanted = ops.gemm(*(each.cpu() for each in operands), *weights, bias, m, n, torch.bfloat16)
+    y = ops.gemm(*operands, *(w.to(device) for w in weights), None, bias.to(device), m, n, torch.bfloat16)
+    wanted = ops.gemm(*(each.cpu() for each in operands), *weights, None, bias, m, n, torch.bfloat16)
     torch.testing.assert_close(y.cpu(), wanted, rtol=2.0**-7, atol=1e-3)

@@ -11,8 +11,14 @@ import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.kernels import dispatch
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
 
 GPU = torch.device("cuda", 0)
+
+
+def clear_caches() -> None:
+    for cached in (dispatch._format_of_gpu, dispatch._architecture, dispatch.say_of_eight_bits):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -20,14 +26,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """fake_gpu((8, 6)) makes torch report one GPU of that capability, with everything installed."""
 
     def fake(capability: tuple[int, int]) -> None:
-        dispatch._format_of_gpu.cache_clear()
+        clear_caches()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(dispatch, "_require_tools", lambda index: None)
 
     yield fake
-    dispatch._format_of_gpu.cache_clear()
+    clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -74,3 +80,74 @@ def test_the_variable(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for device in (GPU, torch.device("cpu")):
         with pytest.raises(UsageError, match=r"APEX4_KERNEL=marlin.*'reference'"):
             dispatch.kernel_format(device)
+
+
+# ---- bits of activations ---------------------------------------------------------------------------------------------
+
+
+def have_families(monkeypatch: pytest.MonkeyPatch, families: dict[int, str]) -> None:
+    for sm in list(EIGHT_BIT_FAMILIES):
+        monkeypatch.delitem(EIGHT_BIT_FAMILIES, sm)
+    for sm, family in families.items():
+        monkeypatch.setitem(EIGHT_BIT_FAMILIES, sm, family)
+
+
+@pytest.fixture
+def eight_bit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Hopper, Ampere and Blackwell."""
+    have_families(monkeypatch, {80: "gemm_s8", 90: "gemm_sm90_s8", 100: "gemm_s8"})
+    monkeypatch.delenv("APEX4_KERNEL", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "stored", "bits", "format"),
+    [
+        ((9, 0), "", 4, 8, "s8"), ((9, 0), "auto", 4, 8, "s8"), ((9, 0), "4", 4, 4, "sm90"), ((9, 0), "4", 8, 8, "s8"),
+        ((10, 0), "auto", 4, 8, "s8"), ((8, 0), "auto", 4, 4, "sm80"), ((8, 0), "auto", 8, 8, "s8"), ((8, 0), "8", 4, 8, "s8"),
+        ((8, 6), "auto", 4, 4, "sm80"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("eight_bit_kernels")
+def test_bits_of_a_gpu(
+    capability: tuple[int, int], asked: str, stored: int, bits: int, format: str, fake_gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fake_gpu(capability)
+    monkeypatch.setenv("APEX4_ACTIVATIONS", asked)
+    assert dispatch.activation_bits(GPU, stored) == bits and dispatch.kernel_format(GPU, bits) == format
+
+
+def test_without_an_eight_bit_kernel_nothing_changes_and_its_lack_is_said(
+    fake_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_families(monkeypatch, {80: "gemm_s8"})
+    fake_gpu((8, 6))
+    monkeypatch.delenv("APEX4_ACTIVATIONS", raising=False)
+    assert dispatch.activation_bits(GPU, 4) == 4
+    with pytest.warns(RuntimeWarning, match=r"sm_86, and apex4 has kernels for 8-bit activations for sm_80; .*PyTorch"):
+        assert dispatch.kernel_format(GPU, 8) is None
+
+
+@pytest.mark.usefixtures("eight_bit_kernels")
+def test_more_bits_than_stored_are_said_once(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu((9, 0))
+    monkeypatch.delenv("APEX4_ACTIVATIONS", raising=False)
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(3):
+            dispatch.say_of_eight_bits(GPU)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "apex4: Some GPU has no 4-bit units: linears quantized for 4-bit activations compute with 8 bits, which is more exact; "
+        "set APEX4_ACTIVATIONS=4 to compute with 4"
+    )
+    dispatch.say_of_eight_bits.cache_clear()
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    with pytest.warns(UserWarning, match=r"^apex4: APEX4_ACTIVATIONS=8: linears .* more exact$"):
+        dispatch.say_of_eight_bits(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", ["5", "w4a8", "-8"])
+def test_other_bits_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APEX4_ACTIVATIONS", value)
+    with pytest.raises(UsageError, match=rf"^APEX4_ACTIVATIONS={value} is not known: give 4, 8 or auto$"):
+        dispatch.activation_bits(torch.device("cpu"), 8)

@@ -11,9 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apex4_quant.errors import Apex4Error
-from apex4_quant.format.layouts import get_layout
 from apex4_quant.kernels import cuda_ops, ops
-from apex4_quant.kernels.operands import FORMATS
+from apex4_quant.kernels.operands import FORMATS, TOKEN_FORMAT, fold_scales, layout_of_format
 
 
 def generator(seed: int) -> torch.Generator:
@@ -24,17 +23,28 @@ def random_codes(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-7, 8, shape, dtype=torch.int8, generator=generator(seed))
 
 
+def right_numbers(format: str) -> tuple[Any, ...]:
+    """The last arguments, of inputs of 300 features."""
+    return (None, 384, 384, 1.0, True, format) if format == TOKEN_FORMAT else (None, 384, 128, 0.9, True, format)
+
+
+def right_weights(format: str, scale: torch.Tensor) -> tuple[Any, ...]:
+    """weight_packed, weight_scale and weight_unit."""
+    layout = layout_of_format(format)
+    packed = layout.pack(random_codes(len(scale), 128 * scale.shape[1]))
+    return packed, *(fold_scales(scale) if format == TOKEN_FORMAT else (layout.pack_scales(scale), None))
+
+
 def samples() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     for format in FORMATS:
         x, gain = torch.randn(5, 300).bfloat16(), torch.rand(300).bfloat16()
         matrix = torch.randn(3, 128, 128).half()
-        how = (None, 384, 128, 0.9, True, format)
+        how = right_numbers(format)
         yield ops.quantize, (x, *how)
-        yield ops.quantize, (x, matrix, 384, 384, 0.9, False, format)
+        yield ops.quantize, (x, matrix, 384, 384, how[3], False, format)
         yield ops.rms_norm_quantize, (x, gain, 1e-5, 1.0, *how)
         yield ops.silu_mul_quantize, (x, x + 1, *how)
-        layout = get_layout(format)
-        weights = layout.pack(random_codes(70, 384)), layout.pack_scales(torch.ones(70, 3).half())
+        weights = right_weights(format, torch.ones(70, 3).half())
         operands = ops.quantize(x, *how)
         yield ops.gemm, (*operands, *weights, torch.zeros(70), 5, 70, torch.bfloat16)
         yield ops.gemm, (*operands, *weights, None, 5, 70, torch.float16)
@@ -43,7 +53,7 @@ def samples() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield ops.silu_mul_linear, (x, x + 1, *weights, None, 70, *how)
 
 
-@pytest.mark.parametrize("index", range(18))
+@pytest.mark.parametrize("index", range(27))
 def test_opcheck(index: int) -> None:
     operator, arguments = list(samples())[index]
     results = torch.library.opcheck(operator, arguments)
@@ -53,9 +63,8 @@ def test_opcheck(index: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_autocast_does_not_touch_them(format: str) -> None:
     x = torch.randn(4, 256, generator=generator(1)).bfloat16()
-    how = (None, 256, 128, 1.0, True, format)
-    layout = get_layout(format)
-    weights = layout.pack(random_codes(64, 256)), layout.pack_scales(torch.ones(64, 2).half())
+    how = (None, 256, 256 if format == TOKEN_FORMAT else 128, 1.0, True, format)
+    weights = right_weights(format, torch.ones(64, 2).half())
 
     def run() -> torch.Tensor:
         return ops.gemm(*ops.quantize(x, *how), *weights, None, 4, 64, torch.float16)
@@ -70,15 +79,13 @@ def test_autocast_does_not_touch_them(format: str) -> None:
 M, N, K = 5, 70, 300
 
 
-def operands(operator: str) -> dict[str, Any]:
+def operands(operator: str, format: str = "sm90") -> dict[str, Any]:
     """Right arguments, by name."""
-    layout = get_layout("sm90")
     x = torch.randn(M, K, generator=generator(1)).bfloat16()
-    how = {"matrix": None, "k_padded": 384, "group": 128, "clip": 0.9, "hadamard": True, "format": "sm90"}
-    weights = {
-        "weight_packed": layout.pack(random_codes(N, 384)), "weight_scale": layout.pack_scales(torch.ones(N, 3).half()),
-        "bias": torch.zeros(N),
-    }  # fmt: skip
+    how = dict(zip(("matrix", "k_padded", "group", "clip", "hadamard", "format"), right_numbers(format), strict=True))
+    names = ("weight_packed", "weight_scale", "weight_unit")
+    weights = dict(zip(names, right_weights(format, torch.ones(N, 3).half()), strict=True))
+    weights["bias"] = torch.zeros(N)
     if operator == "gemm":
         codes, scales = ops.quantize(x, *how.values())
         return {"codes": codes, "scales": scales, **weights, "m": M, "n": N, "out": torch.bfloat16}
@@ -108,7 +115,7 @@ WRONG: list[tuple[tuple[str, ...], str, Any, str]] = [
     ((*QUANTIZE, *LINEAR), "k_padded", -384, "k_padded is -384"),
     ((*QUANTIZE, *LINEAR), "group", 0, "group is 0, and a multiple of 128 is needed"),
     ((*QUANTIZE, *LINEAR), "group", 192, "group is 192"),
-    ((*QUANTIZE, *LINEAR), "format", "sm70", "format is 'sm70', and one of sm80, sm90 is needed"),
+    ((*QUANTIZE, *LINEAR), "format", "sm70", "format is 'sm70', and one of sm80, sm90, s8 is needed"),
     ((*QUANTIZE, *LINEAR), "clip", 0.0, "clip is 0.0, and more than 0"),
     ((*QUANTIZE, *LINEAR), "matrix", torch.zeros(2, 128, 128), r"matrix is torch.float32 \[2, 128, 128\], and torch.float32 \[3"),
     ((*QUANTIZE, *LINEAR), "matrix", torch.zeros(3, 128, 256)[..., ::2], "without gaps"),
@@ -130,10 +137,26 @@ WRONG: list[tuple[tuple[str, ...], str, Any, str]] = [
     (("gemm",), "codes", lambda codes: codes[..., :100], r"codes is torch.uint8 \[3, 16, 100\]"),
     (("gemm",), "scales", lambda scales: scales[:, 1:], r"scales is torch.float32 \[3, 15\]"),
     (("gemm",), "scales", lambda scales: scales[:2], "scales is"),
+    (LINEAR, "weight_unit", torch.zeros(128), "weight_unit is given, and None with the format sm90 is needed"),
+    (LINEAR, "format", "s8", "group is 128, and k_padded, 384, with the format s8"),
+    (("gemm",), "weight_unit", torch.zeros(128), r"scales is torch.float32 \[3, 16\], and torch.float32 \[1, 16\]"),
+]  # fmt: skip
+WRONG_EIGHT: list[tuple[tuple[str, ...], str, Any, str]] = [
+    ((*QUANTIZE, *LINEAR), "group", 128, "group is 128, and k_padded, 384, with the format s8 is needed"),
+    ((*QUANTIZE, *LINEAR), "clip", 0.9, "clip is 0.9, and 1 with the format s8"),
+    (LINEAR, "weight_unit", None, "weight_unit is None, and a unit with the format s8"),
+    (("gemm",), "weight_unit", None, "weight_scale is torch.int16"),
+    (("gemm", *LINEAR), "weight_unit", lambda unit: unit[:70], r"weight_unit is torch.float32 \[70\], and torch.float32 \[128\]"),
+    (("gemm", *LINEAR), "weight_unit", torch.Tensor.double, "weight_unit is torch.float64"),
+    (("gemm", *LINEAR), "weight_scale", torch.Tensor.half, "weight_scale is torch.float16 .*, and torch.int16"),
+    (("gemm", *LINEAR), "weight_scale", lambda ratio: ratio[:, :2], r"weight_scale is .*, and torch.int16 \[2, groups of 3 blocks, 64\]"),
+    (("gemm",), "codes", lambda codes: codes[..., :64], r"codes is torch.uint8 \[3, 16, 64\], and torch.uint8 \[K / 128, rows, 128\]"),
+    (("gemm",), "scales", lambda scales: scales.repeat(3, 1), r"scales is torch.float32 \[3, 16\], and torch.float32 \[1, 16\]"),
 ]  # fmt: skip
 CASES = [
-    (implementation, operator, argument, wrong, says)
-    for operators, argument, wrong, says in WRONG
+    (implementation, format, operator, argument, wrong, says)
+    for format, wrongs in (("sm90", WRONG), ("s8", WRONG_EIGHT))
+    for operators, argument, wrong, says in wrongs
     for operator in operators
     for implementation in ("cpu", "cuda", "fake")
     # A matrix as it is stored goes to the implementation for a CPU, and a number of rows may be a symbol while traced.
@@ -141,12 +164,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("implementation", "operator", "argument", "wrong", "says"), CASES)
+@pytest.mark.parametrize(("implementation", "format", "operator", "argument", "wrong", "says"), CASES)
 def test_operands_that_do_not_fit_are_refused_in_one_sentence(
-    implementation: str, operator: str, argument: str, wrong: Any, says: str
+    implementation: str, format: str, operator: str, argument: str, wrong: Any, says: str
 ) -> None:
     """By the implementation for a CPU, by that for a GPU before it launches anything, and while torch.compile traces."""
-    arguments = operands(operator)
+    arguments = operands(operator, format)
     arguments[argument] = wrong(arguments[argument]) if callable(wrong) else wrong
     call = getattr(cuda_ops if implementation == "cuda" else ops, operator)
     tracing: Any = contextlib.nullcontext()
@@ -172,3 +195,13 @@ def test_operands_that_do_not_fit_are_refused_in_one_sentence(
 def test_what_only_kernels_refuse(change: dict[str, Any], says: str) -> None:
     with pytest.raises(Apex4Error, match=rf"^apex4\.quantize: {says}"):
         cuda_ops.quantize(*(operands("quantize") | change).values())
+
+
+def test_more_inputs_than_an_integer_sums_are_refused() -> None:
+    k = 2**17 + 128
+    with pytest.raises(Apex4Error, match=r"k_padded is 131200, and at most 131072 with the format s8"):
+        ops.quantize(torch.zeros(1, k), None, k, k, 1.0, True, TOKEN_FORMAT)
+    codes, scales = torch.zeros(k // 128, 16, 128, dtype=torch.uint8), torch.zeros(1, 16)
+    packed, ratio = torch.zeros(1, k // 128, 4096, dtype=torch.uint8), torch.zeros(1, 1, 64, dtype=torch.int16)
+    with pytest.raises(Apex4Error, match=r"codes is .*, and K of at most 131072 with a weight_unit"):
+        ops.gemm(codes, scales, packed, ratio, torch.zeros(64), None, 1, 64, torch.bfloat16)

@@ -110,13 +110,13 @@ def test_the_first_calls_come_from_several_threads(
 ) -> None:
     """Layers that are put in order by the call itself: once, and nobody computes with half of it."""
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    monkeypatch.setattr(dispatch, "kernel_format", lambda device: "sm90")
+    monkeypatch.setattr(dispatch, "kernel_format", lambda device, bits=4: "sm90")
     packed = []
     prepare = Apex4Linear.prepare
 
-    def counted(self: Apex4Linear, kernel: str | None) -> None:
+    def counted(self: Apex4Linear, kernel: str | None, activation_bits: int | None = None) -> None:
         packed.append(self)
-        prepare(self, kernel)
+        prepare(self, kernel, activation_bits)
 
     monkeypatch.setattr(Apex4Linear, "prepare", counted)
     for _ in range(5):

@@ -34,7 +34,9 @@ def test_an_input_is_its_tensor_quantized_and_multiplied(make: Make, shape: tupl
     assert (read.shape, read.dtype, read.device) == (x.shape, x.dtype, x.device)
     layout = get_layout("sm80")
     codes = torch.randint(-7, 8, (N, 256), dtype=torch.int8, generator=generator)
-    weights = KernelWeights(layout.pack(codes), layout.pack_scales(torch.full((N, 2), 0.01).half()), torch.ones(N), N)
+    weights = KernelWeights(
+        layout.pack(codes), layout.pack_scales(torch.full((N, 2), 0.01).half()), None, torch.ones(N), N
+    )
     how = ActivationQuantization(256, 128, 0.9, True, "sm80").arguments(None)
     y = read.linear(weights, how)
     assert y.shape == (*shape, N) and y.dtype == x.dtype

@@ -7,18 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from apex4_quant.errors import Apex4Error
+from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.format.layouts import LAYOUTS, get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.kernels import torch_backend
 from apex4_quant.nn.linear import Apex4Linear
 
 K, N = 200, 70
 
 
-def made(layout: str = "rowmajor", transform: TransformKind = TransformKind.HADAMARD, **format: Any) -> Apex4Linear:
+def made(
+    layout: str = "rowmajor",
+    transform: TransformKind = TransformKind.HADAMARD,
+    group: int | str = 128,
+    **format: Any,
+) -> Apex4Linear:
     generator = torch.Generator().manual_seed(1)
-    of = LinearFormat(N, K, 128, get_layout(layout), transform, 0.9, **format)
+    of = LinearFormat(N, K, group, get_layout(layout), transform, 0.9, **format)
     codes = torch.randint(-7, 8, (N, of.padded_k), dtype=torch.int8, generator=generator)
     scales = (torch.rand(N, of.groups, generator=generator) * 0.01 + 1e-3).half()
     matrix = torch.randn(of.padded_k // 128, 128, 128, generator=generator).half() * 0.1
@@ -41,16 +47,81 @@ def test_every_layout_and_kernel_computes_the_same(layout: str, kernel: str | No
     assert linear.layout.name == (kernel or layout) and linear.format.layout.name == layout
 
 
-@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+@pytest.mark.parametrize("transform", TransformKind)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", [128, 256, "channel"])
+def test_eight_bits_are_the_same_by_operators_and_by_pytorch(
+    layout: str, group: int | str, transform: TransformKind
+) -> None:
+    linear, x = made(layout, transform, group), some_input(2, 3)
+    linear.prepare(None, 8)
+    y = linear(x)
+    how = {"hadamard": transform is TransformKind.HADAMARD, "matrix": linear.transform_matrix(), "activation_bits": 8}
+    assert torch.equal(y, torch_backend.linear(x, linear.codes(), linear.scales(), linear.bias, **how))
+    linear.prepare("s8")
+    assert linear.activation_bits == 8 and linear.layout.name == "sm90" and not linear.quantizes_by_torch
+    assert torch.equal(linear(x), y) and torch.equal(linear.reference(x), y)
+    linear.prepare(None, 4)
+    assert linear.folded is None and torch.equal(linear(x), made(layout, transform, group).reference(x))
+    assert not torch.equal(linear(x), y)
+
+
+def test_a_cast_or_a_new_state_is_folded_anew() -> None:
+    linear, x = made(), some_input(5)
+    linear.prepare("s8")
+    expected, state = linear(x), linear.state_dict()
+    linear.weight_scale.data.fill_(1)
+    linear.weight_packed.data.zero_()
+    linear.to(torch.float32)
+    assert not torch.equal(linear(x), expected)
+    linear.load_state_dict(state)
+    assert torch.equal(linear.to(torch.bfloat16)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "keeps", "bits"),
+    [(None, 4, False, 4), (None, 8, False, 8), ("auto", 4, False, 4), ("4", 4, False, 4), ("4", 8, False, 8), ("8", 4, False, 8),
+     ("8", 4, True, 4), ("4", 8, True, 8)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bits_on_a_cpu(asked: str | None, stored: int, keeps: bool, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if asked is None:
+        monkeypatch.delenv("APEX4_ACTIVATIONS", raising=False)
+    else:
+        monkeypatch.setenv("APEX4_ACTIVATIONS", asked)
+    linear, x = made(activation_bits=stored), some_input(3)
+    linear.keeps_activation_bits = keeps
+    y = linear(x)
+    assert linear.activation_bits == bits
+    linear.prepare(None, bits)
+    assert torch.equal(y, linear(x))
+
+
+def test_more_inputs_than_an_integer_sums_keep_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    format = LinearFormat(1, 2**17 + 1, "channel", get_layout("rowmajor"), TransformKind.HADAMARD, 1.0)
+    linear = Apex4Linear(format, False, torch.bfloat16, device="meta")
+    assert linear.arithmetic_on(torch.device("cpu")) == (None, 4)
+
+
+def test_bits_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "5")
+    with pytest.raises(UsageError, match=r"^APEX4_ACTIVATIONS=5 is not known: give 4, 8 or auto$"):
+        made()(some_input(3))
+
+
+@pytest.mark.parametrize("kernel", ["sm80", "sm90", "s8"])
 def test_a_state_is_in_the_checkpoints_layout(kernel: str) -> None:
     linear, other, x = made(), made(), some_input(5)
+    for each in (linear, other):
+        each.prepare(None, 8 if kernel == "s8" else 4)
     expected, stored = linear(x), {name: tensor.clone() for name, tensor in linear.state_dict().items()}
     linear.prepare(kernel)
     assert not torch.equal(linear.weight_packed.flatten()[:64], stored["weight_packed"].flatten()[:64])
     state = linear.state_dict()
     assert state.keys() == stored.keys() and all(torch.equal(state[name], stored[name]) for name in stored)
     other.weight_packed.data.zero_()
-    other.prepare("sm90")
+    other.prepare("s8" if kernel == "s8" else "sm90")
     assert not torch.equal(other(x), expected)
     other.load_state_dict(state)
     assert torch.equal(other(x), expected)
@@ -102,3 +173,5 @@ def test_it_says_what_it_is() -> None:
     linear = made()
     linear.prepare("sm80")
     assert repr(linear) == f"Apex4Linear(in={K}, out={N}, group=128, layout=sm80)"
+    linear.prepare("s8")
+    assert repr(linear) == f"Apex4Linear(in={K}, out={N}, group=128, activations=8 bits, layout=sm90)"

@@ -83,7 +83,7 @@ def test_learned_transforms_with_wide_groups_are_named_once(small_llama: Make) -
 
 def test_a_linear_that_is_prepared_by_its_call_says_it_too(small_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = with_learned_transforms(small_llama(), 256).model.layers[0].mlp.down_proj
-    monkeypatch.setattr(dispatch, "kernel_format", lambda device: "sm90")
+    monkeypatch.setattr(dispatch, "kernel_format", lambda device, bits=4: "sm90")
     with pytest.warns(RuntimeWarning, match=r"a linear \(in=256, out=128, group=256.*groups of 128 only"):
         linear(torch.randn(3, 256).bfloat16())
 

@@ -23,7 +23,7 @@ import apex4_quant  # noqa: F401  (registers the quantizer)
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels import dispatch
-from apex4_quant.kernels.operands import FORMATS
+from apex4_quant.kernels.operands import GROUPED_FORMATS
 from apex4_quant.models.families import FAMILIES
 from apex4_quant.nn.call_scope import CallScope
 from apex4_quant.nn.linear import Apex4Linear
@@ -69,7 +69,7 @@ def load(checkpoint: Path, kernel: str | None, shared: bool = True) -> Any:
 # ---- a whole model ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GROUPED_FORMATS)
 def test_the_fused_model_gives_the_same_bits(
     format: str, demo_checkpoint: Path, reference_logits: torch.Tensor
 ) -> None:
@@ -86,6 +86,25 @@ def test_the_fused_model_gives_the_same_bits(
     assert calls.count == {"quantize": 7 * layers, "gemm": 7 * layers} and calls.in_one == 7 * layers
     with torch.inference_mode():
         assert torch.equal(fused(IDS, use_cache=False).logits, reference_logits)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_eight_bits_are_the_same_fused_alone_and_by_pytorch(
+    demo_checkpoint: Path, reference_logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, alone = load(demo_checkpoint, "s8"), load(demo_checkpoint, "s8", shared=False)
+    with Calls() as calls:
+        logits = logits_of(fused)
+    assert calls.in_one == calls.count["gemm"] == 4 * fused.config.num_hidden_layers
+    assert torch.equal(logits_of(alone), logits) and not torch.equal(logits, reference_logits)
+    stored = AutoModelForCausalLM.from_pretrained(demo_checkpoint).state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in fused.state_dict().items())
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    by_torch = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
+    with Calls() as calls:
+        assert torch.equal(logits_of(by_torch), logits) and not calls.count
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(demo_checkpoint)), reference_logits)
 
 
 def test_loading_on_a_cpu_keeps_the_reference(demo_checkpoint: Path) -> None:
@@ -108,7 +127,7 @@ def test_siblings_are_views_of_one_tensor(demo_checkpoint: Path) -> None:
     assert attention.o_proj.shared is None
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GROUPED_FORMATS)
 def test_what_is_saved_is_in_the_checkpoints_own_layout(
     format: str, demo_checkpoint: Path, tmp_path: Path, reference_logits: torch.Tensor
 ) -> None:
@@ -211,7 +230,7 @@ def test_the_layer_of_a_meta_model_runs_without_data(demo_checkpoint: Path) -> N
 def test_offloaded_linears_are_put_in_order_for_every_call(
     demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_logits: torch.Tensor
 ) -> None:
-    monkeypatch.setattr(dispatch, "kernel_format", lambda device: "sm90")
+    monkeypatch.setattr(dispatch, "kernel_format", lambda device, bits=4: "sm90")
     device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     device_map |= {f"model.layers.{i}": "cpu" if i < 3 else "disk" for i in range(6)}
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, device_map=device_map, offload_folder=tmp_path)
@@ -286,8 +305,9 @@ def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
         ("qx kz vx", 3), ("qx qz kx kz vx vz", 6), ("qx kx vx qz kz vz", 2),
     ],
 )  # fmt: skip
-def test_any_order_of_calls(plan: str, gemms: int, bias: bool, inputs: dict[str, torch.Tensor]) -> None:
-    parent = made(bias=bias)
+@pytest.mark.parametrize("format", ["sm90", "s8"])
+def test_any_order_of_calls(format: str, plan: str, gemms: int, bias: bool, inputs: dict[str, torch.Tensor]) -> None:
+    parent = made(bias=bias, format=format)
     parent.plan = tuple((call[0], call[1]) for call in plan.split())
     with Calls() as calls:
         found = parent(**inputs)

@@ -26,13 +26,14 @@ QUALITY: dict[str, Any] = {
     "baseline_perplexity": 11.25, "tasks": {"apex4_choice": {"acc": 0.515625, "acc_stderr": 0.03125}},
     "baseline_tasks": {"apex4_choice": {"acc": 0.53125, "acc_stderr": 0.03}}, "text": "wikitext2", "seq_len": 2048,
     "tokens": 65536, "kv_cache_bits": 16, "device": "cpu", "dtype": "bfloat16", "seconds": 9.87,
+    "activation_bits": [4], "kernels": ["reference"],
 }  # fmt: skip
 SPEED: dict[str, Any] = {
     "batch": 3, "prompt_len": 511, "gen_len": 77, "device": "cpu", "seconds": 1.0,
     "result": {"model": "model", "prefill": {"tokens_per_second": 4321.5}, "decode": {"tokens_per_second": 67.25},
-               "peak_memory_bytes": 123_400_000, "kernels": ["reference"]},
+               "peak_memory_bytes": 123_400_000, "activation_bits": [4], "kernels": ["reference"]},
     "baseline": {"model": "x", "prefill": {"tokens_per_second": 2000.0}, "decode": {"tokens_per_second": 50.0},
-                 "peak_memory_bytes": 246_800_000, "kernels": []},
+                 "peak_memory_bytes": 246_800_000, "activation_bits": [], "kernels": []},
 }  # fmt: skip
 
 
@@ -193,6 +194,35 @@ def test_a_measurement_made_again_takes_the_place_of_the_first(checkpoint: Calla
     first = records[0]
     assert first["versions"]["apex4"] and first["activations"] == {"bits": 4, "kernels": ["reference"]}
     assert "someone" not in (folder / "apex4_evaluation.json").read_text()
+
+
+def test_measurements_with_other_bits_stand_beside_each_other(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    with_eight = {"activation_bits": [8], "kernels": ["s8"]}
+    for result in (QUALITY, QUALITY | with_eight | {"perplexity": 9.0}, QUALITY | {"activation_bits": [4, 8]}):
+        record_evaluation(str(folder), result, ["eval", "model"])
+    for speed in (SPEED, SPEED | {"result": SPEED["result"] | with_eight}):
+        record_evaluation(str(folder), speed, ["eval", "model", "--throughput"])
+    records = read_records(CheckpointFolder(folder))
+    assert [record["activations"]["bits"] for record in records] == [4, 8, [4, 8], 4, 8]
+    card = card_of(folder)
+    assert "activations in 8 bits, computed by the s8 kernels" in card and "activations in 4 and 8 bits" in card
+
+
+def test_a_checkpoint_of_eight_bit_activations_says_so(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"format_version": 2, "activation_bits": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = json.loads((folder / "apex4_report.json").read_text())
+    report["settings"]["activation_bits"] = 8
+    (folder / "apex4_report.json").write_text(json.dumps(report))
+    card = card_of(folder)
+    assert "quantized to W4A8 with apex4: the linear layers compute on INT4 weights and INT8 activations" in card
+    assert "--activation-bits 8" in card
+    config["quantization_config"]["modules"] = {"model.layers.0.self_attn.q_proj": {"activation_bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "INT4 weights and INT4 and INT8 activations" in card_of(folder)
 
 
 def test_an_edited_recipe_and_a_plan_are_in_the_command(checkpoint: Callable[..., Path]) -> None:

@@ -16,8 +16,7 @@ from torch import nn
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.transform_kind import TransformKind
-from apex4_quant.kernels.block_matrix import apply_block_matrix
-from apex4_quant.kernels.hadamard import apply_block_hadamard
+from apex4_quant.kernels.hadamard import apply_block_hadamard, apply_block_matrix
 from apex4_quant.models.source import ModelSource
 from apex4_quant.quantization import layer as layer_of_a_run
 from apex4_quant.quantization.run import quantize

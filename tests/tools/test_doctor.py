@@ -17,6 +17,7 @@ from apex4_quant.kernels.gemm import configs as gemm_configs
 from apex4_quant.kernels.gemm import fused_linear
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.runtime import compiler
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
 from apex4_quant.kernels.sweeps import configs as sweep_configs
 from apex4_quant.progress import Progress
 from apex4_quant.tools import doctor, kernel_build
@@ -71,7 +72,49 @@ def test_doctor_here(invoke: Call, cache: Path) -> None:
     assert torch.__version__ in text and str(cache) in text and found["compiling"]["nvrtc"] in text
 
 
-def test_doctor_of_gpus_with_and_without_kernels(machine: Call, invoke: Call) -> None:
+@pytest.fixture
+def eight_bit_families(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, str]], None]:
+    """eight_bit_families({90: name}) pretends that there are those kernels of 8-bit activations, and no others."""
+
+    def pretend(families: dict[int, str]) -> None:
+        for sm in list(EIGHT_BIT_FAMILIES):
+            monkeypatch.delitem(EIGHT_BIT_FAMILIES, sm)
+        for sm, family in families.items():
+            monkeypatch.setitem(EIGHT_BIT_FAMILIES, sm, family)
+
+    monkeypatch.delenv("APEX4_ACTIVATIONS", raising=False)
+    return pretend
+
+
+def test_doctor_says_with_how_many_bits(
+    machine: Call, invoke: Call, eight_bit_families: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine([("A40", (8, 6)), ("H200", (9, 0)), ("B200", (10, 0)), ("T4", (7, 5))], "13.0", "13.5", "13.0")
+    eight_bit_families({86: "gemm_s8", 90: "gemm_sm90_s8", 100: "gemm_s8"})
+
+    def lines() -> list[str]:
+        return [line.partition(": ")[2] for line in invoke("doctor").stdout.splitlines() if line.startswith("GPU")]
+
+    assert lines() == [
+        "the kernels of gemm_sm80.cu; 8-bit activations: gemm_s8.cu",
+        "the kernels of gemm_sm90_s8.cu, all linears with 8-bit activations",
+        "the kernels of gemm_s8.cu, all linears with 8-bit activations",
+        "PyTorch operations, exact but slow: there are no kernels for it",
+    ]
+    found = json.loads(invoke("doctor", "--json").stdout)["gpus"]
+    assert [gpu["activation_bits"] for gpu in found] == [4, 8, 8, 4]
+    assert [gpu["eight_bit_kernels"] for gpu in found] == ["gemm_s8", "gemm_sm90_s8", "gemm_s8", None]
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
+    assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu"
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    assert lines()[0] == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8)"
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "5")
+    result = invoke("doctor")
+    assert (result.exit_code, result.stderr) == (2, "apex4: APEX4_ACTIVATIONS=5 is not known: give 4, 8 or auto\n")
+
+
+def test_doctor_of_gpus_with_and_without_kernels(machine: Call, invoke: Call, eight_bit_families: Call) -> None:
+    eight_bit_families({})
     gpus = [("NVIDIA A40", (8, 6)), ("NVIDIA H200", (9, 0)), ("Tesla T4", (7, 5)), ("NVIDIA B200", (10, 0))]
     machine(gpus, "13.0", "13.5", "13.0")
     result = invoke("doctor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from apex4_quant.format.quant_config import LinearFormat, QuantConfig
 from apex4_quant.format.storage import REPORT_NAME
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels import reference, torch_backend
-from apex4_quant.kernels.block_matrix import apply_block_matrix
+from apex4_quant.kernels.hadamard import apply_block_matrix
 from apex4_quant.models.families import Producer
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.rounding.nearest import quantize_weight_rtn
@@ -42,6 +43,7 @@ from apex4_quant.transforms.learned_transform import (
     peaks_and_slopes,
     rows_of_step,
     slope_of_log_error,
+    with_equal_peaks,
 )
 
 DENSE, SHARED = TransformKind.DENSE, TransformKind.SHARED
@@ -73,8 +75,9 @@ def output_error(x: torch.Tensor, w: torch.Tensor, format: LinearFormat, matrix:
     return float((y - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("input_weight", [1.0, 0.003])
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradient_is_that_of_the_objective(shared: bool) -> None:
+def test_gradient_is_that_of_the_objective(shared: bool, input_weight: float) -> None:
     x, w = inputs_and_weight(48, 256, tokens=64)
     blocks = BlockStatistics.of(x, [w])
     torch.manual_seed(0)
@@ -83,8 +86,9 @@ def test_gradient_is_that_of_the_objective(shared: bool) -> None:
     direction = torch.randn_like(start)
     inverse = torch.linalg.inv(transform)
     rows = blocks.weight_rows, blocks.x @ transform, blocks.w @ inverse.transpose(1, 2)
-    slope = slope_of_log_error(*rows, *moments_in_basis(blocks, transform, inverse), shared)
+    slope = slope_of_log_error(*rows, *moments_in_basis(blocks, transform, inverse), shared, input_weight)
     exact = BlockStatistics.of(x.double(), [w.double()])
+    exact.input_weight = input_weight
     at, step = transform.double(), 1e-6
     up, down = (block_errors(exact, at + s * at @ direction.double()).log() for s in (step, -step))
     torch.testing.assert_close((slope * direction).sum((1, 2)).double(), (up - down) / (2 * step), rtol=1e-3, atol=1e-4)
@@ -118,6 +122,41 @@ def test_output_error_is_well_below_that_of_the_hadamard_transform(n: int, k: in
     fresh, _ = inputs_and_weight(n, k, tokens=1024, outliers=outliers)
     learned, hadamard = output_error(fresh, w, format, matrix), output_error(fresh, w, plain, None)
     assert learned < 0.85 * hadamard, (learned, hadamard)
+
+
+def test_a_transform_for_eight_bits_is_for_the_weights() -> None:
+    n, k = 192, 256
+    x, w = inputs_and_weight(n, k)
+    format = replace(dense_format(n, k), activation_bits=8)
+    fresh, _ = inputs_and_weight(n, k, tokens=1024)
+
+    def error(matrix: torch.Tensor) -> float:
+        codes, scales = quantize_weight_rtn("w", w, format, matrix)
+        y = torch_backend.linear(fresh, codes, scales, hadamard=False, matrix=matrix, activation_bits=8)
+        return float((y - fresh @ w.t()).norm() / (fresh @ w.t()).norm())
+
+    of_four, of_eight = (learn_transform(x, [w], activation_bits=bits) for bits in (4, 8))
+    assert error(of_eight) < 0.97 * error(of_four), (error(of_eight), error(of_four))
+
+
+def test_blocks_of_a_token_are_made_of_one_size_for_eight_bits() -> None:
+    """A block 2^6 times smaller than the others would have two codes to itself, and one of zeros stays as it is."""
+    x, w = inputs_and_weight(64, 384)
+    x[:, 128:256] /= 64
+    w[:, 128:256] *= 64
+    x[:, 256:] = 0
+    of_four, of_eight = (learn_transform(x, [w], steps=0, activation_bits=bits) for bits in (4, 8))
+    raised = of_eight.float() / of_four.float().where(of_four != 0, 1)
+    factors = [raised[block][of_four[block] != 0].unique().tolist() for block in range(3)]
+    assert all(len(found) == 1 for found in factors) and factors[2] == [1.0]
+    peaks = [
+        float((x[:, at] @ matrix.float()).abs().amax(1).square().mean().sqrt())
+        for at, matrix in zip((slice(128), slice(128, 256)), of_eight, strict=False)
+    ]
+    assert 0.7 < peaks[0] / peaks[1] < 1.42
+    assert is_sound(of_eight).all() and float(of_eight.abs().max()) <= 2.0**8
+    huge = with_equal_peaks(of_four, torch.cat((x[:, :128] * 1e6, x[:, 128:]), 1))
+    assert torch.equal(huge[1], of_four[1] * 2.0**8) and torch.equal(huge[0], of_four[0])
 
 
 def test_one_matrix_for_all_blocks_gains_less_than_one_for_each() -> None:

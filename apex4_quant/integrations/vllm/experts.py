@@ -359,7 +359,7 @@ class _Product:
     def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         weight, scale = self.weight[expert], self._scale(expert)
         if self.kind == "kernel":
-            y: torch.Tensor = torch.ops.apex4.linear(x, weight, scale, None, self.n, *self.how(expert))
+            y: torch.Tensor = torch.ops.apex4.linear(x, weight, scale, None, None, self.n, *self.how(expert))
             return y
         last = None, self._matrix(expert), self.clips[expert], self.hadamard
         if self.kind == "cached":
@@ -373,7 +373,7 @@ class _Product:
         if self.kind != "kernel":
             return self(torch.nn.functional.silu(gate) * up, expert)
         y: torch.Tensor = torch.ops.apex4.silu_mul_linear(
-            gate, up, self.weight[expert], self._scale(expert), None, self.n, *self.how(expert)
+            gate, up, self.weight[expert], self._scale(expert), None, None, self.n, *self.how(expert)
         )
         return y
 

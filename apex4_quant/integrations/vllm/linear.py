@@ -181,8 +181,8 @@ class Apex4LinearMethod(LinearMethodBase):
         added = None if bias is None else layer.apex4_bias
         if self.kernel is not None:
             y = torch.ops.apex4.linear(
-                rows, layer.weight_packed, layer.weight_scale, added, self.n, layer.apex4_matrix, self.padded_k, self.group,
-                self.clip, self.hadamard, self.kernel,
+                rows, layer.weight_packed, layer.weight_scale, None, added, self.n, layer.apex4_matrix, self.padded_k,
+                self.group, self.clip, self.hadamard, self.kernel,
             )  # fmt: skip
         elif self.is_cached:
             y = torch.ops.apex4_vllm.cached_linear(

@@ -10,10 +10,25 @@ from .compiler import arch_of
 # sm -> the GEMM it runs. Others have no INT4 mma and no wgmma, or nothing written for them: they compute through PyTorch.
 FAMILIES = {80: "gemm_sm80", 86: "gemm_sm80", 89: "gemm_sm80", 90: "gemm_sm90"}
 
+# Those whose tensor cores multiply 4-bit integers, and for which there is a GEMM that lets them.
+FOUR_BIT_UNITS = (80, 86, 89)
+# sm -> the GEMM of 8-bit activations that it runs.
+EIGHT_BIT_FAMILIES: dict[int, str] = {}
+
 
 def kernel_family(sm: int) -> str | None:
     """ "gemm_sm80", "gemm_sm90", or None where models compute through PyTorch."""
     return FAMILIES.get(sm)
+
+
+def eight_bit_family(sm: int) -> str | None:
+    """The GEMM of 8-bit activations, or None where they are computed through PyTorch."""
+    return EIGHT_BIT_FAMILIES.get(sm)
+
+
+def gains_by_eight_bits(sm: int) -> bool:
+    """Whether 8-bit activations are faster than 4-bit ones: where 4-bit products are computed in 8 bits anyway."""
+    return sm in EIGHT_BIT_FAMILIES and sm not in FOUR_BIT_UNITS
 
 
 def sm_of(arch: str) -> int:

@@ -31,7 +31,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch: pytest.Mo
 
 def test_kernels_and_float32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("APEX4_KERNEL", raising=False)
-    monkeypatch.setattr(backend.dispatch, "kernel_format", lambda device: "sm90")
+    monkeypatch.setattr(backend.dispatch, "kernel_format", lambda device, bits=4: "sm90")
     monkeypatch.setattr(backend.ops, "prepare", lambda device: None)
     with pytest.raises(Apex4Error, match="model runs in float32: give --dtype bfloat16"):
         backend.kernel_of(GPU, torch.float32)
