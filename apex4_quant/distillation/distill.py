@@ -103,7 +103,7 @@ class Student:
                 module.weight = nn.Parameter(gain.detach().float())
                 # Learned in float32, read in the model's dtype: the residual stream keeps that.
                 parametrize.register_parametrization(module, "weight", _Cast(dtype), unsafe=True)
-                self._norms[f"{name}.weight"] = (module.parametrizations["weight"].original, dtype)  # type: ignore[index, union-attr]
+                self._norms[f"{name}.weight"] = (module.parametrizations["weight"].original, dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is learned, by a name that ends with its kind of RELATIVE_RATES."""

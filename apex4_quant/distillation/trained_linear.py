@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
+from ..format.number_format import ACTIVATION_SCALE_MIN, BITS, BLOCK, CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.hadamard import apply_block_hadamard
@@ -90,6 +90,7 @@ class TrainedInput(nn.Module):
     """The quantizer of an input: its transform and clip ratio. Linears that read one input share it, and what it computes.
 
     `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one.
+    Inputs of 8 bits are not rounded here: their error is a sixteenth.
     """
 
     def __init__(self, format: LinearFormat, matrix: torch.Tensor | None, device: torch.device) -> None:
@@ -110,7 +111,9 @@ class TrainedInput(nn.Module):
             y = torch.bmm(blocks, matrix).transpose(0, 1).reshape(y.shape)
         elif self.format.transform is TransformKind.HADAMARD:
             y = apply_block_hadamard(y)
-        quantized: torch.Tensor = _RoundActivation.apply(y, self.log_clip, self.format.group_length)  # type: ignore[no-untyped-call]
+        quantized: torch.Tensor = y
+        if self.format.activation_bits == BITS:
+            quantized = _RoundActivation.apply(y, self.log_clip, self.format.group_length)  # type: ignore[no-untyped-call]
         self._last = (x, quantized)
         return quantized
 
