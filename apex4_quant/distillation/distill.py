@@ -269,9 +269,10 @@ class Distillation:
     @torch.no_grad()
     def _compare(self) -> None:
         loss = 0.0
-        for ids in self._held_out.split(1):
+        for ids in self._held_out.split(self._batch):
             wanted = self._original(input_ids=ids, use_cache=False).logits
-            loss += float(_divergence(self._student.logits(ids)[0], wanted[0])) / self._held_out.numel()
+            for ours, theirs in zip(self._student.logits(ids), wanted, strict=True):
+                loss += float(_divergence(ours, theirs)) / self._held_out.numel()
         self._student.forget()
         if loss < self._best_loss or not self._best:
             self._best_loss = loss
