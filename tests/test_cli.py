@@ -289,7 +289,7 @@ def test_inspect_and_check(invoke: Call, demo_checkpoint: Path) -> None:
     assert result["ok"] is True and result["path"] == str(demo_checkpoint)
     assert [done["check"] for done in result["checks"]][:3] == ["index and shards", "coverage", "checksums"]
     assert result["checks"][2]["found"] == "all files as recorded"
-    assert result["checks"][3]["found"] == "transform dense128 and all activation clips as in the report"
+    assert result["checks"][3]["found"] == "W4A4, transform dense128 and all activation clips as in the report"
     lines = invoke("check", demo_checkpoint).stdout.splitlines()
     assert len(lines) == len(result["checks"]) + 1 and lines[-1] == f"{demo_checkpoint} is whole"
 

@@ -31,10 +31,15 @@ Lane l = 4*r + q of warp w holds, per k32 step, four registers: rows r and r + 8
 the two registers of it; two 128-bit reads per lane fetch a tile's k128. Its nibbles are not two's complement but
 sign and magnitude with the odd nibbles' signs one byte further, so that masking a word, and masking its rotation by
 four bits, leaves bytes `s0000mmm`: in e4m3 the number (-1)^s * m * 2^-9. See `_sign_magnitude`.
+
+`S8` is what kernels for 8-bit activations read, on every GPU, and no layout of checkpoints: the tiles of `sm90`, whose words hold
+the four codes of row r in the lower half and those of row r + 8 in the upper one. Four magnitudes are then a selector of PRMT,
+which looks four codes up in a table of bytes. See `_sign_magnitude_of_words`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -58,7 +63,8 @@ class Layout:
     order: tuple[str, ...]
     scale_rows: Digits
     scale_order: tuple[str, ...]
-    sign_magnitude: bool = False  # nibbles as `_sign_magnitude` has them, else two's complement
+    # Nibbles are two's complement, or what the first function makes of that and the second one makes undone.
+    encoding: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
         assert sorted(self.order) == sorted(name for name, _ in self.rows + self.cols)
@@ -100,13 +106,13 @@ class Layout:
         tiles = _to_tiles(codes.to(torch.int8), self.rows, self.cols, self.order)
         pairs = tiles.reshape(*tiles.shape[:2], -1, 2).bitwise_and(0xF).to(torch.uint8)
         packed = pairs[..., 0] | pairs[..., 1] << 4
-        return _sign_magnitude(packed) if self.sign_magnitude else packed
+        return self.encoding[0](packed) if self.encoding else packed
 
     def unpack(self, packed: torch.Tensor, out_features: int) -> torch.Tensor:
         """Inverse of `pack`: int8 codes [out_features, K]. A stored -8 comes out as -8; see `require_legal`."""
         tiles_n, tiles_k, _ = packed.shape
-        if self.sign_magnitude:
-            packed = _twos_complement(packed)
+        if self.encoding:
+            packed = self.encoding[1](packed)
         # Shifting an int8 left and arithmetically right again sign-extends the nibble.
         signed = packed.view(torch.int8)
         nibbles = torch.stack((signed << 4 >> 4, signed >> 4), dim=-1)
@@ -115,8 +121,8 @@ class Layout:
     def has_forbidden_code(self, packed: torch.Tensor) -> bool:
         """True if any code of `packed` is -8, or the negative zero that stands in its place in sign and magnitude."""
         assert FORBIDDEN_CODE == -8
-        if self.sign_magnitude:
-            packed = _twos_complement(packed)
+        if self.encoding:
+            packed = self.encoding[1](packed)
         low, high = packed & 0x0F, packed & 0xF0
         return bool(((low == 0x08) | (high == 0x80)).any())
 
@@ -196,6 +202,28 @@ def _twos_complement(packed: torch.Tensor) -> torch.Tensor:
     return (even | odd << 4).to(torch.uint8)
 
 
+def _sign_magnitude_of_words(packed: torch.Tensor) -> torch.Tensor:
+    """Two's complement nibbles to sign and magnitude, as `s8` stores them; uint8 [..., 4 w] -> the same shape.
+
+    Bits 0..2 of a nibble are its magnitude. Bit 7 of byte i of a 32-bit word is the sign of nibble i of the word, bit 3 that of
+    nibble 4 + i. -8 becomes the negative zero.
+    """
+    nibbles = torch.stack((packed & 0x0F, packed >> 4), -1).unflatten(-2, (-1, 4)).flatten(-2)  # [..., w, 8]
+    magnitude = torch.where(nibbles > 7, 16 - nibbles, nibbles) & 7
+    sign = nibbles & 8
+    stored = magnitude[..., 0::2] | magnitude[..., 1::2] << 4 | sign[..., :4] << 4 | sign[..., 4:]
+    return stored.flatten(-2).to(torch.uint8)
+
+
+def _twos_complement_of_words(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_sign_magnitude_of_words`; the negative zero comes out as -8."""
+    words = packed.unflatten(-1, (-1, 4))
+    magnitude = torch.stack((words & 7, words >> 4 & 7), -1).flatten(-2)
+    sign = torch.cat((words & 0x80, words << 4 & 0x80), -1)
+    nibbles = torch.where(sign != 0, torch.where(magnitude == 0, 8, 16 - magnitude), magnitude)
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).flatten(-2).to(torch.uint8)
+
+
 def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
     words: torch.Tensor = bytes_.unflatten(-1, (-1, 4))
     return words.roll(by, -1).flatten(-2)
@@ -220,8 +248,13 @@ SM90 = Layout(
     order=("c", "w", "r", "q", "s", "h", "i", "u"),
     scale_rows=(("w", 4), ("u", 2), ("r", 8)),
     scale_order=("w", "r", "u"),
-    sign_magnitude=True,
+    encoding=(_sign_magnitude, _twos_complement),
 )
+# The same tiles for 8-bit activations. No checkpoint has it: weights are put into it when they are prepared for a GPU.
+S8 = Layout(
+    name="s8", rows=SM90.rows, cols=SM90.cols, order=("c", "w", "r", "q", "s", "h", "u", "i"), scale_rows=SM90.scale_rows,
+    scale_order=SM90.scale_order, encoding=(_sign_magnitude_of_words, _twos_complement_of_words),
+)  # fmt: skip
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROWMAJOR, SM80, SM90)}
 
 

@@ -30,8 +30,12 @@ class Gpu:
 
     @property
     def tensor_ops_per_clock(self) -> float:
-        """Of one SM, a multiply-add being two operations."""
-        return self.tensor_tops * 1e6 / (self.sms * self.clock_mhz)
+        """Of one SM with 4-bit activations, a multiply-add being two operations."""
+        return self.ops_per_clock(4)
+
+    def ops_per_clock(self, activation_bits: int) -> float:
+        """Of one SM's tensor cores, a multiply-add being two operations, as the kernels for 4- or 8-bit activations use them."""
+        return (self.tensor_tops if activation_bits == 4 else self.int8_tops) * 1e6 / (self.sms * self.clock_mhz)
 
     @property
     def tensor_tops(self) -> float:

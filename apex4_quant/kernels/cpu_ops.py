@@ -5,6 +5,9 @@ Signatures are the schemas of ops.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from . import torch_backend
@@ -16,6 +19,7 @@ from .operands import (
     format_of_codes,
     layout_of_format,
     pack_activations,
+    require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
     require_weights,
@@ -45,6 +49,7 @@ def _multiply(
     codes_a, scale_a = unpack_activations(codes, scales, m, format)
     weight: torch.Tensor
     factor: torch.Tensor | None
+    product: Callable[..., torch.Tensor]
     if unit is not None:
         weight, factor, product = fold_codes(codes_w, scale_w).float(), unit[:n], torch_backend.multiply_folded
     else:
@@ -127,3 +132,9 @@ def silu_mul_linear(
     require_quantizer("silu_mul_linear", False, gate, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, unit, bias, n, *how)
     return _multiply(*_quantize(_gated(gate, up), *how), packed, scale, unit, bias, gate.shape[0], n, gate.dtype)
+
+
+def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    require_add_rms_norm_linear(False, x, residual, *rest)
+    total = (x + residual).contiguous()
+    return rms_norm_linear(total, *rest), total

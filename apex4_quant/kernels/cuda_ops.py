@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ctypes import c_int
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -21,16 +22,18 @@ from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
 from .gemm.eight_bit import EightBitPlan, choose_eight_bit_gemm
 from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, FusedShape, fused_launch
 from .operands import (
+    GROUPED_FORMATS,
     ROW_BYTES,
     TOKEN_FORMAT,
     Operands,
     empty_operands,
+    require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
     require_weights,
     row_stride,
 )
-from .quantize.configs import FEW_ROWS, FORMATS, product_is_faster
+from .quantize.configs import FEW_ROWS, FORMATS, LONG_BLOCKS, product_is_faster
 from .quantize.hadamard_product import signs
 from .quantize.launch import Quantizer, QuantizerShape, quantizer, rows_are_aligned
 from .runtime import launcher, workspace
@@ -57,7 +60,10 @@ def prepare(device: torch.device) -> None:
 
 
 class _Source:
-    """What a quantizer reads: x [M, K] with its rows in one piece each; `second`: the gain, or up [M, K]."""
+    """What a quantizer reads: x [M, K] with its rows in one piece each; `second`: the gain, or up [M, K].
+
+    "add_rms_norm": x + `residual`, which it stores in `total` [M, K].
+    """
 
     def __init__(
         self,
@@ -66,6 +72,8 @@ class _Source:
         second: torch.Tensor | None = None,
         eps: float = 0.0,
         gain_offset: bool = False,
+        residual: torch.Tensor | None = None,
+        total: torch.Tensor | None = None,
     ) -> None:
         self.input, self.eps, self.gain_offset = input, eps, gain_offset
         self.x = x = _with_dense_rows(x)
@@ -77,6 +85,12 @@ class _Source:
         operands = [(x.data_ptr(), x.stride(0))]
         if second is not None:
             operands.append((second.data_ptr(), self.ld_second))
+        self.sums = 0, 0
+        if residual is not None and total is not None:
+            self.residual = residual = _with_dense_rows(residual)
+            self.ld_second = residual.stride(0)
+            self.sums = residual.data_ptr(), total.data_ptr()
+            operands += [(self.sums[0], self.ld_second), (self.sums[1], total.stride(0))]
         self.aligned = rows_are_aligned(x.shape[1], *operands)
 
     def quantizer(
@@ -99,6 +113,7 @@ class _Source:
             index, m, k, k_padded // BLOCK, row_stride(m), x.stride(0), self.ld_second, self.aligned, _NAMES[x.dtype], format,
             sm_count, group // BLOCK, "dense" if matrix is not None else "hadamard" if hadamard else "none", clip, self.input,
             self.eps, self.gain_offset, matrix is not None and len(matrix) == 1, factor, _is_programmatic(sm, format),
+            sm == 90,
         )  # fmt: skip
         return quantizer(shape), matrix
 
@@ -126,9 +141,7 @@ def _quantize(source: _Source, matrix: torch.Tensor | None, *how: *OperatorNumbe
     codes, scales = empty_operands(x, matrix, *how)
     if x.shape[0]:
         run, matrix = source.quantizer(matrix, *how)
-        between = (
-            torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if run.statistics is not None else None
-        )  # its two kernels
+        between = torch.empty(run.between_bytes, dtype=torch.uint8, device=x.device) if run.between_bytes else None
         stream = current_cuda_stream(x.device.index)
         run(
             stream, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), _address(source.second), _address(matrix),
@@ -165,13 +178,13 @@ def _linear(
     code_bytes = k_padded // BLOCK * m_stride * ROW_BYTES[format]
     scale_bytes = 4 * (k_padded // group) * m_stride
     # Codes of whole blocks and scales of 16 rows each are multiples of 64 bytes: what follows them is aligned.
-    memory = torch.empty(code_bytes + scale_bytes + 4 * m, dtype=torch.uint8, device=device)
+    run, matrix = source.quantizer(matrix, *how)
+    memory = torch.empty(code_bytes + scale_bytes + run.between_bytes, dtype=torch.uint8, device=device)
     codes = memory.data_ptr()
     scales = codes + code_bytes
-    run, matrix = source.quantizer(matrix, *how)
     run(
         stream, codes, scales, x.data_ptr(), _address(source.second), _address(matrix), scales + scale_bytes,
-        _board(run, device.index, stream),
+        _board(run, device.index, stream), *source.sums,
     )  # fmt: skip
     _multiply(y, codes, scales, packed, scale, unit, bias, k_padded // BLOCK, m_stride, stream)
     return y
@@ -247,9 +260,9 @@ def _multiply(
         sums = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         partial = sums.data_ptr()
         counter = workspace.counters(device.index, stream, 4 * plan.counters).data_ptr()
-    weights = (packed.data_ptr(), scale.data_ptr())
+    weights = [packed.data_ptr(), scale.data_ptr()]
     if unit is not None:
-        weights += (unit.data_ptr(),)
+        weights.append(unit.data_ptr())
     launch(stream, y.data_ptr(), codes, scales, *weights, _address(bias), partial, counter)
 
 
@@ -335,3 +348,23 @@ def silu_mul_linear(
     require_quantizer("silu_mul_linear", True, gate, matrix, *how, up=up)
     require_weights("silu_mul_linear", gate, packed, scale, unit, bias, n, matrix, *how)
     return _linear(_Source("silu_mul", gate, up), packed, scale, unit, bias, n, matrix, *how)
+
+
+def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    require_add_rms_norm_linear(not _by_torch(rest[-6]), x, residual, *rest)
+    if not _one_kernel_adds(rest[-6:]):
+        total = (x + residual).contiguous()
+        return rms_norm_linear(total, *rest), total
+    gain, eps, gain_offset, *weights_and_how = rest
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    source = _Source("add_rms_norm", x, gain, eps, bool(gain_offset), residual, total)
+    return _linear(source, *weights_and_how), total
+
+
+def _one_kernel_adds(how: Any) -> bool:
+    """Whether there is a quantizer that does the addition: not with a dense matrix, nor to 8 bits.
+
+    Also for many rows, where a Hadamard transform of normalised rows is faster as a product: that costs more than is saved.
+    """
+    matrix, k_padded, _, _, _, format = how
+    return matrix is None and format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK

@@ -17,13 +17,13 @@ kernel reads memory by the shapes that it is told.
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
 from ..errors import Apex4Error
-from ..format.layout_name import KERNEL_TILE_N, LayoutName
-from ..format.layouts import Layout, get_layout
+from ..format.layout_name import KERNEL_TILE_N
+from ..format.layouts import S8, Layout, get_layout
 from ..format.number_format import BLOCK, LARGEST_K_OF_TOKENS, round_up
 from .folding import fold
 from .index import index_function
@@ -47,7 +47,7 @@ def format_of_codes(codes: torch.Tensor, unit: torch.Tensor | None) -> str:
 
 def layout_of_format(format: str) -> Layout:
     """In which the weights lie that codes of this format are multiplied by."""
-    return get_layout(LayoutName.SM90 if format == TOKEN_FORMAT else format)
+    return S8 if format == TOKEN_FORMAT else get_layout(format)
 
 
 def fold_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +171,23 @@ def require_quantizer(
     if matrix is not None:
         prepacked = kernels and (group == BLOCK or format == TOKEN_FORMAT)
         _require_matrix(operator, matrix, x, k_padded // BLOCK, prepacked)
+
+
+def require_add_rms_norm_linear(
+    kernels: bool,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    gain_offset: float,
+    *rest: Any,
+) -> None:
+    """Raise Apex4Error for what `add_rms_norm_linear` cannot read; its arguments."""
+    operator = "add_rms_norm_linear"
+    require_quantizer(operator, kernels, x, *rest[-6:], gain=gain)
+    require_weights(operator, x, *rest)
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.get_device() != x.get_device():
+        _refuse(operator, "residual", _described(residual), f"{_described(x)} beside x, as that is,")
 
 
 def _require(

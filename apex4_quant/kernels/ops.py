@@ -5,6 +5,7 @@
     silu_mul_quantize(gate, up, ...)            -> codes, scales   of SiLU(gate) * up
     gemm(codes, scales, weight_packed, ...)     -> y [M, N]
     linear, rms_norm_linear, silu_mul_linear    -> y [M, N]        the quantizer of that name and the GEMM in one call
+    add_rms_norm_linear(x, residual, gain, ...) -> y, x + residual rms_norm_linear of the sum as it is rounded
 
 Here are the schemas, and what is known of the results without computing them; cpu_ops.py and cuda_ops.py compute. Operands are
 those of operands.py and of the layout of the same name; what does not fit is refused with an Apex4Error that names the
@@ -28,15 +29,24 @@ import torch
 from . import cpu_ops, cuda_ops
 from .activation_quantization import OperatorArguments
 from .cuda_ops import prepare
-from .operands import Operands, empty_operands, require_gemm, require_quantizer, require_weights
+from .operands import (
+    Operands,
+    empty_operands,
+    require_add_rms_norm_linear,
+    require_gemm,
+    require_quantizer,
+    require_weights,
+)
 
 __all__ = [
-    "gemm", "linear", "prepare", "quantize", "rms_norm_linear", "rms_norm_quantize", "silu_mul_linear", "silu_mul_quantize",
+    "add_rms_norm_linear", "gemm", "linear", "prepare", "quantize", "rms_norm_linear", "rms_norm_quantize", "silu_mul_linear",
+    "silu_mul_quantize",
 ]  # fmt: skip
 
 _HOW = "Tensor? matrix, int k_padded, int group, float clip, bool hadamard, str format"
 _WEIGHTS = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_unit, Tensor? bias, int n"
 _NORM = "Tensor x, Tensor gain, float eps, float gain_offset"
+_ADD_NORM = _NORM.replace("Tensor x", "Tensor x, Tensor residual")
 _GATE = "Tensor gate, Tensor up"
 _SCHEMAS = {
     "quantize": f"(Tensor x, {_HOW}) -> (Tensor, Tensor)",
@@ -47,6 +57,7 @@ _SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHTS}, {_HOW}) -> Tensor",
     "rms_norm_linear": f"({_NORM}, {_WEIGHTS}, {_HOW}) -> Tensor",
     "silu_mul_linear": f"({_GATE}, {_WEIGHTS}, {_HOW}) -> Tensor",
+    "add_rms_norm_linear": f"({_ADD_NORM}, {_WEIGHTS}, {_HOW}) -> (Tensor, Tensor)",
 }
 
 
@@ -110,6 +121,11 @@ def _fake_silu_mul_linear(
     return gate.new_empty((gate.shape[0], n))
 
 
+def _fake_add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    require_add_rms_norm_linear(x.is_cuda, x, residual, *rest)
+    return _fake_rms_norm_linear(x, *rest), torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("apex4", "DEF")
@@ -121,6 +137,7 @@ _fakes: dict[str, Callable[..., Any]] = {
     "linear": _fake_linear,
     "rms_norm_linear": _fake_rms_norm_linear,
     "silu_mul_linear": _fake_silu_mul_linear,
+    "add_rms_norm_linear": _fake_add_rms_norm_linear,
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(f"{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -134,4 +151,5 @@ silu_mul_quantize = torch.ops.apex4.silu_mul_quantize.default
 gemm = torch.ops.apex4.gemm.default
 linear = torch.ops.apex4.linear.default
 rms_norm_linear = torch.ops.apex4.rms_norm_linear.default
+add_rms_norm_linear = torch.ops.apex4.add_rms_norm_linear.default
 silu_mul_linear = torch.ops.apex4.silu_mul_linear.default

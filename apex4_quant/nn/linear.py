@@ -149,7 +149,9 @@ class Apex4Linear(nn.Module):
     def kernel_weights(self) -> KernelWeights:
         """What the operators multiply by."""
         layout = layout_of_format(self.kernel or "")
-        packed, scale, unit = self.weight_packed, self.weight_scale, None
+        packed: torch.Tensor = self.weight_packed
+        scale: torch.Tensor = self.weight_scale
+        unit = None
         # Offloaded: the tensors come anew for every call, in the stored order.
         if self.layout.name != layout.name:
             packed = layout.pack(self.codes())

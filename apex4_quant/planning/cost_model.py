@@ -6,6 +6,7 @@ For M tokens, N outputs, K inputs (padded) in G groups:
                  this GPU (issue_model.py: tensor cores, CUDA cores, shared memory, issue; one fitted efficiency)
     memory       B = (N K / 2 + 2 N G + M K / 2 + 4 M G + 2 M N) / bandwidth
     GEMM           = max(arithmetic, B)
+    8-bit activations: M K + 4 M for M K / 2 + 4 M G, here and below, and the account of the 8-bit main loop
     quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a dense transform adds
                      256 K bytes of matrices, and its 256 M K operations at the 16-bit rate overlap with the memory
 
@@ -91,20 +92,33 @@ def _memory_seconds(gpu: Gpu, size: float) -> float:
     return size / (gpu.memory_gbs * 1e9 * MEMORY_SHARE)
 
 
-def gemm_seconds(gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainloop: Mainloop = OURS) -> float:
-    """Predicted seconds of the W4A4 GEMM alone: x [m, k] quantized, weight [n, k], y [m, n] in 16 bits."""
+def gemm_seconds(
+    gpu: Gpu, m: int, n: int, k: int, group_size: GroupSize, mainloop: Mainloop = OURS, activation_bits: int = 4
+) -> float:
+    """Predicted seconds of the GEMM alone: x [m, k] quantized to 4 or 8 bits, weight [n, k], y [m, n] in 16 bits.
+
+    With 8 bits the groups cost nothing, whatever their size, and `mainloop` says nothing.
+    """
     padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
     blocks_per_group = padded / BLOCK / groups
-    loop = mainloop.loop(gpu, blocks_per_group)
+    if activation_bits == 8:
+        loop = issue_model.best_loop(gpu, activation_bits=8)
+        activations = m * padded + 4 * m
+    else:
+        loop = mainloop.loop(gpu, blocks_per_group)
+        activations = m * padded // 2 + 4 * m * groups
     arithmetic = issue_model.mainloop_seconds(gpu, loop, m, n, padded, blocks_per_group)
-    memory = _memory_seconds(gpu, n * padded / 2 + 2 * n * groups + m * padded / 2 + 4 * m * groups + 2 * m * n)
+    memory = _memory_seconds(gpu, n * padded / 2 + 2 * n * groups + activations + 2 * m * n)
     return max(arithmetic, memory)
 
 
-def activation_seconds(gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False) -> float:
+def activation_seconds(
+    gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False, activation_bits: int = 4
+) -> float:
     """Predicted seconds of quantizing x [m, k] from 16 bits, behind the Hadamard transform or a dense one."""
     padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
-    moved = 2 * m * k + m * padded / 2 + 4 * m * groups
+    stored = m * padded / 2 + 4 * m * groups if activation_bits == 4 else m * padded + 4 * m
+    moved = 2 * m * k + stored
     if not dense:
         return _memory_seconds(gpu, moved)
     products = 2 * m * padded * BLOCK / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
@@ -119,11 +133,12 @@ def input_group_seconds(
     group_size: GroupSize,
     mainloop: Mainloop = OURS,
     dense: bool = False,
+    activation_bits: int = 4,
 ) -> float:
     """Predicted seconds of the linears [n, k], n in `outputs`, that share one input: it is transformed, by a `dense`
     transform or Hadamard's, and quantized once."""
-    gemms = sum(gemm_seconds(gpu, m, n, k, group_size, mainloop) for n in outputs)
-    return gemms + activation_seconds(gpu, m, k, group_size, dense)
+    gemms = sum(gemm_seconds(gpu, m, n, k, group_size, mainloop, activation_bits) for n in outputs)
+    return gemms + activation_seconds(gpu, m, k, group_size, dense, activation_bits)
 
 
 def fp16_seconds(gpu: Gpu, m: int, n: int, k: int) -> float:

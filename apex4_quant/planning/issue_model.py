@@ -26,6 +26,7 @@ fitted one has a higher one. docs/issue_slots.md says what that means for ours.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -48,6 +49,11 @@ EFFICIENCY = 0.415
 EFFICIENCY_LIMIT = 0.85
 # sm_90: measured on an H200, the mean over layers of Llama-3-8B and Llama-2-70B at M 2048 and 4096 (`apex4 bench`).
 EFFICIENCY_SM90 = 0.62
+# 8-bit activations. What the simulation does not know is taken to cost both kinds of kernel the same: EFFICIENCY times the share
+# of the account that the simulation gives the 8-bit loop over what it gives the 4-bit one (docs/issue_slots.md).
+EFFICIENCY_EIGHT_BIT = 0.54
+# mma.sync of 8-bit integers on sm_90: clocks of an m16n8k32 over what wgmma takes for as much (measured, H100 and H200).
+_MMA_SYNC_SM90 = 6.07 / 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,18 @@ _FMA = ("ffma", "fmul", "fadd", "imad", "half")
 _DEQUANTIZATION = ("ffma", "fmul", "i2f")  # what a group of several blocks does once
 
 
+def pipe_clocks(rates: Rates, classes: Mapping[str, float], shared_bytes: float) -> dict[str, float]:
+    """Clocks that instructions of these classes (sass.py) keep each pipe but the tensor cores."""
+    fma, imad = sum(classes.get(name, 0) for name in _FMA), classes.get("imad", 0)
+    return {
+        "issue": sum(classes.values()),
+        "fma": max(rates.fma * fma, 2 * imad),  # IMAD has 16 lanes everywhere
+        "alu": rates.alu * classes.get("integer", 0),
+        "i2f": rates.i2f * classes.get("i2f", 0),
+        "shared": rates.shared * shared_bytes,
+    }
+
+
 @dataclass(frozen=True)
 class Loop:
     """A main loop of the table; everything per product."""
@@ -82,6 +100,8 @@ class Loop:
     classes: dict[str, float]
     shared_bytes: float  # read, and written by copies
     overlapped: bool
+    bits: int = 4  # of activations
+    mma_sync: bool = True  # not wgmma
     scale_products: float = 0.0  # tensor-core time of products of scales, over that of codes
 
     def clocks(self, gpu: Gpu, blocks_per_group: float = 1) -> dict[str, float]:
@@ -90,15 +110,14 @@ class Loop:
         # The kernel for sm_90 dequantizes every block, whatever the group.
         share = 1.0 if self.arch == "sm_90a" else 1 / blocks_per_group
         spent = {name: number * (share if name in _DEQUANTIZATION else 1) for name, number in self.classes.items()}
-        fma, imad = sum(spent.get(name, 0) for name in _FMA), spent.get("imad", 0)
-        return {
-            "tensor": PRODUCT_OPS * SCHEDULERS / gpu.tensor_ops_per_clock * (1 + self.scale_products),
-            "issue": self.instructions - sum(self.classes.values()) + sum(spent.values()),
-            "fma": max(rates.fma * fma, 2 * imad),  # IMAD has 16 lanes everywhere
-            "alu": rates.alu * spent.get("integer", 0),
-            "i2f": rates.i2f * spent.get("i2f", 0),
-            "shared": rates.shared * self.shared_bytes,
-        }
+        pipes = pipe_clocks(rates, spent, self.shared_bytes)
+        pipes["issue"] += self.instructions - sum(self.classes.values())
+        return {"tensor": self._tensor_clocks(gpu)} | pipes
+
+    def _tensor_clocks(self, gpu: Gpu) -> float:
+        operations = gpu.ops_per_clock(self.bits)
+        clocks = PRODUCT_OPS * SCHEDULERS / operations * (1 + self.scale_products)
+        return clocks * _MMA_SYNC_SM90 if self.bits == 8 and self.arch == "sm_90a" and self.mma_sync else clocks
 
     def product_clocks(self, gpu: Gpu, blocks_per_group: float = 1) -> float:
         """Clocks per product of the whole loop, before EFFICIENCY."""
@@ -131,6 +150,8 @@ def loops(arch: str) -> tuple[Loop, ...]:
             classes={name: number / row["products"] for name, number in row["classes"].items()},
             shared_bytes=(row["shared_bytes"] + row["copied_bytes"]) / row["products"],
             overlapped=row["name"] != CONTROL,
+            bits=row["bits"],
+            mma_sync=not any("GMMA." in opcode for opcode in row["opcodes"]),
             scale_products=_scale_products(row["opcodes"]),
         )
         for row in table()["kernels"]
@@ -144,14 +165,18 @@ def _scale_products(opcodes: dict[str, int]) -> float:
     return scales / sum(number for name, number in opcodes.items() if name.startswith("QGMMA.")) if scales else 0.0
 
 
-def best_loop(gpu: Gpu, blocks_per_group: float = 1) -> Loop:
+def best_loop(gpu: Gpu, blocks_per_group: float = 1, activation_bits: int = 4) -> Loop:
     """Of ours, the loop with the fewest clocks per product on this GPU: what large GEMMs should run."""
-    return _best_loop(gpu, blocks_per_group > 1 and gpu.sm != 90)
+    return _best_loop(gpu, activation_bits == 4 and blocks_per_group > 1 and gpu.sm != 90, activation_bits)
 
 
 @cache
-def _best_loop(gpu: Gpu, wide_groups: bool) -> Loop:
-    ours = [loop for loop in loops(arch_of(gpu)) if loop.name != CONTROL and loop.wide_groups == wide_groups]
+def _best_loop(gpu: Gpu, wide_groups: bool, activation_bits: int) -> Loop:
+    ours = [
+        loop
+        for loop in loops(arch_of(gpu))
+        if (loop.name != CONTROL and loop.bits == activation_bits and loop.wide_groups == wide_groups)
+    ]
     return min(ours, key=lambda loop: (loop.product_clocks(gpu), sum(loop.clocks(gpu).values())))
 
 
@@ -162,15 +187,17 @@ def control(gpu: Gpu) -> Loop:
     return next(loop for loop in loops(arch) if loop.name == CONTROL)
 
 
-def efficiency(gpu: Gpu) -> float:
-    return EFFICIENCY_SM90 if gpu.sm >= 90 else EFFICIENCY
+def efficiency(gpu: Gpu, activation_bits: int = 4) -> float:
+    if gpu.sm == 90:
+        return EFFICIENCY_SM90
+    return EFFICIENCY if activation_bits == 4 else EFFICIENCY_EIGHT_BIT
 
 
 def mainloop_seconds(gpu: Gpu, loop: Loop, m: int, n: int, padded_k: int, blocks_per_group: float = 1) -> float:
     """Seconds of the arithmetic alone if every SM is busy to the end. No waves, no memory: what `cost_model` compares."""
     products = m * n * padded_k / BLOCK / 32 / SCHEDULERS  # of one scheduler, if there were one SM
     clocks = products * loop.product_clocks(gpu, blocks_per_group) / gpu.sms
-    return clocks / (gpu.clock_mhz * 1e6) / efficiency(gpu)
+    return clocks / (gpu.clock_mhz * 1e6) / efficiency(gpu, loop.bits)
 
 
 def gemm_seconds(gpu: Gpu, loop: Loop, m: int, n: int, k: int, share: float | None = None) -> float:
@@ -178,6 +205,7 @@ def gemm_seconds(gpu: Gpu, loop: Loop, m: int, n: int, k: int, share: float | No
     blocks = ceil(k / BLOCK)
     tiles = ceil(m / loop.tile[0]) * ceil(n / loop.tile[1])
     tile_clocks = loop.tile[0] * loop.tile[1] / 32 / SCHEDULERS * blocks * loop.product_clocks(gpu)
-    compute = ceil(tiles / gpu.sms) * tile_clocks / (gpu.clock_mhz * 1e6) / (share or efficiency(gpu))
-    moved = n * blocks * (BLOCK / 2 + 2) + m * blocks * (BLOCK / 2 + 4) + 2 * m * n
+    compute = ceil(tiles / gpu.sms) * tile_clocks / (gpu.clock_mhz * 1e6) / (share or efficiency(gpu, loop.bits))
+    codes = BLOCK / 2 + 4 if loop.bits == 4 else BLOCK
+    moved = n * blocks * (BLOCK / 2 + 2) + m * blocks * codes + 2 * m * n
     return max(compute, moved / (gpu.memory_gbs * 1e9 * MEMORY_SHARE))

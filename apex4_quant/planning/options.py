@@ -1,7 +1,7 @@
 """What the planner chooses among: for every input group its options, each with a predicted time and loss. Torch-free.
 
-The unit of choice is the input group: the linears that read one input share its quantization, hence one group size and
-one transform.
+The unit of choice is the input group: the linears that read one input share its quantization, hence one group size, one
+transform and the bits of its activations.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from ..format.number_format import BLOCK, CHANNEL, GroupSize, round_up
+from ..format.number_format import ACTIVATION_BITS, BITS, BLOCK, CHANNEL, GroupSize, round_up
 from ..format.transform_kind import TransformKind
 
 LADDER: tuple[GroupSize, ...] = (128, 256, 512, CHANNEL)
@@ -20,29 +20,39 @@ LADDER: tuple[GroupSize, ...] = (128, 256, 512, CHANNEL)
 class Mode(StrEnum):
     """What a plan may choose from. The value is what `--mode` and plan files say.
 
-    AUTO    the least loss within --budget, or the least time within --max-loss, from group sizes {128, 256, 512,
-            channel} under hadamard128, and 128 under dense128, which kernels have with groups of 128 only
+    AUTO    the least loss within --budget, or the least time within --max-loss, from activations of 4 bits with group
+            sizes {128, 256, 512, channel} under hadamard128 and 128 under dense128, which kernels have with groups of 128
+            only, and activations of 8 bits with groups of 128 under either
+    W4A4    as AUTO, from activations of 4 bits: the paper's pure INT4
     MIXED   the paper's (arXiv 2606.08761), under hadamard128: sensitive inputs at 128, the others per channel. Sensitive
             are the inputs of the last residual writers (down_proj). With --budget or --max-loss the list of candidates is
             those, most loss first, then all others by loss saved per second; as many are taken as the bound allows or needs
-    G128    as AUTO, from 128 under hadamard128 and 128 under dense128
+    G128    as W4A4, from 128 under hadamard128 and 128 under dense128
     """
 
     AUTO = "auto"
+    W4A4 = "w4a4"
     MIXED = "mixed"
     G128 = "g128"
 
+    @property
+    def activation_bits(self) -> tuple[int, ...]:
+        """Bits of activations that the mode chooses from."""
+        return ACTIVATION_BITS if self is Mode.AUTO else (BITS,)
+
 
 class Choice(NamedTuple):
-    """How the linears of one input are quantized."""
+    """How the linears of one input are quantized. The names are those of LinearFormat's fields."""
 
     group_size: GroupSize
     transform: TransformKind
+    activation_bits: int = BITS
 
     @property
     def label(self) -> str:
-        """Short, and unique among the choices of one plan: a learned transform has one group size."""
-        return str(self.transform) if self.transform.is_learned else str(self.group_size)
+        """Short, and unique among the choices of one plan: a learned transform and 8 bits have one group size."""
+        name = str(self.transform) if self.transform.is_learned else str(self.group_size)
+        return name if self.activation_bits == BITS else f"{name} a{self.activation_bits}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Option:
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """What an input group may get, finest first, learned transforms last.
+    """What an input group may get: 4 bits first, in these finest groups first, learned transforms last.
 
     `writes`: the group holds the last residual writer of its layer (down_proj), which Mode.MIXED takes first.
     """
@@ -71,11 +81,12 @@ class GroupOptions:
 
     def offered(self, mode: Mode) -> GroupOptions:
         """What `mode` chooses from."""
+        options = tuple(o for o in self.options if o.choice.activation_bits in mode.activation_bits)
         if mode is Mode.G128:
-            return replace(self, options=tuple(o for o in self.options if o.choice.group_size == BLOCK))
+            options = tuple(o for o in options if o.choice.group_size == BLOCK)
         if mode is Mode.MIXED:
-            return replace(self, options=tuple(o for o in self.options if not o.choice.transform.is_learned))
-        return self
+            options = tuple(o for o in options if not o.choice.transform.is_learned)
+        return replace(self, options=options)
 
 
 def ladder_of(in_features: int) -> tuple[GroupSize, ...]:
@@ -89,10 +100,16 @@ def ladder_of(in_features: int) -> tuple[GroupSize, ...]:
     )
 
 
-def choices_of(in_features: int, transforms: Sequence[TransformKind]) -> list[Choice]:
-    """What an input of K features may get: one transform after the other, finest groups first."""
+def choices_of(
+    in_features: int, transforms: Sequence[TransformKind], activation_bits: Sequence[int] = (BITS,)
+) -> list[Choice]:
+    """What an input of K features may get: 4 bits first; one transform after the other, finest groups first.
+
+    With activations of 8 bits no arithmetic is left to do for a group, so that coarser groups than 128 save no time.
+    """
     return [
-        Choice(size, transform)
+        Choice(size, transform, bits)
+        for bits in activation_bits
         for transform in transforms
-        for size in ((BLOCK,) if transform.is_learned else ladder_of(in_features))
+        for size in ((BLOCK,) if transform.is_learned or bits != BITS else ladder_of(in_features))
     ]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..format.number_format import BLOCK
+from ..format.number_format import ACTIVATION_BITS, BITS, BLOCK
 from ..format.storage import write_bytes
 from ..format.transform_kind import TransformKind
 from ..hardware.gpus import Gpu
 from ..models.source import ModelSource
 from ..quantization.plan_file import plan_file_json, plan_file_text
 from .cost_model import Mainloop, fp16_seconds, gemm_seconds
-from .options import LADDER, GroupOptions, Option
+from .options import LADDER, Choice, GroupOptions, Option
 from .sensitivity import GroupSensitivity
 from .settings import PlanSettings
+
+PLANNED_KEYS = (
+    "group_size",
+    "transform",
+    "activation_bits",
+    "shape",
+)  # of a linear in the file; 4 bits go without saying
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,15 @@ class QuantizationPlan:
         tokens = self.settings.tokens
         for group, option in zip(self.groups, self.chosen, strict=True):
             gemms = [
-                gemm_seconds(self.gpu, tokens, n, group.in_features, option.choice.group_size, self.mainloop)
+                gemm_seconds(
+                    self.gpu,
+                    tokens,
+                    n,
+                    group.in_features,
+                    option.choice.group_size,
+                    self.mainloop,
+                    option.choice.activation_bits,
+                )
                 for n in group.outputs
             ]
             shared = (option.seconds - sum(gemms)) / len(gemms)
@@ -68,6 +84,7 @@ class QuantizationPlan:
                         "shape": [group.outputs[index], group.in_features],
                         "group_size": option.choice.group_size,
                         "transform": option.choice.transform.value,
+                        "activation_bits": option.choice.activation_bits,
                         "predicted_error": {choice.label: errors[index] for choice, errors in group.errors.items()},
                         "predicted_loss": {choice.label: loss for choice, loss in group.losses.items()},
                         "predicted_microseconds": round(1e6 * (gemms[index] + shared), 3),
@@ -97,7 +114,10 @@ class QuantizationPlan:
         """YAML or, if the name ends in .json, JSON."""
         entries = {entry["name"]: entry for entry in self.linears()}
         groups = [
-            {name: {key: entries[name][key] for key in ("group_size", "transform", "shape")} for name in group.linears}
+            {
+                name: {key: entries[name][key] for key in PLANNED_KEYS if entries[name][key] != BITS}
+                for name in group.linears
+            }
             for group in self.groups
         ]
         notes = {
@@ -118,13 +138,13 @@ class QuantizationPlan:
         """The table for people."""
         entries = self.linears()
         width = max(len(entry["name"]) for entry in entries)
-        exact = [transform for transform in self.transforms if not transform.is_learned]
-        labels = [*map(str, LADDER if exact else ()), *(set(self.transforms) - set(exact))]
+        offered = list(dict.fromkeys(choice for group in self.groups for choice in group.losses))
+        columns = [(choice.label, max(9, len(choice.label) + 2)) for choice in sorted(offered, key=_column)]
         lines = [
             f"{self.source.describe()} on {self.gpu.name}, {self.settings.tokens} tokens, mode {self.settings.mode}, "
             f"mainloop {self.mainloop.name}: losses and times are predicted",
-            f"  {'linear':{width}}  {'shape':>13}  {'group':>8} "
-            + "".join(f"{'@' + label:>10}" for label in labels)
+            f"  {'linear':{width}}  {'shape':>13}  {'choice':>11} "
+            + "".join(f"{'@' + label:>{room}}" for label, room in columns)
             + f"  {'us':>9}",
         ]
         choices = {
@@ -134,23 +154,66 @@ class QuantizationPlan:
         }
         for entry in entries:
             choice, first = choices[entry["name"]]
-            losses = (entry["predicted_loss"].get(label) if first else None for label in labels)
+            losses = ((entry["predicted_loss"].get(label) if first else None, room) for label, room in columns)
             lines.append(
-                f"  {entry['name']:{width}}  {' x '.join(map(str, entry['shape'])):>13}  {choice.label:>8} "
-                + "".join(f"{'' if loss is None else f'{1000 * loss:.3f}':>10}" for loss in losses)
+                f"  {entry['name']:{width}}  {' x '.join(map(str, entry['shape'])):>13}  {choice.label:>11} "
+                + "".join(f"{'' if loss is None else f'{1000 * loss:.3f}':>{room}}" for loss, room in losses)
                 + f"  {entry['predicted_microseconds']:9.2f}"
             )
         lines.append(
             "  @: predicted loss of all linears that read the input, divergence from the original in 1/1000 nat a token"
         )
+        exact = [transform for transform in self.transforms if not transform.is_learned]
         if exact:
             lines.append(f"  128, 256, 512, channel: group sizes, transform {exact[0]}")
         if len(exact) < len(self.transforms):
             lines.append(f"  {TransformKind.DENSE}: groups of {BLOCK}, a transform learned for the input")
+        if any(choice.activation_bits != BITS for choice in offered):
+            lines.append(f"  a8: groups of {BLOCK}, activations in 8 bits with one scale a token")
         total = self.predicted()
-        lines.append(
+        lines += [
+            *(f"  {sentence}" for sentence in self.reasons()),
             f"  all linears: {total['microseconds']:.1f} us predicted, {total['of_fastest']:.2f}x the fastest plan, "
-            f"{total['speedup_over_fp16']:.2f}x as fast as FP16 ({total['fp16_microseconds']:.1f} us)"
-        )
-        lines.append(f"  predicted loss {1000 * total['loss']:.3f}, {total['of_least_loss']:.2f}x the least there is")
+            f"{total['speedup_over_fp16']:.2f}x as fast as FP16 ({total['fp16_microseconds']:.1f} us)",
+            f"  predicted loss {1000 * total['loss']:.3f}, {total['of_least_loss']:.2f}x the least there is",
+        ]
         return "\n".join(lines)
+
+    def reasons(self) -> list[str]:
+        """What was decided about the bits of activations on this GPU, and why, in sentences; none where nothing was offered."""
+        if all(choice.activation_bits == BITS for group in self.groups for choice in group.losses):
+            return []
+        eight = [index for index, option in enumerate(self.chosen) if option.choice.activation_bits != BITS]
+        pairs = [_best_by_bits(group) for group in self.options]
+        seconds = {bits: sum(pair[bits].seconds for pair in pairs) for bits in ACTIVATION_BITS}
+        losses = {bits: sum(pair[bits].loss for pair in pairs) for bits in ACTIVATION_BITS}
+        more, ratio = seconds[8] / seconds[4], losses[4] / losses[8] if losses[8] else math.inf
+        compared = (
+            f"everywhere they would take {more:.2f}x the time of 4 bits here and lose {ratio:.1f} times less"
+            if ratio >= 1
+            else f"everywhere they would take {more:.2f}x the time of 4 bits here and lose more"
+        )
+        if not eight:
+            return [f"{self.gpu.name}: 8-bit activations nowhere; {compared}"]
+        if len(eight) == len(self.chosen):
+            return [f"{self.gpu.name}: 8-bit activations everywhere: they take {more:.2f}x the time of 4 bits here and "
+                    f"lose {ratio:.1f} times less"]  # fmt: skip
+        saved = sum(pairs[index][4].loss - self.chosen[index].loss for index in eight) / losses[4]
+        spent = sum(self.chosen[index].seconds - pairs[index][4].seconds for index in eight) / seconds[4]
+        return [
+            f"{self.gpu.name}: 8-bit activations for {len(eight)} of {len(self.chosen)} inputs, which saves {100 * saved:.0f} % "
+            f"of the loss of 4 bits for {100 * spent:.0f} % of their time; {compared}"
+        ]
+
+
+def _column(choice: Choice) -> tuple[bool, bool, int]:
+    """Where a choice stands in the table: 4 bits first, learned transforms last, finest groups first."""
+    return choice.activation_bits != BITS, choice.transform.is_learned, LADDER.index(choice.group_size)
+
+
+def _best_by_bits(group: GroupOptions) -> dict[int, Option]:
+    """Of an input, the option of least loss for each number of bits."""
+    return {
+        bits: min((o for o in group.options if o.choice.activation_bits == bits), key=lambda option: option.loss)
+        for bits in ACTIVATION_BITS
+    }

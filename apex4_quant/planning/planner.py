@@ -1,4 +1,4 @@
-"""`apex4 plan`: which group size and transform every linear gets, from predicted loss (sensitivity.py) and predicted time
+"""`apex4 plan`: which group size, transform and activation bits every linear gets, from predicted loss (sensitivity.py) and predicted time
 (cost_model.py).
 
 There are two transforms to choose from where the recipe has dense128; another recipe's transform, or that of --transform,
@@ -24,7 +24,7 @@ from ..quantization.plan_file import require_plan_path
 from ..quantization.settings import QuantizeSettings
 from .choosing import choose, require_bounds
 from .cost_model import OURS, Mainloop, get_gpu, get_mainloop, input_group_seconds
-from .options import GroupOptions, Option
+from .options import GroupOptions, Mode, Option
 from .outcome import QuantizationPlan
 from .sensitivity import GroupSensitivity, measure_sensitivity
 from .settings import TOKENS, PlanSettings, transforms_of
@@ -43,7 +43,14 @@ def options_with_times(
         Option(
             choice,
             input_group_seconds(
-                gpu, tokens, outputs, in_features, choice.group_size, mainloop, choice.transform.is_learned
+                gpu,
+                tokens,
+                outputs,
+                in_features,
+                choice.group_size,
+                mainloop,
+                choice.transform.is_learned,
+                choice.activation_bits,
             ),
             loss,
         )
@@ -74,7 +81,8 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
         run = replace(run, samples=max(1, TOKENS // run.seq_len))
     samples = draw_calibration(source, run, settings.seq_len, progress).windows
     runner = LayerRunner(source, run.device, DTYPES[run.dtype])
-    groups = measure_sensitivity(source, runner, samples, plan_of(source, run).linears, transforms, run.seed, progress)
+    planned, bits = plan_of(source, run).linears, Mode(settings.mode).activation_bits
+    groups = measure_sensitivity(source, runner, samples, planned, transforms, bits, run.seed, progress)
     options = [group_options(group, gpu, settings.tokens, mainloop) for group in groups]
     chosen = choose(options, settings.mode, settings.budget, settings.max_loss)
     plan = QuantizationPlan(settings, transforms, source, gpu, mainloop, tuple(groups), tuple(options), tuple(chosen))

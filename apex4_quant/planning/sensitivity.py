@@ -8,7 +8,7 @@ tokens are taken as independent, so those of an input group add up: for linears 
 
 g_x is the gradient by x, g_i that by y_i; means are over all tokens. Everything is in the transformed basis, over probe
 rows x of the calibration text. Codes are rounded to nearest: weight scales by the search of nearest.py,
-activations at the best of a few clip ratios. The loss of a plan is the sum over its input groups. How well it predicts,
+activations of 4 bits at the best of a few clip ratios. With activations of 8 bits W is the folded weight. The loss of a plan is the sum over its input groups. How well it predicts,
 and the proxies that do not, are in docs/log.md, 2026-11-25.
 
 A learned transform is one that LEARNING_STEPS steps find, on rows of its own: the errors are those of other rows, so that
@@ -22,7 +22,7 @@ the last layer to the first, with the gradients of the predictions. Both have on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,9 +30,11 @@ import torch
 
 from ..calib.probes import PROBE_ROWS
 from ..format.layouts import get_layout
+from ..format.number_format import BITS
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
-from ..kernels.torch_backend import quantize_activation
+from ..kernels.folding import fold, fold_codes
+from ..kernels.torch_backend import quantize_activation, quantize_token
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
@@ -102,16 +104,14 @@ def predict_errors(
     bases = [transform_weight(weight, format, matrix) for weight in weights]
     gradients = transform_weight(metric.rows, format, matrix)  # like a weight: g . e = (g T^-T) . (e T)
     loss, difference = math.inf, x
-    for ratio in CLIP_RATIOS:
-        codes, scale = quantize_activation(x, format.group_length, clip=ratio, hadamard=False)
-        error = (codes * scale[..., None]).flatten(1) - x
+    for rounded in _rounded_inputs(x, format):
+        error = rounded - x
         energy = float((error @ gradients.t()).square().sum()) / (2 * len(x))
         if energy < loss:
             loss, difference = energy, error
     relative = []
     for base, importance in zip(bases, metric.outputs, strict=True):
-        scale = search_scales(base, format.group_length)
-        rounded = round_to_codes(base.unflatten(1, (-1, format.group_length)), scale).mul_(scale[..., None]).flatten(1)
+        rounded = _rounded_weight(base, format)
         of_weight = (x @ (rounded - base).t()).square().sum(0)
         loss += float((of_weight * importance).sum()) / (2 * len(x))
         noise = float((difference @ base.t()).square().sum() + of_weight.sum())
@@ -120,16 +120,39 @@ def predict_errors(
     return Errors(tuple(relative), loss)
 
 
+def _rounded_inputs(x: torch.Tensor, format: LinearFormat) -> Iterator[torch.Tensor]:
+    """What the codes of transformed rows x [T, padded K] stand for, for every clip ratio that a run may choose."""
+    if format.activation_bits != BITS:
+        codes, scale = quantize_token(x, hadamard=False)
+        yield (codes * scale[..., None]).flatten(1)
+        return
+    for ratio in CLIP_RATIOS:
+        codes, scale = quantize_activation(x, format.group_length, clip=ratio, hadamard=False)
+        yield (codes * scale[..., None]).flatten(1)
+
+
+def _rounded_weight(base: torch.Tensor, format: LinearFormat) -> torch.Tensor:
+    """What the codes of a transformed weight [N, padded K] stand for in the products."""
+    scale = search_scales(base, format.group_length)
+    codes = round_to_codes(base.unflatten(1, (-1, format.group_length)), scale)
+    if format.activation_bits == BITS:
+        return codes.mul_(scale[..., None]).flatten(1)
+    ratio, unit = fold(scale)
+    return fold_codes(codes.flatten(1).to(torch.int8), ratio) * unit[:, None]
+
+
 def measure_sensitivity(
     source: ModelSource,
     runner: LayerRunner,
     samples: torch.Tensor,
     planned: Sequence[PlannedLinear],
     transforms: Sequence[TransformKind],
+    activation_bits: Sequence[int],
     seed: int,
     progress: Progress,
 ) -> list[GroupSensitivity]:
-    """Both passes of samples int64 [S, L]. `planned` says which linears there are, `transforms` what they may have.
+    """Both passes of samples int64 [S, L]. `planned` says which linears there are, `transforms` and `activation_bits` what
+    they may have.
 
     Raises Apex4Error, naming linear or layer, for weights, inputs or gradients that are not finite.
     """
@@ -154,7 +177,8 @@ def measure_sensitivity(
             for group in collector.inputs_of(layer, module, of_layer, Streams(hidden)):
                 linears = [linear for part in group.parts for linear in part.planned]
                 metric = _metric(linears, {prefix + name: gradient for name, gradient in known.items()}, prefix, size)
-                measured.append(_measure_group(group, linears, metric, stored, transforms, runner.device))
+                choices = choices_of(linears[0].format.in_features, transforms, activation_bits)
+                measured.append(_measure_group(group, linears, metric, stored, choices, runner.device))
                 advance(sum(n * measured[-1].in_features for n in measured[-1].outputs))
             found = measured + found
             runner.drop_layer(layer)
@@ -188,7 +212,7 @@ def _measure_group(
     linears: Sequence[PlannedLinear],
     metric: Metric,
     stored: dict[str, torch.Tensor],
-    transforms: Sequence[TransformKind],
+    choices: Sequence[Choice],
     device: torch.device,
 ) -> GroupSensitivity:
     rows, others = split_rows(group.statistics.inputs())
@@ -198,7 +222,7 @@ def _measure_group(
     metric = Metric(_fewer(metric.rows.to(device)), [importance.to(device) for importance in metric.outputs])
     first = linears[0]
     errors: dict[Choice, Errors] = {}
-    for choice in choices_of(first.format.in_features, transforms):
+    for choice in choices:
         format = replace(first.format, **choice._asdict(), layout=get_layout("rowmajor"))
         matrix = _quickly_learned(others, weights, format, metric)
         errors[choice] = predict_errors(rows, weights, format, metric, matrix)
@@ -247,11 +271,12 @@ def _quickly_learned(
 def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:
     """Measured losses by choice, finest groups first -> those to choose by.
 
-    Under one transform a coarser size never counts as better than a finer one: where it measures so, that is the sample's
+    Under one transform, with as many bits, a coarser size never counts as better than a finer one: where it measures so, that is the sample's
     noise.
     """
-    worst: dict[str, float] = {}
+    worst: dict[tuple[TransformKind, int], float] = {}
     kept: dict[Choice, float] = {}
     for choice, loss in losses.items():
-        kept[choice] = worst[choice.transform] = max(worst.get(choice.transform, 0.0), loss)
+        kind = choice.transform, choice.activation_bits
+        kept[choice] = worst[kind] = max(worst.get(kind, 0.0), loss)
     return kept

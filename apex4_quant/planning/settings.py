@@ -61,7 +61,7 @@ def transforms_of(settings: PlanSettings) -> tuple[TransformKind, ...]:
         return (TransformKind.HADAMARD if transform.is_learned else transform,)
     if settings.transform is None and transform is TransformKind.DENSE:
         return (TransformKind.HADAMARD, TransformKind.DENSE)
-    if mode == Mode.G128 or transform.is_learned:
+    if mode == Mode.G128 or (transform.is_learned and mode != Mode.AUTO):
         for name, value in (("budget", settings.budget), ("max-loss", settings.max_loss)):
             if value is not None:
                 raise UsageError(

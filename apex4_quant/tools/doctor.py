@@ -18,7 +18,7 @@ from ..format.storage import format_bytes
 from ..kernels.catalogue import kernel_family
 from ..kernels.dispatch import AUTO, activation_bits_on, asked_activations
 from ..kernels.runtime import compiler
-from ..kernels.runtime.architectures import eight_bit_family
+from ..kernels.runtime.architectures import NEVER_RUN, eight_bit_family
 
 
 class Torch(TypedDict):
@@ -202,11 +202,15 @@ def _computes_with(family: str | None, eight_bit: str | None, bits: int) -> str:
     if bits == BITS:
         if not family:
             return "PyTorch operations, exact but slow: there are no kernels for it"
-        of_eight = f"{eight_bit}.cu" if eight_bit else "PyTorch operations"
+        of_eight = f"{eight_bit}.cu{_never_run(eight_bit)}" if eight_bit else "PyTorch operations"
         return f"the kernels of {family}.cu; 8-bit activations: {of_eight}"
     with_what = f"the kernels of {eight_bit}.cu" if eight_bit else "PyTorch operations, exact but slow"
     why = "" if asked_activations() == AUTO else f" ({ACTIVATIONS}={asked_activations()})"
-    return f"{with_what}, all linears with {bits}-bit activations{why}"
+    return f"{with_what}, all linears with {bits}-bit activations{why}{_never_run(eight_bit)}"
+
+
+def _never_run(family: str | None) -> str:
+    return ", which never ran on such a GPU" if family in NEVER_RUN else ""
 
 
 def _cache() -> Cache:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..environment import CACHE_DIR
 from ..errors import Apex4Error, UsageError
-from ..kernels.catalogue import FAMILIES, Configuration, configurations, sm_of
+from ..kernels.catalogue import ARCHITECTURES, Configuration, configurations, sm_of
 from ..kernels.runtime import compiler
 from ..kernels.runtime.compiler import arch_of
 from ..progress import Progress
@@ -140,7 +140,7 @@ def _compile_one(task: _Task) -> Built:
 
 def _kernels_of(archs: Sequence[str]) -> list[tuple[str, Configuration]]:
     """The kernels of `archs`, or of every architecture that has any, each behind its architecture."""
-    sms = sorted({sm_of(arch) for arch in archs}) or sorted(FAMILIES)
+    sms = sorted({sm_of(arch) for arch in archs}) or sorted(ARCHITECTURES)
     return [(arch_of(sm), each) for sm in sms for each in configurations(arch_of(sm))]
 
 

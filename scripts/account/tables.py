@@ -13,6 +13,7 @@ from apex4_quant.hardware.gpus import GPUS
 from apex4_quant.planning.cost_model import activation_seconds, fp16_seconds
 from apex4_quant.planning.issue_model import (
     EFFICIENCY,
+    EFFICIENCY_EIGHT_BIT,
     EFFICIENCY_LIMIT,
     Loop,
     best_loop,
@@ -33,7 +34,7 @@ def speedup(name: str, loop: Loop, share: float, quantized: bool = False) -> flo
     gpu = GPUS[name]
     seconds = gemm_seconds(gpu, loop, SIDE, SIDE, SIDE, share)
     if quantized:
-        seconds += activation_seconds(gpu, SIDE, SIDE, 128)
+        seconds += activation_seconds(gpu, SIDE, SIDE, 128, activation_bits=loop.bits)
     return fp16_seconds(gpu, SIDE, SIDE, SIDE) / seconds
 
 
@@ -102,9 +103,43 @@ def hopper_table() -> list[str]:
     return lines
 
 
+def eight_bit_clocks_table() -> list[str]:
+    lines = ["| GPU | main loop, 8-bit activations | " + " | ".join(PIPES) + " | busiest |"]
+    lines.append("|---|---|" + "---|" * (len(PIPES) + 1))
+    for name in ("A100", "RTX 3090", "RTX 4090"):
+        gpu = GPUS[name]
+        loop = best_loop(gpu, activation_bits=8)
+        clocks = loop.clocks(gpu)
+        cells = " | ".join(f"{clocks[pipe]:.2f}" for pipe in PIPES)
+        lines.append(f"| {name} | `{loop.name}` | {cells} | {max(clocks, key=clocks.__getitem__)} |")
+    return lines
+
+
+def eight_bit_predictions_table() -> list[str]:
+    lines = [
+        f"| GPU | W4A4 at {EFFICIENCY:g}: GEMM, + quantization | W4A8 at {EFFICIENCY_EIGHT_BIT:g}: GEMM, + quantization | "
+        f"W4A8 at {EFFICIENCY_LIMIT:g}: GEMM, + quantization |",
+        "|---|---|---|---|",
+    ]
+    for name, gpu in GPUS.items():
+        if gpu.sm < 90:
+            pairs = ((4, EFFICIENCY), (8, EFFICIENCY_EIGHT_BIT), (8, EFFICIENCY_LIMIT))
+            loops = [(best_loop(gpu, activation_bits=bits), share) for bits, share in pairs]
+            cells = " | ".join(
+                f"{speedup(name, loop, share):.2f}x, {speedup(name, loop, share, True):.2f}x" for loop, share in loops
+            )
+            lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+TABLES = (
+    clocks_table, control_table, predictions_table, eight_bit_clocks_table, eight_bit_predictions_table, hopper_table,
+)  # fmt: skip
+
+
 def write_tables(update: bool) -> None:
     """Print the tables as Markdown, and put them into the page if `update`."""
-    tables = ["\n".join(table) for table in (clocks_table(), control_table(), predictions_table(), hopper_table())]
+    tables = ["\n".join(table()) for table in TABLES]
     print("\n\n".join(tables))
     if update:
         page = PAGE.read_text("utf-8")

@@ -32,6 +32,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { unsigned x = 0, y = 0, z = 0; };
 using std::min;
@@ -155,6 +157,15 @@ inline float __saturatef(float a) { return a > 0.0f ? (a < 1.0f ? a : 1.0f) : 0.
 inline float rsqrtf(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float __int_as_float(int bits) { return __uint_as_float(bits); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selectors >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* from) { return *from; }
@@ -228,6 +239,7 @@ inline unsigned pair_product(unsigned a, unsigned b) {
 inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline void prefetch(const void*) {}
+inline void await_all(unsigned, unsigned, unsigned, unsigned) {}
 inline void copy_async(uint4* shared, const uint4* from) { cpu::copy_later(shared, from); }
 inline void copy_async_or_zero(uint4* shared, const void* from, bool there) {
   cpu::copy_later(shared, there ? from : nullptr);

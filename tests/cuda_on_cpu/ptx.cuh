@@ -1,4 +1,4 @@
-// kernels/cuda/ptx.cuh on a CPU, as far as gemm_sm80.cu needs it: the same functions, and the 16-bit types that CUDA's headers
+// kernels/cuda/ptx.cuh on a CPU, as far as gemm_sm80.cu and gemm_s8.cu need it: the same functions, and the 16-bit types that CUDA's headers
 // have. Lanes of a warp give their registers to `exchange`; the last one does the warp's work (meet_warp).
 #pragma once
 
@@ -56,6 +56,7 @@ T shared_read(uint32 shared_rd) {
 }
 inline uint4 shared_read_128(uint32 shared_rd) { return shared_read<uint4>(shared_rd); }
 inline uint32 shared_read_32(uint32 shared_rd) { return shared_read<uint32>(shared_rd); }
+inline void shared_write_32(uint32 shared_wr, uint32 v) { std::memcpy(cpu::at_shared(shared_wr, 4), &v, 4); }
 inline float2 shared_read_float2(uint32 shared_rd) { return shared_read<float2>(shared_rd); }
 
 // Lane 8 i + r gives the address of row r, 16 bytes, of matrix i; lane l gets word l % 4 of row l / 4 of each.
@@ -104,6 +105,45 @@ inline void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, cons
   });
   for (int e = 0; e < 4; ++e) d[e] = c[e] + static_cast<int>(cpu::my_result()[e]);
 }
+
+// ---- mma.m16n8k32.row.col.s32.s8.s8.s32 -----------------------------------------------------------------------------------
+// Registers, PTX ISA: byte i of A register r is row g + 8 (r % 2), column 4 q + i + 16 (r / 2); byte i of B register r is row
+// 4 q + i + 16 r, column g; C and D as above.
+inline void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  uint32_t (&own)[8] = cpu::mine();
+  std::memcpy(own, a, 16);
+  own[4] = b0, own[5] = b1;
+  cpu::meet_warp([] {
+    short rows[16][64] = {}, columns[8][64] = {};
+    int sums[16][8];
+    const auto widen = [](short* to, uint32 codes) {
+      for (int i = 0; i < 4; ++i) to[i] = static_cast<signed char>(codes >> 8 * i);
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, q = lane % 4;
+      for (int r = 0; r < 4; ++r) widen(&rows[g + 8 * (r % 2)][4 * q + 16 * (r / 2)], cpu::of_lane(lane)[r]);
+      for (int r = 0; r < 2; ++r) widen(&columns[g][4 * q + 16 * r], cpu::of_lane(lane)[4 + r]);
+    }
+    multiply(sums, rows, columns);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int e = 0; e < 4; ++e) cpu::result_of_lane(lane)[e] = sums[lane / 4 + 8 * (e / 2)][2 * (lane % 4) + e % 2];
+  });
+  for (int e = 0; e < 4; ++e) d[e] += static_cast<int>(cpu::my_result()[e]);
+}
+
+// ---- bytes ----------------------------------------------------------------------------------------------------------------
+inline uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
+  const uint64 both = static_cast<uint64>(high) << 32 | low;
+  uint32 d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32 nibble = selector >> 4 * i & 15, byte = static_cast<uint32>(both >> 8 * (nibble & 7)) & 255;
+    d |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return d;
+}
+inline uint32 multiply_add(uint32 a, uint32 b, uint32 c) { return a * b + c; }
+template <uint32 value>
+uint32 hidden() { return value; }
 
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}

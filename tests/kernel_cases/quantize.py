@@ -10,10 +10,13 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
   one, only if t / s is nearer to a tie than that.
 * RMSNorm and SiLU round to 16 bits on the way. Where float32's own error (relative 2^-19 of a normalised value, 2^-20 of a
   SiLU) leaves two possible results, their distance d_i counts as an error of x_i, and e grows by sum d_i |T_ij|.
+* Eight bits (format s8): one scale a row, of the whole of it, and codes up to 127. Its Hadamard transform is one mma step and
+  three additions: |e| <= (17 + 4) u |x|_1 / sqrt(128); 14 u, for the shift that it does not have, is left in.
 * A scale is off by at most clip / 7 times the largest e of its group, and 4 u of itself.
 * RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
 * A Hadamard transform is checked both ways: as butterflies, and as the product with a shared matrix, which the operators choose
   for some shapes (quantize_configs.product_is_faster).
+* A residual is added first: the sum, rounded to 16 bits, is stored bit for bit as torch rounds it, and is what is normalised.
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
 
 tests/gpu/test_quantize.py runs all cases on a GPU, tests/kernels/quantize/test_quantize_kernels.py some on a CPU.
@@ -30,6 +33,7 @@ from apex4_quant.format.number_format import (
     ACTIVATION_SCALE_MIN,
     BLOCK,
     CODE_MAX,
+    TOKEN_CODE_MAX,
     GroupSize,
     group_length,
     padded_in_features,
@@ -37,12 +41,12 @@ from apex4_quant.format.number_format import (
 )
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.index import index_function
-from apex4_quant.kernels.quantize.configs import board_bytes, prepack_matrix
-from apex4_quant.kernels.quantize.launch import run_quantize
+from apex4_quant.kernels.quantize.configs import DENSE_INPUTS, INPUTS, NORMS, board_bytes, prepack_matrix
+from apex4_quant.kernels.quantize.launch import most_between_bytes, run_quantize
 from apex4_quant.transforms.learned_transform import storable
 
 U = 2.0**-24
-BUTTERFLY_ERROR, TENSOR_CORE_ERROR = 8 * U, 136 * U
+BUTTERFLY_ERROR, TENSOR_CORE_ERROR, MMA_STEP_ERROR = 8 * U, 136 * U, 17 * U
 QUOTIENT_ERROR, SHIFT_ERROR = 4 * U, 14 * U
 SCALE_ERROR = 4 * U
 RMS_NORM_ERROR, SILU_ERROR, SILU_UNDERFLOW = 2.0**-19, 2.0**-20, 1e-36
@@ -67,7 +71,12 @@ class Case:
     offset: int = 0  # of the first element of x, in elements: 1 is unaligned
     data: str = "normal"  # extreme, zero, nan, infinity, ties
     shared_matrix: bool = False  # dense: the Hadamard matrix through the tensor cores
+    sm_90: bool = False  # s8, on a CPU: the kernels of Hopper
     seed: int = 0
+
+    @property
+    def code_max(self) -> int:
+        return TOKEN_CODE_MAX if self.format == "s8" else CODE_MAX
 
     @property
     def label(self) -> str:
@@ -88,10 +97,10 @@ def _draw(case: Case, generator: torch.Generator) -> torch.Tensor:
     if case.data == "extreme":
         return torch.randint(0, 2, shape, **on).float() * 2 - 1
     if case.data == "ties":  # half-integers times a step that is no power of two
-        x = torch.randint(-14, 15, shape, **on) / 2
-        x[:, ::BLOCK] = CODE_MAX
-        bits = 4 if case.dtype == "bfloat16" else 7  # the products are exact
-        return x * (torch.randint(3, 1 << bits, (case.m, 1), **on) / 32)
+        x = torch.randint(-2 * case.code_max, 2 * case.code_max + 1, shape, **on) / 2
+        x[:, ::BLOCK] = case.code_max
+        bits = (4 if case.dtype == "bfloat16" else 7) - (4 if case.format == "s8" else 0)  # the products are exact
+        return x * (torch.randint(min(3, (1 << bits) // 2 + 1), (1 << bits) + 1, (case.m, 1), **on) / 32)
     x = torch.randn(shape, **on)
     x[:, ::37] *= 20  # outlier channels
     x *= 10.0 ** (torch.rand(case.m, 1, **on) * 3 - 2)
@@ -116,6 +125,7 @@ class Operands:
     second: torch.Tensor | None
     matrix: torch.Tensor | None  # [KB or 1, 128, 128], exact in both 16-bit types
     factor: float
+    residual: torch.Tensor | None = None
 
 
 def make_operands(case: Case, device: torch.device) -> Operands:
@@ -127,7 +137,7 @@ def make_operands(case: Case, device: torch.device) -> Operands:
 
     if case.input == "silu_mul":
         second = _strided(normal(case.m, case.k), case, device)
-    elif case.input == "rms_norm":
+    elif case.input in NORMS:
         gain = normal(1, case.k) * 0.3 + (0 if case.gain_offset else 1)
         second = _strided(gain, replace(case, padding=0), device)[0]
     if case.transform == "dense":
@@ -136,7 +146,8 @@ def make_operands(case: Case, device: torch.device) -> Operands:
             factor = BLOCK**-0.5
         else:
             matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
-    return Operands(_strided(x, case, device), second, matrix, factor)
+    residual = _strided(normal(case.m, case.k), case, device) if case.input == "add_rms_norm" else None
+    return Operands(_strided(x, case, device), second, matrix, factor, residual)
 
 
 _boards: dict[torch.device, torch.Tensor] = {}
@@ -154,12 +165,16 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
     x, device = operands.x, operands.x.device
     k_padded, group = padded_in_features(case.k, case.group), group_length(case.k, case.group)
     k_blocks, groups, m_stride = k_padded // BLOCK, k_padded // group, round_up(case.m, 16)
-    row_bytes = {"sm80": 64, "sm90": 128}[case.format]
+    row_bytes = {"sm80": 64, "sm90": 128, "s8": 128}[case.format]
     poisoned = torch.full((GUARD + k_blocks * m_stride * row_bytes + GUARD,), POISON, dtype=torch.uint8, device=device)
     poisoned_scales = torch.full((GUARD + 4 * groups * m_stride + GUARD,), POISON, dtype=torch.uint8, device=device)
     codes, scales = poisoned[GUARD:-GUARD], poisoned_scales[GUARD:-GUARD]
     matrix = None if operands.matrix is None else prepack_matrix(operands.matrix, x.dtype)
-    inverse_rms = torch.full((case.m,), float("nan"), dtype=torch.float32, device=device)
+    between = torch.full((most_between_bytes(case.m, k_blocks) // 4,), float("nan"), dtype=torch.float32, device=device)
+    adds = operands.residual is not None
+    poisoned_total = torch.full((GUARD + case.m * case.k + GUARD,), float("nan"), dtype=x.dtype, device=device)
+    total = poisoned_total[GUARD:-GUARD]
+    ld_second = operands.second.stride(0) if case.input == "silu_mul" else operands.residual.stride(0) if adds else 0
     on_gpu = device.type == "cuda"
     run_quantize(
         device.index or 0,
@@ -180,14 +195,17 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
         clip=case.clip,
         input=case.input,
         second=0 if operands.second is None else operands.second.data_ptr(),
-        ld_second=operands.second.stride(0) if case.input == "silu_mul" else 0,
+        ld_second=ld_second,
+        residual=operands.residual.data_ptr() if adds else 0,
+        total=total.data_ptr() if adds else 0,
         eps=EPS,
         gain_offset=case.gain_offset,
         matrix=0 if matrix is None else matrix.data_ptr(),
-        inverse_rms=inverse_rms.data_ptr(),
+        between=between.data_ptr(),
         board=board(case.m, device).data_ptr(),
         matrix_is_shared=case.shared_matrix,
         matrix_factor=operands.factor,
+        sm_90=case.sm_90 if not on_gpu else torch.cuda.get_device_capability(device) == (9, 0),
     )
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -201,19 +219,27 @@ def run(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor, lis
     wrong = [
         f"wrote {where}" for where, parts in outside.items() if any(bool((part != POISON).any()) for part in parts)
     ]
+    if adds:
+        expected = (x + operands.residual).flatten()
+        if not bool(((total == expected) | (total.isnan() & expected.isnan())).all()):
+            wrong.append("another sum")
+        if not bool(torch.cat((poisoned_total[:GUARD], poisoned_total[-GUARD:])).isnan().all()):
+            wrong.append("wrote around the sum")
     return codes, scales.view(torch.float32).view(groups, m_stride), wrong
 
 
 def decode(codes: torch.Tensor, m: int, format: str) -> torch.Tensor:
     """Stored codes [KB, m_stride, bytes] -> int64 [m, KB * 128], by the words of the activation formats alone."""
     k_blocks, _, row_bytes = codes.shape
-    byte = index_function(f"{format}_activation_byte")
+    byte = index_function(f"{'sm90' if format == 's8' else format}_activation_byte")
     row, chunk, within = torch.arange(m)[:, None, None], torch.arange(row_bytes // 16)[:, None], torch.arange(16)
     where = (byte(row, chunk) + within).flatten(1).to(codes.device)  # [m, bytes], in the order of k
     stored = codes.reshape(k_blocks, -1)[:, where].long()  # [KB, m, bytes]
     if format == "sm80":
         nibbles = torch.stack((stored & 15, stored >> 4), -1).flatten(-2)
         values = torch.where(nibbles > 7, nibbles - 16, nibbles)
+    elif format == "s8":
+        values = torch.where(stored > 127, stored - 256, stored)
     else:
         magnitude = stored & 0x7F
         values = torch.where(stored > 0x7F, -magnitude, magnitude)
@@ -227,6 +253,8 @@ def decode(codes: torch.Tensor, m: int, format: str) -> torch.Tensor:
 def staged(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """The input of the transform float64 [m, k], as the unfused modules round it, and how far the kernel's may be off."""
     x, dtype = operands.x.double(), operands.x.dtype
+    if operands.residual is not None:
+        x = (operands.x + operands.residual).double()
     if case.input == "plain":
         return x, torch.zeros_like(x)
     second = operands.second.double()
@@ -241,11 +269,11 @@ def staged(case: Case, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         return value.to(dtype).double()  # once: float64 to 16 bits
 
     def finished(value: torch.Tensor) -> torch.Tensor:
-        if case.input == "rms_norm" and case.gain_offset:
+        if case.input in NORMS and case.gain_offset:
             return rounded(value * (1 + second))
         return rounded(rounded(value) * second)
 
-    if case.input == "rms_norm" and case.gain_offset:
+    if case.input in NORMS and case.gain_offset:
         error = error * 2  # 1 + gain and the product are rounded to float32, too
     low, high = finished(exact - error), finished(exact + error)
     return finished(exact), (high - low).abs()
@@ -261,7 +289,8 @@ def transformed(
         return x, error
     x, error = (each.unflatten(-1, (-1, BLOCK)).transpose(0, 1) for each in (x, error))  # [KB, m, 128]
     if case.transform == "hadamard":
-        matrix, own = hadamard_128(torch.float64, x.device)[None], BUTTERFLY_ERROR
+        matrix = hadamard_128(torch.float64, x.device)[None]
+        own = BUTTERFLY_ERROR if case.format != "s8" else MMA_STEP_ERROR + BUTTERFLY_ERROR / 2
     else:
         matrix, own = operands.matrix.double() * operands.factor, TENSOR_CORE_ERROR
     matrix = matrix.expand(len(x), BLOCK, BLOCK)
@@ -271,7 +300,7 @@ def transformed(
 
 def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.Tensor) -> list[str]:
     """What is wrong with the codes int64 [m, K padded] and scales float32 [m, G] of a case."""
-    wrong = []
+    wrong, code_max = [], case.code_max
     group = group_length(case.k, case.group)
     t, bound = (each.unflatten(-1, (-1, group)) for each in transformed(case, operands, *staged(case, operands)))
     absmax = t.abs().amax(-1)
@@ -280,16 +309,16 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         wrong.append("a scale is finite where the input is not")
     if case.data == "nan" and not bool(torch.isnan(scales[torch.isnan(absmax)]).all()):
         wrong.append("a scale is not NaN where the input is")
-    expected = (case.clip / CODE_MAX * absmax).clamp_min(ACTIVATION_SCALE_MIN)
-    tolerance = case.clip / CODE_MAX * bound.amax(-1) + SCALE_ERROR * expected
+    expected = (case.clip / code_max * absmax).clamp_min(ACTIVATION_SCALE_MIN)
+    tolerance = case.clip / code_max * bound.amax(-1) + SCALE_ERROR * expected
     off = ~((scales.double() - expected).abs() <= tolerance) & ~bad
     if bool(off.any()):
         worst = float(((scales.double() - expected).abs() / expected)[off].max())
         wrong.append(f"{int(off.sum())} scales of {off.numel()} are off, by up to {worst:.3g} of themselves")
     codes = codes.unflatten(-1, (-1, group))
     fine = ~bad[..., None].expand_as(codes)
-    if int(codes[fine].abs().amax() if bool(fine.any()) else 0) > CODE_MAX:
-        wrong.append("a code is larger than 7 or a negative zero")
+    if int(codes[fine].abs().amax() if bool(fine.any()) else 0) > code_max:
+        wrong.append("a code is too large or a negative zero")
     scale = scales.double()[..., None]
     exact = t / scale
     if case.transform == "none":  # what the kernel computes, but of values that may be off by `bound`
@@ -297,8 +326,8 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         near = torch.where(bound > 0, bound / scale, -1.0)
     else:
         near = bound / scale + QUOTIENT_ERROR * exact.abs() + SHIFT_ERROR
-    ideal = torch.round(exact).clamp(-CODE_MAX, CODE_MAX)
-    undecided = ((exact - torch.floor(exact) - 0.5).abs() <= near) & (exact.abs() < CODE_MAX + 0.5)
+    ideal = torch.round(exact).clamp(-code_max, code_max)
+    undecided = ((exact - torch.floor(exact) - 0.5).abs() <= near) & (exact.abs() < code_max + 0.5)
     difference = (codes.double() - ideal).abs()
     unequal = fine & (difference > 0) & ~undecided
     if case.input != "plain":  # an input of another rounding may be a whole code away
@@ -331,16 +360,19 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
     rows = (1, 3, 100) if quick else (1, 3, 16, 100, 2048)
     widths = (200, 4096) if quick else (128, 200, 4096, 11008, 14336)
     number = seed
-    for format in ("sm80", "sm90"):
+    for format in ("sm80", "sm90", "s8"):
         for dtype in DTYPES:
-            for input in ("plain", "rms_norm", "silu_mul"):
-                for transform in ("none", "hadamard", "dense"):
+            for input in INPUTS if format != "s8" else DENSE_INPUTS:
+                for transform in ("none", "hadamard", "dense") if input in DENSE_INPUTS else ("none", "hadamard"):
                     base = Case(1, 1, format=format, dtype=dtype, input=input, transform=transform)
+                    groups: tuple[GroupSize, ...] = (128,) if transform == "dense" else (128, 256, "channel")
+                    if format == "s8":  # a group is a row
+                        base, groups = replace(base, group="channel"), ("channel",)
                     for k in widths:
                         for m in rows:
-                            for group in (128,) if transform == "dense" else (128, 256, "channel"):
+                            for group in groups:
                                 number += 1
-                                clip = (1.0, 0.9)[number % 2]
+                                clip = 1.0 if format == "s8" else (1.0, 0.9)[number % 2]
                                 yield replace(base, m=m, k=k, group=group, clip=clip, seed=number)
                     number += 1
                     small = replace(base, m=37, k=1000, seed=number)
@@ -349,16 +381,24 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
                     yield replace(small, padding=1)
                     yield replace(small, padding=8, offset=1)
                     yield replace(small, k=333)
-                    if input == "rms_norm":
+                    if input in NORMS:
                         yield replace(small, gain_offset=True)
                         yield replace(small, gain_offset=True, k=4096, m=700)
                         yield replace(small, k=1000, m=2100)
                     if transform != "dense":  # rows longer than a CTA holds
                         yield replace(small, m=5, k=20000, group="channel")
                         yield replace(small, m=5, k=53248, group="channel")
-                        yield replace(small, m=9, k=2944, group=384)
+                        if format != "s8":
+                            yield replace(small, m=9, k=2944, group=384)
                     else:
                         yield replace(small, shared_matrix=True)
                         yield replace(small, shared_matrix=True, m=1000, k=8192)
                         if input == "rms_norm":
                             yield replace(small, shared_matrix=True, m=5000, k=4096, gain_offset=True)
+                    if format == "s8":  # few rows that CTAs share, and more of them than there are CTAs
+                        yield from (
+                            replace(small, m=m, k=k) for m, k in ((1, 28672), (13, 4096), (2500, 4096), (9000, 256))
+                        )
+                        yield from (
+                            replace(small, m=m, k=4096, data=data) for m in (2, 2300) for data in ("nan", "ties")
+                        )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.layouts import S8, get_layout
 from apex4_quant.kernels import ops, reference, torch_backend
 from apex4_quant.kernels.operands import FORMATS, GROUPED_FORMATS, TOKEN_FORMAT, fold_scales, unpack_activations
 
@@ -77,7 +77,7 @@ def test_a_linear_is_its_quantizer_and_the_gemm(format: str) -> None:
     weights: tuple[Any, ...]
     if format == TOKEN_FORMAT:
         how = (None, 384, 384, 1.0, True, format)
-        weights = get_layout("sm90").pack(random_codes(70, 384)), *fold_scales(scale_w)
+        weights = S8.pack(random_codes(70, 384)), *fold_scales(scale_w)
     else:
         layout = get_layout(format)
         weights = layout.pack(random_codes(70, 384)), layout.pack_scales(scale_w), None
@@ -89,6 +89,9 @@ def test_a_linear_is_its_quantizer_and_the_gemm(format: str) -> None:
     ):
         expected = ops.gemm(*quantize(*inputs, *how), *weights, bias, 7, 70, torch.bfloat16)
         assert torch.equal(linear(*inputs, *weights, bias, 70, *how), expected)
+    y, total = ops.add_rms_norm_linear(x, up, gain, 1e-5, 1.0, *weights, bias, 70, *how)
+    assert torch.equal(total, x + up)
+    assert torch.equal(y, ops.rms_norm_linear(x + up, gain, 1e-5, 1.0, *weights, bias, 70, *how))
 
 
 # ---- 8-bit activations -----------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ def test_eight_bits_are_the_backend_bit_for_bit(
     scale_w = (torch.rand(n, padded // group, generator=generator(3)) * 0.01 + 1e-4).half()
     matrix = torch.randn(padded // 128, 128, 128, generator=generator(4)).half() if transform == "matrix" else None
     operands = ops.quantize(x, matrix, padded, padded, 1.0, transform == "hadamard", TOKEN_FORMAT)
-    weights = get_layout("sm90").pack(codes_w), *fold_scales(scale_w)
+    weights = S8.pack(codes_w), *fold_scales(scale_w)
     for some in (bias, None):
         y = ops.gemm(*operands, *weights, some, m, n, dtype)
         how = {"clip": 0.5, "hadamard": transform == "hadamard", "matrix": matrix, "activation_bits": 8}
@@ -126,7 +129,7 @@ def test_eight_bit_products_are_exact(m: int, n: int, k: int, groups: int) -> No
     codes, scales = ops.quantize(x, None, k, k, 1.0, False, TOKEN_FORMAT)
     codes[0] = torch.where(codes[0] < 128, 127, 129).to(torch.uint8)  # as large as they come
     codes_a, scale_a = unpack_activations(codes, scales, m, TOKEN_FORMAT)
-    y = ops.gemm(codes, scales, get_layout("sm90").pack(codes_w), *fold_scales(scale_w), bias, m, n, torch.float32)
+    y = ops.gemm(codes, scales, S8.pack(codes_w), *fold_scales(scale_w), bias, m, n, torch.float32)
     folded, unit = reference.fold(codes_w, scale_w)
     plain = reference.folded_linear(codes_a, scale_a[:, 0], folded, unit)
     allowed = 2**-24 * (3 * plain.abs() + (plain + bias.double()).abs()) * 1.01
@@ -151,6 +154,6 @@ def test_tokens_are_quantized_as_the_reference_says(transform: str) -> None:
 def test_nan_in_a_token_is_nan_in_all_of_its_outputs_and_no_others() -> None:
     x = torch.randn(4, 2048, generator=generator(1))
     x[2, 1500] = float("nan")
-    weights = get_layout("sm90").pack(random_codes(65, 2048)), *fold_scales(torch.ones(65, 16).half())
+    weights = S8.pack(random_codes(65, 2048)), *fold_scales(torch.ones(65, 16).half())
     y = ops.linear(x, *weights, None, 65, None, 2048, 2048, 1.0, True, TOKEN_FORMAT)
     assert torch.equal(y.isnan(), torch.arange(4)[:, None].expand(4, 65) == 2)

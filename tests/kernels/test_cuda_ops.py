@@ -178,6 +178,30 @@ def test_what_a_linear_launches(m: int, dense: bool, launches: Launches) -> None
     )
 
 
+def test_an_addition_in_front_of_a_norm_is_the_quantizer_s(launches: Launches) -> None:
+    m, n, k = 5, 130, 512
+    wide = torch.ones(m, 2 * k, dtype=torch.bfloat16)
+    x, residual, gain = wide[:, :k], torch.ones(m, k, dtype=torch.bfloat16), torch.zeros(k, dtype=torch.bfloat16)
+    packed, scale = torch.zeros(3, 4, 4096, dtype=torch.uint8), torch.zeros(3, 4, 64).half()
+    weights, how = (packed, scale, None, None, n), (k, 128, 0.7, True, "sm90")
+    y, total = cuda_ops.add_rms_norm_linear(x, residual, gain, 1e-5, 1.0, *weights, None, *how)
+    assert y.shape == (m, n) and total.shape == (m, k) and total.is_contiguous()
+    (args, _), (multiplied, _) = launches.launched
+    assert args[2:6] == (x.data_ptr(), gain.data_ptr(), residual.data_ptr(), total.data_ptr())
+    assert args[6:13] == (m, k, 4, 1, 16, 2 * k, k) and args[-2:] == (1, 1) and multiplied[0] == y.data_ptr()
+    launches.made.clear()
+    cuda_ops.add_rms_norm_linear(x, wide[:, 1 : k + 1], gain, 1e-5, 1.0, *weights, None, *how)
+    args, _ = launches.launched[2]
+    assert args[12] == 2 * k and args[-1] == 0, "rows of the residual that do not start on 16 bytes"
+    # A dense transform has no such kernel: the sum is a tensor first.
+    launches.launched.clear(), launches.made.clear()
+    matrix = torch.zeros(4, 128 * 128, dtype=torch.bfloat16)
+    y, total = cuda_ops.add_rms_norm_linear(x, residual, gain, 1e-5, 1.0, *weights, matrix, *how[:3], False, how[4])
+    assert torch.equal(total, x + residual) and launches.launched[-2][0][2] == total.data_ptr()
+    empty = cuda_ops.add_rms_norm_linear(x[:0], residual[:0], gain, 1e-5, 1.0, *weights, None, *how)
+    assert [each.shape for each in empty] == [(0, n), (0, k)]
+
+
 def test_many_rows_of_a_norm_in_front_of_a_dense_transform_are_one_launch(launches: Launches) -> None:
     m, n, k = 9000, 130, 512
     x, gain = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(k, dtype=torch.bfloat16)

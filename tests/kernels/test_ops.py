@@ -51,9 +51,10 @@ def samples() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield ops.linear, (x, *weights, torch.zeros(70), 70, *how)
         yield ops.rms_norm_linear, (x, gain, 1e-5, 1.0, *weights, None, 70, *how)
         yield ops.silu_mul_linear, (x, x + 1, *weights, None, 70, *how)
+        yield ops.add_rms_norm_linear, (x, x + 1, gain, 1e-5, 1.0, *weights, None, 70, *how)
 
 
-@pytest.mark.parametrize("index", range(27))
+@pytest.mark.parametrize("index", range(30))
 def test_opcheck(index: int) -> None:
     operator, arguments = list(samples())[index]
     results = torch.library.opcheck(operator, arguments)
@@ -89,8 +90,8 @@ def operands(operator: str, format: str = "sm90") -> dict[str, Any]:
     if operator == "gemm":
         codes, scales = ops.quantize(x, *how.values())
         return {"codes": codes, "scales": scales, **weights, "m": M, "n": N, "out": torch.bfloat16}
-    first: dict[str, Any] = {"x": x}
-    if operator.startswith("rms_norm"):
+    first: dict[str, Any] = {"x": x} | ({"residual": x + 1} if operator == "add_rms_norm_linear" else {})
+    if "rms_norm" in operator:
         first |= {"gain": torch.ones(K).bfloat16(), "eps": 1e-5, "gain_offset": 0.0}
     elif operator.startswith("silu_mul"):
         first = {"gate": x, "up": x + 1}
@@ -107,7 +108,7 @@ def gaps(tensor: torch.Tensor) -> torch.Tensor:
 
 QUANTIZE, LINEAR = (
     ("quantize", "rms_norm_quantize", "silu_mul_quantize"),
-    ("linear", "rms_norm_linear", "silu_mul_linear"),
+    ("linear", "rms_norm_linear", "silu_mul_linear", "add_rms_norm_linear"),
 )
 WRONG: list[tuple[tuple[str, ...], str, Any, str]] = [
     ((*QUANTIZE, *LINEAR), "k_padded", 256, "k_padded is 256, and a multiple of the group's 128 that holds the input's 300"),
@@ -122,6 +123,9 @@ WRONG: list[tuple[tuple[str, ...], str, Any, str]] = [
     (("quantize", "linear"), "x", torch.zeros(2, 3, K).bfloat16(), r"the input's shape is \[2, 3, 300\], and \[M, K\]"),
     (("rms_norm_quantize", "rms_norm_linear"), "gain", without_row, r"gain is torch.bfloat16 \[299\], and torch.bfloat16 \[300\]"),
     (("rms_norm_quantize", "rms_norm_linear"), "gain", torch.Tensor.float, "gain is torch.float32"),
+    (("add_rms_norm_linear",), "residual", without_row, r"residual is torch.bfloat16 \[4, 300\]"),
+    (("add_rms_norm_linear",), "residual", torch.Tensor.float, "residual is torch.float32"),
+    (("add_rms_norm_linear",), "gain", torch.Tensor.float, "gain is torch.float32"),
     (("silu_mul_quantize", "silu_mul_linear"), "up", without_row, r"up is torch.bfloat16 \[4, 300\]"),
     (("gemm", *LINEAR), "n", 129, "n is 129"),
     (("gemm", *LINEAR), "n", 0, "n is 0"),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from apex4_quant.kernels.catalogue import FAMILIES, Configuration, configurations
+from apex4_quant.kernels.catalogue import ARCHITECTURES, Configuration, configurations
 from apex4_quant.kernels.runtime import compiler
 
 SOURCES = sorted(str(path.relative_to(compiler.SOURCES)) for path in compiler.SOURCES.rglob("*.cu"))
-ARCHS = [compiler.arch_of(sm) for sm in FAMILIES]
+ARCHS = [compiler.arch_of(sm) for sm in ARCHITECTURES]
 
 
 def first_of(source: str, arch: str) -> Configuration | None:

@@ -59,7 +59,7 @@ def test_eight_bits_are_the_same_by_operators_and_by_pytorch(
     how = {"hadamard": transform is TransformKind.HADAMARD, "matrix": linear.transform_matrix(), "activation_bits": 8}
     assert torch.equal(y, torch_backend.linear(x, linear.codes(), linear.scales(), linear.bias, **how))
     linear.prepare("s8")
-    assert linear.activation_bits == 8 and linear.layout.name == "sm90" and not linear.quantizes_by_torch
+    assert linear.activation_bits == 8 and linear.layout.name == "s8" and not linear.quantizes_by_torch
     assert torch.equal(linear(x), y) and torch.equal(linear.reference(x), y)
     linear.prepare(None, 4)
     assert linear.folded is None and torch.equal(linear(x), made(layout, transform, group).reference(x))

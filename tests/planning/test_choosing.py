@@ -21,7 +21,7 @@ def option(size: int | str, seconds: float, loss: float, transform: str = HADAMA
 
 
 def random_groups(seed: int, count: int) -> list[GroupOptions]:
-    """Finest first: slower and better, now and then also slower and worse. Half of them may have a dense transform."""
+    """Finest first: slower and better, now and then also slower and worse. Some may have a dense transform, some 8 bits."""
     rng = random.Random(seed)
     groups = []
     for _ in range(count):
@@ -32,6 +32,8 @@ def random_groups(seed: int, count: int) -> list[GroupOptions]:
             seconds -= rng.uniform(-0.1, 1)
             loss += rng.choice((0.0, rng.uniform(0, 1)))
         options += [dense] * rng.randint(0, 1)
+        if rng.random() < 0.5:  # activations of 8 bits: better, and slower or faster
+            options.append(Option(Choice(128, HADAMARD, 8), options[0].seconds * rng.uniform(0.8, 1.3), loss * 0.3))
         groups.append(GroupOptions(tuple(options), writes=rng.random() < 0.4))
     return groups
 
@@ -64,8 +66,8 @@ def test_auto_gives_g128_where_it_costs_nothing() -> None:
         option(128, 1.045, 0.5, DENSE),
     )
     group = GroupOptions(options)
-    assert [chosen.choice for chosen in choose([group] * 3)] == [(128, HADAMARD)] * 3
-    assert [chosen.choice for chosen in choose([group] * 3, budget=1.0)] == [(256, HADAMARD)] * 3
+    assert [chosen.choice for chosen in choose([group] * 3)] == [(128, HADAMARD, 4)] * 3
+    assert [chosen.choice for chosen in choose([group] * 3, budget=1.0)] == [(256, HADAMARD, 4)] * 3
 
 
 def test_the_finest_of_equal_losses_is_taken_as_far_as_the_budget_goes() -> None:
@@ -98,15 +100,15 @@ def test_a_dense_transform_goes_where_its_time_saves_most() -> None:
         assert dense(mode, budget=1.07) == [0, 1]
         assert dense(mode, max_loss=1) == [0, 1]
         assert dense(mode, max_loss=1.1) == [1]
-    assert [each.choice for each in choose(groups, Mode.MIXED)] == [("channel", HADAMARD)] * 3
+    assert [each.choice for each in choose(groups, Mode.MIXED)] == [("channel", HADAMARD, 4)] * 3
 
 
 def test_g128_has_no_other_size() -> None:
     """Its budget is one of the fastest plan of 128 everywhere, however fast others are."""
     group = GroupOptions((option(128, 10, 1.0), option("channel", 1, 1.1), option(128, 10.2, 0.5, DENSE)))
-    assert [chosen.choice for chosen in choose([group], Mode.G128)] == [(128, DENSE)]
-    assert [chosen.choice for chosen in choose([group], Mode.G128, budget=1)] == [(128, HADAMARD)]
-    assert [chosen.choice for chosen in choose([group])] == [("channel", HADAMARD)]
+    assert [chosen.choice for chosen in choose([group], Mode.G128)] == [(128, DENSE, 4)]
+    assert [chosen.choice for chosen in choose([group], Mode.G128, budget=1)] == [(128, HADAMARD, 4)]
+    assert [chosen.choice for chosen in choose([group])] == [("channel", HADAMARD, 4)]
 
 
 def test_mixed() -> None:

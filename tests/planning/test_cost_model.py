@@ -30,7 +30,7 @@ from apex4_quant.planning.cost_model import (
     get_gpu,
     input_group_seconds,
 )
-from apex4_quant.planning.issue_model import EFFICIENCY
+from apex4_quant.planning.issue_model import EFFICIENCY, EFFICIENCY_EIGHT_BIT, best_loop
 from apex4_quant.planning.options import choices_of
 from apex4_quant.planning.planner import group_options
 from apex4_quant.planning.sensitivity import GroupSensitivity
@@ -134,7 +134,7 @@ def test_the_default_in_words_is_what_the_planner_chooses(name: str, mainloop: A
         sensitivity = GroupSensitivity(0, 0, (), outputs, k, False, {}, losses)
         groups.append(group_options(sensitivity, GPUS[name], DEFAULT_TOKENS, mainloop))
     chosen = {each.choice for each in choose(groups)}
-    assert (chosen == {(128, DENSE)}) == (default_choice(GPUS[name], mainloop) == "g128, dense128")
+    assert (chosen == {(128, DENSE, 4)}) == (default_choice(GPUS[name], mainloop) == "g128, dense128")
 
 
 def test_targets_without_rates() -> None:
@@ -173,3 +173,20 @@ def test_a_dense_transform_reads_its_matrices_and_its_products_hide_where_fp16_i
     weights = sum(sum(outputs) * k for outputs, k in (([6144], 4096), ([4096], 4096), ([28672], 4096), ([4096], 14336)))
     share = (3 * 4096 + 14336) * 256 / (weights * (0.5 + 2 / 128))
     assert dense_transform_cost(a100, 1) == pytest.approx(1 + share, rel=0.01)
+
+
+def test_an_eight_bit_linear_by_hand() -> None:
+    """Compute bound: the account of its main loop; memory bound: the bytes of the weights are those of 4 bits, and a unit."""
+    for name in ("A100", "RTX 3090", "L40S"):
+        gpu = get_gpu(name)
+        clocks = best_loop(gpu, activation_bits=8).product_clocks(gpu)
+        seconds = 8192 * 4096 * 4096 / 128 / 128 * clocks / gpu.sms / (gpu.clock_mhz * 1e6) / EFFICIENCY_EIGHT_BIT
+        for group_size in (128, 512, CHANNEL):
+            assert gemm_seconds(gpu, 8192, 4096, 4096, group_size, activation_bits=8) == pytest.approx(seconds)
+        assert gemm_seconds(gpu, 8192, 4096, 4096, 128) < seconds  # four bits are faster on all of these
+        few = (14336 * 4096 / 2 + 2 * 14336 * 32 + 4096 + 4 + 2 * 14336) / (gpu.memory_gbs * 1e9 * 0.85)
+        assert gemm_seconds(gpu, 1, 14336, 4096, 128, activation_bits=8) == pytest.approx(few)
+        moved = (3 * 8192 * 4096 + 4 * 8192) / (gpu.memory_gbs * 1e9 * 0.85)
+        assert activation_seconds(gpu, 8192, 4096, 128, activation_bits=8) == pytest.approx(moved)
+        both = input_group_seconds(gpu, 8192, [4096, 4096], 4096, 128, activation_bits=8)
+        assert both == pytest.approx(2 * seconds + moved)

@@ -14,6 +14,7 @@ from apex4_quant.kernels.analysis import sass
 from apex4_quant.planning.cost_model import fp16_seconds
 from apex4_quant.planning.issue_model import (
     EFFICIENCY,
+    EFFICIENCY_EIGHT_BIT,
     MEMORY_SHARE,
     Loop,
     best_loop,
@@ -108,6 +109,33 @@ def test_every_architecture_has_loops() -> None:
         assert {loop.wide_groups for loop in loops(arch) if loop.overlapped} == {False, True}
     assert not any(loop.wide_groups for loop in loops("sm_90a"))
     assert best_loop(GPUS["A100"], 2).wide_groups and not best_loop(GPUS["H200"], 2).wide_groups
+
+
+def test_eight_bit_loops_are_bound_by_tensor_cores() -> None:
+    """Nothing is done per group: where the tensor cores are twice as fast in 4 bits, 8 bits take twice a product's clocks."""
+    for name, clocks in (("A100", 8), ("RTX 3090", 16), ("A40", 16), ("A10", 16), ("RTX 4090", 16), ("L40S", 16)):
+        gpu, loop = GPUS[name], best_loop(GPUS[name], activation_bits=8)
+        pipes = loop.clocks(gpu)
+        assert (
+            loop.bits == 8
+            and pipes["tensor"] == pytest.approx(clocks, rel=5e-3)
+            and max(pipes.values()) == pipes["tensor"]
+        )
+        assert not any(loop.classes.get(each) for each in ("ffma", "fmul", "fadd", "i2f"))
+        assert loop.clocks(gpu, 4) == pipes, "wider groups change nothing"
+        assert best_loop(gpu, 4, activation_bits=8) is loop
+        assert best_loop(gpu).bits == 4
+        assert pipes["issue"] < 0.6 * pipes["tensor"]  # what a schedule has to hide
+        ideal = fp16_seconds(gpu, 4096, 4096, 4096) / mainloop_seconds(gpu, loop, 4096, 4096, 4096)
+        assert ideal == pytest.approx(gpu.int8_tops / gpu.fp16_tflops * EFFICIENCY_EIGHT_BIT / 0.85, rel=1e-6)
+
+
+def test_mma_sync_is_slower_than_wgmma_on_hopper() -> None:
+    loop = next(each for each in loops("sm_90a") if each.name.startswith("s8_m128"))
+    gpu = GPUS["H200"]
+    wgmma = Loop(**(loop.__dict__ | {"mma_sync": False}))
+    assert wgmma.clocks(gpu)["tensor"] == pytest.approx(4, rel=1e-2)
+    assert loop.clocks(gpu)["tensor"] == pytest.approx(6.07, rel=1e-2)
 
 
 def test_the_simulation_by_hand() -> None:

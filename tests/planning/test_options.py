@@ -18,9 +18,17 @@ def test_ladder() -> None:
 
 def test_choices() -> None:
     """Kernels have learned transforms with groups of 128 only."""
-    assert choices_of(256, (HADAMARD, DENSE)) == [(128, HADAMARD), ("channel", HADAMARD), (128, DENSE)]
-    assert choices_of(4096, (DENSE,)) == [(128, DENSE)]
+    assert choices_of(256, (HADAMARD, DENSE)) == [(128, HADAMARD, 4), ("channel", HADAMARD, 4), (128, DENSE, 4)]
+    assert choices_of(4096, (DENSE,)) == [(128, DENSE, 4)]
     assert [choice.label for choice in choices_of(256, (HADAMARD, DENSE))] == ["128", "channel", DENSE]
+
+
+def test_choices_with_activations_of_8_bits() -> None:
+    """Nothing is done for a group then: coarser ones save no time."""
+    choices = choices_of(256, (HADAMARD, DENSE), (4, 8))
+    assert choices == [*choices_of(256, (HADAMARD, DENSE)), (128, HADAMARD, 8), (128, DENSE, 8)]
+    assert [choice.label for choice in choices[3:]] == ["128 a8", "dense128 a8"]
+    assert len({choice.label for choice in choices}) == len(choices)
 
 
 def test_modes_offer_what_they_may_choose_from() -> None:
@@ -29,14 +37,22 @@ def test_modes_offer_what_they_may_choose_from() -> None:
             Option(Choice(128, HADAMARD), 3.0, 0.5),
             Option(Choice("channel", HADAMARD), 2.0, 0.5),
             Option(Choice(128, DENSE), 4.0, 0.5),
+            Option(Choice(128, HADAMARD, 8), 5.0, 0.5),
+            Option(Choice(128, DENSE, 8), 6.0, 0.5),
         ),
         writes=True,
     )
     offered = {mode: [option.choice for option in group.offered(mode).options] for mode in Mode}
+    four = [(128, HADAMARD, 4), ("channel", HADAMARD, 4), (128, DENSE, 4)]
     assert offered == {
-        Mode.AUTO: [(128, HADAMARD), ("channel", HADAMARD), (128, DENSE)],
-        Mode.MIXED: [(128, HADAMARD), ("channel", HADAMARD)],
-        Mode.G128: [(128, HADAMARD), (128, DENSE)],
+        Mode.AUTO: [*four, (128, HADAMARD, 8), (128, DENSE, 8)],
+        Mode.W4A4: four,
+        Mode.MIXED: four[:2],
+        Mode.G128: four[::2],
     }
     assert all(group.offered(mode).writes for mode in Mode)
-    assert group.least.choice == (128, HADAMARD)  # of three equal losses: the finest groups, the cheaper transform
+    assert group.least.choice == (
+        128,
+        HADAMARD,
+        4,
+    )  # of equal losses: fewer bits, the finest groups, the cheaper transform

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.hardware.gpus import GPUS
 from apex4_quant.models.source import ModelSource
-from apex4_quant.planning.cost_model import activation_seconds
-from apex4_quant.planning.options import choices_of
+from apex4_quant.planning.cost_model import OURS, activation_seconds
+from apex4_quant.planning.options import Choice, GroupOptions, Option, choices_of
+from apex4_quant.planning.outcome import QuantizationPlan
 from apex4_quant.planning.planner import group_options, make_plan
 from apex4_quant.planning.sensitivity import GroupSensitivity
 from apex4_quant.planning.settings import PlanSettings
@@ -42,7 +44,7 @@ def test_a_dense_transform_costs_its_time_once_an_input() -> None:
     of_input = GroupSensitivity(0, 0, ("q", "k", "v"), (4096, 1024, 1024), 4096, False, {}, losses)
     seconds = {each.choice: each.seconds for each in group_options(of_input, gpu, 8192).options}
     more = activation_seconds(gpu, 8192, 4096, 128, dense=True) - activation_seconds(gpu, 8192, 4096, 128)
-    assert seconds[128, DENSE] - seconds[128, HADAMARD] == pytest.approx(more) and more > 0
+    assert seconds[Choice(128, DENSE)] - seconds[Choice(128, HADAMARD)] == pytest.approx(more) and more > 0
 
 
 # From the command line
@@ -56,11 +58,11 @@ def model(tiny_model: Call) -> Path:
 
 @pytest.fixture
 def plan_of(model: Path, calib: Path, tmp_path: Path, invoke: Call) -> Call:
-    """plan_of(*options) -> the path of a plan of `model`, for the A100 with the naive mainloop."""
+    """plan_of(*options) -> the path of a plan of `model` with 4 bits, for the A100 with the naive mainloop."""
 
     def make(*options: object, name: str = "plan.yaml") -> Path:
         path = tmp_path / name
-        naive = ("--target", "A100", "--mainloop", "naive", "--device", "cpu")
+        naive = ("--target", "A100", "--mode", "w4a4", "--mainloop", "naive", "--device", "cpu")
         result = invoke("plan", model, "-o", path, "--calib", calib, *SMALL, *naive, *options)
         assert result.exit_code == 0, result.stderr
         return path
@@ -142,16 +144,20 @@ def test_table_for_people(model: Path, calib: Path, invoke: Call) -> None:
     result = invoke("plan", model, "--target", "A100", "--calib", calib, *SMALL)
     assert result.exit_code == 0
     assert "predicted" in result.stdout and "A100" in result.stdout
-    assert all(len(line) <= 120 for line in result.stdout.splitlines() if "proj" in line)
+    assert all(len(line) <= 150 for line in result.stdout.splitlines() if "proj" in line)
     assert sum("_proj" in line for line in result.stdout.splitlines()) == 14
+    assert "@dense128 a8" in result.stdout and "  A100: 8-bit activations " in result.stdout
+    pure = invoke("plan", model, "--target", "A100", "--calib", calib, *SMALL, "--mode", "w4a4").stdout
+    assert "a8" not in pure and "8-bit" not in pure
     assert "measuring" in result.stderr
 
 
 def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path) -> None:
     settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=2, seq_len=32, device="cpu", budget=9)
+    settings = replace(settings, mode="w4a4")
     first, second = make_plan(settings), make_plan(settings)
     assert first.as_dict() == second.as_dict()
-    assert {each.choice for each in first.chosen} == {(128, DENSE)}
+    assert {each.choice for each in first.chosen} == {(128, DENSE, 4)}
     assert first.predicted()["of_least_loss"] == 1
 
 
@@ -172,7 +178,10 @@ def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: 
         (("--target", "A100", "--recipe", "apex4-shared"), ("transform 'shared128' has", "--transform")),
         (("--target", "A100", "--recipe", "best"), ("'best'",)),
         (("--target", "A100", "--mode", "mixed", "--transform", DENSE), ("--mode mixed", DENSE, "128")),
-        (("--target", "A100", "--transform", DENSE, "--budget", "2"), (DENSE, "nothing to choose", "--budget")),
+        (
+            ("--target", "A100", "--mode", "w4a4", "--transform", DENSE, "--budget", "2"),
+            (DENSE, "nothing to choose", "--budget"),
+        ),
         (("--target", "A100", "--mode", "g128", "--recipe", "rtn", "--max-loss", "2"), (HADAMARD, "--max-loss")),
         (("--target", "A100", "--mode", "g128", "--transform", "none", "--budget", "2"), ("none", "--budget")),
     ):
@@ -343,3 +352,51 @@ def test_resume_refuses_another_plan(
     assert invoke(*resume, "--plan", copy).exit_code == 0
     modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
     assert modules[DOWN.format(1)]["group_size"] == "channel"
+
+
+# Activations of 8 bits
+
+
+def eight_or_four(seconds_of_eight: float, loss_of_eight: float, count: int) -> QuantizationPlan:
+    """A plan of two inputs, of which `count` get 8 bits; 4 bits take 10 us and lose 0.4 each."""
+    four, eight = (
+        Option(Choice(128, HADAMARD), 1e-5, 0.4),
+        Option(Choice(128, HADAMARD, 8), seconds_of_eight, loss_of_eight),
+    )
+    losses = {four.choice: four.loss, eight.choice: eight.loss}
+    group = GroupSensitivity(0, 0, ("q",), (128,), 128, False, {choice: (0.1,) for choice in losses}, losses)
+    options = (GroupOptions((four, eight)),) * 2
+    settings, source = PlanSettings("demo", target="A100"), ModelSource("demo")
+    chosen = (eight,) * count + (four,) * (2 - count)
+    return QuantizationPlan(settings, (HADAMARD,), source, GPUS["A100"], OURS, (group,) * 2, options, chosen)
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (eight_or_four(2e-5, 0.1, 2), "A100: 8-bit activations everywhere: they take 2.00x the time of 4 bits here and lose 4.0 times less"),
+        (eight_or_four(2e-5, 0.1, 0), "A100: 8-bit activations nowhere; everywhere they would take 2.00x the time of 4 bits here and lose 4.0 times less"),
+        (eight_or_four(2e-5, 0.8, 0), "A100: 8-bit activations nowhere; everywhere they would take 2.00x the time of 4 bits here and lose more"),
+        (eight_or_four(1.2e-5, 0.1, 1), "A100: 8-bit activations for 1 of 2 inputs, which saves 38 % of the loss of 4 bits for 10 % of their time; "
+         "everywhere they would take 1.20x the time of 4 bits here and lose 4.0 times less"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_it_decided_about_bits_and_why(plan: QuantizationPlan, sentence: str) -> None:
+    assert plan.reasons() == [sentence]
+    assert sentence in plan.as_text()
+
+
+def test_bits_go_into_the_plan_file_and_from_there_into_the_checkpoint(
+    model: Path, calib: Path, tmp_path: Path, invoke: Call
+) -> None:
+    """auto without a limit of time takes 8 bits everywhere: they lose least."""
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    common = ("--calib", calib, *SMALL, "--device", "cpu")
+    assert invoke("plan", model, "-o", plan, "--target", "A100", "--budget", 9, *common).exit_code == 0
+    assert set(column(plan, "activation_bits").values()) == {8}
+    command = ("quantize", model, "-o", out, "--plan", plan, *common, "--target", "none", "--recipe", "rtn")
+    assert invoke(*command).exit_code == 0
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    bits = {config["modules"].get(DOWN.format(i), {}).get("activation_bits", config["activation_bits"]) for i in (0, 1)}
+    assert bits == {8}

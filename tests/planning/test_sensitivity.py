@@ -79,7 +79,8 @@ def test_a_transform_is_not_measured_on_what_it_was_learned_from(count: int, mea
 def test_losses_never_fall_with_coarser_groups_of_one_transform() -> None:
     measured = {128: 0.2, 256: 0.15, "channel": 0.6}
     losses = {Choice(size, HADAMARD): loss for size, loss in measured.items()} | {Choice(128, DENSE): 0.1}
-    assert list(losses_of(losses).values()) == [0.2, 0.2, 0.6, 0.1]
+    losses[Choice(128, HADAMARD, 8)] = 0.05
+    assert list(losses_of(losses).values()) == [0.2, 0.2, 0.6, 0.1, 0.05]
 
 
 @pytest.mark.parametrize("size", [128, 512, "channel"])
@@ -98,6 +99,19 @@ def test_predicted_error_is_that_of_the_quantized_linear(size: int | str) -> Non
         return float((linear(rows) - exact).square().sum() / exact.square().sum())
 
     assert predicted == pytest.approx(min(map(real, CLIP_RATIOS)), rel=0.04)
+    assert loss == pytest.approx(predicted * float(exact.square().sum()) / len(rows) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [128, "channel"])
+def test_predicted_error_with_8_bit_activations_is_that_of_the_folded_linear(size: int | str) -> None:
+    torch.manual_seed(0)
+    rows, weight = torch.randn(256, 600) * torch.rand(600) * 3, torch.randn(96, 600) / 25
+    weight[:, :200] *= 0.01  # a group of small weights, which folding rounds coarsely
+    format = LinearFormat(96, 600, size, get_layout("rowmajor"), HADAMARD, 1.0, activation_bits=8)
+    (predicted,), loss = predict_errors(rows, [weight], format, Metric(weight, [torch.ones(96)]))
+    linear = Apex4Linear.from_codes(format, *quantize_weight_rtn("w", weight, format), None)
+    exact = rows @ weight.t()
+    assert predicted == pytest.approx(float((linear(rows) - exact).square().sum() / exact.square().sum()), rel=0.04)
     assert loss == pytest.approx(predicted * float(exact.square().sum()) / len(rows) / 2, rel=1e-4)
 
 
@@ -189,12 +203,14 @@ def measured(path: Path, ids: torch.Tensor) -> list[GroupSensitivity]:
     source = ModelSource(str(path))
     run = QuantizeSettings(str(path), "rtn", target="none", device="cpu").resolve(source)
     runner = LayerRunner(source, "cpu", torch.float32)
-    return measure_sensitivity(source, runner, ids, plan_of(source, run).linears, (HADAMARD, DENSE), 0, Progress())
+    return measure_sensitivity(
+        source, runner, ids, plan_of(source, run).linears, (HADAMARD, DENSE), (4, 8), 0, Progress()
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_is_the_divergence_of_the_quantized_model(
-    name: str, saved: Callable[[str], Path], tmp_path: Path, calib: Path
+    name: str, saved: Callable[[str], Path], tmp_path: Path, calib: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Not token 0, of padding: its embedding is zero, where the derivative of a norm has no bound.
     path, ids = saved(name), torch.arange(1, 513).reshape(16, 32) * 37 % 4096
@@ -203,13 +219,21 @@ def test_the_loss_is_the_divergence_of_the_quantized_model(
     groups = measured(path, ids)
     assert [group.layer for group in groups] == sorted(group.layer for group in groups)
     predicted = sum(group.losses[Choice(128, HADAMARD)] for group in groups)
-    exact, quantized = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.log_softmax(-1).detach()
-        for folder in (path, tmp_path / "out")
-    )
-    divergence = float((exact.exp() * (exact - quantized)).sum(-1).mean())
-    assert 0.7 < predicted / divergence < 1.4
+
+    def logits_of(folder: Path) -> torch.Tensor:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits.log_softmax(-1).detach()
+
+    exact = logits_of(path)
+
+    def divergence_of(folder: Path) -> float:
+        return float((exact.exp() * (exact - logits_of(folder))).sum(-1).mean())
+
+    assert 0.7 < predicted / divergence_of(tmp_path / "out") < 1.4
     assert sum(group.losses[Choice(128, DENSE)] for group in groups) < predicted
+    eight = sum(group.losses[Choice(128, HADAMARD, 8)] for group in groups)
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    assert 0.7 < eight / divergence_of(tmp_path / "out") < 1.4
+    assert eight < predicted / 2
 
 
 def test_an_expert_that_no_token_reaches_has_no_loss(saved: Callable[[str], Path]) -> None:

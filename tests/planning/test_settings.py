@@ -22,6 +22,7 @@ DENSE, HADAMARD, NONE = TransformKind.DENSE, TransformKind.HADAMARD, TransformKi
         ({"recipe": "gptq"}, (HADAMARD,)),
         ({"recipe": "gptq", "budget": 2.0}, (HADAMARD,)),
         ({"transform": "dense128"}, (DENSE,)),
+        ({"transform": "dense128", "budget": 2.0}, (DENSE,)),  # of the bits of activations
         ({"transform": "none", "mode": "mixed"}, (NONE,)),
     ],
     ids=str,
@@ -36,7 +37,7 @@ def test_transforms(settings: dict[str, Any], expected: tuple[TransformKind, ...
         ({"transform": "shared128"}, "transform 'shared128' has no predicted errors"),
         ({"recipe": "apex4-shared"}, "transform 'shared128' has no predicted errors"),
         ({"mode": "mixed", "transform": "dense128"}, "--mode mixed has groups per channel"),
-        ({"transform": "dense128", "budget": 2.0}, "nothing to choose: leave --budget"),
+        ({"mode": "w4a4", "transform": "dense128", "budget": 2.0}, "nothing to choose: leave --budget"),
         ({"mode": "g128", "recipe": "rtn", "max_loss": 2.0}, "nothing to choose: leave --max-loss"),
     ],
     ids=str,

@@ -96,9 +96,9 @@ def test_doctor_says_with_how_many_bits(
         return [line.partition(": ")[2] for line in invoke("doctor").stdout.splitlines() if line.startswith("GPU")]
 
     assert lines() == [
-        "the kernels of gemm_sm80.cu; 8-bit activations: gemm_s8.cu",
+        "the kernels of gemm_sm80.cu; 8-bit activations: gemm_s8.cu, which never ran on such a GPU",
         "the kernels of gemm_sm90_s8.cu, all linears with 8-bit activations",
-        "the kernels of gemm_s8.cu, all linears with 8-bit activations",
+        "the kernels of gemm_s8.cu, all linears with 8-bit activations, which never ran on such a GPU",
         "PyTorch operations, exact but slow: there are no kernels for it",
     ]
     found = json.loads(invoke("doctor", "--json").stdout)["gpus"]
@@ -107,7 +107,7 @@ def test_doctor_says_with_how_many_bits(
     monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
     assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu"
     monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
-    assert lines()[0] == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8)"
+    assert lines()[0] == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
     monkeypatch.setenv("APEX4_ACTIVATIONS", "5")
     result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (2, "apex4: APEX4_ACTIVATIONS=5 is not known: give 4, 8 or auto\n")
@@ -135,7 +135,8 @@ def test_doctor_of_gpus_with_and_without_kernels(machine: Call, invoke: Call, ei
         ((8, 6), "13.0", None, "13.0", MISSING),
         ((8, 6), "12.8", "13.5", "12.8", "NVRTC 13.5 makes kernels that a driver for CUDA 12.8 does not load"),
         ((8, 6), "13.0", "12.9", "12.8", None),
-        ((7, 5), "13.0", None, "13.0", None),
+        ((7, 5), "13.0", None, "13.0", MISSING),
+        ((8, 7), "13.0", None, "13.0", None),
         (None, "13.0", "13.5", None, "is a build without CUDA"),
         (None, None, None, None, None),
     ],

@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ... import __version__
-from ...environment import KERNEL
+from ...environment import ACTIVATIONS, KERNEL
 from ...errors import Apex4Error
 from ...format.quant_config import QUANT_METHOD, QuantConfig
 from . import names
@@ -56,7 +57,9 @@ class Apex4Config(QuantizationConfig):
         # vLLM's key of compiled graphs is made of the attributes of hf_config, `quantization_config` among them. What else
         # decides what is compiled is our code and which arithmetic is asked for.
         if hf_config is not None:
-            hf_config.apex4_compiled_by = f"{__version__} {os.environ.get(KERNEL, '')}".strip()
+            hf_config.apex4_compiled_by = " ".join(
+                (__version__, *(os.environ.get(name, "") for name in (KERNEL, ACTIVATIONS)))
+            ).strip()
 
     def get_cache_scale_mapper(self) -> WeightsMapper:
         """vLLM's Mixtral loads the published names; an apex4 checkpoint has those of transformers' class."""
@@ -72,6 +75,7 @@ class Apex4Config(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from .fusion import install
         from .linear import Apex4LinearMethod
 
         self.has_published_names |= names.stored_name(prefix) != prefix
@@ -88,6 +92,7 @@ class Apex4Config(QuantizationConfig):
             raise Apex4Error(
                 f"vLLM runs {plain[0]}, which is not quantized, and {other}, which is, in one layer: quantize both or neither"
             )
+        install(get_current_vllm_config())
         return Apex4LinearMethod(self.fields, self.budget, members)
 
     def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:

@@ -23,11 +23,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ...errors import Apex4Error
-from ...format.layouts import get_layout
 from ...format.number_format import BLOCK
 from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
-from ...kernels import torch_backend
+from ...kernels.operands import TOKEN_FORMAT, layout_of_format
 from . import backend, names
 from .linear import constant, fill_randomly, kernel_matrix
 from .slices import Piece, cut_features, cut_rows
@@ -48,6 +47,11 @@ class ExpertProducts:
         first = self.linears[0].first
         for other in self.linears[1:]:
             kind, others = first.format.transform, other.first.format.transform
+            if first.format.activation_bits != other.first.format.activation_bits:
+                raise Apex4Error(
+                    f"{first.name} and {other.first.name} have activations of {first.format.activation_bits} and "
+                    f"{other.first.format.activation_bits} bits, and vLLM runs all experts of a layer alike: quantize them alike"
+                )
             if (first.format.group_size, kind) != (other.first.format.group_size, others):
                 raise Apex4Error(
                     f"{first.name} and {other.first.name} have group sizes {first.format.group_size} and "
@@ -59,6 +63,8 @@ class ExpertProducts:
         self.n, self.padded_k, self.group = self.linears[0].out_features, first.padded_k, first.format.group_length
         self.layout = first.format.layout.name
         self.clips = [linear.first.format.activation_clip for linear in self.linears]
+        self.kernel: str | None = None
+        self.activation_bits = self.format.activation_bits
 
     def register(self, layer: torch.nn.Module, loader: Any) -> None:
         count = len(self.linears)
@@ -112,8 +118,11 @@ class ExpertProducts:
                 f"the checkpoint has no tensor {self.shared_owner.name}.input_transform: it is incomplete, get it again"
             )
 
-    def prepare(self, layer: torch.nn.Module, kernel: str | None, cached: bool, dtype: torch.dtype) -> None:
+    def prepare(self, layer: torch.nn.Module, cached: bool, dtype: torch.dtype) -> None:
         """Replace the loaded tensors by the operands of the operators."""
+        kernel = self.kernel
+        if kernel == TOKEN_FORMAT:
+            self.group, self.clips = self.padded_k, [1.0] * len(self.clips)
         packed, scale = self.tensor(layer, "weight_packed"), self.tensor(layer, "weight_scale")
         matrix = self.tensor(layer, "input_transform")
         assert packed is not None and scale is not None
@@ -122,7 +131,7 @@ class ExpertProducts:
             setattr(layer, f"{self.stem}_input_transform", constant(torch.stack(made)))
         if cached:
             floats = [
-                torch_backend.grouped_weight(*linear.codes_and_scales(packed[index], scale[index]))
+                linear.float_weight(packed[index], scale[index], self.activation_bits)
                 for index, linear in enumerate(self.linears)
             ]
             setattr(layer, f"{self.stem}_float", constant(torch.stack([weight for weight, _ in floats])))
@@ -131,15 +140,19 @@ class ExpertProducts:
             return
         target = kernel or self.layout
         if target != self.layout or not self.linears[0].is_dense():
-            layout = get_layout(target)
-            count = len(self.linears)
-            new_packed = packed.new_empty((count, *layout.packed_shape(self.n, self.padded_k)))
-            new_scale = scale.new_empty((count, *layout.scale_shape(self.n, self.padded_k // self.group)))
+            whole: list[torch.Tensor | None] = []  # of all experts: weight_packed, weight_scale, weight_unit
             for index, linear in enumerate(self.linears):
-                codes, scales_of = linear.codes_and_scales(packed[index], scale[index])
-                new_packed[index] = layout.pack(codes)
-                new_scale[index] = layout.pack_scales(scales_of)
-            packed, scale, self.layout = new_packed, new_scale, target
+                made_of_one = linear.kernel_operands(packed[index], scale[index], target)
+                if index == 0:
+                    count = len(self.linears)
+                    whole = [None if one is None else one.new_empty((count, *one.shape)) for one in made_of_one]
+                for of_all, one in zip(whole, made_of_one, strict=True):
+                    if of_all is not None and one is not None:
+                        of_all[index] = one
+            new_packed, new_scale, unit = whole
+            assert new_packed is not None and new_scale is not None
+            packed, scale, self.layout = new_packed, new_scale, layout_of_format(target).name
+            setattr(layer, f"{self.stem}_unit", None if unit is None else constant(unit))
         setattr(layer, f"{self.stem}_weight_packed", constant(packed))
         setattr(layer, f"{self.stem}_weight_scale", constant(scale))
 
@@ -149,12 +162,15 @@ class ExpertProducts:
         return (
             getattr(layer, f"{self.stem}_{weight[0]}"),
             getattr(layer, f"{self.stem}_{weight[1]}"),
+            getattr(layer, f"{self.stem}_unit", None),
             getattr(layer, f"{self.stem}_input_transform", None),
             self.n,
             self.padded_k,
             self.group,
             self.clips,
             self.format.transform is TransformKind.HADAMARD,
+            self.activation_bits,
+            "cached" if cached else f"kernel {self.kernel}" if self.kernel else f"packed {self.layout}",
         )
 
 
@@ -164,7 +180,6 @@ class Apex4MoEMethod(FusedMoEMethodBase):
     def __init__(self, fields: QuantConfig, budget: backend.FloatBudget, layer: RoutedExperts, prefix: str) -> None:
         super().__init__(layer.moe_config)
         self.fields, self.budget, self.prefix = fields, budget, names.stored_name(prefix)
-        self.kernel: str | None = None
         self.is_cached = False
         if layer.moe_config.activation != MoEActivation.SILU or layer.apply_router_weight_on_input:
             raise Apex4Error(f"the experts of {self.prefix} are of a kind that apex4 does not know: use a newer apex4")
@@ -280,14 +295,12 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         for product in products:
             product.finish(layer, self.is_dummy)
         device = layer.w13_weight_packed.device
-        self.kernel = backend.kernel_of(device, self.dtype)
+        for product in products:
+            product.kernel, product.activation_bits = backend.arithmetic_of(device, self.dtype, product.format)
         size = sum(4 * len(product.linears) * product.n * product.padded_k for product in products)
         self.is_cached = device.type == "cpu" and self.budget.take(size)
         for product in products:
-            product.prepare(layer, self.kernel, self.is_cached, self.dtype)
-        self.how = (
-            "cached" if self.is_cached else f"kernel {self.kernel}" if self.kernel else f"packed {self.gate_up.layout}"
-        )
+            product.prepare(layer, self.is_cached, self.dtype)
         self.operands = (*self.gate_up.operands(layer, self.is_cached), *self.down.operands(layer, self.is_cached))
         logger.info_once("apex4 computes experts one after the other on %s", device.type)
 
@@ -305,7 +318,7 @@ class Apex4MoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """x [T, H], topk_weights and topk_ids [T, k] -> the weighted sum of this rank's experts [T, H]."""
         y: torch.Tensor = torch.ops.apex4_vllm.experts(
-            x, topk_weights, topk_ids, layer.expert_map, *self.operands, self.how, self.most_captured
+            x, topk_weights, topk_ids, layer.expert_map, *self.operands, self.most_captured
         )
         return y
 
@@ -313,11 +326,11 @@ class Apex4MoEMethod(FusedMoEMethodBase):
 _SCHEMA = (
     "experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
     + ", ".join(
-        f"Tensor {p}_weight, Tensor? {p}_scale, Tensor? {p}_matrix, int {p}_n, int {p}_k, int {p}_group, "
-        f"float[] {p}_clips, bool {p}_hadamard"
+        f"Tensor {p}_weight, Tensor? {p}_scale, Tensor? {p}_unit, Tensor? {p}_matrix, int {p}_n, int {p}_k, int {p}_group, "
+        f"float[] {p}_clips, bool {p}_hadamard, int {p}_bits, str {p}_how"
         for p in ("in", "out")
     )
-    + ", str how, int most_captured) -> Tensor"
+    + ", int most_captured) -> Tensor"
 )
 backend.library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -332,19 +345,21 @@ class _Product:
 
     def __init__(
         self,
-        how: str,
         weight: torch.Tensor,
         scale: torch.Tensor | None,
+        unit: torch.Tensor | None,
         matrix: torch.Tensor | None,
         n: int,
         k: int,
         group: int,
         clips: list[float],
         hadamard: bool,
+        bits: int,
+        how: str,
     ) -> None:
-        self.kind, _, self.layout = how.partition(" ")
-        self.weight, self.scale, self.matrix = weight, scale, matrix
-        self.n, self.k, self.group, self.clips, self.hadamard = n, k, group, clips, hadamard
+        self.kind, _, self.layout = how.partition(" ")  # of a kernel, the format of the activations
+        self.weight, self.scale, self.unit, self.matrix = weight, scale, unit, matrix
+        self.n, self.k, self.group, self.clips, self.hadamard, self.bits = n, k, group, clips, hadamard, bits
 
     def _matrix(self, expert: int) -> torch.Tensor | None:
         # One matrix where all experts read one input.
@@ -353,15 +368,20 @@ class _Product:
     def _scale(self, expert: int) -> torch.Tensor | None:
         return None if self.scale is None else self.scale[expert]
 
+    def _unit(self, expert: int) -> torch.Tensor | None:
+        return None if self.unit is None else self.unit[expert]
+
     def how(self, expert: int) -> tuple[Any, ...]:
         return self._matrix(expert), self.k, self.group, self.clips[expert], self.hadamard, self.layout
 
     def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         weight, scale = self.weight[expert], self._scale(expert)
         if self.kind == "kernel":
-            y: torch.Tensor = torch.ops.apex4.linear(x, weight, scale, None, None, self.n, *self.how(expert))
+            y: torch.Tensor = torch.ops.apex4.linear(
+                x, weight, scale, self._unit(expert), None, self.n, *self.how(expert)
+            )
             return y
-        last = None, self._matrix(expert), self.clips[expert], self.hadamard
+        last = None, self._matrix(expert), self.clips[expert], self.hadamard, self.bits
         if self.kind == "cached":
             return backend.cached_linear(x, weight, scale, *last)
         assert scale is not None
@@ -373,7 +393,7 @@ class _Product:
         if self.kind != "kernel":
             return self(torch.nn.functional.silu(gate) * up, expert)
         y: torch.Tensor = torch.ops.apex4.silu_mul_linear(
-            gate, up, self.weight[expert], self._scale(expert), None, None, self.n, *self.how(expert)
+            gate, up, self.weight[expert], self._scale(expert), self._unit(expert), None, self.n, *self.how(expert)
         )
         return y
 
@@ -385,8 +405,8 @@ def _experts(
     expert_map: torch.Tensor | None,
     *arguments: Any,
 ) -> torch.Tensor:
-    *products, how, most_captured = arguments
-    entering, leaving = _Product(how, *products[:8]), _Product(how, *products[8:])
+    *products, most_captured = arguments
+    entering, leaving = _Product(*products[: len(products) // 2]), _Product(*products[len(products) // 2 :])
     local = topk_ids if expert_map is None else expert_map[topk_ids.long()]
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     count = len(entering.weight)

@@ -17,11 +17,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ...errors import Apex4Error
-from ...format.layouts import get_layout
-from ...format.number_format import BLOCK, CODE_MAX
+from ...format.number_format import BITS, BLOCK, CODE_MAX
 from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
-from ...kernels import torch_backend
+from ...kernels.operands import TOKEN_FORMAT, layout_of_format
 from ...kernels.quantize.configs import prepack_matrix
 from . import backend
 from .slices import Piece, cut_features, cut_rows
@@ -75,7 +74,8 @@ class Apex4LinearMethod(LinearMethodBase):
 
     After loading the layer has
         weight_packed  uint8   in the layout of the kernels, or as stored where PyTorch operations compute
-        weight_scale   float16 likewise
+        weight_scale   float16 likewise; for kernels of 8-bit activations the ratio, int16
+        apex4_unit     float32, for kernels of 8-bit activations, or None
         apex4_bias     float32 [N] or None
         apex4_matrix   the learned transform as the operator reads it, or None
         apex4_weight, apex4_weight_scale   what a CPU computes with, where that is kept
@@ -84,6 +84,7 @@ class Apex4LinearMethod(LinearMethodBase):
     def __init__(self, fields: QuantConfig, budget: backend.FloatBudget, names: Sequence[str]) -> None:
         self.fields, self.budget, self.names = fields, budget, tuple(names)
         self.kernel: str | None = None
+        self.activation_bits = BITS  # of the computation
         self.is_cached = False
 
     def create_weights(
@@ -130,7 +131,8 @@ class Apex4LinearMethod(LinearMethodBase):
             self.stored.require_complete()
             self.stored.require_legal(layer.weight_packed.data, layer.weight_scale.data, matrix)
         device = layer.weight_packed.device
-        self.kernel = backend.kernel_of(device, self.dtype)
+        self.kernel, self.activation_bits = backend.arithmetic_of(device, self.dtype, self.stored.first.format)
+        layer.apex4_unit = None
         layer.apex4_bias = None if layer.bias is None else constant(layer.bias.float())
         layer.apex4_matrix = (
             None
@@ -139,34 +141,37 @@ class Apex4LinearMethod(LinearMethodBase):
         )
         if matrix is not None:
             del layer.input_transform
+        if self.kernel == TOKEN_FORMAT:
+            self.group, self.clip = self.padded_k, 1.0
         if self.kernel is not None:
             self._pack(layer, self.kernel)
-            logger.info_once("apex4 computes with its %s kernels", self.kernel)
+            logger.info_once(
+                "apex4 computes with its %s kernels, %d-bit activations", self.kernel, self.activation_bits
+            )
         else:
             self._keep_floats(layer, device)
             logger.info_once(
                 "apex4 computes with PyTorch operations on %s: exact, and slow for large models", device.type
             )
 
-    def _pack(self, layer: Any, layout_name: str) -> None:
-        """Put the rows of all members one behind the other, in the named layout."""
-        if layout_name == self.layout and self.stored.is_dense():
+    def _pack(self, layer: Any, format: str) -> None:
+        """Put the rows of all members one behind the other, as activations of this format want them, or in this layout."""
+        if format == self.layout and self.stored.is_dense():
             layer.weight_packed = constant(layer.weight_packed.data)
             layer.weight_scale = constant(layer.weight_scale.data)
             return
-        codes, scales = self.stored.codes_and_scales(layer.weight_packed.data, layer.weight_scale.data)
-        layout = get_layout(layout_name)
-        layer.weight_packed = constant(layout.pack(codes))
-        layer.weight_scale = constant(layout.pack_scales(scales))
-        self.layout = layout_name
+        packed, scale, unit = self.stored.kernel_operands(layer.weight_packed.data, layer.weight_scale.data, format)
+        layer.weight_packed, layer.weight_scale = constant(packed), constant(scale)
+        layer.apex4_unit = None if unit is None else constant(unit)
+        self.layout = layout_of_format(format).name
 
     def _keep_floats(self, layer: Any, device: torch.device) -> None:
         """For PyTorch operations: on a CPU the weights as float32, if there is room."""
         self.is_cached = device.type == "cpu" and self.budget.take(4 * self.n * self.padded_k)
         if self.is_cached:
-            codes, scales = self.stored.codes_and_scales(layer.weight_packed.data, layer.weight_scale.data)
-            weight, scale = torch_backend.grouped_weight(codes, scales)
-            layer.apex4_weight = constant(weight.contiguous())
+            tensors = layer.weight_packed.data, layer.weight_scale.data
+            weight, scale = self.stored.float_weight(*tensors, self.activation_bits)
+            layer.apex4_weight = constant(weight)
             layer.apex4_weight_scale = None if scale is None else constant(scale)
             layer.weight_packed = constant(layer.weight_packed.data)
             layer.weight_scale = constant(layer.weight_scale.data)
@@ -181,17 +186,18 @@ class Apex4LinearMethod(LinearMethodBase):
         added = None if bias is None else layer.apex4_bias
         if self.kernel is not None:
             y = torch.ops.apex4.linear(
-                rows, layer.weight_packed, layer.weight_scale, None, added, self.n, layer.apex4_matrix, self.padded_k,
-                self.group, self.clip, self.hadamard, self.kernel,
+                rows, layer.weight_packed, layer.weight_scale, layer.apex4_unit, added, self.n, layer.apex4_matrix,
+                self.padded_k, self.group, self.clip, self.hadamard, self.kernel,
             )  # fmt: skip
         elif self.is_cached:
             y = torch.ops.apex4_vllm.cached_linear(
-                rows, layer.apex4_weight, layer.apex4_weight_scale, added, layer.apex4_matrix, self.clip, self.hadamard
-            )
+                rows, layer.apex4_weight, layer.apex4_weight_scale, added, layer.apex4_matrix, self.clip, self.hadamard,
+                self.activation_bits,
+            )  # fmt: skip
         else:
             y = torch.ops.apex4_vllm.packed_linear(
                 rows, layer.weight_packed, layer.weight_scale, self.n, self.layout, added, layer.apex4_matrix, self.clip,
-                self.hadamard,
+                self.hadamard, self.activation_bits,
             )  # fmt: skip
         output: torch.Tensor = y.view(*x.shape[:-1], self.n)
         return output
@@ -205,7 +211,7 @@ def kernel_matrix(
     matrix: torch.Tensor, kernel: str | None, padded_k: int, group: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """A learned transform, float16 as stored, as the operator that computes reads it."""
-    if kernel is not None and group == BLOCK and matrix.device.type == "cuda":
+    if kernel is not None and (group == BLOCK or kernel == TOKEN_FORMAT) and matrix.device.type == "cuda":
         return prepack_matrix(matrix, dtype)
     matrix = matrix.expand(padded_k // BLOCK, -1, -1).contiguous()
     return matrix if kernel is not None else matrix.float()

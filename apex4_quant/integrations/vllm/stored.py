@@ -11,6 +11,8 @@ from ...errors import Apex4Error
 from ...format.number_format import BLOCK
 from ...format.quant_config import LinearFormat
 from ...format.transform_kind import TransformKind
+from ...kernels import torch_backend
+from ...kernels.operands import TOKEN_FORMAT, fold_scales, layout_of_format
 
 ShardId = str | int | None
 
@@ -195,6 +197,24 @@ class StoredLinears:
                 scales.append(layout.unpack_scales(scale[place], count))
         return torch.cat(codes), torch.cat(scales)
 
+    def kernel_operands(
+        self, packed: torch.Tensor, scale: torch.Tensor, kernel: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """weight_packed, weight_scale and weight_unit of the operators, for activations of the format `kernel`."""
+        codes, scales = self.codes_and_scales(packed, scale)
+        layout = layout_of_format(kernel)
+        if kernel == TOKEN_FORMAT:
+            return layout.pack(codes), *fold_scales(scales)
+        return layout.pack(codes), layout.pack_scales(scales), None
+
+    def float_weight(
+        self, packed: torch.Tensor, scale: torch.Tensor, activation_bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What backend.cached_linear multiplies by."""
+        prepare = torch_backend.folded_weight if activation_bits == 8 else torch_backend.grouped_weight
+        weight, factor = prepare(*self.codes_and_scales(packed, scale))
+        return weight.contiguous(), factor
+
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -208,6 +228,7 @@ def _require_alike(members: Sequence[Member]) -> None:
         for what, ours, theirs in (
             ("group size", first.format.group_size, other.format.group_size),
             ("transform", str(first.format.transform), str(other.format.transform)),
+            ("activation_bits", first.format.activation_bits, other.format.activation_bits),
             ("activation_clip", first.format.activation_clip, other.format.activation_clip),
         ):
             if ours != theirs:

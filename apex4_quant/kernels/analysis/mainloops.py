@@ -9,14 +9,18 @@ because another one makes other code. `same_bank`: FFMA whose operands meet in o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from ..catalogue import FAMILIES
 from ..runtime.compiler import arch_of, compile_kernel, nvrtc_version
 from . import sass
+
+if TYPE_CHECKING:
+    from ..gemm.s8_configs import S8Config
 
 TABLE = Path(__file__).parent / "mainloop_counts.json"
 CONTROL = Path(__file__).parents[3] / "scripts" / "account" / "naive_i2f.cu"  # in a checkout only
@@ -29,7 +33,8 @@ class Row(TypedDict):
     arch: str
     defines: dict[str, int | str]
     tile: list[int]  # M, N
-    groups: str  # "wide" or "128"
+    groups: str  # "wide" or "128"; "any" of 8-bit activations, whose groups cost nothing
+    bits: int  # of activations
     registers: int
     shared_memory: int  # bytes a block
     spills: int
@@ -60,12 +65,13 @@ class Kernel:
     accumulators: int  # of a thread that multiplies
     wide_groups: bool
     shared_bytes: int
+    bits: int = 4  # of activations
 
 
 def kernels() -> Iterator[Kernel]:
     """Every GEMM configuration for every architecture with bfloat16 output, those that quantize, and the control kernel."""
     from ...format.layout_name import KERNEL_TILE_N
-    from ..gemm import fused_linear
+    from ..gemm import fused_linear, s8_configs
     from ..gemm.configs import all_configs
 
     for sm in FAMILIES:
@@ -93,8 +99,23 @@ def kernels() -> Iterator[Kernel]:
                     fused.name, arch_of(sm), fused.source, fused.entry, dict(fused.defines), tile, accumulators, False,
                     fused.shared_bytes,
                 )  # fmt: skip
+        yield from _eight_bit(sm, s8_configs.all_configs(sm))
         if sm < 90:
             yield Kernel("naive_i2f", arch_of(sm), str(CONTROL), "naive_gemm", {}, (128, 128), 64, False, 3 * 17152)
+    for sm in s8_configs.ARCHITECTURES:
+        if sm not in FAMILIES:
+            yield from _eight_bit(sm, s8_configs.all_configs(sm))
+
+
+def _eight_bit(sm: int, configs: Iterable[S8Config]) -> Iterator[Kernel]:
+    for config in configs:
+        if config.out == "bf16":
+            tile = (config.tile_m, config.tile_n)
+            accumulators = config.tile_m * config.tile_n // config.threads
+            yield Kernel(
+                config.name, arch_of(sm), config.source, config.entry, dict(config.defines), tile, accumulators, False,
+                config.shared_bytes, bits=8,
+            )  # fmt: skip
 
 
 def count(kernel: Kernel) -> Row:
@@ -111,7 +132,8 @@ def count(kernel: Kernel) -> Row:
         "arch": kernel.arch,
         "defines": kernel.defines,
         "tile": list(kernel.tile),
-        "groups": "wide" if kernel.wide_groups else "128",
+        "groups": "any" if kernel.bits == 8 else "wide" if kernel.wide_groups else "128",
+        "bits": kernel.bits,
         "registers": resources.registers,
         "shared_memory": kernel.shared_bytes + resources.static_shared_bytes,
         "spills": function.spills(),
@@ -179,6 +201,13 @@ def violations(row: Row) -> list[str]:
         broken.append("it converts with I2F")
     if row["spills"]:
         broken.append(f"{row['spills']} local-memory instructions")
+    if row["bits"] == 8:  # nothing is done per accumulator and group
+        for name in ("ffma", "fmul", "fadd"):
+            if each.get(name):
+                broken.append(f"{row['classes'][name]} {name.upper()} in a turn")
+        if not any(re.match(r"(IMMA\.(16832|8816)|IGMMA\.\w+)\.S8\.S8", opcode) for opcode in row["opcodes"]):
+            broken.append("no mma of 8-bit integers")
+        return broken
     dequantization = each.get("ffma", 0) + (int(each.get("fmul", 0)) if row["arch"] == "sm_90a" else 0)
     wanted = 1 if any(sass.is_scale_product(opcode) for opcode in row["opcodes"]) else 2
     if wanted == 1 and row["same_bank"]:  # what their 64-bit pairs of accumulators are for (gemm_sm90.cu)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from ...errors import Apex4Error
 from ..runtime.architectures import eight_bit_family
+from . import s8_configs, sm90_s8_configs
 from .configs import PlanSource, plan_source
 
 
@@ -67,7 +68,10 @@ class Chooser(Protocol):
     ) -> EightBitPlan: ...
 
 
-CHOOSERS: Mapping[str, Chooser] = {}  # by the family of architectures.EIGHT_BIT_FAMILIES
+CHOOSERS: Mapping[str, Chooser] = {  # by the family of architectures.EIGHT_BIT_FAMILIES
+    "gemm_sm90_s8": sm90_s8_configs.choose_sm90_s8,
+    "gemm_s8": s8_configs.choose_s8,
+}
 
 
 def choose_eight_bit_gemm(
@@ -77,10 +81,14 @@ def choose_eight_bit_gemm(
 
     `out`: "bf16" or "fp16". Raises Apex4Error where there is none for the architecture.
     """
-    chooser = CHOOSERS.get(eight_bit_family(sm) or "")
+    source = source or plan_source()
+    family = eight_bit_family(sm)
+    if (source.forced or "").startswith(s8_configs.PREFIX) and sm in s8_configs.ARCHITECTURES:
+        family = "gemm_s8"  # on sm_90 by name only
+    chooser = CHOOSERS.get(family or "")
     if chooser is None:
         raise Apex4Error(
             f"there is no kernel for 8-bit activations for sm_{sm}: quantize with 4-bit activations, or set "
             "APEX4_KERNEL=reference"
         )
-    return chooser(sm, sm_count, m, n, k_blocks, blocks_per_group, out, source or plan_source())
+    return chooser(sm, sm_count, m, n, k_blocks, blocks_per_group, out, source)

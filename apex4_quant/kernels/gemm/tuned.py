@@ -23,8 +23,9 @@ def tokens_up_to(m: int) -> int:
     return next((tokens for tokens in TOKENS if m <= tokens), TOKENS[-1])
 
 
-def key(m: int, n: int, k_blocks: int, blocks_per_group: int, out: str) -> str:
-    return f"{tokens_up_to(m)} {n} {k_blocks} {blocks_per_group} {out}"
+def key(m: int, n: int, k_blocks: int, blocks_per_group: int, out: str, activation_bits: int = 4) -> str:
+    bits = "" if activation_bits == 4 else f" {activation_bits} bits"
+    return f"{tokens_up_to(m)} {n} {k_blocks} {blocks_per_group} {out}{bits}"
 
 
 def path(sm: int, sm_count: int) -> Path:
@@ -33,11 +34,12 @@ def path(sm: int, sm_count: int) -> Path:
 
 @cache
 def fingerprint() -> str:
-    """Of everything a GEMM is compiled from, and of the list of its configurations."""
+    """Of everything a GEMM is compiled from, and of the lists of configurations."""
     digest = hashlib.sha256()
     for source in (*sorted(compiler.SOURCES.rglob("*.cuh")), *sorted(compiler.SOURCES.glob("gemm/*.cu"))):
         digest.update(source.read_bytes())
-    digest.update((Path(__file__).parent / "configs.py").read_bytes())
+    for listed in sorted(Path(__file__).parent.glob("*configs.py")):
+        digest.update(listed.read_bytes())
     return digest.hexdigest()
 
 

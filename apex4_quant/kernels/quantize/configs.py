@@ -1,8 +1,9 @@
 """Which quantizer kernel runs for which input, and with what grid. Knows no torch (but for `prepack_matrix`) and no CUDA.
 
-The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_dense.cu (a dense matrix
-per block; group size 128), quantize_dense_sm90.cu (the same for many rows on Hopper) and row_rms.cu, which quantize_dense.cu
-needs for RMSNorm. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
+The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_whole_rows.cu (the same to eight
+bits, with a scale a row), quantize_dense.cu (a dense matrix per block; group size 128, or a row of eight bits),
+quantize_dense_sm90.cu (the same for many rows on Hopper), row_rms.cu, which quantize_dense.cu needs for RMSNorm, and row_scale.cu,
+which it needs for eight bits. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
 `product_is_faster`: a Hadamard transform as a product has its sums in another order.
 """
 
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-INPUTS = ("plain", "rms_norm", "silu_mul")  # APEX4_INPUT is the position
+INPUTS = ("plain", "rms_norm", "silu_mul", "add_rms_norm")  # APEX4_INPUT is the position
+NORMS = ("rms_norm", "add_rms_norm")  # of whole rows
+DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read, and those to eight bits
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
+WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of quantize_whole_rows.cu
+PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
-FORMATS = {"sm80": 80, "sm90": 90}  # activation format -> APEX4_FORMAT
+TOKEN_FORMAT = "s8"  # that of eight bits, one scale a token
+GROUPED_FORMATS = {80: "sm80", 86: "sm80", 89: "sm80", 90: "sm90"}  # that of four bits, by architecture
+FORMATS = {"sm80": 80, "sm90": 90, TOKEN_FORMAT: 8}  # activation format -> APEX4_FORMAT
 
 WARP = 32
 SLICE_LANES = 8  # threads of a slice: of one block of one row
@@ -36,6 +43,18 @@ CTA_SLICES = 32  # 256 threads: six such CTAs fill an SM
 SMALL_CTA_SLICES = 8  # where there is too little work for all SMs
 CTA_ROWS = 8  # eight rows of a block are 512 or 1024 contiguous bytes of codes and one sector of scales
 GRID_Y = 65535  # the largest grid in y; row tiles go on in z
+
+WHOLE_LANES = 4  # quantize_whole_rows.cu: threads of a slice
+WHOLE_SLICES, WHOLE_LONG_THREADS = (
+    224,
+    512,
+)  # the most slices of a CTA that are kept; threads of one that reads a row again
+WHOLE_LEAST_SLICES, WHOLE_MOST_ROWS = 16, 8  # a CTA of short rows has several of them
+CLUSTER_CTAS, CLUSTER_GRID = 8, 64  # the most CTAs that share a row, and of all rows
+CLUSTER_LEAST_BLOCKS = 96  # of a row: a shorter one takes less time in one CTA than CTAs take to tell each other
+STREAM_THREADS = {"plain": 1024, "rms_norm": 1024, "silu_mul": 896}  # of a multiprocessor: 64 registers each, or 72
+STREAM_SHARED_BYTES = 227 << 10  # of an sm_90
+STREAM_SLOTS = {"plain": 2 * 4, "rms_norm": 3 * 4, "silu_mul": 2 * 4}  # SLOT_BYTES / 16 of quantize_whole_rows.cu
 
 DENSE_THREADS = 128
 DENSE_CTA_ROWS = 128  # a pass of the kernels for many rows
@@ -48,6 +67,7 @@ FEWEST_THREADS, FEWEST_ROWS = 256, 8  # of the kernel with more warps for that
 # quantize_dense_sm90.cu, by input: threads, and what is in shared memory beside the matrix, in rows of a block: those of stages;
 # for RMSNorm also the gain, and what readers have on its way.
 DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (512, 3 * 192 + 1 + 4 * 3 * 16)}
+DENSE_SM90_TOKEN_ROWS = {"plain": 2 * 128, "silu_mul": 2 * 128, "rms_norm": 2 * 128 + 1}  # to eight bits; 256 threads
 DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
 PRODUCT_START = 4_600_000  # picoseconds that quantize_dense_sm90.cu takes longer to start than quantize_rows.cu
@@ -82,6 +102,7 @@ class QuantizePlan:
     rows_per_cta: int = 0  # quantize_dense
     needs_board: bool = False  # quantize_dense_sm90 with RMSNorm
     needs_statistics: bool = False  # quantize_dense with RMSNorm: row_rms before it
+    needs_row_scales: bool = False  # quantize_dense to eight bits: row_scale before it
 
     @property
     def defines(self) -> dict[str, int]:
@@ -102,24 +123,49 @@ def rows_config(form: str, input: str, hadamard: bool, dtype: str, format: str) 
 
 
 @cache
-def dense_config(few_rows: int, input: str, dtype: str, format: str) -> QuantizeConfig:
-    """`few_rows`: APEX4_FEW_ROWS."""
-    name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_{input}_{dtype}_{format}"
+def whole_rows_config(form: str, input: str, hadamard: bool, dtype: str) -> QuantizeConfig:
+    name = f"quantize_whole_rows_{form}_{input}_{'hadamard' if hadamard else 'none'}_{dtype}_s8"
     macros = (
+        ("APEX4_FORM", WHOLE_FORMS.index(form)),
+        ("APEX4_INPUT", INPUTS.index(input)),
+        ("APEX4_HADAMARD", int(hadamard)),
+        ("APEX4_BF16", DTYPES.index(dtype)),
+        ("APEX4_FORMAT", FORMATS[TOKEN_FORMAT]),
+    )
+    return QuantizeConfig(name, "quantize/quantize_whole_rows.cu", "apex4_quantize_whole_rows", macros)
+
+
+@cache
+def dense_config(few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False) -> QuantizeConfig:
+    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, as the format sm90 says itself."""
+    wgmma = sm_90 or format == "sm90"
+    kind = "many_wgmma" if wgmma and not few_rows and format == TOKEN_FORMAT else ("many", "few", "fewest")[few_rows]
+    name = f"quantize_dense_{kind}_{input}_{dtype}_{format}"
+    macros: tuple[tuple[str, int], ...] = (
         ("APEX4_INPUT", INPUTS.index(input)),
         ("APEX4_BF16", DTYPES.index(dtype)),
         ("APEX4_FORMAT", FORMATS[format]),
     )
-    if format == "sm90" and not few_rows:
+    if format == TOKEN_FORMAT:
+        macros = *macros, ("APEX4_PASS", PASSES.index("codes"))
+    if wgmma and not few_rows:
         return QuantizeConfig(name, "quantize/quantize_dense_sm90.cu", "apex4_quantize_dense", macros)
     return QuantizeConfig(
         name, "quantize/quantize_dense.cu", "apex4_quantize_dense", (("APEX4_FEW_ROWS", few_rows), *macros)
     )
 
 
-def dense_sm90_shared_bytes(input: str) -> int:
+@cache
+def measuring_config(codes: QuantizeConfig) -> QuantizeConfig:
+    """The kernel that measures for the one that makes codes."""
+    macros = {**codes.defines, "APEX4_PASS": PASSES.index("measure")}
+    return QuantizeConfig(f"{codes.name}_measure", codes.source, codes.entry, tuple(macros.items()))
+
+
+def dense_sm90_shared_bytes(input: str, format: str = "sm90") -> int:
     """SHARED_BYTES of quantize_dense_sm90.cu."""
-    return 16 * MATRIX_CHUNKS + 2 * BLOCK * DENSE_SM90[input][1]
+    rows = DENSE_SM90_TOKEN_ROWS[input] if format == TOKEN_FORMAT else DENSE_SM90[input][1]
+    return 16 * MATRIX_CHUNKS + 2 * BLOCK * rows
 
 
 def board_bytes(m: int) -> int:
@@ -134,19 +180,40 @@ def row_rms_config(dtype: str) -> QuantizeConfig:
 
 
 def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
-    """Every quantizer kernel of an architecture (80, 86, 89, 90): of one input type, or of both."""
-    return list(_configs("sm90" if sm >= 90 else "sm80", DTYPES if dtype is None else (dtype,)))
+    """Every quantizer kernel of an architecture: of one input type, or of both."""
+    dtypes = DTYPES if dtype is None else (dtype,)
+    if sm < 80:
+        dtypes = tuple(each for each in dtypes if each != "bfloat16")
+    grouped = GROUPED_FORMATS.get(sm)
+    return [
+        *(() if grouped is None else _configs(grouped, dtypes)),
+        *_token_configs(dtypes, sm == 90),
+        *map(row_rms_config, dtypes),
+        row_scale_config(),
+    ]
 
 
 def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
     for dtype in dtypes:
         for input in INPUTS:
             for hadamard in (False, True):
-                for form in FORMS[input == "rms_norm" :]:  # RMSNorm needs a whole row: never narrow
+                for form in FORMS[input in NORMS :]:  # RMSNorm needs a whole row: never narrow
                     yield rows_config(form, input, hadamard, dtype, format)
+            if input not in DENSE_INPUTS:
+                continue
             for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
-        yield row_rms_config(dtype)
+
+
+def _token_configs(dtypes: tuple[str, ...], sm_90: bool) -> Iterator[QuantizeConfig]:
+    for dtype in dtypes:
+        for input in DENSE_INPUTS:
+            for hadamard in (False, True):
+                for form in WHOLE_FORMS[1:] if sm_90 else WHOLE_FORMS[1:3]:
+                    yield whole_rows_config(form, input, hadamard, dtype)
+            for few_rows in (0, 1):
+                codes = dense_config(few_rows, input, dtype, TOKEN_FORMAT, sm_90)
+                yield from (codes, measuring_config(codes))
 
 
 @lru_cache(maxsize=4096)
@@ -164,7 +231,7 @@ def choose_rows(
     """The launch of quantize_rows.cu for m rows of k_blocks blocks, groups of blocks_per_group blocks."""
     if m < 1 or k_blocks < 1 or blocks_per_group < 1 or k_blocks % blocks_per_group:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK} in groups of {blocks_per_group} blocks")
-    whole_row = input == "rms_norm"
+    whole_row = input in NORMS
     unit = k_blocks if whole_row else blocks_per_group  # blocks that a CTA must have together
     if unit > RESIDENT_SLICES:
         if unit > LONG_BLOCKS:
@@ -190,6 +257,47 @@ def choose_rows(
     return QuantizePlan(config, grid, block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks)
 
 
+@lru_cache(maxsize=4096)
+def choose_whole_rows(
+    m: int,
+    k_blocks: int,
+    *,
+    input: str = "plain",
+    hadamard: bool = True,
+    aligned: bool = True,
+    dtype: str = "bfloat16",
+    sm_count: int = 132,
+    sm_90: bool = False,
+) -> QuantizePlan:
+    """The launch of quantize_whole_rows.cu for m rows of k_blocks blocks, to the format s8."""
+    if m < 1 or k_blocks < 1:
+        raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
+
+    def plan(form: str, grid: int, rows: int, blocks: int, **more: int) -> QuantizePlan:
+        block = -(-rows * blocks * WHOLE_LANES // WARP) * WARP
+        config = whole_rows_config(form, input, hadamard, dtype)
+        block = min(block, WHOLE_LONG_THREADS) if form == "long" else block
+        return QuantizePlan(
+            config, (grid, 1, 1), block, rows_log2=rows.bit_length() - 1, blocks_per_cta=blocks, **more
+        )  # fmt: skip
+
+    if k_blocks > WHOLE_SLICES or not aligned:
+        return plan("long", m, 1, k_blocks)
+    ctas = min(CLUSTER_CTAS, _power_of_two_up_to(CLUSTER_GRID // m))
+    if sm_90 and ctas > 1 and k_blocks >= CLUSTER_LEAST_BLOCKS:
+        return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
+    rows = 1
+    while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:
+        rows *= 2
+    tiles = -(-m // rows)
+    resident = plan("resident", tiles, rows, k_blocks)
+    shared = 16 * STREAM_SLOTS[input] * resident.block
+    ctas = sm_count * min(STREAM_THREADS[input] // resident.block, STREAM_SHARED_BYTES // (shared + 4096))
+    if sm_90 and ctas and tiles >= 2 * ctas:
+        return plan("stream", ctas, rows, k_blocks, shared_bytes=shared)
+    return resident
+
+
 def _power_of_two_up_to(limit: int) -> int:
     return 1 << max(limit, 1).bit_length() - 1
 
@@ -204,8 +312,12 @@ def choose_dense(
     dtype: str = "bfloat16",
     format: str = "sm80",
     sm_count: int = 132,
+    sm_90: bool = False,
 ) -> QuantizePlan:
-    """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them."""
+    """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them.
+
+    To eight bits (format s8) of the kernel that makes codes; the one that measures has the same. `sm_90`: see `dense_config`.
+    """
     if m < 1 or k_blocks < 1:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
     runs = -(-m // DENSE_CTA_ROWS)
@@ -232,10 +344,17 @@ def choose_dense(
     grid = k_blocks, -(-m // rows), 1
     if together and _more_warps_sum(m, k_blocks):
         return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
-    config = dense_config(int(rows == FEW_ROWS), input, dtype, format)
-    if config.source == "quantize/quantize_dense.cu":
-        statistics = input == "rms_norm" and m > OWN_RMS_ROWS
-        return QuantizePlan(config, grid, DENSE_THREADS, rows_per_cta=rows, needs_statistics=statistics)
+    eight_bit = format == TOKEN_FORMAT
+    config = dense_config(int(rows == FEW_ROWS), input, dtype, format, sm_90)
+    if config.source == "quantize/quantize_dense.cu" or eight_bit:
+        few, statistics = rows == FEW_ROWS, input == "rms_norm" and (m > OWN_RMS_ROWS or eight_bit)
+        threads, shared = DENSE_THREADS, 0
+        if config.source != "quantize/quantize_dense.cu":
+            threads, shared = DENSE_SM90["plain"][0], dense_sm90_shared_bytes(input, format)
+        return QuantizePlan(
+            config, grid, threads, shared,
+            rows_per_cta=rows, needs_statistics=statistics, needs_row_scales=eight_bit and not few,
+        )  # fmt: skip
     shared = dense_sm90_shared_bytes(input)
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
 
@@ -266,6 +385,18 @@ def product_is_faster(m: int, k_blocks: int, *, input: str, aligned: bool, forma
 @lru_cache(maxsize=4096)
 def choose_row_rms(m: int, *, dtype: str = "bfloat16") -> QuantizePlan:
     return QuantizePlan(row_rms_config(dtype), (m, 1, 1), 256)
+
+
+@cache
+def row_scale_config() -> QuantizeConfig:
+    macros = (("APEX4_INPUT", 0), ("APEX4_BF16", 0), ("APEX4_FORMAT", FORMATS[TOKEN_FORMAT]))
+    return QuantizeConfig("row_scale_s8", "quantize/row_scale.cu", "apex4_row_scale", macros)
+
+
+@lru_cache(maxsize=4096)
+def choose_row_scales(m: int) -> QuantizePlan:
+    """The launch of row_scale.cu."""
+    return QuantizePlan(row_scale_config(), (-(-m // WARP), 1, 1), 256)
 
 
 @cache

@@ -7,18 +7,35 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...format.number_format import BLOCK, CODE_MAX
+from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..runtime import launcher
 from ..runtime.launcher import Kernel, Launch
-from .configs import MATRIX_CHUNKS, QuantizePlan, board_bytes, choose_dense, choose_row_rms, choose_rows
+from .configs import (
+    DENSE_INPUTS,
+    MATRIX_CHUNKS,
+    TOKEN_FORMAT,
+    QuantizePlan,
+    board_bytes,
+    choose_dense,
+    choose_row_rms,
+    choose_row_scales,
+    choose_rows,
+    choose_whole_rows,
+    measuring_config,
+)
 
 VECTOR_BYTES = 16  # of the fast loads
 VECTOR_ELEMENTS = 8
 _int, _float = ctypes.c_int, ctypes.c_float
+
+
+def most_between_bytes(m: int, k_blocks: int) -> int:
+    """Enough for `Quantizer.between_bytes` of every quantizer of m rows."""
+    return 4 * round_up(m, VECTOR_BYTES) * (1 + k_blocks)
 
 
 def rows_are_aligned(k: int, *operands: tuple[int, int]) -> bool:
@@ -30,28 +47,46 @@ def rows_are_aligned(k: int, *operands: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What quantizes inputs of one shape: the kernel, and for RMSNorm in front of a dense transform perhaps one before it.
+    """What quantizes inputs of one shape: a kernel, and others before it where one does not have whole rows.
 
-    With `statistics`, the kernel before, it needs `inverse_rms`; otherwise, where `board_bytes` is not 0, the `board`.
+    `statistics` works out 1 / RMS for a dense transform. To eight bits such a transform has two more: `measure`, and for many rows
+    `row_scales`. What they tell each other is in `between_bytes` of memory, for each call its own; or, where `board_bytes` is
+    not 0, on a board, which serves one call after the other.
     """
 
     launch: Launch
     dense: bool
     statistics: Launch | None = None
     board_bytes: int = 0
+    between_bytes: int = 0
+    statistics_bytes: int = 0  # of those, before what `measure` writes
+    measure: Launch | None = None
+    row_scales: Launch | None = None
+    adds: bool = False
 
     def __call__(
-        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, inverse_rms: int = 0,
-        board: int = 0,
+        self, stream: int, codes: int, scales: int, x: int, second: int = 0, matrix: int = 0, between: int = 0,
+        board: int = 0, residual: int = 0, total: int = 0,
     ) -> None:  # fmt: skip
         """Pointers, 0 where there is none: see `run_quantize`."""
         if self.statistics is not None:
-            self.statistics(stream, inverse_rms, x)
-        if self.dense:
-            given = inverse_rms if self.statistics is not None else board if self.board_bytes else 0
-            self.launch(stream, codes, scales, x, second, given, matrix)
-        else:
+            self.statistics(stream, between, x)
+        if self.adds:
+            self.launch(stream, codes, scales, x, second, residual, total)
+            return
+        if not self.dense:
             self.launch(stream, codes, scales, x, second)
+            return
+        given = between if self.statistics is not None else board if self.board_bytes else 0
+        if self.measure is None:
+            self.launch(stream, codes, scales, x, second, given, matrix)
+            return
+        block_absmax = between + self.statistics_bytes
+        self.measure(stream, 0, block_absmax, x, second, given, matrix, 0)
+        if self.row_scales is not None:
+            self.row_scales(stream, scales, block_absmax)
+            block_absmax = 0
+        self.launch(stream, codes, scales, x, second, given, matrix, block_absmax)
 
 
 class QuantizerShape(NamedTuple):
@@ -80,6 +115,7 @@ class QuantizerShape(NamedTuple):
     matrix_is_shared: bool = False
     matrix_factor: float = 1.0
     programmatic: bool = False
+    sm_90: bool = False  # of the GPU; the format s8 does not say it
 
 
 def quantizer(shape: QuantizerShape) -> Quantizer:
@@ -102,6 +138,17 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     scale_factor, eps, aligned = _float(shape.clip / CODE_MAX), _float(shape.eps), _int(shape.aligned)
     if shape.transform not in ("none", "hadamard", "dense"):
         raise ValueError(f"transform {shape.transform!r} is not none, hadamard or dense")
+    if format == TOKEN_FORMAT and input == "add_rms_norm":
+        raise ValueError(f"no kernel to eight bits reads {input}")
+    if format == TOKEN_FORMAT and shape.transform != "dense":
+        plan = choose_whole_rows(
+            m, k_blocks,
+            input=input, hadamard=shape.transform == "hadamard", aligned=shape.aligned, dtype=dtype, sm_count=sm_count,
+            sm_90=shape.sm_90,
+        )  # fmt: skip
+        integers = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
+        behind = eps, _float(1 / k), _int(shape.gain_offset), aligned
+        return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
     if shape.transform != "dense":
         plan = choose_rows(
             m, k_blocks, shape.blocks_per_group,
@@ -109,19 +156,37 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         )  # fmt: skip
         integers = m, k, k_blocks, shape.blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         behind = scale_factor, eps, _float(1 / k), _int(shape.gain_offset), aligned
-        return Quantizer(bound(plan, 4, *map(_int, integers), *behind), dense=False)
-    if shape.blocks_per_group != 1:
+        adds = input == "add_rms_norm"
+        return Quantizer(bound(plan, 6 if adds else 4, *map(_int, integers), *behind), dense=False, adds=adds)
+    if input not in DENSE_INPUTS:
+        raise ValueError(f"no kernel with a dense transform reads {input}")
+    if shape.blocks_per_group != 1 and format != TOKEN_FORMAT:
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {shape.blocks_per_group * BLOCK}")
     statistics = None
-    plan = choose_dense(m, k_blocks, input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count)
+    eight_bit = format == TOKEN_FORMAT
+    plan = choose_dense(
+        m, k_blocks,
+        input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count, sm_90=shape.sm_90,
+    )  # fmt: skip
     if plan.needs_statistics:
         statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), eps, aligned)
+    statistics_bytes = 4 * round_up(m, VECTOR_BYTES) if plan.needs_statistics else 0
     matrix_stride = 0 if shape.matrix_is_shared else MATRIX_CHUNKS
-    launch = bound(
-        plan, 6, *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, matrix_stride)),
+    numbers = (
+        *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, matrix_stride)),
         _float(shape.matrix_factor), scale_factor, eps, _int(shape.gain_offset), aligned,
     )  # fmt: skip
-    return Quantizer(launch, True, statistics, board_bytes(m) if plan.needs_board else 0)
+    if not eight_bit:
+        board = board_bytes(m) if plan.needs_board else 0
+        return Quantizer(bound(plan, 6, *numbers), True, statistics, board, statistics_bytes)
+    row_scales = None
+    if plan.needs_row_scales:
+        row_scales = bound(choose_row_scales(m), 2, *map(_int, (k_blocks, m, m_stride)))
+    measure = bound(replace(plan, config=measuring_config(plan.config)), 7, *numbers)
+    return Quantizer(
+        bound(plan, 7, *numbers), True, statistics, 0, statistics_bytes + 4 * k_blocks * m_stride, statistics_bytes,
+        measure, row_scales,
+    )  # fmt: skip
 
 
 def run_quantize(
@@ -138,16 +203,20 @@ def run_quantize(
     second: int = 0,
     ld_second: int = 0,
     matrix: int = 0,
-    inverse_rms: int = 0,
+    between: int = 0,
     board: int = 0,
+    residual: int = 0,
+    total: int = 0,
     **how: Any,
 ) -> None:
     """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
 
     transform: "none", "hadamard", or "dense", which needs the prepacked `matrix` (one for all blocks, times
-    `matrix_factor`, if matrix_is_shared) and, with input "rms_norm", memory: float32 [m] at `inverse_rms`, for this call
-    alone, and `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
-    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half.
+    `matrix_factor`, if matrix_is_shared) and memory: `most_between_bytes(m, k_blocks)` at `between`, for this call alone, and, with
+    input "rms_norm", `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
+    input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half;
+    "add_rms_norm", not to eight bits, with the gain at `second`, the `residual`, whose row stride is ld_second, and room for the
+    sum at `total`.
     `how`: what else `QuantizerShape` has.
     """
     if m == 0:
@@ -155,7 +224,9 @@ def run_quantize(
     operands = [(x, ldx)]
     if input != "plain":
         operands.append((second, ld_second if input == "silu_mul" else 0))
+    if input == "add_rms_norm":
+        operands += [(residual, ld_second), (total, k)]
     aligned = rows_are_aligned(k, *operands)
     shape = QuantizerShape(device, m=m, k=k, ldx=ldx, ld_second=ld_second, aligned=aligned, input=input, **how)
     run = quantizer(shape)
-    run(stream, codes, scales, x, second, matrix, inverse_rms, board)
+    run(stream, codes, scales, x, second, matrix, between, board, residual, total)

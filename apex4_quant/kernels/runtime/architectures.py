@@ -13,7 +13,13 @@ FAMILIES = {80: "gemm_sm80", 86: "gemm_sm80", 89: "gemm_sm80", 90: "gemm_sm90"}
 # Those whose tensor cores multiply 4-bit integers, and for which there is a GEMM that lets them.
 FOUR_BIT_UNITS = (80, 86, 89)
 # sm -> the GEMM of 8-bit activations that it runs.
-EIGHT_BIT_FAMILIES: dict[int, str] = {}
+EIGHT_BIT_FAMILIES: dict[int, str] = {
+    90: "gemm_sm90_s8",
+    **dict.fromkeys((75, 80, 86, 89, 100, 120), "gemm_s8"),
+}
+ARCHITECTURES = tuple(sorted({*FAMILIES, *EIGHT_BIT_FAMILIES}))
+# Families of kernels that were checked and timed on Hopper alone, and never ran on a GPU that they are for.
+NEVER_RUN = ("gemm_s8",)
 
 
 def kernel_family(sm: int) -> str | None:
@@ -34,7 +40,7 @@ def gains_by_eight_bits(sm: int) -> bool:
 def sm_of(arch: str) -> int:
     """ "sm_86" -> 86; "sm_90" and "sm_90a" -> 90. Raises UsageError for an architecture without kernels."""
     match = re.fullmatch(r"sm_?(\d+)(a?)", arch.strip().lower())
-    if not match or int(match[1]) not in FAMILIES or (match[2] and match[1] != "90"):
-        known = ", ".join(arch_of(sm) for sm in FAMILIES)
+    if not match or int(match[1]) not in ARCHITECTURES or (match[2] and match[1] != "90"):
+        known = ", ".join(arch_of(sm) for sm in ARCHITECTURES)
         raise UsageError(f"there are no kernels for architecture {arch!r}: give one of {known}")
     return int(match[1])

@@ -30,6 +30,7 @@ SIZES: dict[str, Any] = {
 RAGGED = {"hidden_size": 192, "intermediate_size": 328, "head_dim": 32}
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 16
 ENOUGH = 5  # of the prompts: see require_equal
+WITHIN = {4: 1e-3, 8: 0.1}  # logprobs, by activation bits
 
 
 def _models() -> dict[str, Callable[[], Any]]:
@@ -151,22 +152,26 @@ def require_equal() -> Callable[..., None]:
 
     vLLM and transformers round attention and norms differently, and an activation on a tie between two codes may get the
     other one, which moves its sequence from there on: not all are equal, though the arithmetic of the linears is. A wrong
-    transform, scale, order or slice leaves no sequence as it is.
+    transform, scale, order or slice leaves no sequence as it is. 8-bit codes have 18 times as many ties, each of which moves
+    a sequence as much less: of the demo's sequences most moved, by 0.007 to 0.05.
     """
 
     @torch.no_grad()
     def check(generated: Sequence[Generated], model: Any) -> None:
         from transformers import AutoModelForCausalLM
 
+        from apex4_quant.nn.arithmetic import arithmetic_of
+
         if isinstance(model, Path):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        equal = 0
+        within = max(WITHIN[bits] for bits in arithmetic_of(model)["activation_bits"])
+        equal, differences = 0, []
         for one in generated:
             ids = torch.tensor([one.prompt + one.tokens])
             logits = model(ids, use_cache=False).logits[0, len(one.prompt) - 1 : -1].float()
             own = logits.log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
-            alike = bool((own - torch.tensor(one.logprobs)).abs().max() < 1e-3)
-            equal += alike and logits.argmax(-1).tolist() == one.tokens
-        assert equal >= ENOUGH, f"{equal} of {len(generated)} sequences are those of transformers"
+            differences.append(float((own - torch.tensor(one.logprobs)).abs().max()))
+            equal += differences[-1] < within and logits.argmax(-1).tolist() == one.tokens
+        assert equal >= ENOUGH, f"{equal} of {len(generated)} sequences are those of transformers: {differences}"
 
     return check

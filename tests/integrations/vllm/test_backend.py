@@ -16,7 +16,7 @@ GPU = torch.device("cuda", 0)
 
 
 def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(device: torch.device) -> None:
+    def none(device: torch.device, bits: int) -> None:
         warnings.warn("apex4: the kernels for T4 cannot run: no NVRTC; computing with PyTorch operations", stacklevel=2)
 
     monkeypatch.delenv("APEX4_KERNEL", raising=False)
@@ -39,17 +39,19 @@ def test_kernels_and_float32_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operators_are_torch_backend_s_linear(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_operators_are_torch_backend_s_linear(dtype: torch.dtype, bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     layout = get_layout("sm80")
     codes = torch.randint(-7, 8, (200, 256), dtype=torch.int8, generator=generator)
     scales = torch.rand(200, 2, generator=generator).half() + 0.1
     x = torch.randn(37, 250, generator=generator).to(dtype)
     bias = torch.randn(200, generator=generator)
-    expected = torch_backend.linear(x, codes, scales, bias, clip=0.9)
-    weight, scale = torch_backend.grouped_weight(codes, scales)
-    cached = x, weight, scale, bias, None, 0.9, True
-    packed = x, layout.pack(codes), layout.pack_scales(scales), 200, "sm80", bias, None, 0.9, True
+    expected = torch_backend.linear(x, codes, scales, bias, clip=0.9, activation_bits=bits)
+    prepare = torch_backend.folded_weight if bits == 8 else torch_backend.grouped_weight
+    weight, scale = prepare(codes, scales)
+    cached = x, weight, scale, bias, None, 0.9, True, bits
+    packed = x, layout.pack(codes), layout.pack_scales(scales), 200, "sm80", bias, None, 0.9, True, bits
     for operator, arguments in (
         (torch.ops.apex4_vllm.cached_linear, cached),
         (torch.ops.apex4_vllm.packed_linear, packed),

@@ -18,11 +18,16 @@ from apex4_quant.errors import Apex4Error
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 
 
+# Tokens are guessed from what stands in front of them, and checked: the same come out.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "options"),
     [
         ("demo", "gptq", {}, {}),
         ("demo", "apex4-fast", {}, {"enforce_eager": False}),  # torch.compile
+        ("demo", "gptq", {}, {"speculative_config": NGRAM}),
         ("qwen3", "apex4-fast", {}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),  # prompts in chunks
         ("gemma3", "gptq", {}, {}),
         ("gemma3", "apex4-shared", {}, {}),
@@ -33,6 +38,9 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
         ("ragged", "rtn", {"layout": "sm80", "group_size": 256}, {}),
         ("ragged", "rtn", {"group_size": "channel"}, {}),
         ("llama", "rtn", {"ignore": ("*.mlp.*", "*.1.self_attn.*")}, {}),
+        ("demo", "apex4-fast", {"activation_bits": 8}, {"enforce_eager": False}),
+        ("ragged", "rtn", {"activation_bits": 8, "layout": "sm80", "group_size": 256}, {}),
+        ("mixtral", "rtn", {"activation_bits": 8}, {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "usual",
 )
@@ -62,9 +70,21 @@ def test_weights_that_have_no_room_as_floats_are_unpacked_at_every_call(
     from apex4_quant.integrations.vllm.backend import FloatBudget
 
     monkeypatch.setattr(FloatBudget, "take", lambda self, size: False)
-    for name in ("ragged", "mixtral"):
-        folder = quantized(name, "rtn", layout="sm80")
+    for name, bits in (("ragged", 4), ("mixtral", 4), ("ragged", 8)):
+        folder = quantized(name, "rtn", layout="sm80", activation_bits=bits)
         require_equal(serve_here(folder), folder)
+
+
+def test_linears_of_four_bits_compute_with_eight_where_that_is_asked_for(
+    quantized: Callable[..., Path], serve_here: Callable[..., Any], require_equal: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = quantized("llama", "rtn")
+    with_four = [one.tokens for one in serve_here(folder)]
+    monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
+    with_eight = serve_here(folder)
+    require_equal(with_eight, folder)
+    assert [one.tokens for one in with_eight] != with_four
 
 
 def test_dummy_weights_run(quantized: Callable[..., Path], serve_here: Callable[..., Any]) -> None:

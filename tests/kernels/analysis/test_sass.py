@@ -9,7 +9,7 @@ import pytest
 
 from apex4_quant.errors import Apex4Error
 from apex4_quant.kernels.analysis import mainloops, sass
-from apex4_quant.kernels.catalogue import FAMILIES
+from apex4_quant.kernels.catalogue import ARCHITECTURES
 from apex4_quant.kernels.runtime import compiler
 
 UPDATE = "the kernels have changed: run scripts/account/issue_slots count --update"
@@ -149,7 +149,9 @@ def test_not_a_cubin() -> None:
 def test_the_committed_counts_keep_the_promises() -> None:
     table = mainloops.committed()
     ours = [row for row in table["kernels"] if row["name"] != "naive_i2f"]
-    assert {row["arch"] for row in ours} == {"sm_80", "sm_86", "sm_89", "sm_90a"}
+    assert {row["arch"] for row in ours if row["bits"] == 4} == {"sm_80", "sm_86", "sm_89", "sm_90a"}
+    eight = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"}
+    assert {row["arch"] for row in ours if row["bits"] == 8} == eight
     assert {f"{row['arch']} {row['name']}": found for row in ours if (found := mainloops.violations(row))} == {}
     control = [row for row in table["kernels"] if row["name"] == "naive_i2f"]
     for row in control:
@@ -172,7 +174,7 @@ def test_products_are_what_the_tiles_say() -> None:
         assert blocks in ((1, 2, 4) if kernel.arch == "sm_90a" else (1,)), f"{kernel.arch} {kernel.name}"
 
 
-@pytest.mark.parametrize("sm", FAMILIES)
+@pytest.mark.parametrize("sm", ARCHITECTURES)
 def test_the_counts_are_those_of_the_kernels(sm: int) -> None:
     """A kernel change must update the table. Another NVRTC makes other code, so that only the promises are checked."""
     try:
@@ -203,6 +205,17 @@ def test_differences_are_named() -> None:
     assert len(found) == 2 and any("not compiled any more" in line for line in found)
     assert any(line.endswith(f"registers {first['registers']} -> 1") for line in found)
     assert any("not in the table" in line for line in mainloops.differences(changed, table))
+
+
+def test_a_broken_promise_of_an_eight_bit_loop_is_named() -> None:
+    row = next(row for row in mainloops.committed()["kernels"] if row["bits"] == 8)
+    assert mainloops.violations(row) == []
+    broken = mainloops.violations(
+        row | {"classes": row["classes"] | {"ffma": 128, "i2f": 1}, "spills": 1, "opcodes": {}}
+    )
+    assert broken == [
+        "it converts with I2F", "1 local-memory instructions", "128 FFMA in a turn", "no mma of 8-bit integers"
+    ]  # fmt: skip
 
 
 def test_a_broken_promise_is_named() -> None:

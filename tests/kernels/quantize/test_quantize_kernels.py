@@ -23,18 +23,24 @@ from apex4_quant.kernels import reference
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.quantize.configs import (
+    DENSE_INPUTS,
     INPUTS,
+    NORMS,
     QuantizePlan,
     all_configs,
     board_bytes,
     choose_dense,
     choose_row_rms,
+    choose_row_scales,
     choose_rows,
+    choose_whole_rows,
     dense_config,
+    dense_sm90_shared_bytes,
     fragment_order,
     prepack_matrix,
     product_is_faster,
     rows_config,
+    whole_rows_config,
 )
 from apex4_quant.kernels.quantize.launch import rows_are_aligned, run_quantize
 from apex4_quant.kernels.runtime import launcher
@@ -79,7 +85,7 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
         for m in ROWS:
             plan = choose_rows(m, k_blocks, blocks_per_group, input=input)
             form = plan.config.name.split("_")[2]
-            unit = k_blocks if input == "rms_norm" else blocks_per_group
+            unit = k_blocks if input in NORMS else blocks_per_group
             assert plan.blocks_per_cta % unit == 0 or plan.blocks_per_cta == k_blocks
             assert plan.grid[1] <= 65535 and plan.block % 32 == 0
             if form == "long":
@@ -87,7 +93,7 @@ def test_a_grid_of_rows_covers_every_slice_once(k: int, input: str) -> None:
                 assert plan.grid[0] * plan.blocks_per_cta == k_blocks and plan.grid[1] * plan.grid[2] == m
                 continue
             assert plan.block <= {"narrow": 256, "resident": 1024}[form]
-            assert (form == "narrow") == (unit == 1 and input != "rms_norm")
+            assert (form == "narrow") == (unit == 1 and input not in NORMS)
             assert (plan.blocks_per_cta << plan.rows_log2) * 8 <= plan.block
             if m * k_blocks <= 2**16:
                 assert (covered(plan, m, k_blocks) == 1).all()
@@ -128,7 +134,7 @@ def test_a_grid_of_the_dense_kernel_covers_every_row_once(k: int) -> None:
     assert choose_dense(8192, 32).defines["APEX4_FEW_ROWS"] == 0
 
 
-@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("input", DENSE_INPUTS)
 @pytest.mark.parametrize("k", WIDTHS)
 def test_a_grid_of_the_dense_kernel_for_hopper(k: int, input: str) -> None:
     k_blocks, sm_count = -(-k // 128), 132
@@ -165,6 +171,61 @@ def test_where_a_hadamard_transform_is_a_product() -> None:
         assert not product_is_faster(1 << 20, 64, **(how | other))
 
 
+@pytest.mark.parametrize("input", DENSE_INPUTS)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_a_grid_of_whole_rows_covers_every_slice_once(k: int, input: str) -> None:
+    k_blocks, sm_count = -(-k // 128), 132
+    for m in (*ROWS, 20000):
+        for aligned, sm_90 in ((True, False), (True, True), (False, True)):
+            plan = choose_whole_rows(m, k_blocks, input=input, aligned=aligned, sm_count=sm_count, sm_90=sm_90)
+            form, rows = plan.config.name.split("_")[3], 1 << plan.rows_log2
+            assert plan.block % 32 == 0 and plan.grid[1:] == (1, 1)
+            if form == "long":
+                assert (not aligned or k_blocks > 224) and plan.grid[0] == m and rows == 1 and plan.block <= 512
+                continue
+            assert (
+                aligned
+                and plan.block <= 896
+                and rows * plan.blocks_per_cta * 4 <= plan.block < rows * plan.blocks_per_cta * 4 + 32
+            )
+            if form == "cluster":  # each CTA has its part of the blocks of one row
+                assert sm_90 and plan.grid[0] == m * plan.cluster <= sm_count and 1 < plan.cluster <= 8 and rows == 1
+                assert (plan.cluster - 1) * plan.blocks_per_cta < k_blocks <= plan.cluster * plan.blocks_per_cta
+                assert plan.cluster * plan.block // 32 <= 32  # MAX_WARPS
+                continue
+            tiles = -(-m // rows)
+            assert plan.blocks_per_cta == k_blocks and plan.cluster == 1
+            if form == "stream":  # all there at once, by registers and by shared memory
+                ctas = -(-plan.grid[0] // sm_count)
+                registers = 72 if input == "silu_mul" else 64
+                assert sm_90 and plan.grid[0] * 2 <= tiles and ctas * plan.block * registers <= 65536
+                assert ctas * (plan.shared_bytes + 4 * 3 * 224 + 1024) <= 228 << 10
+            else:
+                assert form == "resident" and plan.grid[0] == tiles and not plan.shared_bytes
+            if m * k_blocks <= 2**14:
+                slices = np.arange(plan.block // 4)
+                row = index_function("rows_slice_row")(slices, plan.rows_log2) + np.arange(tiles)[:, None] * rows
+                block = np.broadcast_to(index_function("rows_slice_block")(slices, plan.rows_log2), row.shape)
+                active, count = (row < m) & (block < k_blocks), np.zeros((m, k_blocks), int)
+                np.add.at(count, (row[active], block[active]), 1)
+                assert (count == 1).all()
+
+
+@pytest.mark.parametrize("input", DENSE_INPUTS)
+def test_dense_transforms_to_eight_bits_on_hopper(input: str) -> None:
+    for m, k_blocks in ((1, 32), (16, 224), (700, 32), (8192, 32), (8192, 224)):
+        plan = choose_dense(m, k_blocks, input=input, format="s8", sm_90=True)
+        assert not plan.needs_board and plan.defines["APEX4_PASS"] == 2
+        assert plan.needs_statistics == (input == "rms_norm")
+        assert plan.needs_row_scales == (plan.rows_per_cta != 16) == (m > 16)
+        if m > 16:
+            assert plan.config.source == "quantize/quantize_dense_sm90.cu" and plan.block == 256
+            assert plan.rows_per_cta % 128 == 0 and plan.shared_bytes == dense_sm90_shared_bytes(input, "s8")
+            assert 2 * (plan.shared_bytes + 1024) <= 228 << 10
+        assert choose_dense(m, k_blocks, input=input, format="s8").config.source == "quantize/quantize_dense.cu"
+    assert choose_row_scales(100).grid == (4, 1, 1)
+
+
 def test_alignment_is_of_addresses_strides_and_width() -> None:
     assert rows_are_aligned(4096, (256, 4096), (512, 8192))
     assert not rows_are_aligned(4097, (256, 4104))
@@ -189,6 +250,62 @@ def test_lanes_of_a_slice_cover_the_block() -> None:
     assert [index_function("rows_column")(lane) for lane in range(8)] == list(range(0, 128, 16))
     transformed = index_function("rows_transformed_column")
     assert [transformed(lane, half) for half in range(2) for lane in range(8)] == list(range(0, 128, 8))
+
+
+def test_lanes_of_a_whole_row_cover_its_blocks() -> None:
+    lane, part = np.arange(32)[:, None], np.arange(2)
+    for slices, columns in (
+        (index_function("whole_slice")(lane) + 0 * part, index_function("whole_column")(lane, part)),
+        (
+            index_function("whole_transformed_slice")(lane, part),
+            index_function("whole_transformed_column")(lane) + 0 * part,
+        ),
+    ):
+        assert sorted((slices * 128 + columns).flatten()) == list(range(0, 8 * 128, 16))
+
+
+def test_lanes_read_what_others_have_copied() -> None:
+    """quantize_whole_rows, STREAM: columns and slots of copies and reads agree, and eight lanes read all banks at a time."""
+    fn, lane, copied = index_function, np.arange(32), {}
+    for copy in range(4):
+        slots = fn("whole_copy_slot")(lane, copy)
+        assert sorted(slots) == list(range(32))
+        slice_, column = fn("whole_slice")(lane), fn("whole_copy_column")(lane, copy)
+        copied.update({(copy, slot): place for slot, *place in zip(slots, slice_, column, strict=True)})
+    for part, octet in np.ndindex(2, 2):
+        copies, slots = fn("whole_read_copy")(lane, part), fn("whole_read_slot")(lane, octet)
+        wanted = np.stack((fn("whole_slice")(lane), fn("whole_column")(lane, part) + 8 * octet), 1)
+        assert [copied[place] for place in zip(copies, slots, strict=True)] == wanted.tolist()
+        assert all(len(set(slots[first : first + 8] % 8)) == 8 for first in range(0, 32, 8))
+
+
+def test_product_and_additions_are_the_hadamard_matrix() -> None:
+    """quantize_whole_rows in NumPy: A's signs over four bits of the column, mma by the PTX tables, additions over three bits."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, 10, (8, 128))  # of eight slices
+    fn = index_function
+    k_in, m_out = fn("whole_product_input")(np.arange(16)), fn("whole_product_output")(np.arange(16))
+    signs = 1 - 2 * (np.bitwise_count(m_out[:, None] & k_in) & 1).astype(int)
+    lane = np.arange(32)
+    g, q = lane >> 2, lane & 3
+    y = np.zeros((8, 128), int)
+    d = np.zeros((32, 8, 2, 2), int)  # lane, word, row half, slice
+    for word in range(8):
+        b = np.zeros((16, 8), int)
+        for part, odd in np.ndindex(2, 2):
+            b[2 * q + 8 * part + odd, g] = x[fn("whole_slice")(lane), fn("whole_column")(lane, part) + 2 * word + odd]
+        product = signs @ b
+        for half, e in np.ndindex(2, 2):
+            d[:, word, half, e] = product[g + 8 * half, 2 * q + e]
+    for bit in (1, 2, 4):
+        for word in range(8):
+            if not word & bit:
+                d[:, word], d[:, word | bit] = d[:, word] + d[:, word | bit], d[:, word] - d[:, word | bit]
+    for part, word, odd in np.ndindex(2, 8, 2):
+        column = fn("whole_transformed_column")(lane) + 2 * word + odd
+        y[fn("whole_transformed_slice")(lane, part), column] = d[:, word, odd, part]
+    hadamard = 1 - 2 * (np.bitwise_count(np.arange(128)[:, None] & np.arange(128)) & 1).astype(int)
+    assert (y == x @ hadamard).all()
 
 
 def test_prepacked_order_is_a_permutation() -> None:
@@ -254,12 +371,13 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return total.astype(np.float32)
 
 
-def quotient_codes_differ(mantissas: np.ndarray) -> int:
-    """For scales of these mantissas and every float32 next to a tie: how often ExactQuotient's code is not rint(t / s)."""
+def quotient_codes_differ(mantissas: np.ndarray, largest: int = 7) -> int:
+    """For scales of these mantissas and every float32 next to a tie of codes up to `largest`: how often the code of ExactQuotient,
+    or ExactCode, is not rint(t / s)."""
     scale = (0x3F800000 | mantissas).astype(np.uint32).view(np.float32)
     reciprocal = (np.float32(1) / scale).astype(np.float32)
     wrong = 0
-    for tie in np.arange(0.5, 7, dtype=np.float32):
+    for tie in np.arange(0.5, largest, dtype=np.float32):
         nearest = (tie * scale.astype(np.float64)).astype(np.float32)
         for step in range(-3, 4):
             t = (nearest.view(np.int32) + step).view(np.float32)
@@ -273,6 +391,18 @@ def test_one_correction_makes_the_quotient_round_as_a_division_does() -> None:
     rng = np.random.default_rng(0)
     ends = np.concatenate([np.arange(2048), 2**23 - 1 - np.arange(2048)])
     assert quotient_codes_differ(np.concatenate([ends, rng.integers(0, 2**23, 60_000)])) == 0
+    assert quotient_codes_differ(np.concatenate([ends, rng.integers(0, 2**23, 4_000)]), 127) == 0
+
+
+def test_the_scale_of_a_token_is_a_correctly_rounded_division() -> None:
+    """`token_scale_of`, of every mantissa: float32(absmax / 127)."""
+    absmax = (np.arange(2**23) | 0x3F800000).astype(np.uint32).view(np.float32)
+    reciprocal, code_max = np.float32(1) / np.float32(127), np.float32(127)
+    near = absmax * reciprocal
+    quotient = fused(
+        fused(-near, np.broadcast_to(code_max, near.shape), absmax), np.broadcast_to(reciprocal, near.shape), near
+    )
+    assert (quotient == absmax / code_max).all()
 
 
 # ---- machine code ---------------------------------------------------------------------------------------------------
@@ -297,7 +427,7 @@ THREADS_AND_CTAS = {
 }
 
 
-@pytest.mark.parametrize("sm", [80, 86, 89, 90])
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
 def test_every_kernel_compiles_without_a_word_and_without_spills(sm: int) -> None:
     configs = all_configs(sm)
     assert len({config.name for config in configs}) == len(configs)
@@ -310,7 +440,11 @@ def test_every_kernel_compiles_without_a_word_and_without_spills(sm: int) -> Non
         # CTAs that are to share an SM's 65,536 registers
         threads, ctas = THREADS_AND_CTAS.get(config.name.split("_")[2], (256, 4))
         if config.source == "quantize/quantize_dense_sm90.cu":
-            threads, ctas = (512, 1) if "rms_norm" in config.name else (256, 2)
+            threads, ctas = (512, 1) if "rms_norm" in config.name and "s8" not in config.name else (256, 2)
+        if config.source == "quantize/quantize_whole_rows.cu":
+            threads, ctas = {"long": (512, 1), "stream": (896, 1)}.get(
+                config.name.split("_")[3], (896 if sm == 75 else 1024, 1)
+            )
         ctas -= "stream_rms_norm_none" in config.name
         assert -(-resources.registers // 8) * 8 * threads * ctas <= 65536, config.name
 
@@ -338,6 +472,18 @@ def test_machine_code_of_the_row_quantizer(sm: int, format: str, store: str, tmp
     assert counts["FADD"] + counts["FFMA"] >= 7 * 16
     assert counts["FFMA.SAT"] == 16
     assert not any(name.startswith(("LDL", "STL", "BAR", "F2I", "I2F")) for name in counts)
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90])
+def test_machine_code_of_the_whole_row_quantizer(sm: int, tmp_path: Path) -> None:
+    counts = opcodes(compiled(whole_rows_config("resident", "plain", True, "bfloat16"), sm).cubin, tmp_path)
+    assert sum(count for name, count in counts.items() if name.startswith("HMMA.16816.F32")) == 8
+    assert counts["LDG.E.128"] == 4 and counts["STG.E.128"] == 2
+    assert (
+        counts["SHFL.BFLY"] == 2 * 3 + 5
+    )  # of the two slices' largest values; and of the row's: none in the transform
+    assert counts["FADD"] <= 3 * 32 + 4 and counts["PRMT"] >= 2 * 12
+    assert not any(name.startswith(("LDL", "STL", "F2I", "I2F")) for name in counts)
 
 
 @pytest.mark.parametrize(("sm", "format"), [(80, "sm80"), (86, "sm80"), (89, "sm80"), (90, "sm90")])
@@ -379,7 +525,7 @@ def variants(base: Any) -> list[Any]:
     few = replace(base, m=5, k=200)
     return [
         few,
-        replace(base, m=20, k=600, clip=0.9, seed=1),
+        replace(base, m=20, k=600, clip=1.0 if base.format == "s8" else 0.9, seed=1),
         replace(base, m=37, k=333, seed=2),
         replace(base, m=1, k=128, seed=3),
         replace(few, padding=24),
@@ -390,6 +536,8 @@ def variants(base: Any) -> list[Any]:
 
 ROWS_80 = Case(1, 1, format="sm80", dtype="bfloat16")
 ROWS_90 = Case(1, 1, format="sm90", dtype="float16")
+ROWS_S8 = Case(1, 1, group="channel", format="s8", dtype="bfloat16")
+DENSE_S8 = replace(ROWS_S8, transform="dense")
 DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
 FAMILIES: dict[str, list[Any]] = {
     "hadamard, sm80": variants(ROWS_80),
@@ -401,6 +549,11 @@ FAMILIES: dict[str, list[Any]] = {
     "silu, groups": [replace(ROWS_80, input="silu_mul", m=9, k=1100, group=256, seed=5)],
     "rms": [*variants(replace(ROWS_80, input="rms_norm")), replace(ROWS_80, input="rms_norm", m=11, k=1400, group="channel")],
     "rms, none": [replace(ROWS_90, input="rms_norm", transform="none", m=6, k=900, gain_offset=offset) for offset in (False, True)],
+    "add, rms": [
+        *variants(replace(ROWS_90, input="add_rms_norm")),
+        replace(ROWS_80, input="add_rms_norm", m=11, k=1400, group="channel", gain_offset=True),
+    ],
+    "long, add, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="add_rms_norm") for group in (128, "channel")],
     "long": [replace(ROWS_80, m=2, k=17000, group="channel"), replace(ROWS_80, m=2, k=16520, group="channel", data="infinity")],
     "long, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="rms_norm") for group in (128, "channel")],
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
@@ -417,6 +570,22 @@ FAMILIES: dict[str, list[Any]] = {
         replace(DENSE_90, m=700, k=128, input="rms_norm", data="nan"),
         replace(DENSE_90, m=400, k=2504, input="rms_norm", shared_matrix=True),
     ],
+    "eight bits": variants(ROWS_S8),
+    "eight bits, none": variants(replace(ROWS_S8, transform="none", dtype="float16")),
+    "eight bits, silu": variants(replace(ROWS_S8, input="silu_mul", dtype="float16")),
+    "eight bits, rms": [*variants(replace(ROWS_S8, input="rms_norm")), replace(ROWS_S8, input="rms_norm", m=3, k=4096, gain_offset=True)],
+    "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in DENSE_INPUTS],
+    "eight bits, many rows": [
+        *(replace(ROWS_S8, m=1100, k=k, input=input, sm_90=True, data=data)
+          for k, input, data in ((200, "plain", "normal"), (128, "rms_norm", "nan"), (256, "silu_mul", "normal"))),
+        replace(ROWS_S8, m=161, k=2048, input="rms_norm", transform="none", dtype="float16", gain_offset=True, padding=8, sm_90=True),
+    ],
+    "eight bits, dense": [
+        *variants(DENSE_S8), replace(DENSE_S8, m=3, k=1504, shared_matrix=True),
+        *(replace(DENSE_S8, m=m, k=520, input=input) for m in (4, 7, 140) for input in ("rms_norm", "silu_mul")),
+        *(replace(DENSE_S8, m=150, k=640, data=data) for data in ("normal", "nan")),
+    ],
+    "eight bits, dense, sm90": [replace(DENSE_S8, m=300, k=1000, input=input, gain_offset=True, sm_90=True) for input in DENSE_INPUTS],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip
 
@@ -486,6 +655,17 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
     "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
                          replace(DENSE_90, m=400, k=504, input="rms_norm")),
+    "signs": (("index.cuh", "(k & 1) + 16 * (k >> 1 & 3)", "(k & 1) + 16 * (k >> 2 & 3)"), ROWS_S8),
+    "byte": (("quantize_s8.cuh", "__byte_perm(c, d, 0x0040)", "__byte_perm(d, c, 0x0040)"), ROWS_S8),
+    "scale's quotient": (("quantize_s8.cuh", "? quotient : near", "? near * 1.000001f : near"), replace(ROWS_S8, transform="none", data="ties", m=128)),
+    "tie, eight bits": (("quantize_s8.cuh", "fmaf(fmaf(-q0, scale, t), reciprocal, q0) + ROUND", "q0 + ROUND"),
+                        replace(ROWS_S8, transform="none", data="ties", dtype="float16", m=128)),
+    "a row's largest": (("quantize_whole_rows.cu", "if (mask >> rows_log2) value", "if (mask >> rows_log2 > 1) value"), ROWS_S8),
+    "stage": (("quantize_whole_rows.cu", "copy_tile(stage, tile + STAGES * step)", "copy_tile(stage, tile + step)"),
+              replace(ROWS_S8, m=1100, k=200, sm_90=True)),
+    "row scale": (("row_scale.cu", "i < WARPS; ++i) absmax", "i < WARPS / 2; ++i) absmax"), replace(DENSE_S8, m=150, k=1000)),
+    "stored sum": (("quantize_slice.cuh", "store_octet(total, pairs + 4,", "store_octet(total, pairs,"),
+                   replace(ROWS_80, input="add_rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip
@@ -498,7 +678,7 @@ def test_a_changed_constant_is_noticed(name: str, monkeypatch: pytest.MonkeyPatc
         base,
         m=20 if base.m == 1 else base.m,
         k=584 if base.k == 1 else base.k,
-        clip=1.0 if base.data == "ties" else 0.9,
+        clip=1.0 if base.data == "ties" or base.format == "s8" else 0.9,
     )
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     assert kernel_cases.check(case, CPU) == []
@@ -516,7 +696,7 @@ def test_configurations_are_named_after_the_header() -> None:
     def number(source: str, name: str) -> int:
         return int(re.search(rf"#define APEX4_{name} (\d+)", source)[1])
 
-    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2]
+    assert [number(text, input.upper()) for input in INPUTS] == [0, 1, 2, 3]
     assert [number(rows, form.upper()) for form in quantize_configs.FORMS] == [0, 1, 2]
     assert f"MAX_LONG_BLOCKS = {quantize_configs.LONG_BLOCKS};" in rows
     assert f"GRID_Y = {quantize_configs.GRID_Y};" in rows

@@ -29,6 +29,14 @@ APEX4_INDEX(sm80_scale_position, (int fragment, int lane), 16 * (lane & 3) + 2 *
 APEX4_INDEX(accumulator_row, (int lane, int half), (lane >> 2) + 8 * half)
 APEX4_INDEX(accumulator_column, (int lane, int element), 2 * (lane & 3) + element)
 
+// ---- mma.m16n8k32 (s8), weights as the A operand: that of one warp of wgmma, below ------------------------------------
+// ldmatrix.x4 for B, the tokens: the row and the chunk whose address this lane gives; registers b0, b1 of k32 step 2 * half,
+// then those of the next step, result.
+APEX4_INDEX(s8_ldmatrix_row, (int lane), lane & 7)
+APEX4_INDEX(s8_ldmatrix_chunk, (int lane, int half), 4 * half + (lane >> 3))
+// y on its way out, [tokens][tile_n] of 16 bits: bytes, 16 more a row so that eight rows touch different banks.
+APEX4_INDEX(s8_output_byte, (int tile_n, int token, int column), (2 * tile_n + 16) * token + 2 * column)
+
 // ---- wgmma m64nNk32 (8 bit), weights as the register operand ----------------------------------------------------------
 // The 16 bytes, of tile half c (k32 steps 2c and 2c + 1), that this lane of warp `warp` of the warpgroup owns.
 APEX4_INDEX(sm90_weight_byte, (int half, int warp, int lane), 2048 * half + 512 * warp + 16 * lane)
@@ -55,6 +63,27 @@ APEX4_INDEX(sm90_octet_byte, (int row, int k), 128 * row + (k ^ 16 * (row & 7)))
 // that the low nibbles are the bytes of the first four codes and the high nibbles those of the last four.
 APEX4_INDEX(sm80_octet_nibble, (int element), element)
 APEX4_INDEX(sm90_octet_nibble, (int element), 2 * (element & 3) + (element >> 2))
+
+// quantize_whole_rows: a warp holds eight slices, four lanes each; a lane has 32 columns, in two parts of sixteen.
+APEX4_INDEX(whole_slice, (int lane), lane >> 2)
+APEX4_INDEX(whole_column, (int lane, int part), 16 * (lane & 3) + 64 * part)
+// After the Hadamard transform, as mma.m16n8k16 and additions make it, a part is sixteen columns of another slice.
+APEX4_INDEX(whole_transformed_slice, (int lane, int part), 2 * (lane & 3) + part)
+APEX4_INDEX(whole_transformed_column, (int lane), 16 * (lane >> 2))
+// A multiplies by one 16 x 16 matrix, over the column's bits 0, 4, 5 and 6: from k, those of the input; from the row m of A,
+// those of the output. The eight products are those of the other bits, 1, 2 and 3.
+APEX4_INDEX(whole_product_input, (int k), (k & 1) + 16 * (k >> 1 & 3) + 64 * (k >> 3))
+APEX4_INDEX(whole_product_output, (int row), (row >> 3) + 16 * (row & 7))
+// The element of a product of the eight slices with each other, in accumulators 2 q + e of row g, that is a slice with itself: the
+// lane that has it for slice g, and e.
+APEX4_INDEX(whole_square_lane, (int slice), 4 * slice + (slice >> 1))
+APEX4_INDEX(whole_square_element, (int slice), slice & 1)
+// STREAM: rows are copied so that four lanes copy 64 bytes together, octet 4 i + q of a slice being copy i of lane q; they are read
+// by the lanes that want them. Both the 32 slots of a warp's copy that are written and those that are read are in all banks.
+APEX4_INDEX(whole_copy_column, (int lane, int copy), 32 * copy + 8 * (lane & 3))
+APEX4_INDEX(whole_copy_slot, (int lane, int copy), lane ^ (copy & 1))
+APEX4_INDEX(whole_read_copy, (int lane, int part), 2 * part + (lane >> 1 & 1))
+APEX4_INDEX(whole_read_slot, (int lane, int octet), (lane & 28) + (2 * (lane & 1) + octet ^ (lane >> 1 & 1)))
 
 // quantize_dense: mma.m16n8k16 with its k and n renamed. k is renamed so that lane q of a quad reads eight consecutive
 // columns at once: word 2 * (step & 1) + half of its piece step >> 1 is the A register of k = 2 q + 8 * half and the next.

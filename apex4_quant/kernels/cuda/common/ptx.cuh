@@ -17,7 +17,16 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- asynchronous copies of 16 bytes (sm_80) ---------------------------------------------------------------------------
+// ---- asynchronous copies of 16 bytes (sm_80), on sm_75 ordinary ones ----------------------------------------------------
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+__device__ __forceinline__ void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
+  const uint4 v = *static_cast<const uint4*>(gmem_rd);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_wr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() {}
+template <int pending>
+__device__ __forceinline__ void cp_async_wait() {}
+#else
 // Copies 16 bytes past L1.
 __device__ __forceinline__ void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
@@ -28,6 +37,7 @@ template <int pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+#endif
 
 // ---- shared-memory reads -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void ldmatrix_x4(uint32 (&d)[4], uint32 shared_rd) {
@@ -64,6 +74,52 @@ __device__ __forceinline__ float2 shared_read_float2(uint32 shared_rd) {
 __device__ __forceinline__ void shared_write_float4(uint32 shared_wr, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_wr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
+
+__device__ __forceinline__ void shared_write_32(uint32 shared_wr, uint32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_wr), "r"(v) : "memory");
+}
+
+// ---- bytes --------------------------------------------------------------------------------------------------------------
+// Byte i of the result is the one of {low, high} that nibble i of `selector` names, or eight times its bit 7 where bit 3 of
+// the nibble is set. Only the lower half of `selector` counts.
+__device__ __forceinline__ uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
+  uint32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
+  return d;
+}
+
+// a b + c as one IMAD, which leaves the pipe of logic and additions alone: the compiler makes a shift of a factor it knows.
+__device__ __forceinline__ uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
+  uint32 d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+// A constant that the compiler does not know.
+template <uint32 value>
+__device__ __forceinline__ uint32 hidden() {
+  uint32 d;
+  asm volatile("mov.u32 %0, %1;" : "=r"(d) : "n"(value));
+  return d;
+}
+
+// ---- D += A B with 8-bit signed integers, one warp, m16 n8 k32; on sm_75 from four products of m8 n8 k16 ------------------
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+__device__ __forceinline__ void mma_s8_quarter(int& d0, int& d1, uint32 a, uint32 b) {
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(d0), "+r"(d1) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  mma_s8_quarter(d[0], d[1], a[0], b0);
+  mma_s8_quarter(d[2], d[3], a[1], b0);
+  mma_s8_quarter(d[0], d[1], a[2], b1);
+  mma_s8_quarter(d[2], d[3], a[3], b1);
+}
+#else
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
 
 // ---- D = A B + C with 4-bit signed integers, one warp, m16 n8 k64 ------------------------------------------------------
 __device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
@@ -118,6 +174,10 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // Makes initialised barriers visible to the copy engine and to the cluster.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Copies 4 bytes, counted with the others of this thread by cp_async_commit.
+__device__ __forceinline__ void cp_async_4(uint32 shared_wr, const void* gmem_rd) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
+}
 // Copies `bytes` (a multiple of 16, both addresses aligned to 16) and counts them on `barrier`.
 __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd, int bytes, uint32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_wr),
@@ -146,6 +206,9 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // Into another thread block's shared memory, and an arrival at a barrier there, after what this thread has written.
 __device__ __forceinline__ void remote_write_float4(uint32 remote_wr, float4 v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_wr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void remote_write_int4(uint32 remote_wr, int4 v) {
+  asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(remote_wr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 __device__ __forceinline__ void remote_barrier_arrive(uint32 remote_barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");

@@ -1,7 +1,7 @@
 // What the activation quantizers share: loads, the input stages, the scale, codes and their packing.
 //
-// Macros: APEX4_BF16 (1: bfloat16, 0: float16), APEX4_INPUT (PLAIN, RMS_NORM, SILU_MUL below), APEX4_FORMAT (80 or 90: the
-// activation format, see index.cuh).
+// Macros: APEX4_BF16 (1: bfloat16, 0: float16), APEX4_INPUT (PLAIN, RMS_NORM, SILU_MUL, ADD_RMS_NORM below), APEX4_FORMAT
+// (80, 90, or 8 for s8: the activation format, see index.cuh; of s8 the scale, codes and packing are in quantize_s8.cuh).
 #pragma once
 
 #include "common/index.cuh"
@@ -10,6 +10,8 @@
 #define APEX4_PLAIN 0
 #define APEX4_RMS_NORM 1
 #define APEX4_SILU_MUL 2
+#define APEX4_ADD_RMS_NORM 3
+#define APEX4_NORMALISES (APEX4_INPUT == APEX4_RMS_NORM || APEX4_INPUT == APEX4_ADD_RMS_NORM)
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr float SCALE_FLOOR = 0x1p-100f;
@@ -84,16 +86,17 @@ __device__ __forceinline__ unsigned gated(unsigned gate, unsigned up) {
   return pair_product(pair_of(silu(low_of(gate)), silu(high_of(gate))), up);
 }
 
+// Correctly rounded, as __frcp_rn is and in the same way; without its slow path for numbers that no scale is.
+__device__ __forceinline__ float reciprocal_of(float scale) {
+  const float near = approximate_reciprocal(scale);
+  return fmaf(fmaf(-near, scale, 1.0f), near, near);
+}
+
+#if APEX4_FORMAT != 8
 // ---- scale and codes --------------------------------------------------------------------------------------------------
 // NaN if absmax is: damage upstream must show.
 __device__ __forceinline__ float scale_of(float absmax, float clip_over_7) {
   return max_nan(clip_over_7 * absmax, SCALE_FLOOR);
-}
-
-// Correctly rounded, as __frcp_rn is and in the same way; without its slow path for numbers that `scale_of` does not return.
-__device__ __forceinline__ float reciprocal_of(float scale) {
-  const float near = approximate_reciprocal(scale);
-  return fmaf(fmaf(-near, scale, 1.0f), near, near);
 }
 
 // Codes come as the bits of float(code) + ROUND_BIASED. Two ways to them:
@@ -155,6 +158,8 @@ __device__ __forceinline__ void pack_octet(unsigned* words, const unsigned* code
   words[1] = (sign_magnitude >> 4 & 0x07070707u) | (sign_magnitude & 0x80808080u);
 #endif
 }
+
+#endif
 
 // The byte of the slab of a block at which the octet of row `row` and columns k .. k + 7 stands.
 __device__ __forceinline__ constexpr int octet_byte(int row, int k) {

@@ -31,9 +31,21 @@
 //   aligned  must be 1 unless FEW_ROWS; see quantize_rows.cu
 // Grid: (KB, runs of rows), THREADS threads. Rows from m on are not written.
 //
-// Macros: those of quantize.cuh, APEX4_FEW_ROWS.
+// To eight bits (APEX4_FORMAT 8) one scale is for a whole row, of which a CTA has only a block. So there are two launches, by the
+// macro APEX4_PASS, and the product is made twice; the scales between them are made by row_scale.cu, with few rows by CODES:
+//   MEASURE   scales, here float32 [KB, m_stride], gets the largest magnitude of each row of a block; `codes` is not written
+//   CODES     codes as sm90's, in two's complement; scales float32 [m_stride], read
+//   block_absmax   what MEASURE has written, for CODES with few rows, which then writes the scales; otherwise null
+//
+// Macros: those of quantize.cuh, APEX4_FEW_ROWS, APEX4_PASS.
 constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // WARPS: of those that multiply
 #include "quantize/quantize_dense.cuh"
+
+#if APEX4_FORMAT == 8
+#define APEX4_TOKEN_OPERAND const float* block_absmax,
+#else
+#define APEX4_TOKEN_OPERAND
+#endif
 
 constexpr int WORDS = PIECES * PIECE_WORDS;  // registers of a row
 
@@ -164,9 +176,46 @@ __device__ __forceinline__ const float* own_inverse_rms(
 }
 #endif
 
+#if APEX4_FORMAT == 8
+// Of the CTA's rows: from the largest magnitudes of their blocks to their scales, which the CTAs of the first block also store.
+__device__ __forceinline__ void find_scales(
+    float (&row_scales)[ROWS], float* scales, const float* block_absmax, int k_blocks, int m_stride, int first, int m, bool stores) {
+  constexpr int SHARE = 32 * WARPS / ROWS;  // threads of a row
+  const int in_tile = threadIdx.x / SHARE % ROWS, row = first + in_tile;
+  float absmax = 0.0f;
+  if (row < m)
+    for (int block = threadIdx.x % SHARE; block < k_blocks; block += SHARE)
+      absmax = max_nan(absmax, block_absmax[static_cast<long long>(block) * m_stride + row]);
+#pragma unroll
+  for (int mask = 1; mask < SHARE; mask *= 2) absmax = max_nan(absmax, __shfl_xor_sync(FULL_WARP, absmax, mask));
+  if (threadIdx.x % SHARE != 0 || threadIdx.x >= SHARE * ROWS) return;
+  row_scales[in_tile] = token_scale_of(absmax);
+  if (stores && row < m) scales[row] = row_scales[in_tile];
+}
+
+// Eight consecutive columns of two rows a lane.
+__device__ __forceinline__ void token_codes(
+    unsigned char* slab, const float (&y)[WARP_TILES][4], const float (&row_scales)[ROWS], int first, int m, float matrix_factor,
+    int lane, int warp) {
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    const int in_tile = accumulator_row(lane, half), row = first + in_tile;
+    if (row >= m) continue;
+    const ProductCode code(row_scales[in_tile], matrix_factor);
+    unsigned words[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      words[i] = pack_codes(code(y[2 * i][2 * half]), code(y[2 * i][2 * half + 1]), code(y[2 * i + 1][2 * half]),
+                            code(y[2 * i + 1][2 * half + 1]));
+    const int column = dense_output(WARP_TILES * warp, 2 * (lane & 3));  // the first of this lane's eight
+    *reinterpret_cast<uint2*>(slab + octet_byte(row, column)) = make_uint2(words[0], words[1]);
+  }
+}
+#endif
+
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
-    const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
+    const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
     float matrix_factor, float clip_over_7, float eps, int gain_offset, int aligned) {
   __shared__ float warp_absmax[WARPS][ROWS];
   let_dependents_start();
@@ -189,6 +238,10 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
   if (warp >= WARPS) return;
 #endif
 #endif
+#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
+  find_scales(warp_absmax[0], scales, block_absmax, gridDim.x, m_stride, first, m, block == 0);
+  named_barrier<1, 32 * WARPS>();
+#endif
   const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
   unsigned words[HALVES][WORDS];
   input.load(words, first, lane);
@@ -201,6 +254,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
       multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 0, b[pair][t].x, b[pair][t].y);
       multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 1, b[pair][t].z, b[pair][t].w);
     }
+#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
+  token_codes(codes + static_cast<long long>(block) * m_stride * ROW_BYTES, y, warp_absmax[0], first, m, matrix_factor, lane, warp);
+#else
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
     float absmax = 0.0f;
@@ -218,6 +274,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     float absmax = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][in_tile]);
+#if APEX4_FORMAT == 8
+    if (warp == 0 && (lane & 3) == 0) scales[static_cast<long long>(block) * m_stride + row] = absmax * matrix_factor;
+#else
     const float scale = scale_of(absmax * matrix_factor, clip_over_7);
     const ShiftedProduct quantized(scale, matrix_factor);
     unsigned octet[8], packed[OCTET_WORDS];
@@ -232,7 +291,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     *reinterpret_cast<uint2*>(where) = make_uint2(packed[0], packed[1]);
 #endif
     if (warp == 0 && (lane & 3) == 0) scales[static_cast<long long>(block) * m_stride + row] = scale;
+#endif
   }
+#endif
 }
 
 #else
@@ -249,7 +310,7 @@ __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
-    const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
+    const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
     float matrix_factor, float clip_over_7, float, int gain_offset, int) {
   __shared__ uint4 fragments[MATRIX_CHUNKS];
   let_dependents_start();
@@ -265,7 +326,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
   wait_for_copies();
   __syncthreads();
   unsigned char* const slab = codes + static_cast<long long>(block) * m_stride * ROW_BYTES;
+#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
+  float* const block_scales = scales;
+#else
   float* const block_scales = scales + static_cast<long long>(block) * m_stride;
+#endif
 
   for (; first < end; first += CTA_ROWS) {
     asm volatile("" : "+r"(first));  // to the compiler another number: it shall keep no pointers from pass to pass

@@ -19,16 +19,22 @@
 //   aligned  must be 1
 // Grid: (KB, runs of rows), THREADS threads, SHARED_BYTES of dynamic shared memory. Rows from m on are not written.
 //
-// Macros: those of quantize.cuh.
+// To eight bits (APEX4_FORMAT 8) it is two launches, as in quantize_dense.cu, and 1 / RMS comes from row_rms.cu: no board, but its
+// operands inverse_rms, in that place, and block_absmax, not read. rows_per_cta is a multiple of 128.
+//
+// Macros: those of quantize.cuh; APEX4_PASS as in quantize_dense.cu.
 #include "quantize/quantize_wgmma.cuh"
 
-#if APEX4_INPUT == APEX4_RMS_NORM
+#define APEX4_BOARD (APEX4_INPUT == APEX4_RMS_NORM && APEX4_FORMAT != 8)
+
+#if APEX4_BOARD
 constexpr int READER_WARPS = 4, WARPS = 12, CTAS = 1;  // CTAS: of a multiprocessor
 constexpr int OPERANDS = 1, STAGES = 3, GAIN_SLOTS = BLOCK / 8;
 constexpr int PARTS = 3, PART_SLOTS = 8 * 32;  // what a reader's warp has on its way: parts of rows, 16 bytes a slot
 #else
 constexpr int READER_WARPS = 0, WARPS = 8, CTAS = 2;
-constexpr int OPERANDS = APEX4_INPUT == APEX4_SILU_MUL ? 2 : 1, STAGES = 2 / OPERANDS, GAIN_SLOTS = 0;
+constexpr int OPERANDS = APEX4_INPUT == APEX4_SILU_MUL ? 2 : 1, STAGES = 2 / OPERANDS;
+constexpr int GAIN_SLOTS = APEX4_INPUT == APEX4_RMS_NORM ? BLOCK / 8 : 0;
 constexpr int PARTS = 0, PART_SLOTS = 0;
 #endif
 constexpr int THREADS = 32 * (READER_WARPS + WARPS), MULTIPLIERS = 32 * WARPS;
@@ -68,7 +74,7 @@ __device__ __forceinline__ void load_matrix(unsigned* shared, const uint4* from,
   write_for_wgmma();
 }
 
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_BOARD
 constexpr int PATIENCE = 100;              // looks at the board, which take most of a microsecond each, or at `begun`
 constexpr int LEAD = 5 * PASS_ROWS;        // rows that readers may be ahead, unless they have waited
 constexpr int FIRST_LEAD = 3 * PASS_ROWS;  // the same until the first pass has begun, which waits for them
@@ -224,9 +230,17 @@ __device__ __forceinline__ void read_rows(
 }
 #endif
 
+#if APEX4_FORMAT == 8
+#define APEX4_ROW_OPERAND const float* inverse_rms
+#define APEX4_TOKEN_OPERAND const float*,
+#else
+#define APEX4_ROW_OPERAND [[maybe_unused]] unsigned long long* board_memory
+#define APEX4_TOKEN_OPERAND
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense(
-    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second,
-    unsigned long long* board_memory, const uint4* matrix, int m, int k, int m_stride, int ldx, int ld_second,
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, APEX4_ROW_OPERAND,
+    const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second,
     int rows_per_cta, int matrix_stride, float matrix_factor, float clip_over_7, float eps, int gain_offset, int) {
   extern __shared__ __align__(128) uint4 memory[];
   let_dependents_start();
@@ -234,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
   const int block = blockIdx.x, start = blockIdx.y * rows_per_cta, end = min(m, start + rows_per_cta);
   // From a shuffle, so that the compiler knows it to be the same in all lanes. Readers' are negative.
   const int warp = __shfl_sync(FULL_WARP, static_cast<int>(threadIdx.x >> 5), 0) - READER_WARPS;
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_BOARD
   __shared__ volatile int begun[WARPS / 4];
   if (threadIdx.x < WARPS / 4) begun[threadIdx.x] = start + FIRST_LEAD - LEAD;
   __syncthreads();
@@ -276,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
       commit_copies();
     }
   };
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_BOARD
   // Memory answers in no order, and late if much is asked of it: the first pass would wait for what the second needs.
   const Board board(board_memory);
   Statistics statistics;
@@ -290,13 +304,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
 #endif
   named_barrier<1, MULTIPLIERS>();
   unsigned char* const slab = codes + static_cast<long long>(block) * m_stride * ROW_BYTES;
+#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
+  float* const block_scales = scales;
+#else
   float* const block_scales = scales + static_cast<long long>(block) * m_stride;
+#endif
 
   // A warpgroup goes on together: as long as there are any of its 64 rows.
   for (int stage = 0; first - warp % 4 * WARP_ROWS < end; first += PASS_ROWS, stage = stage + 1 < STAGES ? stage + 1 : 0) {
     asm volatile("" : "+r"(first), "+r"(lane));  // to the compiler other numbers: it shall keep no addresses from pass to pass
     wait_for_copies_but<STAGES - 1>();
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_INPUT == APEX4_RMS_NORM && !APEX4_BOARD
+    float inverse[HALVES];
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const int row = first + accumulator_row(lane, half);
+      inverse[half] = row < end ? inverse_rms[row] : 0.0f;
+    }
+#elif APEX4_BOARD
     for (int looks = 0; !statistics.complete(board); ++looks) {
       if (looks == PATIENCE) {
 #pragma unroll 1
@@ -344,7 +369,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
 #pragma unroll
         for (int i = 0; i < PIECE_WORDS; ++i)
 #if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_BOARD
           words[half][i] = normalised(words[half][i], factors[i], statistics.inverse_rms(half), gain_offset != 0);
+#else
+          words[half][i] = normalised(words[half][i], factors[i], inverse[half], gain_offset != 0);
+#endif
 #else
           words[half][i] = gated(words[half][i], factors[i]);
 #endif
@@ -359,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
     commit_copies();
     float y[TILES][4];
     multiply_64x128(y, a, core_matrices);
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_BOARD
     statistics.look(board, first + PASS_ROWS, end, lane);
 #endif
 #pragma unroll

@@ -1,4 +1,4 @@
-// Activation quantizer: [x | RMSNorm(x) gain | SiLU(gate) up] -> [none | Hadamard_128 per block] -> codes and scales.
+// Activation quantizer: [x | RMSNorm(x) gain | SiLU(gate) up | RMSNorm(x + residual) gain] -> [none | Hadamard_128 per block] -> codes and scales.
 //
 // Eight lanes hold a *slice*, one block of 128 of one row (quantize_slice.cuh). A CTA holds 2^rows_log2 rows times
 // blocks_per_cta blocks, numbered rows first, so that a warp's stores are contiguous in the slab of a block. Three forms, by
@@ -12,13 +12,14 @@
 //   codes    uint8 [KB, m_stride, 64 (sm80) | 128 (sm90)], 16-byte aligned; layout: index.cuh
 //   scales   float32 [KB / blocks_per_group, m_stride]
 //   x        T [m, k], row stride ldx elements; SILU_MUL: the gate
-//   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
+//   second   SILU_MUL: up, T [m, k], row stride ld_second. (ADD_)RMS_NORM: the gain, T [k]. PLAIN: not read
+//   residual T [m, k], row stride ld_second, and total T [m, k], dense, which gets x + residual: ADD_RMS_NORM only
 //   m, k, k_blocks >= ceil(k / 128), blocks_per_group dividing k_blocks (NARROW: 1), m_stride >= m, ldx, ld_second
 //   rows_log2, blocks_per_cta: the CTA's tile, blockDim.x = 8 * 2^rows_log2 * blocks_per_cta rounded up to warps (LONG:
-//            any number of warps, rows_log2 = 0); blocks_per_cta is a multiple of blocks_per_group, for RMS_NORM k_blocks
+//            any number of warps, rows_log2 = 0); blocks_per_cta is a multiple of blocks_per_group, for norms k_blocks
 //   clip_over_7   float32(clip / 7)
-//   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   RMS_NORM only, see `inverse_rms_of` and `normalised`
-//   aligned  1: x and second (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, slower
+//   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   norms only, see `inverse_rms_of` and `normalised`
+//   aligned  1: x, second, residual and total (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, slower
 // Grid: (ceil(k_blocks / blocks_per_cta), row tiles up to 65535, their excess). Rows from m on are not written.
 //
 // Macros: those of quantize.cuh; APEX4_FORM; APEX4_HADAMARD (0, 1).
@@ -74,11 +75,18 @@ __device__ __forceinline__ void store(
 }
 
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
-    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, int m, int k, int k_blocks,
-    int blocks_per_group, int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float clip_over_7,
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second,
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+    const unsigned short* residual, unsigned short* total,
+#endif
+    int m, int k, int k_blocks, int blocks_per_group, int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float clip_over_7,
     float eps, float one_over_k, int gain_offset, int aligned) {
   let_dependents_start();
-  const Problem p{codes, scales, {x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0},
+  const Problem p{codes, scales, {x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+                                  , residual, total
+#endif
+                                 },
                   m, k_blocks, blocks_per_group, m_stride, clip_over_7};
   const int lane = threadIdx.x & 31, slice = threadIdx.x / LANES;
   [[maybe_unused]] const int in_slice = lane & (LANES - 1);
@@ -90,7 +98,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
   const bool active = row < m && in_blocks < blocks_per_cta && block < k_blocks;
   Lane values;
   float inverse_rms = 1.0f;
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   // The gain is no output of the kernel before: no need to wait for that one.
   values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
   wait_for_inputs();
@@ -138,7 +146,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
   const int rounds = (blocks_per_cta + slices - 1) / slices;  // the same for all threads: there are shuffles in them
   Lane values;
   float inverse_rms = 1.0f;
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   __shared__ float slice_squares[MAX_THREADS / LANES];
   float squares = 0.0f;
   for (int round = 0; round < rounds; ++round) {
@@ -159,7 +167,11 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_rows(
     for (int round = 0; round < rounds; ++round) {
       const int in_blocks = round * slices + slice, block = first_block + in_blocks;
       const bool active = row < m && in_blocks < blocks_per_cta && block < k_blocks;
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+      values.load_total(p.input, row, BLOCK * block + rows_column(lane), active);
+#else
       values.load(p.input, row, BLOCK * block + rows_column(lane), active);
+#endif
       values.load_second(p.input, row, BLOCK * block + rows_column(lane), active);
       values.finish(p.input, inverse_rms);
       float y[COLUMNS];

@@ -32,6 +32,10 @@ struct Input {
   const unsigned short* second;
   int k, ldx, ld_second;
   bool gain_offset, aligned;
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+  const unsigned short* residual;  // row stride ld_second
+  unsigned short* total;           // row stride k
+#endif
 };
 
 // Sixteen columns of a lane: loaded, then finished to what is transformed.
@@ -43,10 +47,27 @@ struct Lane {
 
   __device__ __forceinline__ void load(const Input& from, int row, int column, bool active) {
     load_from(pairs, from.x + static_cast<long long>(row) * from.ldx, from, column, active);
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+    unsigned residual[WORDS];
+    load_from(residual, from.residual + static_cast<long long>(row) * from.ld_second, from, column, active);
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i)
+      pairs[i] = pair_of(low_of(pairs[i]) + low_of(residual[i]), high_of(pairs[i]) + high_of(residual[i]));
+    unsigned short* const total = from.total + static_cast<long long>(row) * from.k;
+    store_octet(total, pairs, column, from, active);
+    store_octet(total, pairs + 4, column + 8, from, active);
+#endif
   }
 
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+  // What this thread has stored.
+  __device__ __forceinline__ void load_total(const Input& from, int row, int column, bool active) {
+    load_from(pairs, from.total + static_cast<long long>(row) * from.k, from, column, active);
+  }
+#endif
+
   __device__ __forceinline__ void load_second(const Input& from, int row, int column, bool active) {
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
     load_from(factors, from.second, from, column, active);
 #elif APEX4_INPUT == APEX4_SILU_MUL
     load_from(factors, from.second + static_cast<long long>(row) * from.ld_second, from, column, active);
@@ -56,7 +77,7 @@ struct Lane {
   __device__ __forceinline__ void finish(const Input& from, float inverse_rms) {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
       pairs[i] = normalised(pairs[i], factors[i], inverse_rms, from.gain_offset);
 #elif APEX4_INPUT == APEX4_SILU_MUL
       pairs[i] = gated(pairs[i], factors[i]);
@@ -70,9 +91,23 @@ struct Lane {
     load_octet(to, row, column, from.k, active, from.aligned);
     load_octet(to + 4, row, column + 8, from.k, active, from.aligned);
   }
+
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+  __device__ __forceinline__ static void store_octet(
+      unsigned short* row, const unsigned* octet, int column, const Input& from, bool active) {
+    if (from.aligned) {
+      if (active && column < from.k)
+        *reinterpret_cast<uint4*>(row + column) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (active && column + i < from.k) row[column + i] = static_cast<unsigned short>(octet[i / 2] >> 16 * (i % 2));
+  }
+#endif
 };
 
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
 __device__ __forceinline__ float sum_of_squares(const unsigned (&pairs)[WORDS]) {
   float sum = 0.0f;
 #pragma unroll

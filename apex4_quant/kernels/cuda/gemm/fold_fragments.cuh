@@ -1,0 +1,75 @@
+// 4-bit codes of layout s8 to folded int8, as wgmma's register operand.
+//
+// A folded weight is sign(q) * ((|q| R + 128) >> 8), R the ratio of its group (kernels/folding.py). Codes have eight magnitudes,
+// so that the folded ones of a row and group are a table of eight bytes: two registers, and PRMT looks four up at once.
+#pragma once
+
+#include "common/ptx.cuh"
+
+// What the magnitudes 0..7 of a row's codes are folded to, a byte each.
+struct Table {
+  uint32 low, high;
+
+  // c R + 128 stays below 2^15, so that two of them fit a register and one multiplication makes both.
+  __device__ __forceinline__ void make(uint32 ratio) {
+    constexpr uint32 HALVES = 0x00800080u, HIGH_BYTES = 0x7531;
+    low = ptx::permute_bytes(ratio * 0x00010000u + HALVES, ratio * 0x00030002u + HALVES, HIGH_BYTES);
+    high = ptx::permute_bytes(ratio * 0x00050004u + HALVES, ratio * 0x00070006u + HALVES, HIGH_BYTES);
+  }
+  // Their negatives. 0x80 - magnitude borrows from no other byte, and the highest bit is then the other one.
+  __device__ __forceinline__ Table negated() const {
+    return {(0x80808080u - low) ^ 0x80808080u, (0x80808080u - high) ^ 0x80808080u};
+  }
+  // Of four magnitudes, in the low 16 bits.
+  __device__ __forceinline__ uint32 look_up(uint32 magnitudes) const { return ptx::permute_bytes(low, high, magnitudes); }
+};
+
+// Of rows r and r + 8.
+struct Tables {
+  Table plus[2];
+
+  // `ratios`: those of both rows.
+  __device__ __forceinline__ void make(uint32 ratios) { plus[0].make(ratios & 0xffffu), plus[1].make(ratios >> 16); }
+};
+struct SignedTables : Tables {
+  Table minus[2];
+
+  __device__ __forceinline__ void make(uint32 ratios) {
+    Tables::make(ratios);
+    minus[0] = plus[0].negated(), minus[1] = plus[1].negated();
+  }
+};
+
+// What a word says of its four codes of row r (half 0) and r + 8 (half 1): magnitudes in the low 16 bits, and bytes of ones where the
+// sign is set. layouts.py, `_sign_magnitude_of_words`.
+struct Codes {
+  uint32 magnitudes[2], negative[2];
+
+  __device__ __forceinline__ explicit Codes(uint32 word) {
+    magnitudes[0] = word & 0x77777777u;
+    magnitudes[1] = ptx::permute_bytes(magnitudes[0], 0, 0x4432);  // a shift, which the compiler would put before the mask, twice
+    negative[0] = ptx::permute_bytes(word, word, 0xba98);
+    negative[1] = ptx::permute_bytes(word << 4, word << 4, 0xba98);
+  }
+};
+
+// The A fragment of one k32 step, from a lane's two words of it.
+__device__ __forceinline__ void fold(uint32 (&a)[4], uint32 first, uint32 second, const SignedTables& tables) {
+  const Codes codes[2] = {Codes(first), Codes(second)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32 magnitudes = codes[i / 2].magnitudes[i % 2], negative = codes[i / 2].negative[i % 2];
+    a[i] = (tables.plus[i % 2].look_up(magnitudes) & ~negative) | (tables.minus[i % 2].look_up(magnitudes) & negative);
+  }
+}
+
+// The same in two operands, for kernels whose tensor cores have time: codes that are not negative as above, of negative ones the
+// complement, which is one too little; and bytes of ones for those. The sum is that of `a` less that of `negative`.
+__device__ __forceinline__ void fold_complements(uint32 (&a)[4], uint32 (&negative)[4], uint32 first, uint32 second, const Tables& tables) {
+  const Codes codes[2] = {Codes(first), Codes(second)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    negative[i] = codes[i / 2].negative[i % 2];
+    a[i] = tables.plus[i % 2].look_up(codes[i / 2].magnitudes[i % 2]) ^ negative[i];
+  }
+}

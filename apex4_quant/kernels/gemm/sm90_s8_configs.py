@@ -1,0 +1,260 @@
+"""Tile configurations of the 8-bit GEMMs of sm_90a, and which one a shape gets. Torch-free.
+
+Two kernels: gemm_sm90_s8.cu for many tokens, gemm_sm90_decode_s8.cu for up to 64. `choose_sm90_s8` ranks plans by a small model of
+the time of a tile, as configs.py does for 4-bit activations; winners that `apex4 kernels tune` measured on this kind of GPU come
+before it, and `APEX4_GEMM` overrides both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from ...environment import GEMM as VARIABLE
+from ...errors import UsageError
+from ...format.layout_name import KERNEL_TILE_N
+from ...format.number_format import BLOCK, round_up
+from . import tuned
+from .configs import DECODE_PARTS, PlanSource
+
+PREFIX = "sm90_s8_"  # of the names that APEX4_GEMM takes
+_LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
+_CONSUMERS = 2  # warpgroups that multiply, of the kernel for many tokens
+_CHUNK = 32  # tokens that a warpgroup stores at a time
+_MOST_CLUSTER = 2
+FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
+
+
+@dataclass(frozen=True)
+class Sm90S8Config:
+    """One cubin. A tile has `tile_m` tokens; its outputs are 128, or 64 where tokens are few. `out`: dtype of y."""
+
+    tile_m: int
+    stages: int
+    out: str = "bf16"  # or "fp16"
+
+    entry = "apex4_gemm"
+
+    @property
+    def few_tokens(self) -> bool:
+        """The kernel for decoding."""
+        return self.tile_m < 64
+
+    @property
+    def tile_n(self) -> int:
+        return KERNEL_TILE_N if self.few_tokens else _CONSUMERS * KERNEL_TILE_N
+
+    @property
+    def tile_name(self) -> str:
+        """Without the dtype: what `APEX4_GEMM` takes."""
+        return f"{PREFIX}m{self.tile_m}n{self.tile_n}s{self.stages}"
+
+    @cached_property
+    def name(self) -> str:
+        return f"{self.tile_name}_{self.out}"
+
+    @property
+    def source(self) -> str:
+        return f"gemm/gemm_sm90{'_decode' if self.few_tokens else ''}_s8.cu"
+
+    @property
+    def threads(self) -> int:
+        return 128 * DECODE_PARTS + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block: struct Shared. The kernel asserts it."""
+        chunk = min(self.tile_m, _CHUNK)
+        tile = _LAYOUT_BYTES + 2 * KERNEL_TILE_N  # weights and their ratios
+        if self.few_tokens:
+            stage = round_up(DECODE_PARTS * (self.tile_m * BLOCK + tile) + 16, 1024)
+            output = 2 * chunk * KERNEL_TILE_N * 2 + self.tile_m * 4  # two buffers of y, the tokens' scales
+            sums = (
+                DECODE_PARTS * self.tile_m * KERNEL_TILE_N * 4
+            )  # of the other warpgroups, and of a cluster's second block
+            return round_up(self.stages * stage + round_up(output, 16) + sums + 16, 1024)
+        stage = round_up(self.tile_m * BLOCK + _CONSUMERS * tile + 16, 1024)
+        output = _CONSUMERS * (2 * chunk * KERNEL_TILE_N * 2 + self.tile_m * 4 + 1)
+        return round_up(self.stages * stage + output, 1024)
+
+    @cached_property
+    def defines(self) -> dict[str, int]:
+        found = {
+            "TILE_M": self.tile_m, "STAGES": self.stages, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16")
+        }  # fmt: skip
+        return found | ({"PARTS": DECODE_PARTS} if self.few_tokens else {"CONSUMERS": _CONSUMERS})
+
+    def tiles(self, m: int, n: int) -> int:
+        return -(-m // self.tile_m) * -(-n // self.tile_n)
+
+
+_TILES = (
+    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 5), Sm90S8Config(16, 8),
+    Sm90S8Config(8, 10),
+)  # fmt: skip
+
+
+def all_configs(sm: int) -> list[Sm90S8Config]:
+    """Every kernel of an architecture, for both output dtypes."""
+    return [replace(config, out=out) for config in _TILES for out in ("bf16", "fp16")] if sm == 90 else []
+
+
+@dataclass(frozen=True)
+class Sm90S8Plan:
+    """How one shape is computed: an eight_bit.EightBitPlan.
+
+    Blocks of a tile are shared by thread blocks in spans of `span` blocks of all tiles in a row, or not (0); where tokens are
+    few, by clusters of `cluster` thread blocks.
+    """
+
+    config: Sm90S8Config
+    m: int
+    n: int
+    k_blocks: int
+    sm_count: int
+    span: int = 0
+    cluster: int = 1
+
+    programmatic = True
+
+    @property
+    def cut(self) -> int:
+        """How tiles are shared: `cluster` or `span`."""
+        return self.cluster if self.config.few_tokens else self.span
+
+    @property
+    def label(self) -> str:
+        """As `APEX4_GEMM` takes it."""
+        return f"{self.config.tile_name}/{self.cut}"
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """The last arguments of the kernel."""
+        return self.span, -(-self.m // self.config.tile_m), -(-self.n // self.config.tile_n)
+
+    @property
+    def block(self) -> int:
+        return self.config.threads
+
+    @cached_property
+    def grid(self) -> tuple[int, int, int]:
+        tiles = self.config.tiles(self.m, self.n)
+        if self.span:
+            return -(-tiles * self.k_blocks // self.span), 1, 1
+        return min(tiles, self.sm_count // self.cluster) * self.cluster, 1, 1  # each takes several
+
+    @cached_property
+    def parts(self) -> int:
+        """Thread blocks that may share a tile; 1: there is nothing to add up in global memory."""
+        return -(-self.k_blocks // self.span) + 1 if self.span else 1
+
+    @property
+    def counters(self) -> int:
+        """uint32 zeros needed if `parts` > 1."""
+        return -(-self.m // self.config.tile_m) * -(-self.n // KERNEL_TILE_N)
+
+    @property
+    def workspace_words(self) -> int:
+        """int32 of partial sums needed if `parts` > 1."""
+        return self.counters * self.parts * self.config.tile_m * KERNEL_TILE_N if self.parts > 1 else 0
+
+
+# ---- the heuristic (measured, H200) -----------------------------------------------------------------------------------
+
+_LATENCY = 1500.0  # clocks until the first block's products, and of a kernel's end
+# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile.
+_BLOCK = {256: 1250.0, 128: 800.0, 64: 650.0}
+_TILE = {256: 2500.0, 128: 1700.0, 64: 1300.0}
+_SPANS = 9000.0  # that sharing tiles costs: writing, announcing and adding partial sums
+_BYTES_PER_CLOCK = 19.0  # of memory, a multiprocessor's part
+# Few tokens: clocks of a block where a thread block reads alone, of a tile's end, and of adding a cluster's sums: with no token,
+# and more for each.
+_DECODE_BLOCK, _DECODE_TILE, _CLUSTER = (230.0, 2.0), 700.0, (1500.0, 100.0)
+
+
+def _clocks(plan: Sm90S8Plan) -> float:
+    """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
+    config, k_blocks, sm_count = plan.config, plan.k_blocks, plan.sm_count
+    tiles, rows = config.tiles(plan.m, plan.n), min(config.tile_m, plan.m)
+    # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
+    memory = (config.tile_n * (BLOCK // 2 + 2) + rows * BLOCK / 6) / _BYTES_PER_CLOCK
+    if config.few_tokens:
+        waves = -(-tiles // (sm_count // plan.cluster))
+        own = -(-k_blocks // plan.cluster)
+        everything = tiles * k_blocks * memory / sm_count
+        a_block, adding = (start + config.tile_m * each for start, each in (_DECODE_BLOCK, _CLUSTER))
+        chain = waves * (own * a_block + _DECODE_TILE + (plan.cluster - 1) * adding)
+        return _LATENCY + max(everything, chain)
+    a_block = max(_BLOCK[config.tile_m], memory)
+    if plan.span:
+        return _LATENCY + plan.span * a_block + _SPANS
+    return _LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m])
+
+
+def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[Sm90S8Plan]:
+    """Every plan that may compute the shape; groups of any width are alike."""
+    found = []
+    smallest = min(config.tile_m for config in _TILES)
+    for config in (each for each in all_configs(90) if each.out == out):
+        if config.tile_m > smallest and config.tile_m >= 2 * m:  # mostly padding
+            continue
+        plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)
+        if config.few_tokens:
+            if m <= FEW_TOKENS:
+                found += [replace(plan, cluster=cluster) for cluster in range(1, _MOST_CLUSTER + 1)]
+            continue
+        tiles = config.tiles(m, n)
+        spans = {0}
+        if tiles < sm_count:
+            even = -(-tiles * k_blocks // sm_count)  # blocks of each multiprocessor
+            spans |= {max(even, least) for least in (4, 8)}
+        found += [replace(plan, span=span) for span in sorted(spans)]
+    return found
+
+
+def choose_sm90_s8(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str, source: PlanSource,
+    measured: bool = True,
+) -> Sm90S8Plan:  # fmt: skip
+    """The plan of an [m, k_blocks * 128] by [n, k_blocks * 128]^T product: an eight_bit.Chooser.
+
+    `measured`: winners of `apex4 kernels tune` are asked for. Raises UsageError if APEX4_GEMM names none of its configurations.
+    """
+    return _choose(sm, sm_count, m, n, k_blocks, blocks_per_group, out, source, measured)
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, out: str, source: PlanSource, measured: bool
+) -> Sm90S8Plan:  # fmt: skip
+    options = candidates(sm_count, m, n, k_blocks, out)
+    if source.forced is not None:
+        return _named(source.forced, options[0])
+    if measured:
+        won = tuned.winners(sm, sm_count).get(tuned.key(m, n, k_blocks, blocks_per_group, out, activation_bits=8))
+        if won is not None:
+            return _named(won["plan"], options[0])
+    return min(options, key=_clocks)
+
+
+def _named(wanted: str, shape: Sm90S8Plan) -> Sm90S8Plan:
+    """The plan that `NAME` or `NAME/CUT` names, for the shape and dtype of `shape`."""
+    name, _, cut = wanted.partition("/")
+    alike = [config for config in all_configs(90) if config.out == shape.config.out]
+    for config in alike:
+        if config.tile_name == name and (not cut or cut.isdecimal()):
+            plan = replace(shape, config=config, span=0, cluster=1)
+            if not config.few_tokens:
+                return replace(plan, span=int(cut or 0))
+            if 1 <= int(cut or 1) <= _MOST_CLUSTER:
+                return replace(plan, cluster=int(cut or 1))
+    raise UsageError(
+        f"{VARIABLE}={wanted!r} names no kernel for 8-bit activations here: give NAME or NAME/CUT with one of "
+        f"{', '.join(sorted(config.tile_name for config in alike))}"
+    )
+
+
+def explain(sm_count: int, m: int, n: int, k_blocks: int, count: int = 8) -> str:
+    """The best candidates of the heuristic and their modelled clocks, one a line."""
+    ranked = sorted((_clocks(plan), plan.label) for plan in candidates(sm_count, m, n, k_blocks, "bf16"))
+    return "\n".join(f"{clocks:12.0f} clocks  {label}" for clocks, label in ranked[:count])
