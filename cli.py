@@ -251,6 +251,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 )
 @click.option("--text", default="heldout", show_default=True, help="heldout, wikitext2, a file, or a Hub data set.")
 @options.number("--seq-len", options.Whole(2, options.LARGEST), 2048, "Window length, at most the model's context.")
+@options.BOS
 @options.listed("--tasks", "lm-eval tasks; apex4_choice and apex4_lastword are bundled.")
 @click.option("--include-path", help="Folder with more lm-eval task YAMLs.")
 @options.number("--batch-size", options.COUNT, 8, "For --tasks.")
@@ -281,7 +282,7 @@ def evaluate(
     """Perplexity and lm-eval tasks, or the speed, of PATH (a quantized or original model, or 'demo')."""
     if throughput:
         others, advice = (
-            {"tasks", "text", "seq_len", "include_path", "batch_size", "limit"},
+            {"tasks", "text", "seq_len", "bos", "include_path", "batch_size", "limit"},
             "is not for --throughput: leave it away",
         )
     else:

@@ -211,19 +211,22 @@ TEXT = click.option(
     "--calib",
     default="bundled",
     show_default=True,
-    help="Text: bundled, a file (.txt, .jsonl, .json, also .gz), a Hub data set.",
+    help="Text: bundled, a file (.txt, .jsonl with text or messages, .json, also .gz), a Hub data set.",
 )
 SEQ_LEN = number("--seq-len", COUNT, 2048, "Tokens a window, at most the model's context.")
 DRAWN_BY = number("--seed", SEED, 0, "Which windows of the text are drawn.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
 DTYPE = choice("--dtype", (*DTYPE_NAMES, "auto"), "auto", "Dtype layers run in; auto: the checkpoint's.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
+BOS = choice(
+    "--bos", ("auto", "always", "never"), "auto", "Windows begin with BOS; auto: where the tokenizer adds one."
+)
 SHAPES = listed("--shapes", "Llama-3-8B, Llama-2-70B:down, 4096x4096 (NxK), ...  [default: all]")
 
 
 def calibration(samples: int | None, help: str) -> Option:
-    """Which text is calibrated on: --calib, --samples, --seq-len, --seed."""
-    return together(TEXT, number("--samples", COUNT, samples, help), SEQ_LEN, DRAWN_BY)
+    """Which text is calibrated on: --calib, --samples, --seq-len, --seed, --bos."""
+    return together(TEXT, number("--samples", COUNT, samples, help), SEQ_LEN, DRAWN_BY, BOS)
 
 
 COMPUTING = together(DEVICE, DTYPE, JSON)

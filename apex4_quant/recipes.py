@@ -48,6 +48,7 @@ class Recipe:
     importance       by what errors are weighed where a transform and a clip ratio are chosen
     transform_steps  steps in which a transform is learned
     refinement       how often the codes of GPTQ are gone over again (rounding/coordinate_descent.py)
+    distill_steps    steps in which the whole quantized model learns the original's predictions, 0: none (distillation/)
 
     `rotation` and `diagonal` leave the model's function as it is (transforms/function_preserving.py).
     """
@@ -64,6 +65,7 @@ class Recipe:
     importance: Importance = Importance.READERS
     transform_steps: int = 100
     refinement: int = 0
+    distill_steps: int = 0
 
     def __post_init__(self) -> None:
         # A plain string compares equal to a member and is none: `is` would take the wrong branch without a word.
@@ -78,6 +80,7 @@ class Recipe:
             or self.importance is Importance.GRADIENTS
             or self.search_clip
             or self.diagonal > 0
+            or self.distill_steps > 0
         )
 
     @classmethod
@@ -109,6 +112,13 @@ class Recipe:
             raise UsageError(
                 f"{where} has refinement = {recipe.refinement}: give a whole number from 0 to {MOST_SWEEPS}"
             )
+        if not 0 <= recipe.distill_steps <= MOST_STEPS:
+            raise UsageError(
+                f"{where} has distill_steps = {recipe.distill_steps}: give a whole number from 0 to {MOST_STEPS}"
+            )
+        if recipe.distill_steps and (recipe.rotation or recipe.diagonal):
+            key = "rotation: true" if recipe.rotation else f"diagonal: {recipe.diagonal}"
+            raise UsageError(f"{where} has distill_steps and '{key}', which exclude each other: leave one away")
         for key in ("refinement", "gptaq"):
             if getattr(recipe, key) and recipe.rounding is not Rounding.GPTQ:
                 raise UsageError(

@@ -1,6 +1,7 @@
 """Text from a local file: plain text, JSON Lines, JSON, each compressed or not. What a file is, its name says.
 
-    .jsonl .ndjson     one JSON object a line, its "text" field (or a JSON string a line)
+    .jsonl .ndjson     one JSON object a line: its "text" field (or a JSON string a line), or its conversation, "messages",
+                       as the model's chat template renders it
     .json              a list of the same; or, as data sets have it under this name, JSON Lines
     anything else      plain text, but for names of tables, documents and archives, which are no text
 
@@ -70,12 +71,17 @@ _NO_TEXT = frozenset(
         ".db",
     ]
 )
+# A conversation, [{"role": ..., "content": ...}, ...], to text.
+Render = Callable[[list[dict[str, Any]]], str]
 LARGEST = 4_000_000_000  # bytes of text: what is larger, or decompresses to more, is no calibration text
 _PIECE = 1 << 24
 
 
-def read_file(path: Path) -> str:
-    """The text of a file, documents joined by blank lines. Raises CalibrationError."""
+def read_file(path: Path, render: Render | None = None) -> str:
+    """The text of a file, documents joined by blank lines, conversations (`render`) one behind the other.
+
+    Raises CalibrationError.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else None
     kind = suffixes[-1] if suffixes else ""
@@ -83,9 +89,9 @@ def read_file(path: Path) -> str:
         raise CalibrationError(f"{path} is no text: give plain text, or JSON Lines (.jsonl) with a 'text' field")
     text = _decoded(path, _content(path, compressed))
     if kind in JSON_LINES:
-        return "\n\n".join(_lines(path, text))
+        return _joined(path, _lines(path, text), render)
     if kind == ".json":
-        return "\n\n".join(_json(path, text))
+        return _joined(path, _json(path, text), render)
     if "\0" in text:
         raise CalibrationError(f"{path} is no text, it holds zero bytes: give plain text or JSON Lines (.jsonl)")
     return text
@@ -116,16 +122,20 @@ def _decoded(path: Path, data: bytes) -> str:
         raise CalibrationError(f"text file {path} is not UTF-8 (byte {error.start}): convert it first") from error
 
 
-def _lines(path: Path, text: str) -> list[str]:
+# What an entry of JSON Lines is called in messages, and what stands there.
+Entry = tuple[str, Any]
+
+
+def _lines(path: Path, text: str) -> list[Entry]:
     # Only \n ends a line of JSON Lines: str.splitlines would also cut at U+2028 and others, which JSON strings may hold.
     return [
-        _text_of(_parsed(line, f"line {number} of {path}"), f"line {number} of {path}")
+        (where := f"line {number} of {path}", _parsed(line, where))
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
 
 
-def _json(path: Path, text: str) -> list[str]:
+def _json(path: Path, text: str) -> list[Entry]:
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -137,10 +147,33 @@ def _json(path: Path, text: str) -> list[str]:
             f"{path} is not JSON ({error}): give a list of objects with a 'text' field, or plain text named .txt"
         ) from error
     if isinstance(value, list):
-        return [_text_of(entry, f"entry {number} of {path}") for number, entry in enumerate(value, 1)]
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return [_text_of(value, str(path))]
+        return [(f"entry {number} of {path}", entry) for number, entry in enumerate(value, 1)]
+    if isinstance(value, dict) and (isinstance(value.get("text"), str) or isinstance(value.get("messages"), list)):
+        return [(str(path), value)]
     raise CalibrationError(f"{path} is no list of objects with a 'text' field: give that, or plain text named .txt")
+
+
+def _joined(path: Path, entries: list[Entry], render: Render | None) -> str:
+    texts, conversations = [], []
+    for where, entry in entries:
+        messages = entry.get("messages") if isinstance(entry, dict) else None
+        if isinstance(messages, list):
+            conversations.append(_rendered(messages, render, where))
+        else:
+            texts.append(_text_of(entry, where))
+    if texts and conversations:
+        raise CalibrationError(f"{path} has texts and conversations ('messages'): give one kind in a file")
+    return "".join(conversations) or "\n\n".join(texts)
+
+
+def _rendered(messages: list[Any], render: Render | None, where: str) -> str:
+    if render is None:
+        raise CalibrationError(f"{where} is a conversation and the model has no chat template: give plain text")
+    try:
+        return render(messages)
+    except Exception as error:  # whatever the model's template raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"the chat template of the model refuses the messages of {where} ({reason})") from error
 
 
 def _parsed(text: str, where: str) -> Any:

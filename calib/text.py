@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import CalibrationError
-from .files import COMPRESSED, JSON_LINES, read_file
+from .files import COMPRESSED, JSON_LINES, Render, read_file
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 _NAMED = {"bundled": BUNDLED / "calibration.txt", "heldout": BUNDLED / "heldout.txt"}
@@ -20,9 +20,12 @@ _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 _HUB_TEXT_LIMIT = 32_000_000  # characters: more than any calibration draws, less than fills memory
 
 
-def load_text(source: str) -> str:
-    """The whole text of `source`, documents joined by blank lines. Raises CalibrationError, also if there is none in it."""
-    text = _load(source)
+def load_text(source: str, render: Render | None = None) -> str:
+    """The whole text of `source`, documents joined by blank lines, conversations (`render`) one behind the other.
+
+    Raises CalibrationError, also if there is none in it.
+    """
+    text = _load(source, render)
     if not text.strip():
         raise CalibrationError(f"text {source!r} has nothing in it but blanks: give another")
     return text
@@ -34,14 +37,14 @@ def names_a_file(source: str) -> bool:
     return source.startswith((".", "/", "~")) or suffix in (".txt", ".json", ".md", *JSON_LINES, *COMPRESSED)
 
 
-def _load(source: str) -> str:
+def _load(source: str, render: Render | None) -> str:
     if source in _NAMED:
         return _NAMED[source].read_text("utf-8")
     if source == "wikitext2":
         return _load_hub(*_WIKITEXT2)
     path = Path(source).expanduser()
     if path.is_file():
-        return read_file(path)
+        return read_file(path, render)
     if names_a_file(source) or "/" not in source:
         raise CalibrationError(
             f"text {source!r} is not a file: give a .txt or .jsonl file, a Hub data set, or 'bundled'"

@@ -31,8 +31,9 @@ class EngineName(StrEnum):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that can be evaluated, before it is loaded. `token_ids` are those of the whole text, `seq_len` and `context`
-    tokens: of a window, and the model's longest sequence (None where its config.json names none)."""
+    """A model that can be evaluated, before it is loaded. `token_ids` are those of the whole text, `beginning` those that
+    every window begins with (BOS, or none), `seq_len` and `context` tokens: of a window, and the model's longest sequence
+    (None where its config.json names none)."""
 
     name: str
     folder: Path
@@ -40,6 +41,7 @@ class Subject:
     dtype: str
     tokenizer: PreTrainedTokenizerBase
     token_ids: list[int]
+    beginning: list[int]
     seq_len: int
     context: int | None
     vocab_size: int | None

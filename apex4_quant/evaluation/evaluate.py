@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
 from ..models.source import read_config, resolve_model
-from ..models.tokenizers import load_tokenizer, require_known
+from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
 from ..progress import Progress
 from .engine import EngineName, Subject, Tasks, where
 from .engines import open_engine
@@ -33,6 +33,7 @@ class EvalSettings:
     baseline: str | None = None
     text: str = "heldout"
     seq_len: int = 2048
+    bos: str = Bos.AUTO
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
     batch_size: int = 8
@@ -58,7 +59,8 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         _require_comparable(subject, baseline)
     seq_len = min(each.seq_len for each in (subject, baseline) if each is not None)
     try:
-        ids = windows(subject.token_ids, seq_len, f"evaluation text {settings.text!r}")[: settings.limit]
+        text = f"evaluation text {settings.text!r}"
+        ids = windows(subject.token_ids, seq_len, text, subject.beginning)[: settings.limit]
     except CalibrationError as error:
         raise UsageError(str(error)) from error
     tasks = None
@@ -78,6 +80,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         "baseline_tasks": found.baseline_tasks,
         "text": settings.text,
         "seq_len": ids.shape[1],
+        "bos": bool(subject.beginning),
         "tokens": ids.numel(),
         **found.arithmetic,
         "kv_cache_bits": DTYPES[subject.dtype].itemsize * 8,
@@ -98,20 +101,21 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
     seq_len = min(settings.seq_len, config.get("max_position_embeddings") or settings.seq_len)
     if seq_len < settings.seq_len:
         progress.line(f"{name}: windows are {seq_len} tokens, the model's context ({settings.seq_len} asked)")
+    beginning = beginning_of(tokenizer, settings.bos)
     try:
-        token_ids = tokenizer.encode(load_text(settings.text))
+        token_ids = encode_text(tokenizer, load_text(settings.text, conversation_renderer(tokenizer)))
     except CalibrationError as error:
         raise UsageError(str(error)) from error
     # Tasks bring texts of their own: there any token of the tokenizer may come.
     require_known(max(tokenizer.get_vocab().values() if settings.tasks else token_ids, default=0), config, name)
     described = dtype if quantized is None else f"{quantized.name} g{quantized.group_size}, {quantized.recipe}, {dtype}"
-    context = config.get("max_position_embeddings")
-    return Subject(name, folder, described, dtype, tokenizer, token_ids, seq_len, context, config.get("vocab_size"))
+    context, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    return Subject(name, folder, described, dtype, tokenizer, token_ids, beginning, seq_len, context, vocabulary)
 
 
 def _require_comparable(subject: Subject, baseline: Subject) -> None:
     """Raise UsageError where the two models do not predict the same tokens from the same tokens."""
-    if subject.token_ids != baseline.token_ids:
+    if (subject.token_ids, subject.beginning) != (baseline.token_ids, baseline.beginning):
         raise UsageError(
             f"the tokenizers of {subject.name} and {baseline.name} cut the text into different tokens, and only "
             "predictions of the same tokens can be compared: give the original of the model as --baseline"
@@ -129,7 +133,8 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
     computed = f", computed with {bits}-bit activations" if bits else ""
     lines = [
         f"{result['model']}: {result['format']}{computed}, KV cache {result['kv_cache_bits']} bits, {where(result)}",
-        f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}, {result['seconds']:.1f} s",
+        f"{result['tokens']} tokens of {result['text']} in windows of {result['seq_len']}"
+        f"{', each behind BOS' if result['bos'] else ''}, {result['seconds']:.1f} s",
     ]
     rows = [("perplexity", result["perplexity"], result["baseline_perplexity"])]
     for task, metrics in result["tasks"].items():

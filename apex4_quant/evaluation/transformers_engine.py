@@ -73,4 +73,5 @@ def _tasks(model: PreTrainedModel, subject: Subject, tasks: Tasks | None) -> Res
 def _wrapped(model: PreTrainedModel, subject: Subject, batch_size: int) -> LM:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=batch_size)
+    bos = bool(subject.beginning)
+    return HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=batch_size, add_bos_token=bos)

@@ -95,7 +95,12 @@ class VllmEngine:
         if tasks is not None:
             longest = max(longest, subject.context or longest)
         options = {"max_model_len": longest, "max_num_batched_tokens": _STEP_TOKENS, "enforce_eager": True}
-        with self._running(subject.folder, subject.dtype, options, for_tasks=tasks is not None) as (llm, wrapped):
+        with self._running(
+            subject.folder, subject.dtype, options, for_tasks=tasks is not None, bos=bool(subject.beginning)
+        ) as (
+            llm,
+            wrapped,
+        ):
             perplexity, tops = _predictions(llm, ids, advance)
             results = {} if tasks is None else run_tasks(lambda: wrapped, tasks)
         return perplexity, tops, results
@@ -145,7 +150,7 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _running(
-        self, folder: Path, dtype: str, options: dict[str, Any], for_tasks: bool = False
+        self, folder: Path, dtype: str, options: dict[str, Any], for_tasks: bool = False, bos: bool = False
     ) -> Iterator[tuple[Any, LM | None]]:
         """vLLM's `LLM` of the model, and the same wrapped for lm-eval. Raises Apex4Error for a model that it refuses."""
         if quant_config_of(read_config(folder)) is not None:
@@ -160,7 +165,7 @@ class VllmEngine:
                     if for_tasks:
                         from lm_eval.models.vllm_causallms import VLLM
 
-                        wrapped = VLLM(pretrained=str(folder), batch_size="auto", **options)
+                        wrapped = VLLM(pretrained=str(folder), batch_size="auto", add_bos_token=bos, **options)
                         llm = wrapped.model
                     else:
                         from vllm import LLM

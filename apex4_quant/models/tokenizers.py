@@ -1,12 +1,13 @@
-"""The model's own tokenizer, loaded from its folder and nowhere else."""
+"""The model's own tokenizer, loaded from its folder and nowhere else, and how its model expects text to begin."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,15 @@ from ..errors import Apex4Error, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Bos(StrEnum):
+    """Whether windows of text begin with the tokenizer's BOS token. The value is what --bos takes."""
+
+    AUTO = "auto"  # where the tokenizer puts one before a text
+    ALWAYS = "always"
+    NEVER = "never"
+
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -54,6 +64,31 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Long texts are cut into windows by us; the length warning would be noise.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def beginning_of(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
+    """The tokens that every window begins with: BOS, or none. Raises UsageError for --bos always without such a token."""
+    token = tokenizer.bos_token_id
+    if bos == Bos.NEVER:
+        return []
+    if bos == Bos.ALWAYS:
+        if not isinstance(token, int):
+            raise UsageError("--bos is always and the model's tokenizer has no BOS token: leave --bos away")
+        return [token]
+    return [token] if isinstance(token, int) and tokenizer.encode("a")[:1] == [token] else []
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of `text` alone: nothing is put before it or behind it."""
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return tokens
+
+
+def conversation_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], str] | None:
+    """A conversation to text by the model's chat template; None if it ships none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 def missing_packages(folder: Path) -> list[str]:

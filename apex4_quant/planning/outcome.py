@@ -102,6 +102,7 @@ class QuantizationPlan:
             "mode": str(settings.mode),
             "mainloop": self.mainloop.name,
             "tokens": settings.tokens,
+            "bos": str(settings.bos),
         }
         bounds = {"budget": settings.budget, "max_loss": settings.max_loss}
         return header | {name: value for name, value in bounds.items() if value is not None}

@@ -70,7 +70,7 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
     if out is not None:
         require_plan_path(out)
     source = ModelSource(settings.model)
-    names = ("model", "recipe", "target", "calib", "seq_len", "seed", "device", "dtype")
+    names = ("model", "recipe", "target", "calib", "seq_len", "seed", "bos", "device", "dtype")
     # Under a learned transform as many rows would be collected as a run learns from; these are learned for less.
     run = QuantizeSettings(
         **{name: getattr(settings, name) for name in names},
@@ -79,7 +79,7 @@ def make_plan(settings: PlanSettings, out: Path | None = None, progress: Progres
     ).resolve(source)
     if settings.samples is None:
         run = replace(run, samples=max(1, TOKENS // run.seq_len))
-    samples = draw_calibration(source, run, settings.seq_len, progress)
+    samples = draw_calibration(source, run, settings.seq_len, progress).windows
     runner = LayerRunner(source, run.device, DTYPES[run.dtype])
     planned, bits = plan_of(source, run).linears, Mode(settings.mode).activation_bits
     groups = measure_sensitivity(source, runner, samples, planned, transforms, bits, run.seed, progress)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import UsageError
 from ..format.number_format import BLOCK
 from ..format.transform_kind import TransformKind
+from ..models.tokenizers import Bos
 from ..recipes import DEFAULT_RECIPE, get_recipe
 from .cost_model import DEFAULT_TOKENS, OURS
 from .options import Mode
@@ -33,6 +34,7 @@ class PlanSettings:
     samples: int | None = None  # None: as many as TOKENS tokens are
     seq_len: int = 2048
     seed: int = 0
+    bos: str = Bos.AUTO
     device: str = "auto"
     dtype: str = "auto"
 

@@ -328,6 +328,7 @@ def _made_with(checkpoint: CheckpointFolder) -> list[str]:
     calibrated = f"Calibration: {facts.text_name(str(settings.get('calib')))}"
     if tokens is not None:
         calibrated += f", {tokens} tokens in windows of {settings.get('seq_len')}, seed {settings.get('seed')}"
+        calibrated += ", each behind BOS" if report.get("calibration_bos") else ""
     lines.append(f"{calibrated}.")
     versions = report.get("versions") or {}
     if versions:

@@ -117,6 +117,7 @@ def conditions(record: dict[str, Any]) -> str:
         what = f"{result['batch']} requests of {result['prompt_len']} + {result['gen_len']} tokens"
     else:
         what = f"{result['tokens']} tokens of {text_name(result['text'])} in windows of {result['seq_len']}"
+        what += ", each behind BOS" if result.get("bos") else ""
         what += f", KV cache in {result['kv_cache_bits']} bits, {result['dtype']}"
     return f"{what}; activations in {bits} bits, computed by {how}{served} on {where}; {versions}; {record['date']}."
 
@@ -218,7 +219,7 @@ def reproducing_command(checkpoint: CheckpointFolder, base: BaseModel) -> list[s
         options.append(("--plan", "plan.json"))
     else:
         options += [("--group-size", settings.get("group_size")), ("--transform", settings.get("transform"))]
-    for name in ("activation_bits", "target", "layout", "calib", "samples", "seq_len", "seed", "dtype"):
+    for name in ("activation_bits", "target", "layout", "calib", "samples", "seq_len", "seed", "bos", "dtype"):
         value = settings.get(name)
         options.append((f"--{name.replace('_', '-')}", public_name(str(value)) if value is not None else None))
     options += [("--ignore", pattern) for pattern in settings.get("ignore") or ()]

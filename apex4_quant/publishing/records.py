@@ -32,7 +32,7 @@ VERSION = 1
 QUALITY, THROUGHPUT = "quality", "throughput"
 # What makes two measurements the same one, made again.
 _SETTINGS = {
-    QUALITY: ("text", "seq_len", "tokens", "baseline", "device", "dtype", "kv_cache_bits", "engine"),
+    QUALITY: ("text", "seq_len", "bos", "tokens", "baseline", "device", "dtype", "kv_cache_bits", "engine"),
     THROUGHPUT: ("batch", "prompt_len", "gen_len", "device", "engine"),
 }
 _USUAL = {"engine": EngineName.TRANSFORMERS}  # of records that do not say it

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 
 from ..calib.errors import CalibrationError
@@ -10,10 +13,17 @@ from ..calib.samples import draw_samples
 from ..calib.text import load_text
 from ..errors import UsageError
 from ..models.source import ModelSource
-from ..models.tokenizers import load_tokenizer, require_known
+from ..models.tokenizers import beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
 from ..progress import Progress
 from .plan import Plan
 from .settings import ResolvedSettings
+
+
+class Calibration(NamedTuple):
+    """Token windows int64 [S, L], and whether each begins with BOS."""
+
+    windows: torch.Tensor
+    bos: bool
 
 
 def windows_needed(plan: Plan, settings: ResolvedSettings) -> int:
@@ -28,23 +38,27 @@ def windows_needed(plan: Plan, settings: ResolvedSettings) -> int:
 
 def draw_calibration(
     source: ModelSource, settings: ResolvedSettings, asked_seq_len: int, progress: Progress
-) -> torch.Tensor:
-    """Token windows int64 [S, L]. `asked_seq_len`: L before it was cut to the model's context, which is reported.
+) -> Calibration:
+    """The windows of a run. `asked_seq_len`: their length before it was cut to the model's context, which is reported.
 
     Raises UsageError for text that is absent or too short, Apex4Error for a tokenizer that is not the model's.
     """
     tokenizer = load_tokenizer(source.folder)
+    beginning = beginning_of(tokenizer, settings.bos)
     try:
-        text = load_text(settings.calib)
+        text = load_text(settings.calib, conversation_renderer(tokenizer))
         what = f"calibration text {settings.calib!r}"
-        samples = draw_samples(tokenizer.encode, text, settings.samples, settings.seq_len, settings.seed, what)
+        encode = partial(encode_text, tokenizer)
+        samples = draw_samples(encode, text, settings.samples, settings.seq_len, settings.seed, what, beginning)
     except CalibrationError as error:
         raise UsageError(str(error)) from error
     if settings.seq_len < asked_seq_len:
         progress.line(f"calibration windows are {settings.seq_len} tokens, the model's context ({asked_seq_len} asked)")
+    if beginning:
+        progress.line(f"calibration windows begin with BOS, token {beginning[0]}")
     if len(samples) < settings.samples:
         progress.line(
             f"calibration text has {len(samples)} windows of {settings.seq_len} tokens ({settings.samples} asked)"
         )
     require_known(int(samples.max()), source.config, source.name)
-    return samples
+    return Calibration(samples, bool(beginning))

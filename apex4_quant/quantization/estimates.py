@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..calib.probes import PROBE_ROWS, rows_to_learn_from
+from ..distillation.distill import STEP_TOKENS
 from ..format.number_format import BLOCK
 from ..hardware.devices import DTYPES
 from ..kernels import torch_backend
@@ -23,6 +24,7 @@ from ..rounding.nearest import search_scales
 from ..transforms.learned_transform import INPUT_ROWS_PER_STEP, WEIGHT_ROWS_KEPT, WEIGHT_ROWS_PER_STEP
 from .calibration import windows_needed
 from .collector import EXPERT_ROWS
+from .distilling import distilling_bytes
 from .plan import Plan, plan_as_dict, plan_of
 from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk, gradient_windows
 from .settings import QuantizeSettings, ResolvedSettings
@@ -66,7 +68,9 @@ def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype
     hidden = windows[0] * windows[1] * int(source.config["hidden_size"]) * dtype.itemsize
     gradients = plan.recipe.importance is Importance.GRADIENTS
     kept = gradient_bytes_on_disk(source, windows, dtype) if gradients else 0
-    return plan.bytes_after + 2 * streams * hidden + kept
+    # The state of a distillation is four float32 numbers a parameter.
+    distilling = 16 * sum(linear.elements for linear in plan.linears) if plan.recipe.distill_steps else 0
+    return plan.bytes_after + 2 * streams * hidden + kept + distilling
 
 
 def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int) -> int:
@@ -97,7 +101,7 @@ def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: 
     rewriting = 0  # the layer in float32, before anything is collected, and loaded
     if plan.recipe.rotation or plan.recipe.diagonal:
         rewriting = 3 * layer + 16 * seq_len * widest
-    return max(quantizing, rewriting, predicting, 2 * outer) + states
+    return max(max(quantizing, rewriting, predicting, 2 * outer) + states, distilling_bytes(plan))
 
 
 def _rounding_bytes(plan: Plan) -> int:
@@ -230,6 +234,8 @@ def _multiplies(source: ModelSource, plan: Plan, tokens: int, device: str) -> fl
     ):  # a good half of K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
         multiplies += 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         multiplies += (1 + recipe.refinement) * of_columns
+    # Forwards of both models, and back through one: of every step.
+    multiplies += 4 * recipe.distill_steps * STEP_TOKENS * elements
     if recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
         multiplies += 3 * of_tokens + of_columns
         multiplies += sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())

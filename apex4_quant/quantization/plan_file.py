@@ -29,7 +29,7 @@ from ..models.source import ModelSource
 
 PLAN_VERSION = 1
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
-_INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "budget", "max_loss", "predicted")
+_INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "bos", "budget", "max_loss", "predicted")
 _ENTRY_KEYS = ("group_size", "transform", "activation_bits", "shape")
 
 

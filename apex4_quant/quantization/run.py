@@ -44,6 +44,7 @@ from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
 from .calibration import draw_calibration, windows_needed
+from .distilling import distill, require_distillable, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
@@ -151,12 +152,13 @@ def quantize(
     source = ModelSource(settings.model)
     resolved = settings.resolve(source)
     plan = plan_of(source, resolved)
+    require_distillable(source, plan)
     windows = windows_needed(plan, resolved)
     if windows < resolved.samples:
         progress.line(
             f"nothing is learned from text: {windows} of {resolved.samples} calibration windows are used, to measure errors"
         )
-    samples = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
+    samples, bos = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
@@ -175,7 +177,7 @@ def quantize(
     }
     state = RunState.resume(out, recorded) if found is OutputFolder.RUN else RunState.begin(out, recorded)
     try:
-        result = _Run(source, resolved, plan, samples, runner, state, progress, should_stop).execute()
+        result = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop).execute()
     finally:
         state.close()
     state.finish()
@@ -204,6 +206,7 @@ class _Run:
     settings: ResolvedSettings
     plan: Plan
     samples: torch.Tensor
+    bos: bool  # whether they begin with it
     runner: LayerRunner
     state: RunState
     progress: Progress
@@ -231,6 +234,8 @@ class _Run:
 
     def execute(self) -> QuantizeResult:
         """Raises Stopped or Apex4Error."""
+        if self.state.is_distilled:
+            return self._finish_distilled()
         for runner in self._runners:
             runner.prepare(self.samples.shape[1])
         embedding = f"{self.source.family.embedding}.weight"
@@ -245,6 +250,14 @@ class _Run:
         rest = [name for name in self.source.outer_tensors if name != embedding]
         written = self._write_shard(self._shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self._shard_count, written, [])
+        if not self.plan.recipe.distill_steps:
+            return self._finish()
+        return_free_memory()
+        distill(self.source, self.plan, self.settings, self.samples, self.state, self.progress, self.should_stop)
+        return self._finish_distilled()
+
+    def _finish_distilled(self) -> QuantizeResult:
+        take_distilled(self.state)
         return self._finish()
 
     def _embed(self, embedding: str) -> None:
@@ -373,6 +386,8 @@ class _Run:
                 "transformers": transformers.__version__,
             },
             "settings": self.settings.as_dict(),
+            **({"distillation": self.state.load_distilled()[1]["distillation"]} if self.state.is_distilled else {}),
             "calibration_tokens": self.samples.numel(),
+            "calibration_bos": self.bos,
             "files": {shard["file"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards},
         }

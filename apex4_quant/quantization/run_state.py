@@ -4,6 +4,8 @@
     OUT/.apex4-run/settings.json     the settings of the first run; a restart refuses others
     OUT/.apex4-run/shard-00003.json  a finished shard: checksum, size, per-linear errors. Writing it is the commit.
     OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3
+    OUT/.apex4-run/distilling.safetensors     the state of a distillation on its way (distilling.py)
+    OUT/.apex4-run/distilled.safetensors, distilled.json      its outcome; writing the second is the commit
     OUT/.apex4-run/entering-00003.safetensors, gradients-00003.safetensors   of the float model, see predictions.py
 
 Order per layer: the shard, the next hidden states, then the record. A kill between them repeats the layer, which gives
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Mapping
 from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +49,9 @@ class StateKind(StrEnum):
     )
     ENTERING = "entering"  # the states of the float model that enter it (predictions.py)
     LEAVING_GRADIENTS = "gradients"  # of the float model's predictions by what leaves it (predictions.py)
+
+
+_DISTILLING, _DISTILLED, _DISTILLED_RECORD = "distilling.safetensors", "distilled.safetensors", "distilled.json"
 
 
 class OutputFolder(Enum):
@@ -149,6 +155,42 @@ class RunState:
     def commit(self, shard: int, record: dict[str, Any]) -> None:
         """From now on the shard is finished. `record` has its "file" and "sha256"."""
         write_json(self.folder / f"shard-{shard:05}.json", record)
+
+    def records(self) -> dict[int, dict[str, Any]]:
+        """What `commit` wrote of all finished shards, in their order."""
+        found = sorted(self.folder.glob("shard-*.json"))
+        return {int(path.stem.removeprefix("shard-")): read_json(path) for path in found}
+
+    def withdraw(self, shard: int) -> None:
+        """The shard is not finished any more: `commit` it again."""
+        (self.folder / f"shard-{shard:05}.json").unlink(missing_ok=True)
+
+    def save_distilling(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        write_tensors(self.folder / _DISTILLING, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+    def load_distilling(self) -> dict[str, torch.Tensor] | None:
+        """What `save_distilling` wrote last, None if there is nothing. Raises Apex4Error."""
+        path = self.folder / _DISTILLING
+        return self._load_file(path) if path.is_file() else None
+
+    @property
+    def is_distilled(self) -> bool:
+        return (self.folder / _DISTILLED_RECORD).is_file()
+
+    def save_distilled(self, tensors: Mapping[str, torch.Tensor], outcome: Mapping[str, Any]) -> None:
+        write_tensors(self.folder / _DISTILLED, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        write_json(self.folder / _DISTILLED_RECORD, outcome)
+        (self.folder / _DISTILLING).unlink(missing_ok=True)
+
+    def load_distilled(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `save_distilled` wrote. Raises Apex4Error."""
+        return self._load_file(self.folder / _DISTILLED), read_json(self.folder / _DISTILLED_RECORD)
+
+    def _load_file(self, path: Path) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise Apex4Error(f"{path} is damaged ({error}): begin again in another folder") from error
 
     def save_hidden(self, layer: int, streams: Streams) -> None:
         tensors = {"hidden_states": streams.hidden}

@@ -22,6 +22,7 @@ from ..format.transform_kind import TransformKind
 from ..hardware.devices import resolve_device, resolve_dtype
 from ..hardware.gpus import resolve_target
 from ..models.source import DEMO, DEMO_PATH, ModelSource
+from ..models.tokenizers import Bos
 from ..recipes import DEFAULT_RECIPE, get_recipe, named_recipes
 from ..transforms.rewriter import require_rotatable
 from .plan_file import PlanEntry, plan_given, read_plan_file
@@ -36,7 +37,7 @@ class QuantizeSettings:
 
     `recipe` is a name, the path of a YAML file, or a file's content. `plan` is the path of a plan file; from Python it may
     also be its content, {"group_size": ..., "transform": ...} by full module name, or group sizes alone. `samples` are
-    windows of `seq_len` tokens of the text `calib`. `ignore` are patterns of linears to keep as they are.
+    windows of `seq_len` tokens of the text `calib`, which begin with BOS or not (`bos`). `ignore` are patterns of linears to keep as they are.
     """
 
     model: str
@@ -51,6 +52,7 @@ class QuantizeSettings:
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
+    bos: str = Bos.AUTO
     device: str = "auto"
     dtype: str = "auto"
     ignore: tuple[str, ...] = ()
@@ -74,6 +76,8 @@ class QuantizeSettings:
                 raise UsageError(f"--{name} is {value}: give a number up to {LARGEST_COUNT}")
         if not SEEDS[0] <= self.seed <= SEEDS[1]:
             raise UsageError(f"--seed is {self.seed}: give a whole number from {SEEDS[0]} to {SEEDS[1]}")
+        if self.bos not in list(Bos):
+            raise UsageError(f"--bos is {self.bos!r}: give one of {', '.join(Bos)}")
         group_size = parse_group_size(self.group_size)
         if self.plan is not None and group_size != 128:
             raise UsageError("--plan decides every group size: leave --group-size away")
@@ -93,6 +97,7 @@ class QuantizeSettings:
             samples=self.samples,
             seq_len=min(self.seq_len, context),
             seed=self.seed,
+            bos=str(Bos(self.bos)),
             device=resolve_device(self.device),
             dtype=resolve_dtype(self.dtype, source.config),
             ignore=tuple(self.ignore),
@@ -135,6 +140,7 @@ class ResolvedSettings:
     samples: int
     seq_len: int
     seed: int
+    bos: str
     device: str
     dtype: str
     ignore: tuple[str, ...]

@@ -354,6 +354,11 @@ def storable(transform: torch.Tensor) -> torch.Tensor:
     """T float32 [G, 128, 128] -> float16, scaled by block by a power of two to a largest entry in [1/2, 1] and rounded to
     what both 16-bit formats hold: entries below 2^-14 become zero."""
     _, exponent = torch.frexp(transform.abs().amax((1, 2), keepdim=True))
-    mantissa, exponents = torch.frexp(torch.ldexp(transform, -exponent))
+    return round_to_halves(torch.ldexp(transform, -exponent))
+
+
+def round_to_halves(transform: torch.Tensor) -> torch.Tensor:
+    """float32 -> float16, rounded to what both 16-bit formats hold: entries below 2^-14 become zero."""
+    mantissa, exponents = torch.frexp(transform)
     rounded = torch.ldexp(torch.round(mantissa * 2**MANTISSA_BITS) / 2**MANTISSA_BITS, exponents)
     return torch.where(rounded.abs() < SMALLEST, 0.0, rounded).half()

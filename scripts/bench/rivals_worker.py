@@ -1,9 +1,9 @@
 """One rival recipe on one model, in the rivals' environment: quantize, measure, print JSON in the last line.
 
     rivals_worker.py --list
-    rivals_worker.py RECIPE MODEL IDS [--device cpu] [--batch 8]
+    rivals_worker.py RECIPE MODEL IDS [--device cpu] [--batch 8] [--group 128]
 
-scripts/bench/rivals and scripts/bench/quantize start it. IDS is a file of token windows (`calibration`, and `heldout`
+scripts/bench/rivals, scripts/bench/quantize and scripts/bench/real_models start it. IDS is a file of token windows (`calibration`, and `heldout`
 if perplexity is to be measured) that apex4's own code drew.
 The model stays in memory as llm-compressor leaves it, which is how that library simulates the quantized model: weights
 and activations are rounded to their grids and computed in floating point.
@@ -42,9 +42,11 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from apex4_quant.evaluation.predictions import measure_perplexity
+from apex4_quant.evaluation.predictions import RecordedPredictions, compare, measure_perplexity
 
 GROUP = 128
+if "--group" in sys.argv:  # recipes below are made of it
+    GROUP = int(sys.argv[sys.argv.index("--group") + 1])
 
 if not torch.accelerator.is_available():
     # AWQ pins memory for a GPU without looking whether there is one, and would not run here.
@@ -193,7 +195,11 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
     if "heldout" not in ids:
         return result
     model.eval()
-    result["perplexity"] = measure_perplexity(model, ids["heldout"])
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(model.device).eval()
+    measured = compare(model, RecordedPredictions(original, ids["heldout"]))
+    result |= {"perplexity": measured.perplexity, "divergence": measured.divergence}
+    result["top1_agreement"] = measured.top1_agreement
+    del original
     # Scales in bfloat16 cost something that a kernel with float32 scales would not: show the rival without it too.
     result["perplexity_float32"] = measure_perplexity(model.float(), ids["heldout"])
     return result
@@ -233,6 +239,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows that go through the model at once")
     # "auto": the dtype of the checkpoint, as `apex4 eval` computes in it.
     parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="that the model computes in")
+    parser.add_argument("--group", type=int, default=GROUP, help="channels of a group, a divisor of every width")
     parser.add_argument("--list", action="store_true", help="print the recipes as JSON and stop")
     args = parser.parse_args()
     if args.list:

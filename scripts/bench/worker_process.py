@@ -50,31 +50,42 @@ def reason(errors: str, code: int) -> str:
 
 
 def export_windows(
-    model: str, file: Path, samples: int, seq_len: int, heldout: bool = True, limit: int | None = None
+    model: str,
+    file: Path,
+    samples: int,
+    seq_len: int,
+    heldout: bool = True,
+    limit: int | None = None,
+    calib: str = "bundled",
+    text: str = "heldout",
+    seed: int = 0,
+    measured_len: int | None = None,
 ) -> tuple[Path, int]:
-    """Write the token windows of `apex4 quantize` and, if they are wanted, those of `apex4 eval`.
+    """Write the token windows of `apex4 quantize` and, if they are wanted, those of `apex4 eval` (of `measured_len`).
 
     Returns the model's folder and the number of calibration windows. Imports torch: call it in a process of its own.
     """
     from safetensors.torch import save_file
 
-    from apex4_quant.calib.samples import draw_samples, windows
+    from apex4_quant.calib.samples import windows
     from apex4_quant.calib.text import load_text
     from apex4_quant.evaluation.evaluate import EvalSettings
     from apex4_quant.models.source import ModelSource
-    from apex4_quant.models.tokenizers import load_tokenizer
+    from apex4_quant.models.tokenizers import beginning_of, encode_text, load_tokenizer
+    from apex4_quant.progress import Progress
+    from apex4_quant.quantization.calibration import draw_calibration
     from apex4_quant.quantization.settings import QuantizeSettings
 
     source = ModelSource(model)
-    settings = QuantizeSettings(model=model, samples=samples, seq_len=seq_len, device="cpu").resolve(source)
-    encode = load_tokenizer(source.folder).encode
-    calibration = draw_samples(
-        encode, load_text(settings.calib), settings.samples, settings.seq_len, settings.seed, settings.calib
-    )
+    asked = QuantizeSettings(model=model, samples=samples, seq_len=seq_len, calib=calib, seed=seed, device="cpu")
+    settings = asked.resolve(source)
+    calibration = draw_calibration(source, settings, settings.seq_len, Progress()).windows
     tensors = {"calibration": calibration.contiguous()}
     if heldout:
-        measured = EvalSettings(model=model)
-        length = min(measured.seq_len, source.config.get("max_position_embeddings") or measured.seq_len)
-        tensors["heldout"] = windows(encode(load_text(measured.text)), length, measured.text)[:limit].contiguous()
+        tokenizer = load_tokenizer(source.folder)
+        length = measured_len or EvalSettings(model=model).seq_len
+        length = min(length, source.config.get("max_position_embeddings") or length)
+        ids = windows(encode_text(tokenizer, load_text(text)), length, text, beginning_of(tokenizer, settings.bos))
+        tensors["heldout"] = ids[:limit].contiguous()
     save_file(tensors, file)
     return source.folder, len(calibration)

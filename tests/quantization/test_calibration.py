@@ -68,3 +68,18 @@ def test_the_codes_are_those_of_all_windows(
     assert reports[0]["quantized"] != reports[1]["quantized"]
     for name in ("config.json", "model-00002-of-00004.safetensors"):
         assert sha256(few / name) == sha256(all_of_them / name)
+
+
+def test_windows_behind_bos_are_recorded_and_not_mixed(
+    tiny_model: Callable[..., Path], tmp_path: Path, calib: Path, invoke: Call, one_sentence: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", tiny_model(), "--recipe", "gptq", "--target", "none", "--calib", calib, "--seq-len", 16)
+    result = invoke(*command, "-o", out, "--samples", 4, "--bos", "always")
+    assert result.exit_code == 0, result.stderr
+    assert "calibration windows begin with BOS, token " in result.stderr
+    report = json.loads((out / "apex4_report.json").read_text())
+    assert report["calibration_bos"] is True and report["settings"]["bos"] == "always"
+    one_sentence(invoke("quantize", "--resume", "-o", out, "--bos", "never"), 2, "bos = 'always'", "'never'")
+    result = invoke("eval", out, "--seq-len", 16, "--limit", 1, "--text", calib, "--bos", "always", "--json")
+    assert json.loads(result.stdout)["bos"] is True

@@ -68,7 +68,7 @@ def test_every_seed_in_the_bounds_draws_and_rotates(seed: int) -> None:
 
     source = ModelSource("demo")
     settings = QuantizeSettings("demo", samples=2, seq_len=32, seed=seed, target="none", device="cpu").resolve(source)
-    assert draw_calibration(source, settings, 32, Progress()).shape == (2, 32)
+    assert draw_calibration(source, settings, 32, Progress()).windows.shape == (2, 32)
 
 
 def test_the_record_is_json_and_comes_back(tiny_model: Callable[..., Path]) -> None:

@@ -1,0 +1,160 @@
+"""W4A4 linears with gradients: what a packed linear computes, as a function of numbers that can be learned.
+
+    y = Q_a(x T; c) (s q)^T + b          s = exp(log_scale), q = round(v) in -7 ... 7, c = exp(log_clip)
+
+v are the codes before rounding, free numbers from here on: of the float weights only their start is left. So T needs no
+inverse, and learns by itself. Rounding passes gradients straight through (Bengio et al., arXiv 1308.3432): with r = x / s_a,
+the quotient that is rounded,
+
+    d Q_a / d x = 1 where |r| <= 7.5, else 0         d Q_a / d s_a = q - r there (as in LSQ, arXiv 1902.08153), else q
+    d (s q) / d v = s                                d (s q) / d s = q
+
+and s_a = c absmax / 7 hands its gradient on to c and to the largest value of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..format.number_format import ACTIVATION_SCALE_MIN, BITS, BLOCK, CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
+from ..format.quant_config import LinearFormat
+from ..format.transform_kind import TransformKind
+from ..kernels.hadamard import apply_block_hadamard
+from ..transforms.block_transforms import transform_weight
+from ..transforms.learned_transform import round_to_halves
+
+WITHIN_CELL = 0.45  # of a code: how far the start of v may be from it, so that rounding gives the code again
+
+
+class _RoundActivation(torch.autograd.Function):
+    """y [..., K], in groups, and log c -> what the quantizer makes of y, in its dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, log_clip: torch.Tensor, group: int) -> torch.Tensor:
+        ctx.save_for_backward(y, log_clip)
+        ctx.group = group
+        grouped = y.unflatten(-1, (-1, group)).float()
+        scale = _scale(grouped.abs().amax(-1, keepdim=True), log_clip)
+        codes = (grouped / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
+        quantized: torch.Tensor = codes.mul_(scale).to(y.dtype).flatten(-2)
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        y, log_clip = ctx.saved_tensors
+        grouped = y.unflatten(-1, (-1, ctx.group)).float()
+        gradient = gradients[0].unflatten(-1, (-1, ctx.group)).float()
+        largest, place = grouped.abs().max(-1, keepdim=True)
+        scale = _scale(largest, log_clip)
+        ratio = grouped / scale
+        inside = ratio.abs() <= CODE_MAX + 0.5
+        codes = ratio.round().clamp_(-CODE_MAX, CODE_MAX)
+        by_scale = (gradient * torch.where(inside, codes - ratio, codes)).sum(-1, keepdim=True)
+        by_y = gradient * inside
+        sign = grouped.gather(-1, place).sign()
+        by_y.scatter_add_(-1, place, by_scale * sign * (log_clip.exp() / CODE_MAX))
+        return by_y.to(y.dtype).flatten(-2), (by_scale * scale).sum(), None
+
+
+def _scale(largest: torch.Tensor, log_clip: torch.Tensor) -> torch.Tensor:
+    return (largest * (log_clip.exp() / CODE_MAX)).clamp_min(ACTIVATION_SCALE_MIN)
+
+
+class _RoundWeight(torch.autograd.Function):
+    """v [N, K] and log s [N, G] -> s round(v), [N, K] in `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, v: torch.Tensor, log_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(v, log_scale)
+        return (_codes(v, log_scale) * log_scale.exp()[..., None]).flatten(1).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        v, log_scale = ctx.saved_tensors
+        gradient = gradients[0].float().unflatten(1, (log_scale.shape[1], -1))
+        scaled = gradient * log_scale.exp()[..., None]
+        return scaled.flatten(1), (scaled * _codes(v, log_scale)).sum(-1), None
+
+
+def _codes(v: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """[N, G, g]."""
+    codes: torch.Tensor = v.round().clamp_(-CODE_MAX, CODE_MAX).unflatten(1, (log_scale.shape[1], -1))
+    return codes
+
+
+class TrainedInput(nn.Module):
+    """The quantizer of an input: its transform and clip ratio. Linears that read one input share it, and what it computes.
+
+    `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one.
+    Inputs of 8 bits are not rounded here: their error is a sixteenth.
+    """
+
+    def __init__(self, format: LinearFormat, matrix: torch.Tensor | None, device: torch.device) -> None:
+        super().__init__()
+        self.format = format
+        self.matrix = None if matrix is None else nn.Parameter(matrix.to(device).float())
+        self.log_clip = nn.Parameter(torch.tensor(math.log(format.activation_clip), device=device))
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> quantized, [..., padded K]. The linears of one input are called with the same tensor."""
+        if self._last is not None and self._last[0] is x:
+            return self._last[1]
+        y = nn.functional.pad(x, (0, self.format.padded_k - x.shape[-1])) if x.shape[-1] < self.format.padded_k else x
+        if self.matrix is not None:
+            blocks = y.reshape(-1, self.format.padded_k // BLOCK, BLOCK).transpose(0, 1)
+            matrix = self.matrix.to(y.dtype).expand(len(blocks), -1, -1)
+            y = torch.bmm(blocks, matrix).transpose(0, 1).reshape(y.shape)
+        elif self.format.transform is TransformKind.HADAMARD:
+            y = apply_block_hadamard(y)
+        quantized: torch.Tensor = y
+        if self.format.activation_bits == BITS:
+            quantized = _RoundActivation.apply(y, self.log_clip, self.format.group_length)  # type: ignore[no-untyped-call]
+        self._last = (x, quantized)
+        return quantized
+
+    def forget(self) -> None:
+        """Let go of the last input and of the graph behind it."""
+        self._last = None
+
+    @torch.no_grad()
+    def stored(self) -> tuple[torch.Tensor | None, float]:
+        """The transform as it is stored, float16, and the clip ratio."""
+        matrix = None if self.matrix is None else round_to_halves(self.matrix)
+        return matrix, float(self.log_clip.exp())
+
+
+class TrainedLinear(nn.Module):
+    """A linear of `codes` [N, padded K] and `scales` [N, G] behind `input`; `weight` float [N, K] is what was rounded."""
+
+    def __init__(
+        self,
+        format: LinearFormat,
+        input: TrainedInput,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.format, self.input = format, input
+        codes, scales = codes.to(weight.device).float(), scales.to(weight.device).float()
+        matrix = None if input.matrix is None else input.matrix.detach().expand(format.padded_k // BLOCK, -1, -1)
+        exact = transform_weight(weight, format, matrix).unflatten(1, (scales.shape[1], -1)) / scales[..., None]
+        self.v = nn.Parameter(torch.clamp(exact.flatten(1), codes - WITHIN_CELL, codes + WITHIN_CELL))
+        self.log_scale = nn.Parameter(scales.log())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = _RoundWeight.apply(self.v, self.log_scale, x.dtype)  # type: ignore[no-untyped-call]
+        return nn.functional.linear(self.input(x), weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    @torch.no_grad()
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 codes [N, padded K], float16 scales [N, G]."""
+        scales = self.log_scale.exp().clamp(WEIGHT_SCALE_MIN, WEIGHT_SCALE_MAX).half()
+        return _codes(self.v, self.log_scale).flatten(1).to(torch.int8), scales

@@ -1,0 +1,118 @@
+"""Distillation of the bundled model: it helps, what is stored is what was learned, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from apex4_quant import quantize
+from apex4_quant.checkpoint.check import check
+from apex4_quant.errors import Stopped, UsageError
+from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
+from apex4_quant.format.storage import sha256
+from apex4_quant.quantization import distilling
+from apex4_quant.quantization.settings import QuantizeSettings
+
+RECIPE: dict[str, Any] = {"name": "short", "rounding": "gptq", "search_clip": True, "distill_steps": 6}
+TEXT = {"samples": 24, "seq_len": 64}
+
+
+def settings(model: Path | str = "demo", **changes: Any) -> QuantizeSettings:
+    return QuantizeSettings(str(model), RECIPE | changes, target="none", device="cpu", **TEXT)
+
+
+@pytest.fixture(scope="module")
+def few_tokens() -> Any:
+    """Steps of four windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apex4_quant.distillation.distill.STEP_TOKENS", 4 * 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair(few_tokens: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same run without distillation and with it."""
+    folder = tmp_path_factory.mktemp("distill")
+    for name, steps in (("before", 0), ("after", 24)):
+        quantize(settings(transform="dense128", transform_steps=2, distill_steps=steps), folder / name)
+    return folder / "before", folder / "after"
+
+
+def test_the_predictions_come_nearer(pair: tuple[Path, Path]) -> None:
+    before, after = (
+        evaluate(EvalSettings(str(out), "demo", seq_len=64, limit=24, device="cpu"))["divergence"] for out in pair
+    )
+    assert after < 0.97 * before
+    report = json.loads((pair[1] / "apex4_report.json").read_text())["distillation"]
+    assert report["steps"] == 24 and report["tokens"] == 24 * 4 * 64
+    assert report["divergence_after"] <= report["divergence_before"]
+
+
+def test_the_checkpoint_is_whole(pair: tuple[Path, Path]) -> None:
+    check(str(pair[1]))
+    assert not (pair[1] / ".apex4-run").exists()
+
+
+class Stop:
+    """Says yes when it is asked for the n-th time."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked = settings(tiny_model())
+    quantize(asked, tmp_path / "whole")
+    stop = Stop(2 + 3)  # two layers, three steps
+    with pytest.raises(Stopped, match="steps of distillation"):
+        quantize(asked, tmp_path / "parts", should_stop=stop)
+    quantize(asked, tmp_path / "parts", resume=True)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert sha256(path) == sha256(tmp_path / "parts" / path.name), path.name
+
+
+def test_a_kill_while_shards_are_replaced_is_made_up_for(
+    few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(tiny_model())
+    quantize(asked, tmp_path / "whole")
+    written, write = [], distilling.write_tensors
+
+    def killed(path: Path, tensors: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, tensors)
+
+    monkeypatch.setattr(distilling, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(asked, tmp_path / "parts")
+    monkeypatch.setattr(distilling, "write_tensors", write)
+    quantize(asked, tmp_path / "parts", resume=True)
+    for path in (tmp_path / "whole").iterdir():
+        assert sha256(path) == sha256(tmp_path / "parts" / path.name), path.name
+
+
+def test_one_window_is_too_few(few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    asked = QuantizeSettings(str(tiny_model()), RECIPE, target="none", device="cpu", samples=1, seq_len=16)
+    with pytest.raises(UsageError, match="distillation needs two calibration windows"):
+        quantize(asked, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["rotation: true", "diagonal: 0.25"])
+def test_what_excludes_it(key: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"rounding: gptq\ndistill_steps: 5\n{key}\n")
+    result = invoke("quantize", "demo", "--recipe", recipe, "--dry-run")
+    assert result.exit_code == 2 and f"distill_steps and '{key}', which exclude each other" in result.stderr
