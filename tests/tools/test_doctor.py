@@ -14,7 +14,7 @@ import torch
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.kernels.catalogue import Configuration, configurations, kernel_family, sm_of
 from apex4_quant.kernels.gemm import configs as gemm_configs
-from apex4_quant.kernels.gemm import fused_linear
+from apex4_quant.kernels.gemm import fused_linear, s8_configs, sm90_s8_configs
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.runtime import compiler
 from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
@@ -107,7 +107,10 @@ def test_doctor_says_with_how_many_bits(
     monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
     assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu"
     monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
-    assert lines()[0] == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
+    assert (
+        lines()[0]
+        == "the kernels of gemm_s8.cu, all linears with 8-bit activations (APEX4_ACTIVATIONS=8), which never ran on such a GPU"
+    )
     monkeypatch.setenv("APEX4_ACTIVATIONS", "5")
     result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (2, "apex4: APEX4_ACTIVATIONS=5 is not known: give 4, 8 or auto\n")
@@ -183,6 +186,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     source.write_text('extern "C" __global__ void toy(int* p) { p[threadIdx.x] = VALUE; }')
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
     of_modules = ((gemm_configs, made[:1]), (fused_linear, []), (quantize_configs, made[1:]), (sweep_configs, []))
+    of_modules += ((s8_configs, []), (sm90_s8_configs, []))
     for module, configs in of_modules:
         monkeypatch.setattr(module, "all_configs", lambda sm, configs=configs: configs)
     return made
