@@ -36,7 +36,8 @@ from ..format.storage import (
 )
 from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
-from ..models.source import INDEX_NAME, read_tensors
+from ..models.source import read_tensors
+from ..models.weight_files import INDEX_NAME
 from .check import stored_formats
 from .inspect import Checkpoint
 from .load import verify_checksums

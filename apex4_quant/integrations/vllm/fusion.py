@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.pattern_matcher import PatternExpr, fwd_only, gen_pattern
+from torch._inductor.pattern_matcher import Match, PatternExpr, fwd_only, gen_pattern
 from vllm.compilation.passes.inductor_pass import InductorPass, enable_fake_mode
 from vllm.config import CompilationMode, VllmConfig
 from vllm.logger import init_logger
@@ -223,7 +223,7 @@ def _fuse_silu_mul(graph: fx.Graph, linear: fx.Node, product: Any) -> bool:
     if not isinstance(product, fx.Node) or product.target is not torch.ops.aten.mul.Tensor:
         return False
     match = _silu_mul_pattern(product.meta["val"].dtype).match(product)
-    if not match or not _is_read_by(product, linear):
+    if not isinstance(match, Match) or not _is_read_by(product, linear):
         return False
     halves = [node for node in match.nodes if node.target is _SLICE]
     up = next((half for half in halves if half in product.args), None)

@@ -21,6 +21,7 @@ from . import sass
 
 if TYPE_CHECKING:
     from ..gemm.s8_configs import S8Config
+    from ..gemm.sm90_s8_configs import Sm90S8Config
 
 TABLE = Path(__file__).parent / "mainloop_counts.json"
 CONTROL = Path(__file__).parents[3] / "scripts" / "account" / "naive_i2f.cu"  # in a checkout only
@@ -100,6 +101,7 @@ def kernels() -> Iterator[Kernel]:
                     fused.shared_bytes,
                 )  # fmt: skip
         yield from _eight_bit(sm, s8_configs.all_configs(sm))
+        yield from _eight_bit(sm, sm90_s8_configs.all_configs(sm))
         if sm < 90:
             yield Kernel("naive_i2f", arch_of(sm), str(CONTROL), "naive_gemm", {}, (128, 128), 64, False, 3 * 17152)
     for hopper in sm90_s8_configs.all_configs(90):
@@ -113,11 +115,13 @@ def kernels() -> Iterator[Kernel]:
             yield from _eight_bit(sm, s8_configs.all_configs(sm))
 
 
-def _eight_bit(sm: int, configs: Iterable[S8Config]) -> Iterator[Kernel]:
+def _eight_bit(sm: int, configs: Iterable[S8Config | Sm90S8Config]) -> Iterator[Kernel]:
     for config in configs:
         if config.out == "bf16":
             tile = (config.tile_m, config.tile_n)
-            accumulators = config.tile_m * config.tile_n // config.threads
+            # Of wgmma a warpgroup holds 64 outputs.
+            multiplying = config.threads if config.name.startswith("s8_") else 2 * config.tile_n
+            accumulators = config.tile_m * config.tile_n // multiplying
             yield Kernel(
                 config.name, arch_of(sm), config.source, config.entry, dict(config.defines), tile, accumulators, False,
                 config.shared_bytes, bits=8,
