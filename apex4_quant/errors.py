@@ -12,6 +12,10 @@ class Apex4Error(Exception):
 
     exit_code = 1
 
+    def __init__(self, sentence: str = "") -> None:
+        # Names of files and tensors stand in it, and a name may hold the end of a line.
+        super().__init__(" ".join(sentence.splitlines()))
+
 
 class UsageError(Apex4Error):
     """The request itself cannot be carried out as given. Exit code 2."""
