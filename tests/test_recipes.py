@@ -24,6 +24,7 @@ def test_the_named_recipes() -> None:
         "apex4",
         "apex4-fast",
         "apex4-gptaq",
+        "apex4-distill",
     ]
     assert DEFAULT_RECIPE == "apex4"
     rtn = named_recipes()["rtn"]
