@@ -9,6 +9,8 @@ scale a token, and weights are folded (kernels/folding.py). Constants here are t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..errors import UsageError
 
 BITS = 4
@@ -28,6 +30,11 @@ WEIGHT_SCALE_MAX = 65504.0  # largest float16
 ACTIVATION_SCALE_MIN = 2.0**-100  # floor of s_a: an all-zero group gives zeros, never NaN
 
 GroupSize = int | str
+
+
+def arithmetic_name(bits: int, activation_bits: Iterable[int]) -> str:
+    """ "W4A4", "W4A8", or both where linears differ."""
+    return " and ".join(f"W{bits}A{each}" for each in sorted(set(activation_bits)))
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -16,6 +16,7 @@ from .number_format import (
     BLOCK,
     LARGEST_K_OF_TOKENS,
     GroupSize,
+    arithmetic_name,
     group_count,
     group_length,
     padded_in_features,
@@ -206,8 +207,8 @@ class QuantConfig:
     @property
     def name(self) -> str:
         """ "W4A4", "W4A8", or both where linears differ."""
-        overrides = {int(entry.get("activation_bits", self.activation_bits)) for entry in self.modules.values()}
-        return " and ".join(f"W{self.bits}A{bits}" for bits in sorted({self.activation_bits, *overrides}))
+        overrides = (int(entry.get("activation_bits", self.activation_bits)) for entry in self.modules.values())
+        return arithmetic_name(self.bits, (self.activation_bits, *overrides))
 
     def activation_bits_of(self, name: str) -> int:
         """4 or 8, of one linear."""

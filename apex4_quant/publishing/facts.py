@@ -11,7 +11,7 @@ from typing import Any
 
 from ..calib.text import names_a_file
 from ..evaluation.engine import EngineName
-from ..format.quant_config import QuantConfig
+from ..format.number_format import BITS, arithmetic_name
 from ..format.storage import format_bytes
 from .base_model import BaseModel
 from .folder import CheckpointFolder
@@ -87,7 +87,10 @@ def comparisons(record: dict[str, Any]) -> list[Comparison]:
 
 def format_name(checkpoint: CheckpointFolder) -> str:
     """ "W4A4", "W4A8", or both."""
-    return QuantConfig.from_dict(checkpoint.quantization).name
+    section = checkpoint.quantization
+    usual = section.get("activation_bits", BITS)
+    overrides = (module.get("activation_bits", usual) for module in section.get("modules", {}).values())
+    return arithmetic_name(section.get("bits", BITS), (usual, *overrides))
 
 
 def activations_name(checkpoint: CheckpointFolder) -> str:

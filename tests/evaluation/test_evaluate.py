@@ -103,7 +103,7 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     invoke: Call, tiny_model: Call, one_sentence: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said before anything is loaded; tasks bring texts of their own, so that any token may come in them."""
-    monkeypatch.setattr("apex4_quant.evaluation.evaluate.load_model", None)
+    monkeypatch.setattr("apex4_quant.evaluation.transformers_engine.load_model", None)
     model = tiny_model()
     tokenizer = load_tokenizer(model)
     tokenizer.add_tokens(["<added>"])

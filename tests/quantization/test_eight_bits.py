@@ -221,7 +221,9 @@ def test_resuming_with_other_bits(model: Path, calib: Path, tmp_path: Path, invo
 def test_the_plan_for_people_names_eight_bits(tiny_model: Call) -> None:
     source = ModelSource(str(tiny_model()))
     text = plan_as_text(
-        plan_of(source, QuantizeSettings(source.name, plan=mixed_plan(), target="none").resolve(source)), source
+        plan_of(source, QuantizeSettings(source.name, plan=mixed_plan(), target="none").resolve(source)),
+        source,
+        verbose=True,
     )
     assert sum("  A8  " in line for line in text.splitlines()) == len(EIGHT)
     assert dispatch.asked_activations() in ("auto", "4", "8")
