@@ -79,7 +79,7 @@ _ENVIRONMENT = "\b\nEnvironment:\n" + "\n".join(f"  {name:17}  {text}" for name,
 )
 @click.version_option(__version__, prog_name="apex4")
 def cli() -> None:
-    """Quantize LLMs to W4A4 (INT4 weights and activations, groups of 128), check them, evaluate them."""
+    """Quantize LLMs to W4A4 or W4A8 (INT4 weights in groups of 128), check them, evaluate them, publish them."""
 
 
 @cli.command()
@@ -118,7 +118,7 @@ def quantize(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Quantize MODEL ('demo', a local folder, or a Hub id) into a W4A4 checkpoint."""
+    """Quantize MODEL ('demo', a local folder, or a Hub id) into a W4A4 or W4A8 checkpoint."""
     given = _given(context)
     if model is None and not resume:
         raise UsageError("quantize needs a MODEL: give 'demo', a local folder, or a Hub id")
@@ -385,7 +385,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of the speed-ups to write, .svg or .png.")
 @options.JSON
 def bench(shapes: str, tokens: str, contenders: str, quick: bool, plot: Path | None, as_json: bool) -> None:
-    """Time W4A4 linears of real models on this GPU, beside BF16 and FP8."""
+    """Time W4A4 and W4A8 linears of real models on this GPU, beside BF16 and FP8."""
     from apex4_quant.tools.bench import BenchSettings, as_text, draw, parse_list, parse_tokens, run
     from apex4_quant.tools.pictures import check_picture, save_picture
 

@@ -160,7 +160,7 @@ def _layer_seconds(
 
 
 def default_choice(gpu: Gpu, mainloop: Mainloop = OURS) -> str:
-    """What the planner's default does on this GPU with a Llama-3-8B, in words that `apex4 gpus` explains."""
+    """What the planner does on this GPU with a Llama-3-8B and 4-bit activations, in words that `apex4 gpus` explains."""
 
     def within_budget(dense: bool) -> bool:
         fastest = min(_layer_seconds(gpu, DEFAULT_TOKENS, size, mainloop) for size in (128, 256, 512, CHANNEL))
@@ -221,7 +221,8 @@ def gpus_as_text() -> str:
         f"(mainloop {OURS.name});",
         f"     cha: per channel, g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
         "T@M: time of the linears of a Llama-3-8B layer, M tokens, with dense128 transforms over that with Hadamard's.",
-        f"Default, within {DEFAULT_BUDGET:g}x of the fastest: g128, dense128 = groups of 128 everywhere and a learned "
+        "Default: with 4-bit activations, as --mode w4a4.",
+        f"Within {DEFAULT_BUDGET:g}x of the fastest: g128, dense128 = groups of 128 everywhere and a learned "
         "transform for every",
         "input that gains by it; some = where most is gained.",
         "All predicted from datasheet rates and counted instructions, nothing is measured.",

@@ -33,7 +33,10 @@ def eight_bit_family(sm: int) -> str | None:
 
 
 def gains_by_eight_bits(sm: int) -> bool:
-    """Whether 8-bit activations are faster than 4-bit ones: where 4-bit products are computed in 8 bits anyway."""
+    """Whether `auto` takes 8-bit activations: where no 4-bit products are, so that many tokens are faster with 8 bits.
+
+    Few tokens are not, on sm_90 (docs/kernel_measurements.md, item 15).
+    """
     return sm in EIGHT_BIT_FAMILIES and sm not in FOUR_BIT_UNITS
 
 
