@@ -257,6 +257,8 @@ def layer(
         *stacked(entering), in_given, 2 * inner, in_k, 1.0, hadamard,
         *stacked(leaving), out_given, hidden, out_k, 1.0, hadamard, factors, format,
     )  # fmt: skip
+    if kernels and in_matrix is not None:  # which have it in 16 bits
+        in_matrix, out_matrices = in_matrix.to(dtype), [each.to(dtype) for each in out_matrices if each is not None]
     codes = [(a[0], b[0]) for a, b in zip(entering, leaving, strict=True)]
     scales = [(a[1], b[1]) for a, b in zip(entering, leaving, strict=True)]
     return Layer(arguments, codes, scales, in_matrix, out_matrices, factor, format, hidden, inner)
