@@ -8,6 +8,7 @@ linears that can be quantized, ignored, named and stored one by one. Router and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -37,6 +38,16 @@ class Expert(nn.Module):
         return y
 
 
+class Together(Protocol):
+    """What computes all experts at once (nn/experts.py). None: they have to be called one after the other."""
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor | None: ...
+
+    def detach(self) -> None: ...
+
+
 class UnfusedExperts(nn.ModuleList):
     """The experts of one layer, of sizes E, H and I, on the meta device until weights are loaded."""
 
@@ -44,11 +55,16 @@ class UnfusedExperts(nn.ModuleList):
         self, count: int, hidden: int, inner: int, act_fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
     ) -> None:
         super().__init__(Expert(hidden, inner, act_fn, dtype) for _ in range(count))
+        self.together: Together | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [T, H]; top_k_index int64 and top_k_weights, both [T, k] -> the weighted sum [T, H]."""
+        if self.together is not None:
+            y = self.together(hidden_states, top_k_index, top_k_weights)
+            if y is not None:
+                return y
         result = torch.zeros_like(hidden_states)
         for expert, tokens, places in routed(top_k_index):
             output = self[expert](hidden_states[tokens]) * top_k_weights[tokens, places, None]
