@@ -50,9 +50,15 @@ def route(ids: torch.Tensor, experts: int, tile_rows: int, expert_map: torch.Ten
     most = configs.most_tiles(choices, experts, tile_rows)
     most_small = configs.most_tiles(choices, experts, configs.SMALL_TILE)
 
-    def table(*shape: int) -> torch.Tensor:
-        return torch.full(shape, GARBAGE, dtype=torch.int32, device=ids.device)
+    around = 4 * choices + 64  # a kernel that is wrong stays in here
 
+    def table(*shape: int) -> torch.Tensor:
+        size = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        memory = torch.full((size + 2 * around,), GARBAGE, dtype=torch.int32, device=ids.device)
+        memories.append((memory, size))
+        return memory[around : around + size].view(shape)
+
+    memories: list[tuple[torch.Tensor, int]] = []
     made = Routed(table(choices), table(most, 4), table(most_small, 4))
     numbers = [choices, 2 if ids.dtype == torch.int64 else 1, experts if expert_map is None else len(expert_map), experts]
     run(
@@ -60,6 +66,9 @@ def route(ids: torch.Tensor, experts: int, tile_rows: int, expert_map: torch.Ten
         [made.rows, made.tiles, made.small_tiles, ids, expert_map],
         [*numbers, tile_rows, most, configs.SMALL_TILE, most_small], 4 * experts,
     )  # fmt: skip
+    for memory, size in memories:
+        beside = torch.cat([memory[:around], memory[around + size :]])
+        assert bool((beside == GARBAGE).all()), "wrote outside of a table"
     return made
 
 

@@ -122,8 +122,9 @@ def choose_experts(
     By the models of time that linears are chosen by, for choices that spread evenly. Raises Apex4Error where there is no kernel.
     """
     by_rows: dict[int, tuple[float, tuple[ExpertPlan, ...]]] = {}
+    of_an_expert = -(-choices // min(experts, choices))
     for config in gemm_configs_of(sm, format):
-        if config.out != out:
+        if config.out != out or (config.tile_m > SMALL_TILE and config.tile_m >= 2 * of_an_expert):  # mostly padding
             continue
         best = [_best_splits(sm, sm_count, config, choices, experts, n, k_blocks) for n, k_blocks in shapes]
         by_rows[config.tile_m] = sum(clocks for clocks, _ in best), tuple(plan for _, plan in best)
