@@ -43,7 +43,9 @@ KERNELS_ORDER: tuple[tuple[str, ...], ...] = (
     ("*",),
     ("quantize",),
     ("gemm", "sweeps"),  # some GEMMs quantize what they read
-    ("catalogue", "cpu_ops", "cuda_ops", "experts", "ops"),
+    ("cpu_ops", "cuda_ops", "ops"),
+    ("experts",),
+    ("catalogue",),
     ("analysis",),
 )
 MOST_FILES = 13  # of Python, in one package, its __init__.py counted

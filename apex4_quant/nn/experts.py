@@ -76,7 +76,7 @@ class GroupedExperts:
         )  # fmt: skip
         return y
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
     def _is_observed(self) -> bool:
         return self._observers.there_are()
 
@@ -155,7 +155,9 @@ def why_not(module: UnfusedExperts) -> str | None:
     if not all(isinstance(linear, Apex4Linear) for linear in linears):
         return "some of their linears are not quantized"
     first, device = linears[0], linears[0].weight_packed.device
-    if device.type == "meta" or any(is_offloaded(linear) or linear.weight_packed.device != device for linear in linears):
+    if device.type == "meta" or any(
+        is_offloaded(linear) or linear.weight_packed.device != device for linear in linears
+    ):
         return "they are not all on one device"
     kernel = first.kernel
     if kernel is None or any(linear.kernel != kernel for linear in linears):
@@ -177,7 +179,11 @@ def why_not(module: UnfusedExperts) -> str | None:
     same_clips = kernel == TOKEN_FORMAT or _alike(downs, lambda linear: linear.format.activation_clip)
     if not same_clips and downs[0].format.transform is TransformKind.NONE:
         return "their down projections have clip ratios of their own and no transform"
-    sm = cuda_ops.gpu(torch.cuda.current_device() if device.index is None else device.index)[0] if device.type == "cuda" else 80
+    sm = (
+        cuda_ops.gpu(torch.cuda.current_device() if device.index is None else device.index)[0]
+        if device.type == "cuda"
+        else 80
+    )
     for linear in (gates[0], downs[0]):
         reason = why_none(sm, kernel, linear.format.group_length // BLOCK)
         if reason is not None:

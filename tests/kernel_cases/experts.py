@@ -23,7 +23,9 @@ POISON = float("nan")
 GARBAGE = -0x123456  # in tables that a kernel must write
 
 
-def run(config: Any, grid: tuple[int, int, int], block: int, pointers: list[Any], numbers: list[int], shared: int) -> None:
+def run(
+    config: Any, grid: tuple[int, int, int], block: int, pointers: list[Any], numbers: list[int], shared: int
+) -> None:
     """Tensors, or None, and integers."""
     addresses = [0 if each is None else each.data_ptr() for each in pointers]
     index = next(each for each in pointers if each is not None).device.index or 0
@@ -60,7 +62,12 @@ def route(ids: torch.Tensor, experts: int, tile_rows: int, expert_map: torch.Ten
 
     memories: list[tuple[torch.Tensor, int]] = []
     made = Routed(table(choices), table(most, 4), table(most_small, 4))
-    numbers = [choices, 2 if ids.dtype == torch.int64 else 1, experts if expert_map is None else len(expert_map), experts]
+    numbers = [
+        choices,
+        2 if ids.dtype == torch.int64 else 1,
+        experts if expert_map is None else len(expert_map),
+        experts,
+    ]
     run(
         configs.route_config(), (experts, 1, 1), configs.ROUTE_THREADS,
         [made.rows, made.tiles, made.small_tiles, ids, expert_map],
@@ -287,7 +294,9 @@ def expected(
         x = torch.nn.functional.pad(x, (0, codes.shape[1] - x.shape[1]))
         matrix = None if matrix is None else matrix.cpu()
         if made.format == "s8":
-            return reference.folded_linear(*reference.quantize_token(x, hadamard, matrix), *reference.fold(codes, scale))
+            return reference.folded_linear(
+                *reference.quantize_token(x, hadamard, matrix), *reference.fold(codes, scale)
+            )
         return reference.linear(*reference.quantize_activation(x, BLOCK, clip, hadamard, matrix), codes, scale)
 
     for expert in range(len(made.codes)):

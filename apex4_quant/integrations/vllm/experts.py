@@ -180,7 +180,6 @@ class ExpertProducts:
             "cached" if cached else f"kernel {self.kernel}" if self.kernel else f"packed {self.layout}",
         )
 
-
     def side(self, layer: torch.nn.Module, clip: float) -> tuple[Any, ...]:
         """The arguments of torch.ops.apex4.experts that belong to this product."""
         matrix = getattr(layer, f"{self.stem}_input_transform", None)

@@ -71,7 +71,9 @@ def all_configs(sm: int) -> list[Configuration]:
     formats += ["sm80"] if sm in _SM80_FAMILY else []
     found = [route_config(), *map(combine_config, ("bf16", "fp16"))] if formats else []
     for format in formats:
-        found += [Configuration(each.name, each.source, each.entry, {**each.defines}) for each in gemm_configs_of(sm, format)]
+        found += [
+            Configuration(each.name, each.source, each.entry, {**each.defines}) for each in gemm_configs_of(sm, format)
+        ]
         for dtype in DTYPES if sm >= 80 else DTYPES[:1]:
             codes = quantizer_config(dtype, format)
             for each in (codes, measuring_config(codes)) if format == "s8" else (codes,):

@@ -185,9 +185,7 @@ def _on_cpu(
         if expert < 0:
             continue
         tokens, places = torch.where(local == expert)
-        both = cpu_ops.linear(
-            x[tokens], *entering.of_expert(expert), entering.matrix, *entering.quantization(format)
-        )
+        both = cpu_ops.linear(x[tokens], *entering.of_expert(expert), entering.matrix, *entering.quantization(format))
         gate, up = both.chunk(2, -1)
         own = leaving if factors is None else leaving._replace(clip=CODE_MAX * float(factors[expert]))
         matrix = None if own.matrix is None else own.matrix[expert]
@@ -280,7 +278,8 @@ def _made_layer(kernel: Any, shape: _Shape) -> _Layer:
     ) -> Launch:
         made = kernel(config.source, config.entry, config.defines, shape.device)
         values = [c_float(each) if isinstance(each, float) else c_int(each) for each in numbers]
-        return made.bind(grid, block, pointers, values, shared_bytes=shared, programmatic=shape.sm >= 90)
+        launch: Launch = made.bind(grid, block, pointers, values, shared_bytes=shared, programmatic=shape.sm >= 90)
+        return launch
 
     routing = shape.id_words, shape.all_experts, experts
     route = bind(
@@ -294,9 +293,20 @@ def _made_layer(kernel: Any, shape: _Shape) -> _Layer:
     ):
         products.append(
             bind(
-                plan.config, plan.grid, plan.config.threads, 12 if eight_bit else 11,
-                plan.m, plan.n, blocks, per_group, stride, plan.n, plan.splits, divisor, shared=plan.config.shared_bytes,
-            )  # fmt: skip
+                plan.config,
+                plan.grid,
+                plan.config.threads,
+                12 if eight_bit else 11,
+                plan.m,
+                plan.n,
+                blocks,
+                per_group,
+                stride,
+                plan.n,
+                plan.splits,
+                divisor,
+                shared=plan.config.shared_bytes,
+            )
         )
     quantize = measure = None
     if shape.own_quantizers:

@@ -183,7 +183,9 @@ def sum_problems(aligned: bool, dtype: torch.dtype) -> list[str]:
         term = outputs.view(tokens, top_k, n)[:, place].double() * weights[:, place, None].double()
         want += torch.where(local[:, place, None] >= 0, term, 0.0)
         want = want.float().double()  # as fma rounds
-    return [] if torch.equal(y, want.to(torch.float32).to(dtype)) else [f"{int((y != want.to(dtype)).sum())} sums differ"]
+    return (
+        [] if torch.equal(y, want.to(torch.float32).to(dtype)) else [f"{int((y != want.to(dtype)).sum())} sums differ"]
+    )
 
 
 @pytest.mark.parametrize("aligned", [True, False])

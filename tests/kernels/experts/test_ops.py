@@ -39,7 +39,9 @@ def inputs(
 @pytest.mark.parametrize("transform", ["hadamard", "dense", "shared"])
 @pytest.mark.parametrize("format", ["s8", "sm80"])
 def test_on_a_cpu_it_is_the_reference_of_every_expert(format: str, transform: str) -> None:
-    layer = cases.layer(4, HIDDEN, INNER, format, generator(), transform=transform, clips=format == "sm80", kernels=False)
+    layer = cases.layer(
+        4, HIDDEN, INNER, format, generator(), transform=transform, clips=format == "sm80", kernels=False
+    )
     for case in cases.ID_CASES:
         x, ids, weights = inputs(9, 2, 4, case=case)
         y = ops.experts(x, ids, weights, None, *layer.arguments)
@@ -85,7 +87,11 @@ def test_what_torch_asks_of_an_operator_and_compiles() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(place: int, value: Any, message: str) -> None:
-    arguments: list[Any] = [*inputs(5, 2, 4, 128), None, *cases.layer(4, 128, 64, "s8", generator(), kernels=False).arguments]
+    arguments: list[Any] = [
+        *inputs(5, 2, 4, 128),
+        None,
+        *cases.layer(4, 128, 64, "s8", generator(), kernels=False).arguments,
+    ]
     arguments[place] = value
     with pytest.raises(Apex4Error, match=f"^apex4.experts: {message}.*needed$"):
         ops.experts(*arguments)
@@ -145,5 +151,5 @@ def test_many_tokens_are_computed_in_parts(as_on_a_gpu: None, monkeypatch: pytes
 def test_a_gpu_without_such_kernels_is_refused(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_ops, "gpu", lambda index: (87, 8))
     layer = cases.layer(4, 128, 64, "s8", generator())
-    with pytest.raises(Apex4Error, match="^apex4.experts: there is none for 8-bit activations on sm_87$"):
+    with pytest.raises(Apex4Error, match=r"^apex4\.experts: there is none for 8-bit activations on sm_87$"):
         ops._on_gpu(*inputs(3, 2, 4, 128), None, *layer.arguments)
