@@ -416,7 +416,7 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "refilled stage": ([(KERNEL, "refill = at;\n", "refill = at + STAGE_BYTES < STAGES * STAGE_BYTES ? at + STAGE_BYTES : 0;\n")], replace(FEW, blocks=20)),
     "edge": ([(KERNEL, "vectors && column + 8 <= p.n", "vectors && column < p.n")], replace(FEW, n=133, pad=3)),
     "unaligned y": ([(KERNEL, "if (vectors &&", "if (")], replace(FEW, shift=1)),
-    "rows": ([(KERNEL, "if (row >= p.m) continue;", "")], FEW),
+    "rows": ([(KERNEL, "if (row >= rows.end(p.m)) continue;", "")], FEW),
     "transpose": ([(KERNEL, "give = q & 2 ? v[0] : v[2];", "give = q & 2 ? v[2] : v[0];")], FEW),
 }  # fmt: skip
 
