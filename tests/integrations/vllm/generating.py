@@ -24,7 +24,7 @@ ENVIRONMENT = {
 }
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 16
 ROOT = Path(__file__).parents[3]
-LIMIT_SECONDS = 400  # of a process that never ends, not a measure
+LIMIT_SECONDS = 600  # of a process that never ends, not a measure
 
 
 @dataclass
