@@ -38,6 +38,8 @@ def resolve_model(model: str) -> Path:
     is a branch, a tag or a commit). Raises UsageError."""
     if model == DEMO:
         return DEMO_PATH
+    if not model.strip():  # a variable that is not set: Path("") would be the folder one stands in
+        raise UsageError("the model's name is empty: give 'demo', a local folder, or a Hub id (org/name)")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
