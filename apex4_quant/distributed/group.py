@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..environment import seconds_to_wait
+from ..environment import SECONDS_TO_WAIT, TIMEOUT
 from ..errors import Apex4Error, UsageError
 from .shares import Share, share_of
 
@@ -116,6 +116,13 @@ def _communicating(method: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
+def _seconds_to_wait() -> int:
+    text = os.environ.get(TIMEOUT, str(SECONDS_TO_WAIT))
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= 10**6:
+        raise UsageError(f"{TIMEOUT} is {text!r}: give a whole number of seconds, 1 or more")
+    return int(text)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -139,7 +146,7 @@ class Ranks(Group):
                 )
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
-        _communicating(dist.init_process_group)(backend, timeout=timedelta(seconds=seconds_to_wait()))
+        _communicating(dist.init_process_group)(backend, timeout=timedelta(seconds=_seconds_to_wait()))
         return cls()
 
     @_communicating

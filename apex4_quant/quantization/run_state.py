@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping
 from enum import Enum, StrEnum, auto
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,7 @@ from ..format.storage import (
     REPORT_NAME,
     RUN_FOLDER,
     RUN_SETTINGS_NAME,
+    json_text,
     make_folder,
     read_json,
     remove_temporaries,
@@ -109,6 +110,7 @@ class RunState:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / RUN_FOLDER
+        self._lock_file: TextIO | None = None
 
     @classmethod
     def begin(cls, out: Path, recorded: dict[str, Any]) -> RunState:
@@ -143,6 +145,15 @@ class RunState:
                 raise Apex4Error(f"{shard} was finished and is now gone or damaged: begin again in another folder")
         return state
 
+    @classmethod
+    def join(cls, out: Path, recorded: dict[str, Any]) -> RunState:
+        """The run that another process began or resumed, and works on. Raises UsageError if it is not seen here."""
+        state = cls(out)
+        path = state.folder / RUN_SETTINGS_NAME
+        if not path.is_file() or path.read_text() != json_text(recorded, indent=2) + "\n":
+            raise UsageError(f"{out} is not the folder that rank 0 sees: give an output folder on a disk that all ranks share")
+        return state
+
     def _lock(self) -> None:
         self._lock_file = open(self.folder / "lock", "w")  # noqa: SIM115  (held until close)
         try:
@@ -154,7 +165,8 @@ class RunState:
             ) from error
 
     def close(self) -> None:
-        self._lock_file.close()
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def finish(self) -> None:
         """Remove the run's folder: OUT is complete. The settings go first, so that a kill in between stays finished."""
@@ -245,11 +257,12 @@ class RunState:
         for kind in StateKind:
             self.drop(kind, layer)
 
-    def drop_uncommitted(self, layers: int) -> None:
-        """Of so many layers, hidden states that no commit stands behind: fewer or more processes will write other parts."""
-        for layer in range(layers + 1):
+    def drop_uncommitted(self) -> None:
+        """Hidden states that no commit stands behind: fewer or more processes will write other parts."""
+        for path in self.folder.glob(f"{StateKind.HIDDEN}-*.safetensors"):
+            layer = int(path.name.removeprefix(f"{StateKind.HIDDEN}-")[:5])
             if self.record(layer + 1) is None:
-                self.drop(StateKind.HIDDEN, layer)
+                path.unlink()
 
     def _save_part(self, kind: StateKind, layer: int, tensors: Mapping[str, torch.Tensor], share: Share) -> None:
         write_tensors(self._path(kind, layer, share), tensors)
