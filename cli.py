@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from apex4_quant import __version__, environment
 from apex4_quant import command_options as options
-from apex4_quant.errors import UsageError
+from apex4_quant.errors import STOPPING, UsageError
 from apex4_quant.evaluation.engine import EngineName
 from apex4_quant.format.export_format import ExportFormat
 from apex4_quant.format.transform_kind import TransformKind
@@ -52,17 +52,16 @@ def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> 
 def _stop_on_signals() -> Callable[[], bool]:
     """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once.
 
-    One of several ranks ignores a second one: a launcher sends it to those that are a moment behind the first that stopped.
+    One of several ranks says nothing and ignores a second one: launchers send them to those that are left when one has ended.
     """
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if not asked and options.is_first_rank():
-            click.echo("apex4: stopping after the layer in flight (once more: at once)", err=True)
         asked = True
         if not options.is_rank():
             signal.signal(number, signal.SIG_DFL)
+            click.echo(f"apex4: {STOPPING}", err=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)

@@ -134,19 +134,23 @@ class Ranks(Group):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @classmethod
-    def join(cls, on_gpu: bool) -> Ranks:
-        """By the variables of torchrun. Raises RankLost, or UsageError if there are fewer GPUs than ranks of this host."""
+    def join(cls, on_gpu: bool, store: dist.Store) -> Ranks:
+        """By the variables of torchrun, and a `store` that all ranks have. Raises RankLost, or UsageError if there are fewer
+        GPUs than ranks of this host."""
         backend = "gloo"
         if on_gpu:
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            if local >= torch.cuda.device_count():
+            local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            if here > found:
                 raise UsageError(
-                    f"{local + 1} ranks were started here and torch finds {torch.cuda.device_count()} CUDA GPUs: "
+                    f"{here} ranks were started here and torch finds {found} CUDA GPUs: "
                     "start one rank a GPU, or give --device cpu"
                 )
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
-        _communicating(dist.init_process_group)(backend, timeout=timedelta(seconds=_seconds_to_wait()))
+        wait = timedelta(seconds=_seconds_to_wait())
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        _communicating(dist.init_process_group)(backend, timeout=wait, store=store, rank=rank, world_size=size)
         return cls()
 
     @_communicating

@@ -33,7 +33,9 @@ class Several:
 
     def __init__(self, size: int, folder: Path, work: Callable[[Group], Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._store = folder, dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
+        self.folder = folder
+        self._store: dist.TCPStore | None = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
+        self._port = self._store.port
         self.pids = [self._start(rank, size, work) for rank in range(size)]
 
     def _start(self, rank: int, size: int, work: Callable[[Group], Any]) -> int:
@@ -42,7 +44,7 @@ class Several:
         if pid := os.fork():
             return pid
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": HERE}
-        os.environ |= {"MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {"MASTER_PORT": str(self._port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
         self._work(rank, work)
 
@@ -65,6 +67,9 @@ class Several:
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.pids[rank], number)
+
+    def lose_store(self) -> None:
+        self._store = None
 
     def wait(self, seconds: float = 120) -> list[Ended]:
         """How each ended. Those that have not after so many seconds are killed, and it is a failure."""
