@@ -68,6 +68,16 @@ def _stop_on_signals() -> Callable[[], bool]:
     return lambda: asked
 
 
+def _share(gpus: int | None, device: str) -> None:
+    """Do it on so many GPUs, and exit, if that is asked for and this process is not one of those that were started for it."""
+    if options.is_rank() and gpus is not None and gpus != options.ranks_started():
+        raise UsageError(f"--gpus is {gpus} and {options.ranks_started()} ranks were started: leave --gpus away")
+    if gpus is not None and not options.is_rank():
+        from apex4_quant.distributed.starting import launch
+
+        sys.exit(launch(gpus, sys.argv[1:], device))
+
+
 def _given(context: click.Context) -> set[str]:
     """The options that stand on the command line."""
     return {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
@@ -111,7 +121,7 @@ def cli() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: one line for every linear, not for every kind.")
-@options.number("--gpus", options.Whole(1, 1024), None, "Share the work of so many GPUs here.  [default: one]")
+@options.GPUS
 @options.JSON
 @click.pass_context
 def quantize(
@@ -140,12 +150,7 @@ def quantize(
         raise UsageError("--resume needs the folder of the run: give -o OUT")
     if dry_run and (gpus is not None or options.is_rank()):
         raise UsageError("--dry-run is for one process: leave --gpus, or torchrun, away")
-    if options.is_rank() and gpus is not None and gpus != options.ranks_started():
-        raise UsageError(f"--gpus is {gpus} and {options.ranks_started()} ranks were started: leave --gpus away")
-    if gpus is not None and not options.is_rank():
-        from apex4_quant.distributed.starting import launch
-
-        sys.exit(launch(gpus, sys.argv[1:], asked["device"]))
+    _share(gpus, asked["device"])
     from apex4_quant.quantization import run
     from apex4_quant.quantization.estimates import preview
     from apex4_quant.quantization.settings import QuantizeSettings, ResolvedSettings
@@ -288,6 +293,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 @options.number("--batch", options.COUNT, 1, "Requests at once, for --throughput.")
 @options.number("--prompt-len", options.COUNT, 512, "Tokens of a prompt, for --throughput.")
 @options.number("--gen-len", options.Whole(2, options.LARGEST), 128, "Tokens of an answer, for --throughput.")
+@options.GPUS
 @options.COMPUTING
 @click.pass_context
 def evaluate(
@@ -300,6 +306,7 @@ def evaluate(
     prompt_len: int,
     gen_len: int,
     record: bool,
+    gpus: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -313,6 +320,9 @@ def evaluate(
         others, advice = {"batch", "prompt_len", "gen_len"}, "is for --throughput: add that"
     for name in sorted(others & _given(context)):
         raise UsageError(f"--{name.replace('_', '-')} {advice}")
+    if throughput and (gpus is not None or options.is_rank()):
+        raise UsageError("--throughput is for one process: leave --gpus, or torchrun, away")
+    _share(gpus, asked["device"])
     keep = _recorder(context, path) if record else lambda result: None
     if throughput:
         from apex4_quant.evaluation import throughput as speed
@@ -326,9 +336,14 @@ def evaluate(
     from apex4_quant.evaluation import evaluate as quality
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
-    result = quality.evaluate(quality.EvalSettings(model=path, tasks=names, **asked), _progress(as_json))
-    keep(result)
-    _print(as_json, result, lambda: quality.evaluation_as_text(result))
+    from apex4_quant.distributed.starting import ranks
+
+    with ranks(asked["device"]) as group:
+        settings_of_quality = quality.EvalSettings(model=path, tasks=names, **asked)
+        result = quality.evaluate(settings_of_quality, _progress(as_json), group)
+        if group.is_first:
+            keep(result)
+        _print(as_json, result, lambda: quality.evaluation_as_text(result))
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ..environment import SECONDS_TO_WAIT, TIMEOUT
 from ..errors import Apex4Error, UsageError
@@ -134,7 +135,7 @@ class Ranks(Group):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @classmethod
-    def join(cls, on_gpu: bool, store: dist.Store) -> Ranks:
+    def join(cls, on_gpu: bool, store: Store) -> Ranks:
         """By the variables of torchrun, and a `store` that all ranks have. Raises RankLost, or UsageError if there are fewer
         GPUs than ranks of this host."""
         backend = "gloo"
@@ -201,13 +202,13 @@ class Ranks(Group):
 
     @_communicating
     def gather(self, value: _T) -> list[_T]:
-        found: list[Any] = [None] * self.size
+        found: list[_T] = [value] * self.size
         dist.all_gather_object(found, value)
         return found
 
     def from_first(self, make: Callable[[], _T]) -> _T:
-        made = make() if self.is_first else None
-        return self._from_first(made)
+        made: _T = self._from_first(make() if self.is_first else None)
+        return made
 
     @_communicating
     def _from_first(self, made: Any) -> Any:
@@ -220,5 +221,3 @@ class Ranks(Group):
 
     def barrier(self) -> None:
         self.sum_of_numbers([1.0])
-
-

@@ -21,7 +21,7 @@ import traceback
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ..errors import Apex4Error
 from .group import RankLost
@@ -38,7 +38,7 @@ CAUSE, SAID = "cause", "said"
 class Watch:
     """Of this rank, from `begin` until `end`. `hosted`: the store is in a process of its own, and not in rank 0."""
 
-    def __init__(self, rank: int, size: int, store: dist.Store, hosted: bool) -> None:
+    def __init__(self, rank: int, size: int, store: Store, hosted: bool) -> None:
         self.rank, self.size, self._store, self._hosted = rank, size, store, hosted
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="apex4 watch")

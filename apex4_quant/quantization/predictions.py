@@ -62,9 +62,7 @@ def gradients_of_predictions(
     return _normalized(gradients, source.name, runner.dtype, group)
 
 
-def _normalized(
-    gradients: torch.Tensor, name: str, dtype: torch.dtype, group: Group
-) -> tuple[torch.Tensor, float]:
+def _normalized(gradients: torch.Tensor, name: str, dtype: torch.dtype, group: Group) -> tuple[torch.Tensor, float]:
     """To a mean square of 1 over all processes, and the factor that was taken out. All-zero ones stay so."""
     factor = float(group.mean(gradients.square().mean(), gradients.numel()).sqrt())
     if not 0 <= factor < float("inf"):

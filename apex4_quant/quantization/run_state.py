@@ -151,7 +151,9 @@ class RunState:
         state = cls(out)
         path = state.folder / RUN_SETTINGS_NAME
         if not path.is_file() or path.read_text() != json_text(recorded, indent=2) + "\n":
-            raise UsageError(f"{out} is not the folder that rank 0 sees: give an output folder on a disk that all ranks share")
+            raise UsageError(
+                f"{out} is not the folder that rank 0 sees: give an output folder on a disk that all ranks share"
+            )
         return state
 
     def _lock(self) -> None:

@@ -56,7 +56,9 @@ def work(group: Group) -> None:
     assert group.from_first(lambda: rank + 5) == 5
     assert group.any(rank == 2) and not group.any(False)
     group.require_equal({"torch": "2.13", "weights": 1})
-    with pytest.raises(UsageError, match=r"^rank 1 has another torch than rank 0 \(2\.11, and 2\.13\): give every rank"):
+    with pytest.raises(
+        UsageError, match=r"^rank 1 has another torch than rank 0 \(2\.11, and 2\.13\): give every rank"
+    ):
         group.require_equal({"torch": "2.11" if rank == 1 else "2.13", "weights": rank})
     print("done")
 

@@ -25,7 +25,9 @@ from .several import Several
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -55,7 +57,7 @@ def children(pid: int) -> dict[int, int]:
 
 
 def test_a_kill_a_stop_and_the_rest(tmp_path: Path, cli_environment: dict[str, str]) -> None:
-    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=6)
+    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=5)
     settings, out = settings_of(tmp_path, model), tmp_path / "out"
     words = ["quantize", str(model), "-o", out, "--recipe", settings.recipe, "--calib", settings.calib, "--samples", 7]
     words += ["--seq-len", 64, "--target", "none", "--device", "cpu", "--gpus", 2, "--json"]

@@ -21,7 +21,9 @@ SIZE = 3
 
 def sentence_of(ended: list[Ended], code: int, but: int | None = None) -> str:
     """What was said, once; all ranks `but` one have the exit code."""
-    assert [each.code for rank, each in enumerate(ended) if rank != but] == [code] * (len(ended) - (but is not None)), ended
+    assert [each.code for rank, each in enumerate(ended) if rank != but] == [code] * (len(ended) - (but is not None)), (
+        ended
+    )
     lines = "".join(each.stderr for each in ended).splitlines()
     said = [line for line in lines if line.startswith("apex4: ")]
     assert len(said) == 1, lines

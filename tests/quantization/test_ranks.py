@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,7 @@ def differing(one: Path, other: Path, layer: int) -> float:
 def without_numbers(value: Any) -> Any:
     """The structure of a report: what is measured, and checksums, left away."""
     if isinstance(value, dict):
-        return {
-            key: without_numbers(entry) for key, entry in value.items() if key not in MEASURED
-        }
+        return {key: without_numbers(entry) for key, entry in value.items() if key not in MEASURED}
     return [without_numbers(entry) for entry in value] if isinstance(value, list) else value
 
 
