@@ -44,7 +44,9 @@ def test_more_gpus_than_there_are_is_refused(
 def test_exit_code_is_the_ranks(signals: None, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(2, ["quantize"], "cpu") == 2
     assert capfd.readouterr().err == "apex4: quantize needs a MODEL: give 'demo', a local folder, or a Hub id\n"
-    assert launch(2, ["gpus", "--json"], "cpu") == 0
+    assert launch(2, ["gpus", "--json"], "cpu") == 2
+    assert "'apex4 gpus' runs in one process and WORLD_SIZE is 2" in capfd.readouterr().err
+    assert launch(1, ["gpus", "--json"], "cpu") == 0
 
 
 def children(pid: int) -> dict[int, int]:
