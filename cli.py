@@ -99,7 +99,9 @@ def cli(context: click.Context) -> None:
     """Quantize LLMs to W4A4 or W4A8 (INT4 weights in groups of 128), check them, evaluate them, publish them."""
     command = context.invoked_subcommand
     if options.is_rank() and options.ranks_started() > 1 and command not in ("quantize", "eval"):
-        raise UsageError(f"'apex4 {command}' runs in one process and WORLD_SIZE is {options.ranks_started()}: start one")
+        raise UsageError(
+            f"'apex4 {command}' runs in one process and WORLD_SIZE is {options.ranks_started()}: start one"
+        )
 
 
 @cli.command()
