@@ -150,9 +150,14 @@ class LayerRunner:
         prefix = self._family.layer_prefix(index)
         layer = self._layers[index]
         self._replaying.forget()
-        state = {n.removeprefix(prefix): t.to(self.device, self.dtype) for n, t in tensors.items()}
+        state = {n.removeprefix(prefix): t.to(self.device, self._dtype_of(n)) for n, t in tensors.items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """What transformers loads the tensor in: of some (a router's corrections) it keeps float32."""
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        return torch.float32 if set(name.split(".")) & set(wide) else self.dtype
 
     def arguments(self, index: int) -> dict[str, Any]:
         """What layer `index` is called with beside the hidden states: rotary embeddings, masks, positions. See `prepare`."""
@@ -206,12 +211,13 @@ class LayerRunner:
         weight = tensors.get(f"{family.head}.weight", tensors.get(f"{family.embedding}.weight"))
         assert weight is not None
         weight, cap = weight.to(self.device).float(), getattr(self.config, "final_logit_softcapping", None)
+        scaling = getattr(self.config, "logits_scaling", 1.0)
         norm.load_state_dict({"weight": tensors[f"{family.final_norm}.weight"].to(self.device).float()}, assign=True)
         gradients = []
         for states in hidden.flatten(0, 1).split(HEAD_TOKENS):
             states = states.to(self.device).float().requires_grad_()
             with torch.enable_grad():
-                logits = nn.functional.linear(norm(states), weight)
+                logits = nn.functional.linear(norm(states), weight) / scaling
                 if cap is not None:
                     logits = cap * torch.tanh(logits / cap)
                 chance = torch.rand(len(states), 1, generator=generator).to(self.device)

@@ -113,7 +113,8 @@ class Rewriter:
 
     def _rotate_values(self, index: int, tensors: Tensors, input_groups: list[InputGroup]) -> None:
         for input_group in input_groups:
-            if input_group.producer is not None and input_group.producer.per_head:
+            producer = input_group.producer
+            if producer is not None and producer.per_head and not producer.gated:
                 width = tensors[f"{input_group.linears[0]}.weight"].shape[1] // int(
                     self._runner.config.num_attention_heads
                 )
