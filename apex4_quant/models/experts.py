@@ -109,8 +109,12 @@ def unfuse_experts(model: nn.Module) -> None:
         experts = UnfusedExperts(
             Expert(hidden, rows // 2, act_fn, fused.dtype, not usual, gating) for _ in range(count)
         )
-        _require_same_gating(name, module, gating or (lambda gate, up, act_fn=act_fn: act_fn(gate) * up), usual)
+        _require_same_gating(name, module, gating or _product(module.act_fn), usual)
         model.set_submodule(name, experts)
+
+
+def _product(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> Gating:
+    return lambda gate, up: act_fn(gate) * up
 
 
 def _unknown(name: str) -> Apex4Error:

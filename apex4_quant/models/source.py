@@ -122,9 +122,10 @@ def _part(stored: Any, info: TensorInfo) -> torch.Tensor:
     every = [index for index in info.part if isinstance(index, slice) and index.step is not None]
     if not every and not info.transposed:
         return stored[info.part]  # type: ignore[no-any-return]
-    # Steps come last: rows of gate and up in turns.
+    # There is one, and it comes last: rows of gate and up in turns.
     tensor: torch.Tensor = stored[tuple(index for index in info.part if index not in every)]
-    tensor = tensor[(..., *every)]
+    if every:
+        tensor = tensor[..., every[0]]
     return (tensor.t() if info.transposed else tensor).contiguous()
 
 
