@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 
 
 def _progress(as_json: bool) -> Progress:
-    return Progress() if as_json else TerminalProgress()
+    return Progress() if as_json or not options.is_first_rank() else TerminalProgress()
 
 
 def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> None:
+    if not options.is_first_rank():
+        return
     if not as_json:
         click.echo(text())
         return
@@ -48,14 +50,19 @@ def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> 
 
 
 def _stop_on_signals() -> Callable[[], bool]:
-    """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once."""
+    """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once.
+
+    One of several ranks ignores a second one: a launcher sends it to those that are a moment behind the first that stopped.
+    """
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if not asked and options.is_first_rank():
+            click.echo("apex4: stopping after the layer in flight (once more: at once)", err=True)
         asked = True
-        signal.signal(number, signal.SIG_DFL)
-        click.echo("apex4: stopping after the layer in flight (once more: at once)", err=True)
+        if not options.is_rank():
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -105,6 +112,7 @@ def cli() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: one line for every linear, not for every kind.")
+@options.number("--gpus", options.Whole(1, 1024), None, "Share the work of so many GPUs here.  [default: one]")
 @options.JSON
 @click.pass_context
 def quantize(
@@ -115,6 +123,7 @@ def quantize(
     resume: bool,
     dry_run: bool,
     verbose: bool,
+    gpus: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -130,22 +139,38 @@ def quantize(
         raise UsageError("--verbose is for --dry-run: add that, or leave it away")
     if resume and out is None:
         raise UsageError("--resume needs the folder of the run: give -o OUT")
+    if dry_run and (gpus is not None or options.is_rank()):
+        raise UsageError("--dry-run is for one process: leave --gpus, or torchrun, away")
+    if options.is_rank() and gpus is not None and gpus != options.ranks_started():
+        raise UsageError(f"--gpus is {gpus} and {options.ranks_started()} ranks were started: leave --gpus away")
+    if gpus is not None and not options.is_rank():
+        from apex4_quant.distributed.starting import launch
+
+        sys.exit(launch(gpus, sys.argv[1:], asked["device"]))
     from apex4_quant.quantization import run
     from apex4_quant.quantization.estimates import preview
     from apex4_quant.quantization.settings import QuantizeSettings, ResolvedSettings
 
-    settings: QuantizeSettings | ResolvedSettings | None = None
-    if resume and out is not None:
-        changed = {name: value for name, value in asked.items() if name in given}
-        settings = run.settings_to_resume(out, changed | ({"model": model} if model else {}))
-    if settings is None:
-        settings = QuantizeSettings(model=str(model), **asked)
+    def settings_of() -> QuantizeSettings | ResolvedSettings:
+        found = None
+        if resume and out is not None:
+            changed = {name: value for name, value in asked.items() if name in given}
+            found = run.settings_to_resume(out, changed | ({"model": model} if model else {}))
+        return QuantizeSettings(model=str(model), **asked) if found is None else found
+
     if out is None or dry_run:
-        expected = preview(settings)
+        expected = preview(settings_of())
         _print(as_json, expected.as_dict(), lambda: _preview_as_text(expected, verbose))
         return
-    result = run.quantize(settings, out, resume=resume, progress=_progress(as_json), should_stop=_stop_on_signals())
-    _print(as_json, result.as_dict(), lambda: _quantized_as_text(out, result))
+    from apex4_quant.distributed.starting import ranks
+
+    should_stop = _stop_on_signals()
+    with ranks(asked["device"]) as group:
+        progress = _progress(as_json)
+        result = run.quantize(
+            settings_of(), out, resume=resume, progress=progress, should_stop=should_stop, group=group
+        )
+        _print(as_json, result.as_dict(), lambda: _quantized_as_text(out, result))
 
 
 def _preview_as_text(expected: Preview, verbose: bool) -> str:

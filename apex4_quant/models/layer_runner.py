@@ -199,14 +199,18 @@ class LayerRunner:
             result = self._layers[index](batch, **calls)
         return batch, result[0] if isinstance(result, tuple) else result
 
-    def output_gradients(self, hidden: torch.Tensor, tensors: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+    def output_gradients(
+        self, hidden: torch.Tensor, tensors: dict[str, torch.Tensor], seed: int, before: int = 0
+    ) -> torch.Tensor:
         """hidden [S, L, H] leaving the last layer -> of the same shape, float32 on the CPU, the gradient of -log p(y) with
         respect to them, y drawn for every token from the model's own distribution p.
 
         `tensors` are the final norm's and the head's (the embedding, where they are tied). Its mean square is the Fisher
-        information: KL(p, p of hidden + e) = E (g . e)^2 / 2 to second order.
+        information: KL(p, p of hidden + e) = E (g . e)^2 / 2 to second order. `before`: tokens of other processes that come
+        before these, and have drawn.
         """
         family, generator = self._family, torch.Generator().manual_seed(seed)
+        torch.rand(before, 1, generator=generator)
         norm = self._get(family.final_norm)
         weight = tensors.get(f"{family.head}.weight", tensors.get(f"{family.embedding}.weight"))
         assert weight is not None
@@ -214,7 +218,7 @@ class LayerRunner:
         scaling = getattr(self.config, "logits_scaling", 1.0)
         norm.load_state_dict({"weight": tensors[f"{family.final_norm}.weight"].to(self.device).float()}, assign=True)
         gradients = []
-        for states in hidden.flatten(0, 1).split(HEAD_TOKENS):
+        for states in hidden.flatten(0, 1).split(HEAD_TOKENS) if len(hidden) else ():
             states = states.to(self.device).float().requires_grad_()
             with torch.enable_grad():
                 logits = nn.functional.linear(norm(states), weight) / scaling
@@ -225,7 +229,7 @@ class LayerRunner:
                 nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             gradients.append(states.grad.cpu())
         norm.to("meta")
-        return torch.cat(gradients).view(hidden.shape)
+        return torch.cat(gradients).view(hidden.shape) if gradients else torch.empty(hidden.shape)
 
     @contextlib.contextmanager
     def widened(self, index: int) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..distributed.group import Group
 from ..errors import Apex4Error, UsageError
 from ..hardware.dtype_names import wider_than
 from ..models.families import InputGroup
@@ -39,9 +40,17 @@ class Rewriter:
     """`say` is told what a user should know of the changes."""
 
     def __init__(
-        self, source: ModelSource, runner: LayerRunner, recipe: Recipe, seed: int, say: Callable[[str], None]
+        self,
+        source: ModelSource,
+        runner: LayerRunner,
+        recipe: Recipe,
+        seed: int,
+        say: Callable[[str], None],
+        group: Group | None = None,
     ) -> None:
+        """Each process of `group` has hidden states of its own."""
         require_rotatable(source, recipe)
+        self._group = group or Group()
         self._source, self._family, self._runner = source, source.family, runner
         self._rotation, self._diagonal = recipe.rotation, recipe.diagonal
         self._seed, self._say = seed, say
@@ -125,7 +134,8 @@ class Rewriter:
 
     def _balance(self, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor) -> None:
         prefix = self._family.layer_prefix(index)
-        squares = mean_squares(self._runner, index, {prefix + n: t for n, t in tensors.items()}, input_groups, hidden)
+        named = {prefix + n: t for n, t in tensors.items()}
+        squares = mean_squares(self._runner, index, named, input_groups, hidden, self._group)
         # Producers first: their rows are read by the norms' readers, whose sums of squares then are the final ones.
         for input_group in sorted(input_groups, key=lambda input_group: input_group.norm is not None):
             mean_square = squares.get(input_group)
@@ -149,9 +159,15 @@ class Rewriter:
 
 
 def mean_squares(
-    runner: LayerRunner, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor
+    runner: LayerRunner,
+    index: int,
+    tensors: Tensors,
+    input_groups: list[InputGroup],
+    hidden: torch.Tensor,
+    group: Group | None = None,
 ) -> dict[InputGroup, torch.Tensor]:
-    """E[x_k^2] over the calibration tokens at every input of a layer, float64 [K], from one pass in the model's dtype.
+    """E[x_k^2] over the calibration tokens at every input of a layer, float64 [K], from one pass in the model's dtype, over the
+    `hidden` states of all processes.
 
     `tensors` are the layer's, under full names. An expert that no token reaches has no entry.
     """
@@ -170,6 +186,13 @@ def mean_squares(
     finally:
         for handle in handles:
             handle.remove()
+    group = group or Group()
+    for input_group in input_groups:
+        linear = module.get_submodule(input_group.linears[0])
+        assert isinstance(linear, nn.Linear)
+        none = torch.zeros(linear.in_features, dtype=torch.float64, device=runner.device)
+        sums[input_group] = group.sum(sums.get(input_group, none))
+        (tokens[input_group],) = group.sum(torch.tensor([tokens.get(input_group, 0)])).tolist()
     return {input_group: total / tokens[input_group] for input_group, total in sums.items() if tokens[input_group]}
 
 
