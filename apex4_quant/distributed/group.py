@@ -216,5 +216,3 @@ class Ranks(Group):
 
     def barrier(self) -> None:
         self.sum_of_numbers([1.0])
-
-

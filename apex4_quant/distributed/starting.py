@@ -45,7 +45,9 @@ def ranks(device: str) -> Iterator[Group]:
         yield Group()
         return
     if ":" in device:
-        raise UsageError(f"--device is {device} and several ranks compute, each on a GPU of its own: give --device cuda")
+        raise UsageError(
+            f"--device is {device} and several ranks compute, each on a GPU of its own: give --device cuda"
+        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if device == "cuda" and not on_gpu:
         raise UsageError("device 'cuda' is asked for and torch finds no CUDA GPU: give --device cpu")

@@ -201,7 +201,9 @@ class Collector:
         self._runner, self._family, self._config = runner, family, config
         self._hessians, self._say, self._original = hessians, say, original
         self._group = group or Group()
-        self._routed: tuple[int, Counter[int]] | None = None  # of a layer: what other processes' tokens reach, see `_before`
+        self._routed: tuple[int, Counter[int]] | None = (
+            None  # of a layer: what other processes' tokens reach, see `_before`
+        )
         self._settled: tuple[str, ...] = ()
         self._last = False
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..distributed.group import Group
 from ..distillation.distill import BYTES_A_PARAMETER, Distillation, Distilled, PackedLinear, Student
+from ..distributed.group import Group
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.storage import format_bytes, sha256, write_tensors
 from ..format.transform_kind import TransformKind
