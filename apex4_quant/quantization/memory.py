@@ -70,7 +70,9 @@ def estimate_memory(
     outer = max(source.infos[name].bytes for name in source.outer_tensors)
     stream = windows.tokens * account.hidden * dtype.itemsize
     remembered = 0 if account.on_gpu else min(max(KEPT_BYTES, stream), windows.tokens * account.widest * dtype.itemsize)
-    streams = account.streams * ((2 if account.on_gpu else 3) * stream + remembered)
+    # Pinned memory comes in powers of two.
+    states = 2 * (1 << (stream - 1).bit_length()) if account.on_gpu else 3 * stream
+    streams = account.streams * (states + remembered)
     at_once = 2 * account.streams * max(BATCH_TOKENS, windows.length) * account.hidden * dtype.itemsize
     working = account.working()
     if not account.on_gpu:
