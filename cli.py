@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from apex4_quant import __version__, environment
 from apex4_quant import command_options as options
-from apex4_quant.errors import UsageError
+from apex4_quant.errors import STOPPING, UsageError
 from apex4_quant.evaluation.engine import EngineName
 from apex4_quant.format.export_format import ExportFormat
 from apex4_quant.format.transform_kind import TransformKind
@@ -53,21 +53,30 @@ def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> 
 def _stop_on_signals() -> Callable[[], bool]:
     """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once.
 
-    One of several ranks ignores a second one: a launcher sends it to those that are a moment behind the first that stopped.
+    One of several ranks says nothing and ignores a second one: launchers send them to those that are left when one has ended.
     """
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if not asked and options.is_first_rank():
-            click.echo("apex4: stopping after the layer in flight (once more: at once)", err=True)
         asked = True
         if not options.is_rank():
             signal.signal(number, signal.SIG_DFL)
+            click.echo(f"apex4: {STOPPING}", err=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return lambda: asked
+
+
+def _share(gpus: int | None, device: str) -> None:
+    """Do it on so many GPUs, and exit, if that is asked for and this process is not one of those that were started for it."""
+    if options.is_rank() and gpus is not None and gpus != options.ranks_started():
+        raise UsageError(f"--gpus is {gpus} and {options.ranks_started()} ranks were started: leave --gpus away")
+    if gpus is not None and not options.is_rank():
+        from apex4_quant.distributed.starting import launch
+
+        sys.exit(launch(gpus, sys.argv[1:], device))
 
 
 def _given(context: click.Context) -> set[str]:
@@ -118,7 +127,7 @@ def cli() -> None:
     metavar="SIZE",
     help="Memory to keep to, e.g. 20GiB or host=16GiB,gpu=20GiB: hidden states stay on disk, or it is refused.",
 )
-@options.number("--gpus", options.Whole(1, 1024), None, "Share the work of so many GPUs here.  [default: one]")
+@options.GPUS
 @options.JSON
 @click.pass_context
 def quantize(
@@ -148,12 +157,7 @@ def quantize(
         raise UsageError("--resume needs the folder of the run: give -o OUT")
     if dry_run and (gpus is not None or options.is_rank()):
         raise UsageError("--dry-run is for one process: leave --gpus, or torchrun, away")
-    if options.is_rank() and gpus is not None and gpus != options.ranks_started():
-        raise UsageError(f"--gpus is {gpus} and {options.ranks_started()} ranks were started: leave --gpus away")
-    if gpus is not None and not options.is_rank():
-        from apex4_quant.distributed.starting import launch
-
-        sys.exit(launch(gpus, sys.argv[1:], asked["device"]))
+    _share(gpus, asked["device"])
     from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization import run
     from apex4_quant.quantization.estimates import preview
@@ -325,6 +329,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 @options.number("--batch", options.COUNT, 1, "Requests at once, for --throughput.")
 @options.number("--prompt-len", options.COUNT, 512, "Tokens of a prompt, for --throughput.")
 @options.number("--gen-len", options.Whole(2, options.LARGEST), 128, "Tokens of an answer, for --throughput.")
+@options.GPUS
 @options.COMPUTING
 @click.pass_context
 def evaluate(
@@ -337,6 +342,7 @@ def evaluate(
     prompt_len: int,
     gen_len: int,
     record: bool,
+    gpus: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -350,6 +356,9 @@ def evaluate(
         others, advice = {"batch", "prompt_len", "gen_len"}, "is for --throughput: add that"
     for name in sorted(others & _given(context)):
         raise UsageError(f"--{name.replace('_', '-')} {advice}")
+    if throughput and (gpus is not None or options.is_rank()):
+        raise UsageError("--throughput is for one process: leave --gpus, or torchrun, away")
+    _share(gpus, asked["device"])
     keep = _recorder(context, path) if record else lambda result: None
     if throughput:
         from apex4_quant.evaluation import throughput as speed
@@ -363,9 +372,14 @@ def evaluate(
     from apex4_quant.evaluation import evaluate as quality
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
-    result = quality.evaluate(quality.EvalSettings(model=path, tasks=names, **asked), _progress(as_json))
-    keep(result)
-    _print(as_json, result, lambda: quality.evaluation_as_text(result))
+    from apex4_quant.distributed.starting import ranks
+
+    with ranks(asked["device"]) as group:
+        settings_of_quality = quality.EvalSettings(model=path, tasks=names, **asked)
+        result = quality.evaluate(settings_of_quality, _progress(as_json), group)
+        if group.is_first:
+            keep(result)
+        _print(as_json, result, lambda: quality.evaluation_as_text(result))
 
 
 @cli.command()

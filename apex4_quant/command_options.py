@@ -244,4 +244,5 @@ def calibration(samples: int | None, help: str) -> Option:
     return together(TEXT, number("--samples", COUNT, samples, help), SEQ_LEN, DRAWN_BY, BOS)
 
 
+GPUS = number("--gpus", Whole(1, 1024), None, "Share the work among so many GPUs of this host.  [default: one GPU]")
 COMPUTING = together(DEVICE, DTYPE, JSON)

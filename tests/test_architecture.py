@@ -21,7 +21,7 @@ PACKAGE = "apex4_quant"
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "private_names", "environment", "calib"),
     ("format",),
-    ("hardware", "recipes"),
+    ("hardware", "recipes", "distributed"),
     ("kernels",),
     ("models",),
     ("nn", "transforms"),

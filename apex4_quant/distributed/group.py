@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ..environment import SECONDS_TO_WAIT, TIMEOUT
 from ..errors import Apex4Error, UsageError
@@ -134,19 +135,23 @@ class Ranks(Group):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @classmethod
-    def join(cls, on_gpu: bool) -> Ranks:
-        """By the variables of torchrun. Raises RankLost, or UsageError if there are fewer GPUs than ranks of this host."""
+    def join(cls, on_gpu: bool, store: Store) -> Ranks:
+        """By the variables of torchrun, and a `store` that all ranks have. Raises RankLost, or UsageError if there are fewer
+        GPUs than ranks of this host."""
         backend = "gloo"
         if on_gpu:
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            if local >= torch.cuda.device_count():
+            local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            if here > found:
                 raise UsageError(
-                    f"{local + 1} ranks were started here and torch finds {torch.cuda.device_count()} CUDA GPUs: "
+                    f"{here} ranks were started here and torch finds {found} CUDA GPUs: "
                     "start one rank a GPU, or give --device cpu"
                 )
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
-        _communicating(dist.init_process_group)(backend, timeout=timedelta(seconds=_seconds_to_wait()))
+        wait = timedelta(seconds=_seconds_to_wait())
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        _communicating(dist.init_process_group)(backend, timeout=wait, store=store, rank=rank, world_size=size)
         return cls()
 
     @_communicating
@@ -197,13 +202,13 @@ class Ranks(Group):
 
     @_communicating
     def gather(self, value: _T) -> list[_T]:
-        found: list[Any] = [None] * self.size
+        found: list[_T] = [value] * self.size
         dist.all_gather_object(found, value)
         return found
 
     def from_first(self, make: Callable[[], _T]) -> _T:
-        made = make() if self.is_first else None
-        return self._from_first(made)
+        made: _T = self._from_first(make() if self.is_first else None)
+        return made
 
     @_communicating
     def _from_first(self, made: Any) -> Any:

@@ -18,12 +18,15 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.api import PContext
 
-from ..errors import UsageError
+from ..errors import STOPPING, UsageError
 from .group import Group, Ranks
 from .watch import CAUSE, GO_ON, SAID, Watch
+
+TCPStore = dist.TCPStore  # type: ignore[attr-defined]  # it is public, and the package does not list it
 
 _HERE = "127.0.0.1"
 _POLL = 0.2  # seconds
@@ -51,15 +54,30 @@ def ranks(device: str) -> Iterator[Group]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if device == "cuda" and not on_gpu:
         raise UsageError("device 'cuda' is asked for and torch finds no CUDA GPU: give --device cpu")
-    group = Ranks.join(on_gpu)
-    watch = Watch.begin()
+    rank, size, hosted = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _store_is_hosted()
+    store = _store(is_master=rank == 0 and not hosted)
+    # With a connection of its own: the main thread may wait in the other for as long as it likes.
+    watch = Watch(rank, size, _store(is_master=False), hosted)
+    watch.begin()
     try:
+        group = Ranks.join(on_gpu, PrefixStore("group", store))
         yield group
         group.barrier()  # others may still need this rank's store, or its word
     except BaseException as error:
         watch.fail(error)
     watch.end()
     group.leave()
+
+
+def _store_is_hosted() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(is_master: bool) -> Store:
+    """Of this start of the ranks: torchrun may start them again."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=is_master, wait_for_workers=False)
+    return PrefixStore(f"apex4/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def launch(count: int, arguments: Sequence[str], device: str) -> int:
@@ -70,7 +88,7 @@ def launch(count: int, arguments: Sequence[str], device: str) -> int:
     found = torch.cuda.device_count()
     if device != "cpu" and found < count:
         raise UsageError(f"--gpus is {count} and torch finds {found} CUDA GPUs: give fewer, or --device cpu")
-    store = dist.TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what happened
     words = {rank: ("-m", "apex4_quant", *arguments) for rank in range(count)}
     environments = {rank: _environment(rank, count, store.port) for rank in range(count)}
@@ -118,6 +136,8 @@ def _forward_signals(processes: PContext) -> None:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if not asked:
+            _say(STOPPING)
         for pid in processes.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if asked else signal.SIGTERM)

@@ -21,7 +21,7 @@ import traceback
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ..errors import Apex4Error
 from .group import RankLost
@@ -36,23 +36,16 @@ CAUSE, SAID = "cause", "said"
 
 
 class Watch:
-    """Of this rank, from `begin` until `end`. `hosted`: the store is a process of its own, and not rank 0."""
+    """Of this rank, from `begin` until `end`. `hosted`: the store is in a process of its own, and not in rank 0."""
 
-    def __init__(self, rank: int, size: int, store: dist.Store, hosted: bool) -> None:
+    def __init__(self, rank: int, size: int, store: Store, hosted: bool) -> None:
         self.rank, self.size, self._store, self._hosted = rank, size, store, hosted
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="apex4 watch")
 
-    @classmethod
-    def begin(cls) -> Watch:
-        """With a connection of its own to the store: the main thread may wait in its for as long as it likes."""
-        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        watch = cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore(f"apex4/{attempt}", client), hosted)
-        watch._store.set(f"alive/{watch.rank}", "0")
-        watch._thread.start()
-        return watch
+    def begin(self) -> None:
+        self._store.set(f"alive/{self.rank}", "0")
+        self._thread.start()
 
     def end(self) -> None:
         self._ending.set()
@@ -69,7 +62,7 @@ class Watch:
                 sign = self._sign_of(behind)
             except RuntimeError:  # the store is gone
                 self._without_store()
-            if sign != last or behind == self.rank:
+            if sign != last or not sign or behind == self.rank:  # one that was never there is still on its way
                 last, since = sign, time.monotonic()
             elif time.monotonic() - since > MISSING:
                 self.fail_with(75, f"rank {behind} gave no sign of life for {MISSING:.0f} s: {GO_ON}")
@@ -80,7 +73,6 @@ class Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process for what it met, and so all."""
-        self._ending.set()
         if isinstance(error, SystemExit) and not error.code:
             _leave(0)
         name = f"rank {self.rank}"
@@ -105,9 +97,10 @@ class Watch:
             still = [self._sign_of(rank) for rank in range(self.size)]
         except RuntimeError:
             self._without_store()
-        # This rank gives no signs any more, nor do those that look for the same reason as it does.
         lost = [rank for rank in range(self.size) if before[rank] == still[rank] and rank != self.rank]
-        names = "another rank" if len(lost) != 1 else f"rank {lost[0]}"
+        if not lost:
+            self.fail_with(75, f"{error}: {GO_ON}")
+        names = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
         self.fail_with(75, f"{names} ended without a word, killed or out of memory: {GO_ON}")
 
     def fail_with(self, code: int, sentence: str, details: str = "") -> NoReturn:
