@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,9 @@ import torch
 from click.testing import Result
 
 from apex4_quant import QuantizeSettings, quantize
-from apex4_quant.errors import Apex4Error, Stopped, UsageError
-from apex4_quant.format.storage import write_tensors
+from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.hardware.memory import MemoryBudget, resident_now
 from apex4_quant.models.source import ModelSource
-from apex4_quant.models.states import TENSOR_NAME, StoredStates, in_memory
 from apex4_quant.quantization import run
 from apex4_quant.quantization.memory import MemoryEstimate, MemoryPlan, Windows, estimate_memory, fit
 from apex4_quant.quantization.plan import plan_of
@@ -25,41 +22,6 @@ from apex4_quant.quantization.plan import plan_of
 from ..conftest import stop_after
 
 Call = Callable[..., Any]
-
-
-def test_stored_states_are_a_file_that_safetensors_would_write(tmp_path: Path) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        states = torch.randn(5, 3, 8).to(dtype)
-        write_tensors(tmp_path / "expected.safetensors", {TENSOR_NAME: states})
-        stored = StoredStates.new(tmp_path, states.shape, dtype)
-        for first in (3, 0):  # in any order
-            stored.put(first, states[first : first + 3])
-        assert torch.equal(in_memory(stored), states) and (len(stored), stored.nbytes) == (5, states.nbytes)
-        assert all(torch.equal(a, b) for a, b in zip(stored.split(2), states.split(2), strict=True))
-        assert torch.equal(stored[torch.tensor([4, 0])], states[[4, 0]])
-        stored.move_to(tmp_path / "found.safetensors")
-        assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
-        assert torch.equal(stored.load(1, 9), states[1:])
-        parts = [(tmp_path / "expected.safetensors", 1, 3), (tmp_path / "found.safetensors", 3, 5)]
-        assert torch.equal(StoredStates.of(parts).load(), states[1:])
-        assert torch.equal(StoredStates.of(parts).load(1, 3), states[2:4])
-
-
-def test_states_without_a_name_leave_no_file(tmp_path: Path) -> None:
-    stored = StoredStates.new(tmp_path, (2, 2, 2), torch.float32)
-    assert len(list(tmp_path.iterdir())) == 1
-    del stored
-    gc.collect()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_truncated_file_is_said(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "states.safetensors", {TENSOR_NAME: torch.ones(4, 2, 8)})
-    stored = StoredStates.of([(tmp_path / "states.safetensors", 0, 4)])
-    with (tmp_path / "states.safetensors").open("r+b") as file:
-        file.truncate(120)
-    with pytest.raises(Apex4Error, match=r"states\.safetensors is truncated"):
-        stored.load()
 
 
 @pytest.fixture
@@ -111,19 +73,6 @@ def test_a_budget_is_kept_by_states_on_the_disk_or_refused(tiny_model: Call) -> 
     with pytest.raises(UsageError, match=r"allows 19 B of the GPU.* about 20 B"):
         fit(estimate, MemoryBudget(gpu=19), 30, "cuda:0")
     fit(estimate, MemoryBudget(gpu=19), 30, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("text", "budget"),
-    [
-        ("20GiB", MemoryBudget(20 * 2**30, 20 * 2**30)),
-        ("1.5GB", MemoryBudget(1_500_000_000, 1_500_000_000)),
-        ("host=16GiB,gpu=800MB", MemoryBudget(16 * 2**30, 800_000_000)),
-        ("gpu=24 GB", MemoryBudget(None, 24_000_000_000)),
-    ],
-)
-def test_budgets(text: str, budget: MemoryBudget) -> None:
-    assert MemoryBudget.parse(text) == budget
 
 
 @pytest.mark.parametrize(
