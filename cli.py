@@ -30,6 +30,7 @@ from apex4_quant.planning.settings import PLANNED_TRANSFORMS, TOKENS, PlanSettin
 from apex4_quant.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
+    from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization.estimates import Preview
     from apex4_quant.quantization.run import QuantizeResult
 
@@ -127,6 +128,11 @@ def cli(context: click.Context) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: one line for every linear, not for every kind.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory to keep to, e.g. 20GiB or host=16GiB,gpu=20GiB: hidden states stay on disk, or it is refused.",
+)
 @options.GPUS
 @options.JSON
 @click.pass_context
@@ -138,6 +144,7 @@ def quantize(
     resume: bool,
     dry_run: bool,
     verbose: bool,
+    memory: str | None,
     gpus: int | None,
     as_json: bool,
     **asked: Any,
@@ -157,6 +164,7 @@ def quantize(
     if dry_run and (gpus is not None or options.is_rank()):
         raise UsageError("--dry-run is for one process: leave --gpus, or torchrun, away")
     _share(gpus, asked["device"])
+    from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization import run
     from apex4_quant.quantization.estimates import preview
     from apex4_quant.quantization.settings import QuantizeSettings, ResolvedSettings
@@ -168,8 +176,9 @@ def quantize(
             found = run.settings_to_resume(out, changed | ({"model": model} if model else {}))
         return QuantizeSettings(model=str(model), **asked) if found is None else found
 
+    budget = None if memory is None else MemoryBudget.parse(memory)
     if out is None or dry_run:
-        expected = preview(settings_of())
+        expected = preview(settings_of(), budget)
         _print(as_json, expected.as_dict(), lambda: _preview_as_text(expected, verbose))
         return
     from apex4_quant.distributed.starting import ranks
@@ -178,7 +187,7 @@ def quantize(
     with ranks(asked["device"]) as group:
         progress = _progress(as_json)
         result = run.quantize(
-            settings_of(), out, resume=resume, progress=progress, should_stop=should_stop, group=group
+            settings_of(), out, resume=resume, progress=progress, should_stop=should_stop, group=group, memory=budget
         )
         _print(as_json, result.as_dict(), lambda: _quantized_as_text(out, result))
 
@@ -190,9 +199,35 @@ def _preview_as_text(expected: Preview, verbose: bool) -> str:
     settings = expected.settings
     return (
         f"{plan_as_text(expected.plan, expected.source, verbose)}\n"
-        f"  {_seconds_as_text(*expected.seconds)} on {settings.device}, about {format_bytes(expected.peak_memory)} of tensors "
-        f"at the worst moment; layout {settings.layout}; nothing was written"
+        f"  {_seconds_as_text(*expected.seconds)} on {settings.device}; at the worst moment about "
+        f"{format_bytes(expected.peak_host)} of the host{_on_gpu(expected)}{_kept_to(expected.budget, expected.states_on_disk)}, "
+        f"and {format_bytes(expected.disk)} of the disk; layout {settings.layout}; nothing was written"
     )
+
+
+def _on_gpu(expected: Preview) -> str:
+    from apex4_quant.format.storage import format_bytes
+
+    return f" and {format_bytes(expected.memory.gpu)} of the GPU" if expected.memory.gpu else ""
+
+
+def _kept_to(budget: MemoryBudget, states_on_disk: bool) -> str:
+    """What was allowed, beside what is used."""
+    from apex4_quant.format.storage import format_bytes
+
+    allowed = [f"{name} {format_bytes(size)}" for name, size in budget.as_dict().items() if size is not None]
+    where = ", hidden states on the disk" if states_on_disk else ""
+    return f" (allowed: {', '.join(allowed)}{where})" if allowed else ""
+
+
+def _used_as_text(result: QuantizeResult) -> str:
+    from apex4_quant.format.storage import format_bytes
+
+    if result.memory is None:
+        return ""
+    gpu = "" if result.memory.gpu is None else f", of the GPU {format_bytes(result.memory.gpu)}"
+    kept_to = _kept_to(result.budget, result.states_on_disk)
+    return f"  memory at most: of the host {format_bytes(result.memory.host)}{gpu}{kept_to}\n"
 
 
 def _seconds_as_text(least: float, most: float) -> str:
@@ -214,6 +249,7 @@ def _quantized_as_text(out: Path, result: QuantizeResult) -> str:
         f"{summary['bits_per_weight']:.3f} bits per quantized weight, {summary['seconds']:.1f} s\n"
         f"  relative output error of a linear: mean {summary['mean_relative_error']:.4f}, "
         f"largest {summary['max_relative_error']:.4f}\n"
+        f"{_used_as_text(result)}"
         f"  next: apex4 eval {out} --baseline {summary['model']} --record; apex4 publish {out} ORG/NAME"
     )
 

@@ -233,7 +233,7 @@ class Collector:
             if experts is not None and expert_of(stage[0].linears[0]) is not None:
                 unfused = module.get_submodule(experts.module)
                 assert isinstance(unfused, UnfusedExperts)
-                collect = self._entering if stage[0].producer is None else self._inside
+                collect = self._entering if stage[0].norm is not None else self._inside
                 found = collect(layer, experts, unfused, [linear for linears in wanted for linear in linears], streams)
             else:
                 found = [self._dense(layer, stage[0], wanted[0], streams)]

@@ -36,6 +36,7 @@ from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import States
 from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
 from ..recipes import Recipe, Rounding
@@ -158,7 +159,7 @@ class LayerQuantizer:
             [records[linear.name] for linear in planned if linear.name in records],
         )
 
-    def _load(self, layer: int, hidden: torch.Tensor) -> tuple[LayerTensors, nn.Module]:
+    def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
         """Read, rewrite, load."""
         read = self._source.read(self._source.layer_tensors(layer))
         tensors = self._rewriter.layer(layer, read, hidden)
@@ -217,7 +218,7 @@ class LayerQuantizer:
         codes, scales = (self._group.gather_share(part, format.out_features) for part in own)
         return codes, scales
 
-    def _gradients(self, layer: int, hidden: torch.Tensor) -> dict[str, InputGradients]:
+    def _gradients(self, layer: int, hidden: States) -> dict[str, InputGradients]:
         """Of the layer's inputs that are read by planned linears, by those linears' full names.
 
         Experts see too few of the tokens for gradients of their own, and those whose gradients say nothing are left away

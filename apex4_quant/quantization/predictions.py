@@ -19,6 +19,7 @@ from ..errors import Apex4Error, Stopped
 from ..hardware.dtype_names import wider_than
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import States, in_memory
 from ..progress import Progress
 from .gradients import gradients_through
 from .run_state import RunState, StateKind
@@ -33,7 +34,7 @@ def gradients_of_predictions(
     runner: LayerRunner,
     samples: torch.Tensor,
     seed: int,
-    keep: Callable[[int, torch.Tensor], None],
+    keep: Callable[[int, States], None],
     advance: Callable[[int], None],
     group: Group | None = None,
     share: Share | None = None,
@@ -58,7 +59,7 @@ def gradients_of_predictions(
     outer = source.read(
         [name for name in source.outer_tensors if name != embedding or head not in source.outer_tensors]
     )
-    gradients = runner.output_gradients(hidden, outer, seed, share.first * samples.shape[1])
+    gradients = runner.output_gradients(in_memory(hidden), outer, seed, share.first * samples.shape[1])
     return _normalized(gradients, source.name, runner.dtype, group)
 
 
@@ -116,7 +117,7 @@ class LeavingGradients:
                     f"'apex4 quantize --resume -o {self._state.out}' goes on"
                 )
 
-        def keep(layer: int, hidden: torch.Tensor) -> None:
+        def keep(layer: int, hidden: States) -> None:
             go_on()
             self._state.save(StateKind.ENTERING, layer, hidden, share)
 

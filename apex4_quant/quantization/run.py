@@ -34,6 +34,7 @@ from ..format.quant_config import QuantConfig
 from ..format.storage import (
     REPORT_NAME,
     RUN_FOLDER,
+    format_bytes,
     read_json,
     require_empty,
     require_free_space,
@@ -42,9 +43,11 @@ from ..format.storage import (
     write_tensors,
 )
 from ..hardware.devices import DTYPES
+from ..hardware.memory import MemoryBudget, MemoryUse, begin_counting, held_to, memory_used, resident_now
 from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource, hub_revision
+from ..models.states import States, StoredStates
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
 from ..recipes import Importance
@@ -53,6 +56,7 @@ from .calibration import draw_calibration, windows_needed
 from .distilling import distill, require_distillable, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
+from .memory import Windows, estimate_memory, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
 from .run_state import OutputFolder, RunState, Streams, stored_settings
@@ -72,6 +76,9 @@ class QuantizeResult:
     bits_per_weight: float
     seconds: float = 0.0
     was_finished: bool = False  # before: this run had nothing to do
+    memory: MemoryUse | None = None  # at most, of this run
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    states_on_disk: bool = False  # because of the budget
     left_behind: list[str] = field(default_factory=list)  # of the original's folder: what nobody reads who loads OUT
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,6 +94,9 @@ class QuantizeResult:
             "mean_relative_error": sum(errors) / len(errors),
             "max_relative_error": max(errors),
             "seconds": round(self.seconds, 2),
+            "peak_memory": None if self.memory is None else self.memory.as_dict(),
+            "memory_budget": self.budget.as_dict(),
+            "states_on_disk": self.states_on_disk,
             "left_behind": self.left_behind,
         }
 
@@ -133,6 +143,7 @@ def quantize(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     group: Group | None = None,
+    memory: MemoryBudget | None = None,
 ) -> QuantizeResult:
     """Quantize `settings.model` into the folder `out`, which must be absent or empty.
 
@@ -140,6 +151,9 @@ def quantize(
     nothing is left to do. `should_stop` is asked after every decoder layer; if it says yes, Stopped is raised and
     `resume=True` goes on from there. Raises UsageError or Apex4Error, with one sentence each; `out` is never left looking
     complete when it is not.
+
+    `memory` is what each process may use: hidden states stay on the disk where they would be too much, and a run that cannot
+    keep to it is refused before it begins. What it used is in the result.
 
     All processes of `group` call this with the same arguments, and an `out` that all of them see. A run may be resumed by
     fewer or more of them.
@@ -177,6 +191,10 @@ def quantize(
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
     runner = LayerRunner(source, resolved.device, dtype)
+    begin_counting(resolved.device)
+    here = Windows(group.share(len(samples)).size, samples.shape[1], len(samples))
+    expected = estimate_memory(source, plan, here, dtype, resolved.device)
+    kept_to = fit(expected, memory or MemoryBudget(), resident_now(), resolved.device)
     with progress.stage("checking weights", source.total_bytes, "B") as advance:
         digests = source.verify(advance)
     recorded = resolved.as_dict() | {
@@ -192,12 +210,22 @@ def quantize(
     group.require_equal(_seen_here(recorded, found, runner))
     state = _state(out, recorded, found, group)
     try:
-        result = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop, group).execute()
+        run = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop, group, kept_to.streamed)
+        with held_to(kept_to.budget.gpu, resolved.device):
+            result = run.execute()
+    except torch.OutOfMemoryError as error:
+        if kept_to.budget.gpu is None:
+            raise
+        raise Apex4Error(
+            f"the {format_bytes(kept_to.budget.gpu)} of the GPU that --memory allows are not enough: allow more; "
+            f"'apex4 quantize --resume -o {out}' goes on"
+        ) from error
     finally:
         state.close()
     if group.is_first:
         state.finish()
     result.seconds = time.perf_counter() - started
+    result.memory, result.budget, result.states_on_disk = memory_used(resolved.device), kept_to.budget, kept_to.streamed
     return result
 
 
@@ -265,6 +293,7 @@ class _Run:
     progress: Progress
     should_stop: Callable[[], bool]
     group: Group
+    streamed: bool = False  # hidden states stay on the disk
     original: LayerRunner | None = field(
         init=False
     )  # for GPTAQ: the layers before quantization, on states of their own
@@ -277,6 +306,9 @@ class _Run:
         recipe, source, runner = self.plan.recipe, self.source, self.runner
         self.original = LayerRunner(source, self.settings.device, runner.dtype) if recipe.gptaq else None
         self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self.progress.line, self.group)
+        if self.streamed:
+            for each in self._runners:
+                each.keep_states_in(self.state.folder)
         by_gradients = recipe.importance is Importance.GRADIENTS
         self.predictions = (
             LeavingGradients(source, runner, self.state, self.samples, self.group) if by_gradients else None
@@ -326,8 +358,11 @@ class _Run:
         tensors = self.rewriter.embedding(self.source.read([embedding]))
         written = self._write_shard(1, tensors)
         hidden = self.runner.embed(self.samples[self.share.slice], tensors[embedding])
-        self.state.save_hidden(0, Streams(hidden, hidden.clone() if self.original else None, self.share))
+        self.state.save_hidden(0, Streams(hidden, self._copied(hidden) if self.original else None, self.share))
         self._commit(1, written, [])
+
+    def _copied(self, states: States) -> States:
+        return states.copy(self.state.folder) if isinstance(states, StoredStates) else states.clone()
 
     def _quantize_layers(self, layers: range) -> None:
         quantizer = LayerQuantizer(
@@ -353,7 +388,7 @@ class _Run:
                         f"stopped before layer {layer} of {self.source.num_layers}, nothing is lost: "
                         f"'apex4 quantize --resume -o {self.state.out}' goes on"
                     )
-                streams = streams or self.state.load_hidden(layer, self.original is not None, self.share)
+                streams = streams or self.state.load_hidden(layer, self.original is not None, self.share, self.streamed)
                 streams = self._quantize_layer(quantizer, layer, streams, advance)
 
     def _quantize_layer(

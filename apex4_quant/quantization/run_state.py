@@ -3,7 +3,8 @@
     OUT/.apex4-run/lock              held while a process works on OUT
     OUT/.apex4-run/settings.json     the settings of the first run; a restart refuses others
     OUT/.apex4-run/shard-00003.json  a finished shard: checksum, size, per-linear errors. Writing it is the commit.
-    OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3
+    OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3; see models/states.py for those
+                                     that stay there while they are used
     OUT/.apex4-run/distilling.safetensors     the state of a distillation on its way (distilling.py)
     OUT/.apex4-run/distilled.safetensors, distilled.json      its outcome; writing the second is the commit
     OUT/.apex4-run/entering-00003.safetensors, gradients-00003.safetensors   of the float model, see predictions.py
@@ -43,6 +44,7 @@ from ..format.storage import (
     write_json,
     write_tensors,
 )
+from ..models.states import TENSOR_NAME, States, StoredStates, in_memory
 from .settings import ResolvedSettings, other_setting
 
 
@@ -52,10 +54,12 @@ class StateKind(StrEnum):
     HIDDEN = (
         "hidden"  # the states that enter it: through the quantized layers and, for GPTAQ, through the original ones
     )
+    ORIGINAL = "original"  # for GPTAQ, those through the original ones where states are streamed from the disk
     ENTERING = "entering"  # the states of the float model that enter it (predictions.py)
     LEAVING_GRADIENTS = "gradients"  # of the float model's predictions by what leaves it (predictions.py)
 
 
+_ORIGINAL_NAME = "original_hidden_states"
 _DISTILLING, _DISTILLED, _DISTILLED_RECORD = "distilling.safetensors", "distilled.safetensors", "distilled.json"
 
 
@@ -85,8 +89,8 @@ class Streams(NamedTuple):
     recipe asks for it. `share`: which of all windows these are; None: all.
     """
 
-    hidden: torch.Tensor
-    original: torch.Tensor | None = None
+    hidden: States
+    original: States | None = None
     share: Share | None = None
 
     @property
@@ -223,25 +227,35 @@ class RunState:
 
     def save_hidden(self, layer: int, streams: Streams) -> None:
         """The windows of this process. All must be there before the layer is committed."""
-        tensors = {"hidden_states": streams.hidden}
+        if isinstance(streams.hidden, StoredStates):
+            if isinstance(streams.original, StoredStates):
+                streams.original.move_to(self._path(StateKind.ORIGINAL, layer, streams.windows))
+            streams.hidden.move_to(self._path(StateKind.HIDDEN, layer, streams.windows))
+            return
+        tensors = {TENSOR_NAME: streams.hidden}
         if streams.original is not None:
-            tensors["original_hidden_states"] = streams.original
+            tensors[_ORIGINAL_NAME] = in_memory(streams.original)
         self._save_part(StateKind.HIDDEN, layer, tensors, streams.windows)
 
-    def load_hidden(self, layer: int, original: bool, share: Share) -> Streams:
-        """What `save_hidden` wrote of the windows of `share`; `original`: whether both streams must be there. Raises Apex4Error."""
-        names = ["hidden_states", *(["original_hidden_states"] if original else [])]
-        tensors = self._load_part(StateKind.HIDDEN, layer, names, share)
-        return Streams(tensors[0], tensors[1] if original else None, share)
+    def load_hidden(self, layer: int, original: bool, share: Share, streamed: bool = False) -> Streams:
+        """What `save_hidden` wrote of the windows of `share`; `original`: whether both streams must be there. `streamed`: they
+        stay on the disk. Raises Apex4Error."""
+        load = self._stream_part if streamed else self._load_part
+        hidden = load(StateKind.HIDDEN, layer, TENSOR_NAME, share)
+        if not original:
+            return Streams(hidden, None, share)
+        if self._part_paths(StateKind.ORIGINAL, layer):
+            return Streams(hidden, load(StateKind.ORIGINAL, layer, TENSOR_NAME, share), share)
+        return Streams(hidden, load(StateKind.HIDDEN, layer, _ORIGINAL_NAME, share), share)
 
-    def save(self, kind: StateKind, layer: int, tensor: torch.Tensor, share: Share | None = None) -> None:
+    def save(self, kind: StateKind, layer: int, states: States, share: Share | None = None) -> None:
         """Keep one tensor for a layer, of any kind but HIDDEN: that of the windows of `share`, or of all."""
         if share is None or share.size:
-            self._save_part(kind, layer, {str(kind): tensor}, share or Share.whole(len(tensor)))
+            self._save_part(kind, layer, {str(kind): in_memory(states)}, share or Share.whole(len(states)))
 
     def load(self, kind: StateKind, layer: int, share: Share) -> torch.Tensor:
         """What `save` kept of the windows of `share`. Raises Apex4Error."""
-        return self._load_part(kind, layer, [str(kind)], share)[0]
+        return self._load_part(kind, layer, str(kind), share)
 
     def has(self, kind: StateKind, layer: int, total: int) -> bool:
         """Whether there is something of all `total` windows."""
@@ -261,39 +275,56 @@ class RunState:
 
     def drop_uncommitted(self) -> None:
         """Hidden states that no commit stands behind: fewer or more processes will write other parts."""
-        for path in self.folder.glob(f"{StateKind.HIDDEN}-*.safetensors"):
-            layer = int(path.name.removeprefix(f"{StateKind.HIDDEN}-")[:5])
-            if self.record(layer + 1) is None:
-                path.unlink()
+        for kind in (StateKind.HIDDEN, StateKind.ORIGINAL):
+            for path in self.folder.glob(f"{kind}-*.safetensors"):
+                layer = int(path.name.removeprefix(f"{kind}-")[:5])
+                if self.record(layer + 1) is None:
+                    path.unlink()
 
     def _save_part(self, kind: StateKind, layer: int, tensors: Mapping[str, torch.Tensor], share: Share) -> None:
         write_tensors(self._path(kind, layer, share), tensors)
 
-    def _load_part(self, kind: StateKind, layer: int, names: list[str], share: Share) -> list[torch.Tensor]:
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    def _load_part(self, kind: StateKind, layer: int, name: str, share: Share) -> torch.Tensor:
+        found = []
+        for path, first, stop in self._parts_of(kind, layer, share):
+            try:
+                with safe_open(path, framework="pt", backend="pread") as file:
+                    found.append(file.get_slice(name)[first:stop])
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(path, kind, error) from error
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _stream_part(self, kind: StateKind, layer: int, name: str, share: Share) -> StoredStates:
+        parts = self._parts_of(kind, layer, share)
+        try:
+            for path, _, _ in parts:
+                with safe_open(path, framework="pt", backend="pread"):
+                    pass  # validates header and size
+            return StoredStates.of(parts, name)
+        except (SafetensorError, OSError, ValueError, KeyError, StopIteration) as error:
+            raise self._damaged(parts[0][0], kind, error) from error
+
+    def _parts_of(self, kind: StateKind, layer: int, share: Share) -> list[tuple[Path, int, int]]:
+        """The files that have the windows of `share`, and which of the windows in each. Raises Apex4Error if some are missing."""
+        found = []
         stop = share.first
         for part, path in sorted(self._parts(kind, layer, share.total).items()):
             if part.stop <= stop or part.first >= share.stop:
                 continue
             if part.first > stop:
                 break
-            inside = slice(stop - part.first, min(share.stop, part.stop) - part.first)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in names:
-                        found[name].append(file.get_slice(name)[inside])
-            except (SafetensorError, OSError) as error:
-                raise self._damaged(path, kind, error) from error
-            stop = min(share.stop, part.stop)
+            end = min(share.stop, part.stop)
+            found.append((path, stop - part.first, end - part.first))
+            stop = end
         if stop < share.stop:
             raise Apex4Error(f"{self._path(kind, layer)} is missing: {self._advice(kind)}")
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found.values()]
+        return found
 
     def _damaged(self, path: Path, kind: StateKind, error: Exception) -> Apex4Error:
         return Apex4Error(f"{path} is damaged ({error}): {self._advice(kind)}")
 
     def _advice(self, kind: StateKind) -> str:
-        if kind is StateKind.HIDDEN:
+        if kind in (StateKind.HIDDEN, StateKind.ORIGINAL):
             return f"{self.out} cannot be resumed, begin again in a new folder"
         return f"remove it, 'apex4 quantize --resume -o {self.out}' makes it again"
 

@@ -25,7 +25,9 @@ def search_activation_clip(
     at a share of the rows.
     """
     processes = processes or Group()
-    gram = sum((weight.t() @ weight for weight in weights), rows.new_zeros(()))  # [K, K]: ||d W^T||^2 = d (W^T W) d^T
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1])  # ||d W^T||^2 = d (W^T W) d^T
+    for weight in weights:
+        gram.addmm_(weight.t(), weight)
     rows = rows[processes.share(len(rows)).slice]
     errors = []
     for ratio in ACTIVATION_CLIP_RATIOS:

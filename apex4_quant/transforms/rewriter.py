@@ -20,6 +20,7 @@ from ..hardware.dtype_names import wider_than
 from ..models.families import InputGroup
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import States
 from ..recipes import Recipe
 from .function_preserving import Tensors, balance, merged_by_norm, rotate_reader, rotate_stream, rotate_values
 from .orthogonal import Orthogonal, derived_seed
@@ -97,7 +98,7 @@ class Rewriter:
         tensors[norm].fill_(1 - self._family.norm_offset)
         return tensors
 
-    def layer(self, index: int, stored: Tensors, hidden: torch.Tensor) -> Tensors:
+    def layer(self, index: int, stored: Tensors, hidden: States) -> Tensors:
         """A decoder layer's tensors, under their full names, rewritten; `stored` is used up.
 
         hidden [S, L, H] are the calibration states that enter the layer. Raises Apex4Error if they lead to a value that
@@ -122,7 +123,8 @@ class Rewriter:
 
     def _rotate_values(self, index: int, tensors: Tensors, input_groups: list[InputGroup]) -> None:
         for input_group in input_groups:
-            if input_group.producer is not None and input_group.producer.per_head:
+            producer = input_group.producer
+            if producer is not None and producer.per_head and not producer.gated:
                 width = tensors[f"{input_group.linears[0]}.weight"].shape[1] // int(
                     self._runner.config.num_attention_heads
                 )
@@ -131,7 +133,7 @@ class Rewriter:
                 ]
                 rotate_values(tensors, input_group, self._kv_heads, rotations)
 
-    def _balance(self, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor) -> None:
+    def _balance(self, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: States) -> None:
         prefix = self._family.layer_prefix(index)
         named = {prefix + n: t for n, t in tensors.items()}
         squares = mean_squares(self._runner, index, named, input_groups, hidden, self._group)
@@ -162,7 +164,7 @@ def mean_squares(
     index: int,
     tensors: Tensors,
     input_groups: list[InputGroup],
-    hidden: torch.Tensor,
+    hidden: States,
     group: Group | None = None,
 ) -> dict[InputGroup, torch.Tensor]:
     """E[x_k^2] over the calibration tokens at every input of a layer, float64 [K], from one pass in the model's dtype, over the
