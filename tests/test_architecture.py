@@ -43,7 +43,9 @@ KERNELS_ORDER: tuple[tuple[str, ...], ...] = (
     ("*",),
     ("quantize",),
     ("gemm", "sweeps"),  # some GEMMs quantize what they read
-    ("catalogue", "cpu_ops", "cuda_ops", "ops"),
+    ("cpu_ops", "cuda_ops", "ops"),
+    ("experts",),
+    ("catalogue",),
     ("analysis",),
 )
 MOST_FILES = 14  # of Python, in one package, its __init__.py counted
@@ -55,6 +57,7 @@ SMALL = 60  # lines: a module no longer than that may be tested with those that 
 # Modules whose tests are in a file of another name below tests/, by the reason.
 TESTED_IN: dict[str, dict[str, str]] = {
     "one file for all parts of one kernel: configurations, launch and CUDA source only mean something together": {
+        "kernels/experts/configs.py": "kernels/experts/test_expert_kernels.py",
         "kernels/gemm/configs.py": "kernels/gemm/test_gemm_kernels.py",
         "kernels/gemm/s8_configs.py": "kernels/gemm/test_s8_kernels.py",
         "kernels/gemm/sm90_s8_configs.py": "kernels/gemm/test_sm90_s8_kernels.py",

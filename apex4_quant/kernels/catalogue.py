@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .experts import configs as expert_configs
 from .gemm import configs as gemm_configs
 from .gemm import fused_linear, s8_configs, sm90_s8_configs
 from .quantize import configs as quantize_configs
@@ -31,6 +32,7 @@ def configurations(arch: str) -> list[Configuration]:
             Configuration(each.name, each.source, each.entry, {**each.defines})
             for each in quantize_configs.all_configs(sm)
         ),
+        *expert_configs.all_configs(sm),
         *column_sweep_configs.all_configs(sm),
     ]
     names = [each.name for each in found]

@@ -44,7 +44,7 @@ _SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @lru_cache(maxsize=64)
-def _gpu(index: int) -> tuple[int, int]:
+def gpu(index: int) -> tuple[int, int]:
     """sm and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
@@ -54,7 +54,7 @@ def prepare(device: torch.device) -> None:
     """Make what the operators find ready on a GPU, so that a CUDA graph may be captured first. Not during a capture."""
     workspace.prepare(device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    if _gpu(index)[0] >= 90:
+    if gpu(index)[0] >= 90:
         for dtype in _NAMES:
             signs(index, dtype)
 
@@ -99,7 +99,7 @@ class _Source:
         """And the matrix that it reads: `matrix`, or the Hadamard matrix where that is the faster way."""
         x, factor = self.x, 1.0
         index, (m, k) = x.device.index, x.shape
-        sm, sm_count = _gpu(index)
+        sm, sm_count = gpu(index)
         if format not in FORMATS:
             raise Apex4Error(
                 f"there is no kernel that quantizes to the format {format} for sm_{sm}: quantize with 4-bit activations, or set "
@@ -130,7 +130,7 @@ class _Source:
             return None
         index = x.device.index
         shape = FusedShape(
-            index, *_gpu(index), x.shape[0], n, x.shape[1], k_padded // BLOCK, x.stride(0), self.ld_second, self.aligned,
+            index, *gpu(index), x.shape[0], n, x.shape[1], k_padded // BLOCK, x.stride(0), self.ld_second, self.aligned,
             _NAMES[x.dtype], self.input, clip, plan_source(),
         )  # fmt: skip
         return fused_launch(launcher.kernel, shape)
@@ -230,10 +230,10 @@ def _gemm_launch(
     """The plan, its kernel with all but the pointers, and the bytes for its partial sums."""
     plan: GemmPlan | EightBitPlan
     if eight_bit:
-        plan = chosen = choose_eight_bit_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source)
+        plan = chosen = choose_eight_bit_gemm(*gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source)
         pointers, programmatic, words = 9, chosen.programmatic, chosen.workspace_words
     else:
-        plan = four = choose_gemm(*_gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source=source)
+        plan = four = choose_gemm(*gpu(index), m, n, k_blocks, blocks_per_group, _SHORT_NAMES[out], source=source)
         pointers, programmatic, words = 8, four.config.family == "sm90", four.workspace_floats
     kernel = launcher.kernel(plan.config.source, plan.config.entry, plan.config.defines, index)
     numbers = (m, n, k_blocks, blocks_per_group, m_stride, n, *plan.arguments)

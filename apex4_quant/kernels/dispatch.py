@@ -134,6 +134,13 @@ def say_of_eight_bits(device: torch.device) -> None:
     warnings.warn(f"apex4: {text}", UserWarning, stacklevel=2)
 
 
+@cache
+def say_of_experts(reason: str) -> None:
+    """Called where experts compute with kernels and one after the other."""
+    text = f"experts compute one after the other, as no kernel computes them together: {reason}"
+    warnings.warn(f"apex4: {text}", UserWarning, stacklevel=2)
+
+
 def warn_of_wide_groups(linears: Sequence[str], group_length: int) -> None:
     """Called where linears have a learned transform and groups of more than 128, which no kernel quantizes."""
     more = len(linears) - 1

@@ -7,8 +7,9 @@ linears that can be quantized, ignored, named and stored one by one. Router and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -63,13 +64,31 @@ class Expert(nn.Module):
         return y
 
 
+class Together(Protocol):
+    """What computes all experts at once (nn/experts.py). None: they have to be called one after the other."""
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor | None: ...
+
+    def detach(self) -> None: ...
+
+
 class UnfusedExperts(nn.ModuleList):
     """The experts of one layer, on the meta device until weights are loaded."""
+
+    def __init__(self, experts: Iterable[Expert]) -> None:
+        super().__init__(experts)
+        self.together: Together | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [T, H]; top_k_index int64 and top_k_weights, both [T, k] -> the weighted sum [T, H]."""
+        if self.together is not None:
+            y = self.together(hidden_states, top_k_index, top_k_weights)
+            if y is not None:
+                return y
         result = torch.zeros_like(hidden_states)
         for expert, tokens, places in routed(top_k_index):
             output = self[expert](hidden_states[tokens]) * top_k_weights[tokens, places, None]

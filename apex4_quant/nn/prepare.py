@@ -16,10 +16,12 @@ from ..environment import FUSE as VARIABLE
 from ..errors import UsageError
 from ..kernels import dispatch
 from ..kernels.operands import TOKEN_FORMAT
-from ..models.families import Family, InputGroup
+from ..models.experts import UnfusedExperts
+from ..models.families import Family, InputGroup, expert_of
 from .call_scope import CallScope
 from .deferring import ATTRIBUTE as DEFERRING
 from .deferring import Deferring, defer_gating, defer_norm
+from .experts import group_experts
 from .linear import Apex4Linear
 from .shared_input import SharedInput
 
@@ -48,6 +50,8 @@ def prepare_model(
     by_torch: list[tuple[str, Apex4Linear]] = []
     for name, module in model.named_modules():
         CallScope.remove_from(module)
+        if isinstance(module, UnfusedExperts) and module.together is not None:
+            module.together.detach()
         deferring = getattr(module, DEFERRING, None)
         if isinstance(deferring, Deferring):
             deferring.detach()
@@ -78,6 +82,8 @@ def _arithmetic(module: Apex4Linear, kernel: str | None) -> tuple[str | None, in
 
 
 def _prepare_layer(layer: nn.Module, family: Family, groups: list[InputGroup]) -> None:
+    if _experts_together(layer):
+        groups = [group for group in groups if expert_of(group.linears[0]) is None]
     for members in _readers_of_one_tensor(layer, groups):
         shared = SharedInput(members)
         shared.attach(layer)
@@ -90,6 +96,17 @@ def _prepare_layer(layer: nn.Module, family: Family, groups: list[InputGroup]) -
                 defer_norm(layer, group.norm, family.norm_offset, group.linears)
         elif group.producer is not None and group.producer.linear.endswith("up_proj"):
             defer_gating(layer, group.linears[0].rpartition(".")[0])
+
+
+def _experts_together(layer: nn.Module) -> bool:
+    """Whether the layer's experts are computed together. Where kernels compute them one after the other, the user is told."""
+    experts = next((module for module in layer.modules() if isinstance(module, UnfusedExperts)), None)
+    if experts is None or not any(isinstance(each, Apex4Linear) and each.kernel for each in experts.modules()):
+        return False
+    reason = group_experts(experts)
+    if reason is not None:
+        dispatch.say_of_experts(reason)
+    return reason is None
 
 
 def share_input(layer: nn.Module, linears: tuple[str, ...]) -> None:

@@ -17,6 +17,8 @@ from ..format.number_format import BITS
 from ..format.storage import format_bytes
 from ..kernels.catalogue import kernel_family
 from ..kernels.dispatch import AUTO, activation_bits_on, asked_activations
+from ..kernels.experts.configs import why_none
+from ..kernels.operands import TOKEN_FORMAT
 from ..kernels.runtime import compiler
 from ..kernels.runtime.architectures import NEVER_RUN, eight_bit_family
 
@@ -44,6 +46,7 @@ class GpuFound(TypedDict):
     kernels: str | None  # the family of catalogue.py
     eight_bit_kernels: str | None  # those of 8-bit activations
     activation_bits: int  # with how many linears compute that are quantized for 4
+    experts_together: bool  # or one after the other
     computes_with: str
 
 
@@ -184,6 +187,9 @@ def _gpus() -> list[GpuFound]:
         sm = 10 * major + minor
         family, eight_bit = kernel_family(sm), eight_bit_family(sm)
         bits = activation_bits_on(sm, BITS)
+        computes = (eight_bit if bits != BITS else family) is not None
+        together = computes and _experts_together(sm, family, bits)
+        one_by_one = "; experts one after the other" if computes and not together else ""
         gpus.append(
             {
                 "index": index,
@@ -192,10 +198,16 @@ def _gpus() -> list[GpuFound]:
                 "kernels": family,
                 "eight_bit_kernels": eight_bit,
                 "activation_bits": bits,
-                "computes_with": _computes_with(family, eight_bit, bits),
+                "experts_together": together,
+                "computes_with": _computes_with(family, eight_bit, bits) + one_by_one,
             }
         )
     return gpus
+
+
+def _experts_together(sm: int, family: str | None, bits: int) -> bool:
+    format = TOKEN_FORMAT if bits != BITS else (family or "").removeprefix("gemm_")
+    return why_none(sm, format, 1) is None
 
 
 def _computes_with(family: str | None, eight_bit: str | None, bits: int) -> str:

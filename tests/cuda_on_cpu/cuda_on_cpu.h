@@ -42,7 +42,7 @@ namespace cpu {
 constexpr int LANES_OF_WARP = 32;
 constexpr size_t STACK = 256 * 1024;
 struct Barrier { int arrived = 0, generation = 0; };
-struct Copy { void* to; const void* from; };  // 16 bytes, into shared memory; from null: zeros
+struct Copy { void* to; const void* from; unsigned bytes = 16; };  // into shared memory; from null: zeros
 struct Fiber {
   ucontext_t context;  // where it starts
   jmp_buf place;       // where it goes on
@@ -122,17 +122,17 @@ inline unsigned char* at_shared(unsigned address, unsigned bytes) {
 // allows, those of odd warps at once.
 inline void land(const Copy& copy) {
   const auto to = reinterpret_cast<uintptr_t>(copy.to), start = reinterpret_cast<uintptr_t>(window);
-  if (reinterpret_cast<uintptr_t>(copy.from) % 16 != 0) return fail("a global address is not aligned");
-  if (to % 16 != 0) return fail("a shared address is not aligned");
+  if (reinterpret_cast<uintptr_t>(copy.from) % copy.bytes != 0) return fail("a global address is not aligned");
+  if (to % copy.bytes != 0) return fail("a shared address is not aligned");
   if (to >= start && to < start + WINDOW &&
-      (to < start + dynamic_start || to + 16 > start + dynamic_start + dynamic_bytes))
+      (to < start + dynamic_start || to + copy.bytes > start + dynamic_start + dynamic_bytes))
     return fail("a shared address is outside");
-  if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
-  else std::memset(copy.to, 0, 16);
+  if (copy.from != nullptr) std::memcpy(copy.to, copy.from, copy.bytes);
+  else std::memset(copy.to, 0, copy.bytes);
 }
-inline void copy_later(void* to, const void* from) {
-  if (current / LANES_OF_WARP % 2 == 1) return land({to, from});
-  fibers[current].open.push_back({to, from});
+inline void copy_later(void* to, const void* from, unsigned bytes = 16) {
+  if (current / LANES_OF_WARP % 2 == 1) return land({to, from, bytes});
+  fibers[current].open.push_back({to, from, bytes});
 }
 inline void commit_group() {
   Fiber& fiber = fibers[current];
@@ -170,6 +170,7 @@ inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* from) { return *from; }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
+inline int atomicAdd(int* to, int value) { return (*to += value) - value; }
 inline void __syncwarp() { cpu::meet_warp(); }
 inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x, [] {}); }
 inline int __syncthreads_or(int predicate) {
@@ -197,6 +198,15 @@ T __shfl_sync(unsigned, T value, int lane) {
   std::memcpy(&value, cpu::of_lane(lane), 4);
   cpu::meet_warp();
   return value;
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  cpu::mine()[0] = predicate != 0;
+  cpu::meet_warp();
+  unsigned votes = 0;
+  for (int lane = 0; lane < cpu::LANES_OF_WARP; ++lane) votes |= cpu::of_lane(lane)[0] << lane;
+  cpu::meet_warp();
+  return votes;
 }
 
 inline int __all_sync(unsigned, int predicate) {

@@ -43,6 +43,9 @@ inline uint32 shared_address(const void* pointer) {
 inline void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
   cpu::copy_later(cpu::at_shared(shared_wr, 16), gmem_rd);
 }
+inline void cp_async_4(uint32 shared_wr, const void* gmem_rd) {
+  cpu::copy_later(cpu::at_shared(shared_wr, 4), gmem_rd, 4);
+}
 inline void cp_async_commit() { cpu::commit_group(); }
 template <int pending>
 void cp_async_wait() { cpu::wait_for_groups(pending); }

@@ -39,7 +39,7 @@ class Launches:
         self.made: list[tuple[str, str, dict[str, Any]]] = []
         self.launched: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         monkeypatch.setattr(launcher, "kernel", self.kernel)
-        monkeypatch.setattr(cuda_ops, "_gpu", lambda index: (90, 132))
+        monkeypatch.setattr(cuda_ops, "gpu", lambda index: (90, 132))
         monkeypatch.setattr(cuda_ops, "current_cuda_stream", lambda index: 77)
         monkeypatch.setattr(workspace, "counters", lambda index, stream, size: torch.zeros(size, dtype=torch.uint8))
         self.board = torch.zeros(1 << 17, dtype=torch.uint8)
@@ -315,7 +315,7 @@ def test_what_is_no_one_launch(
     """More tokens, another architecture, wide groups, no transform, too much to quantize, or RMSNorm in front."""
     m, k, group = what.get("m", 1), what.get("k", 1024), what.get("group", 128)
     if what.get("format") == "sm80":
-        monkeypatch.setattr(cuda_ops, "_gpu", lambda index: (80, 108))
+        monkeypatch.setattr(cuda_ops, "gpu", lambda index: (80, 108))
     x = torch.zeros(m, k, dtype=torch.bfloat16)
     packed, scale = torch.zeros(1, k // 128, 4096, dtype=torch.uint8), torch.zeros(1, k // group, 64).half()
     how = (None, k, group, 1.0, what.get("hadamard", True), what.get("format", "sm90"))

@@ -13,6 +13,7 @@ import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.kernels.catalogue import Configuration, configurations, kernel_family, sm_of
+from apex4_quant.kernels.experts import configs as expert_configs
 from apex4_quant.kernels.gemm import configs as gemm_configs
 from apex4_quant.kernels.gemm import fused_linear, s8_configs, sm90_s8_configs
 from apex4_quant.kernels.quantize import configs as quantize_configs
@@ -105,7 +106,7 @@ def test_doctor_says_with_how_many_bits(
     assert [gpu["activation_bits"] for gpu in found] == [4, 8, 8, 4]
     assert [gpu["eight_bit_kernels"] for gpu in found] == ["gemm_s8", "gemm_sm90_s8", "gemm_s8", None]
     monkeypatch.setenv("APEX4_ACTIVATIONS", "4")
-    assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu"
+    assert lines()[1] == "the kernels of gemm_sm90.cu; 8-bit activations: gemm_sm90_s8.cu; experts one after the other"
     monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
     assert (
         lines()[0]
@@ -187,7 +188,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
     of_modules: tuple[tuple[Any, list[Configuration]], ...] = (
         (gemm_configs, made[:1]), (fused_linear, []), (s8_configs, []), (sm90_s8_configs, []), (quantize_configs, made[1:]),
-        (sweep_configs, []),
+        (expert_configs, []), (sweep_configs, []),
     )  # fmt: skip
     for module, configs in of_modules:
         monkeypatch.setattr(module, "all_configs", lambda sm, configs=configs: configs)

@@ -1,13 +1,16 @@
-"""Mixtures of experts of vLLM in W4A4: one loop over the experts of this rank, two calls of our operators each.
+"""Mixtures of experts of vLLM in W4A4: all experts of this rank in one call of an operator, or in a loop over them.
 
 An expert has two products: its gate and up projections, which read the layer's input, and its down projection. The tensors of
 all experts stand in one parameter each, [experts, ...] of what a linear layer has (`w13_*`: gate then up, `w2_*`: down).
+
+Where kernels compute all experts together (kernels/experts/), torch.ops.apex4.experts does. The log says where they do not, and
+why; there is a loop then, of two calls of our operators for each expert.
 
 On a GPU the loop is of one of two kinds. With few tokens every expert multiplies all of them, and the weight of a token that is
 not its own is zero: all shapes are fixed, so that a CUDA graph can be captured. With more tokens than any graph has, an expert
 multiplies its own tokens, and the GPU waits for the host to learn which. What is slow: the first kind does E / k times the
 arithmetic (the traffic of weights, which decides with few tokens, is nearly the same), the second waits once a layer, and both
-launch 3 to 4 kernels an expert. There is no grouped kernel yet.
+launch 3 to 4 kernels an expert.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ...errors import Apex4Error
-from ...format.number_format import BLOCK
+from ...format.number_format import BLOCK, CODE_MAX
 from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
+from ...kernels import cuda_ops
+from ...kernels.experts import ops as expert_ops
+from ...kernels.experts.configs import why_none
 from ...kernels.operands import TOKEN_FORMAT, layout_of_format
+from ...kernels.quantize.hadamard_product import signs
 from . import backend, names
 from .linear import constant, fill_randomly, kernel_matrix
 from .slices import Piece, cut_features, cut_rows
@@ -173,6 +180,37 @@ class ExpertProducts:
             "cached" if cached else f"kernel {self.kernel}" if self.kernel else f"packed {self.layout}",
         )
 
+    def side(self, layer: torch.nn.Module, clip: float) -> tuple[Any, ...]:
+        """The arguments of torch.ops.apex4.experts that belong to this product."""
+        matrix = getattr(layer, f"{self.stem}_input_transform", None)
+        return (
+            getattr(layer, f"{self.stem}_weight_packed"),
+            getattr(layer, f"{self.stem}_weight_scale"),
+            getattr(layer, f"{self.stem}_unit", None),
+            matrix if matrix is None or self.shared_owner is None else matrix[0],
+            self.n,
+            self.padded_k,
+            clip,
+            self.format.transform is TransformKind.HADAMARD,
+        )
+
+
+def why_one_after_the_other(entering: ExpertProducts, leaving: ExpertProducts, device: torch.device) -> str | None:
+    """Why the experts of a layer are computed in a loop; None: they are computed together."""
+    kernel = entering.kernel
+    if kernel is None or kernel != leaving.kernel:
+        return "kernels do not compute them" if kernel is None else "their activations have different formats"
+    for product in (entering, leaving):
+        blocks = 1 if kernel == TOKEN_FORMAT else product.group // BLOCK
+        reason = why_none(cuda_ops.gpu(device.index or 0)[0], kernel, blocks)
+        if reason is not None:
+            return reason
+    if len(set(entering.clips)) > 1:
+        return "their gate and up projections have clip ratios of their own"
+    if len(set(leaving.clips)) > 1 and leaving.format.transform is TransformKind.NONE:
+        return "their down projections have clip ratios of their own and no transform"
+    return None
+
 
 class Apex4MoEMethod(FusedMoEMethodBase):
     """The method of the experts of one layer."""
@@ -301,8 +339,20 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         self.is_cached = device.type == "cpu" and self.budget.take(size)
         for product in products:
             product.prepare(layer, self.is_cached, self.dtype)
-        self.operands = (*self.gate_up.operands(layer, self.is_cached), *self.down.operands(layer, self.is_cached))
-        logger.info_once("apex4 computes experts one after the other on %s", device.type)
+        reason = why_one_after_the_other(*products, device)
+        self.together = None if reason is not None else self._together(layer, device)
+        if self.together is None:
+            self.operands = (*self.gate_up.operands(layer, self.is_cached), *self.down.operands(layer, self.is_cached))
+            logger.info_once("apex4 computes experts one after the other on %s: %s", device.type, reason)
+
+    def _together(self, layer: Any, device: torch.device) -> tuple[Any, ...]:
+        """The arguments of torch.ops.apex4.experts behind expert_map."""
+        clips, factors = self.down.clips, None
+        if len(set(clips)) > 1:
+            factors = torch.tensor([clip / CODE_MAX for clip in clips], dtype=torch.float32, device=device)
+            signs(device.index or 0, self.dtype)  # which may not be made while a graph is captured
+        entering, leaving = self.gate_up.side(layer, self.gate_up.clips[0]), self.down.side(layer, clips[0])
+        return *entering, *leaving, factors, self.gate_up.kernel
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
@@ -317,7 +367,12 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [T, H], topk_weights and topk_ids [T, k] -> the weighted sum of this rank's experts [T, H]."""
-        y: torch.Tensor = torch.ops.apex4_vllm.experts(
+        y: torch.Tensor
+        if self.together is not None:
+            ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int32)
+            y = expert_ops.experts(x, ids, topk_weights, layer.expert_map, *self.together)
+            return y
+        y = torch.ops.apex4_vllm.experts(
             x, topk_weights, topk_ids, layer.expert_map, *self.operands, self.most_captured
         )
         return y

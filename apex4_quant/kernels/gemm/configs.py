@@ -33,7 +33,10 @@ _MOST_GROUP_BLOCKS = (2**22 - 1) // (CODE_MAX**2 * BLOCK)
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One kernel. Tiles in tokens (m) and outputs (n); `wide_groups`: for groups of more than 128; `out`: dtype of y."""
+    """One kernel. Tiles in tokens (m) and outputs (n); `wide_groups`: for groups of more than 128; `out`: dtype of y.
+
+    `experts`, sm80 only: of all experts in one launch (kernels/experts/).
+    """
 
     family: str  # "sm80": also for sm_86 and sm_89; "sm90"
     tile_m: int
@@ -43,12 +46,13 @@ class GemmConfig:
     stages: int
     wide_groups: bool = False
     out: str = "bf16"  # or "fp16"
+    experts: bool = False
 
     entry = "apex4_gemm"
 
     @cached_property
     def name(self) -> str:
-        return f"{self.tile_name}{'_wide' if self.wide_groups else ''}_{self.out}"
+        return f"{self.tile_name}{'_wide' if self.wide_groups else ''}_{self.out}{'_experts' if self.experts else ''}"
 
     @property
     def tile_name(self) -> str:
@@ -78,6 +82,7 @@ class GemmConfig:
             "WARPS_M": self.warps_m,
             "WARPS_N": self.warps_n,
             "WIDE_GROUPS": int(self.wide_groups),
+            "EXPERTS": int(self.experts),
         }
 
     @property
@@ -242,7 +247,7 @@ _FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM of sm90 is a
 _MOST_SHARED_WAVES = 4  # tiles are shared while the thread blocks fill the GPU at most so many times
 
 
-def _clocks(sm: int, plan: GemmPlan) -> float:
+def clocks(sm: int, plan: GemmPlan) -> float:
     """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
     config, k_blocks, sm_count = plan.config, plan.k_blocks, plan.sm_count
     tiles = config.tiles(plan.m, plan.n)
@@ -367,7 +372,7 @@ def _choose_gemm(
         won = tuned.winners(sm, sm_count).get(tuned.key(m, n, k_blocks, blocks_per_group, out))
         if won is not None:
             return _named(won["plan"], sm, GemmPlan(options[0].config, m, n, k_blocks, sm_count))
-    return min(options, key=lambda plan: _clocks(sm, plan))
+    return min(options, key=lambda plan: clocks(sm, plan))
 
 
 def _named(wanted: str, sm: int, shape: GemmPlan) -> GemmPlan:
@@ -395,6 +400,6 @@ def _named(wanted: str, sm: int, shape: GemmPlan) -> GemmPlan:
 def explain(sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, count: int = 8) -> str:
     """The best candidates of the heuristic and their modelled clocks, one a line."""
     ranked = sorted(
-        (_clocks(sm, plan), plan.label) for plan in candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, "bf16")
+        (clocks(sm, plan), plan.label) for plan in candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, "bf16")
     )
     return "\n".join(f"{clocks:12.0f} clocks  {label}" for clocks, label in ranked[:count])

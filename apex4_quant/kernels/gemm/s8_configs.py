@@ -38,12 +38,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class S8Config:
-    """One cubin. A tile has `tile_m` tokens by `tile_n` outputs, and a warp `tile_m` by 32; `out`: dtype of y."""
+    """One cubin. A tile has `tile_m` tokens by `tile_n` outputs, and a warp `tile_m` by 32; `out`: dtype of y.
+
+    `experts`: of all experts in one launch (kernels/experts/).
+    """
 
     tile_m: int
     tile_n: int
     stages: int
     out: str = "bf16"  # or "fp16"
+    experts: bool = False
 
     source = "gemm/gemm_s8.cu"
     entry = "apex4_gemm"
@@ -55,7 +59,7 @@ class S8Config:
 
     @cached_property
     def name(self) -> str:
-        return f"{self.tile_name}_{self.out}"
+        return f"{self.tile_name}_{self.out}{'_experts' if self.experts else ''}"
 
     @property
     def warps(self) -> int:
@@ -74,7 +78,7 @@ class S8Config:
     def defines(self) -> dict[str, int]:
         return {
             "TILE_M": self.tile_m, "TILE_N": self.tile_n, "WARPS_M": 1, "WARPS_N": self.warps, "STAGES": self.stages,
-            "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16"),
+            "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16"), "EXPERTS": int(self.experts),
         }  # fmt: skip
 
     def tiles(self, m: int, n: int) -> int:
@@ -173,7 +177,7 @@ def resident(sm: int, config: S8Config) -> int:
     return min(SHARED_LIMITS[sm][1] // (config.shared_bytes + reserved + 128), 65536 // (registers * config.threads))
 
 
-def _clocks(sm: int, sm_count: int, plan: S8Plan) -> float:
+def clocks(sm: int, sm_count: int, plan: S8Plan) -> float:
     """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
     config = plan.config
     items = config.tiles(plan.m, plan.n) * plan.splits
@@ -211,7 +215,7 @@ def choose_s8(
     options = candidates(sm, sm_count, m, n, k_blocks, out)
     if source.forced is not None:
         return _named(source.forced, sm, options[0])
-    return min(options, key=lambda plan: _clocks(sm, sm_count, plan))
+    return min(options, key=lambda plan: clocks(sm, sm_count, plan))
 
 
 def _named(wanted: str, sm: int, shape: S8Plan) -> S8Plan:

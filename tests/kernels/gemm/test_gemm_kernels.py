@@ -90,7 +90,7 @@ def test_a_chosen_plan_is_the_best_candidate_and_can_be_launched(sm: int, out: s
             plan = choose_gemm(sm, SM_COUNTS[sm], m, n, blocks, per_group, out)
             options = candidates(sm, SM_COUNTS[sm], m, n, blocks, per_group, out)
             assert plan in options and plan.config in all_configs(sm) and len(set(options)) == len(options)
-            assert gemm_configs._clocks(sm, plan) == min(gemm_configs._clocks(sm, option) for option in options)
+            assert gemm_configs.clocks(sm, plan) == min(gemm_configs.clocks(sm, option) for option in options)
             for option in options:
                 config = option.config
                 assert config.out == out and config.wide_groups == (per_group > 1 and sm != 90)

@@ -31,6 +31,10 @@ __device__ __forceinline__ void cp_async_wait() {}
 __device__ __forceinline__ void cp_async_16(uint32 shared_wr, const void* gmem_rd) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
 }
+// Copies 4 bytes, counted with the others of this thread by cp_async_commit.
+__device__ __forceinline__ void cp_async_4(uint32 shared_wr, const void* gmem_rd) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are in flight.
 template <int pending>
@@ -174,10 +178,6 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // Makes initialised barriers visible to the copy engine and to the cluster.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Copies 4 bytes, counted with the others of this thread by cp_async_commit.
-__device__ __forceinline__ void cp_async_4(uint32 shared_wr, const void* gmem_rd) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_wr), "l"(gmem_rd) : "memory");
-}
 // Copies `bytes` (a multiple of 16, both addresses aligned to 16) and counts them on `barrier`.
 __device__ __forceinline__ void bulk_copy(uint32 shared_wr, const void* gmem_rd, int bytes, uint32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_wr),

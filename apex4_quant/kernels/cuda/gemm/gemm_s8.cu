@@ -12,16 +12,18 @@
 //   bias      [N] float32, or null
 //   partial   [tiles][splits][TILE_M TILE_N] int32, counter [tiles] zeros: read and written if splits > 1, and the
 //             counters are left zero
+// With EXPERTS (tile_rows.cuh) weights are [experts, ...] of these, M is tiles_m * TILE_M, and there is no bias.
 // Any M, N >= 1; K <= 131,072, so that the sums fit. One thread block computes one TILE_M x TILE_N tile over one of
 // `splits` ranges of blocks.
 //
 // Weights are the A operand of the mma, because the layout has them as its registers want them, and tokens are B: a warp's
 // accumulators are outputs by tokens, and y is turned in shared memory before it is stored.
 //
-// Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SHARED_BYTES (of all stages), OUT_BF16.
+// Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SHARED_BYTES (of all stages), OUT_BF16, EXPERTS.
 
 #include "gemm/epilogue.cuh"
 #include "gemm/folded_weights.cuh"
+#include "gemm/tile_rows.cuh"
 #include "common/index.cuh"
 #include "common/ptx.cuh"
 
@@ -72,9 +74,13 @@ struct Loader {
 
   __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) {
     const int tid = threadIdx.x, group = kb / p.blocks_per_group, tile = n0 / WEIGHT_TILE_N;
+#if EXPERTS
+    a_gmem_rd = p.a_codes + static_cast<long long>(kb) * p.m_stride * BLOCK;
+#else
     a_rows = p.m_stride - m0;
-    w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
     a_gmem_rd = p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK + 16 * tid;
+#endif
+    w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
     w_gmem_rd = p.w_packed + (static_cast<long long>(tile) * p.k_blocks + kb) * WEIGHT_TILE_BYTES + 16 * tid;
     const int column = 8 * tid, ratio_tile = column / WEIGHT_TILE_N;
     has_ratio = column < TILE_N && ratio_tile < w_tiles;
@@ -84,14 +90,28 @@ struct Loader {
   }
 
   // Starts the copies of the next block.
-  __device__ __forceinline__ void load(const Problem& p, uint32 stage_smem_wr) {
+  __device__ __forceinline__ void load(const Problem& p, const TileRows& rows, uint32 stage_smem_wr) {
     const uint32 chunk_smem_wr = stage_smem_wr + 16 * threadIdx.x;
+#if EXPERTS
+    const int rows_here = rows.end(p.m);
+#else
+    const int rows_here = min(a_rows, TILE_M);
+#endif
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i) {
       constexpr int ROWS = THREADS * 16 / BLOCK;  // of one round
+      static_assert(ROWS % 8 == 0, "the swizzle repeats");
       const int row = static_cast<int>(threadIdx.x) * 16 / BLOCK + i * ROWS;
-      if (row < min(a_rows, TILE_M)) {
-        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, a_codes) + i * 16 * THREADS, a_gmem_rd + i * 16 * THREADS);
+      if (row < rows_here) {
+#if EXPERTS
+        // A row's chunks are in the order that its place in a_codes says, and here in that of its place in the tile.
+        const int place = threadIdx.x * 16 % BLOCK / 16, first_row = threadIdx.x * 16 / BLOCK;
+        const int chunk = sm90_activation_byte(first_row, place) % BLOCK / 16;
+        const uint8* from = a_gmem_rd + sm90_activation_byte(rows.source(row), chunk);
+#else
+        const uint8* from = a_gmem_rd + i * 16 * THREADS;
+#endif
+        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, a_codes) + i * 16 * THREADS, from);
       }
     }
 #pragma unroll
@@ -152,15 +172,15 @@ __device__ __forceinline__ bool reduce_splits(Accumulators& acc, int* partial, u
 }
 
 // This warp's accumulators, scaled, into the image of y's tile in shared memory: [TILE_M][TILE_N] and 16 bytes a row.
-__device__ __forceinline__ void write_outputs(const Problem& p, const Accumulators& acc, uint32 y_smem, int m0, int n0,
-                                              int warp_m0, int warp_n0, int lane) {
+__device__ __forceinline__ void write_outputs(const Problem& p, const TileRows& rows, const Accumulators& acc, uint32 y_smem,
+                                              int m0, int n0, int warp_m0, int warp_n0, int lane) {
   float unit[FRAGMENTS_N][2], bias[FRAGMENTS_N][2];
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_N; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int column = n0 + warp_n0 + 16 * i + accumulator_row(lane, half);
-      unit[i][half] = column < p.n ? p.w_unit[column] : 0.0f;
+      unit[i][half] = column < p.n ? p.w_unit[rows.first_unit() + column] : 0.0f;
       bias[i][half] = p.bias != nullptr && column < p.n ? p.bias[column] : 0.0f;
     }
   }
@@ -175,7 +195,7 @@ __device__ __forceinline__ void write_outputs(const Problem& p, const Accumulato
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int token = m0 + warp_m0 + 8 * j + accumulator_column(lane, e);
-      s_a[e] = token < p.m ? p.a_scale[token] : 0.0f;
+      s_a[e] = token < rows.end(p.m) ? p.a_scale[rows.source(token)] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_N; ++i) {
@@ -196,13 +216,13 @@ __device__ __forceinline__ void write_outputs(const Problem& p, const Accumulato
 }
 
 // The tile from shared memory to y, 16 bytes a thread.
-__device__ __forceinline__ void store_tile(const Problem& p, uint32 y_smem, int m0, int n0) {
+__device__ __forceinline__ void store_tile(const Problem& p, const TileRows& rows, uint32 y_smem, int m0, int n0) {
   const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
   for (int chunk = threadIdx.x; chunk < TILE_M * TILE_N / 8; chunk += THREADS) {
     const int token = chunk / (TILE_N / 8), column = chunk % (TILE_N / 8) * 8;
-    if (m0 + token >= p.m || n0 + column >= p.n) continue;
+    if (m0 + token >= rows.end(p.m) || n0 + column >= p.n) continue;
     const uint4 v = ptx::shared_read_128(y_smem + s8_output_byte(TILE_N, token, column));
-    Out* y_gmem_wr = p.y + static_cast<long long>(m0 + token) * p.ldy + n0 + column;
+    Out* y_gmem_wr = p.y + static_cast<long long>(rows.target(m0 + token)) * p.ldy + n0 + column;
     if (vectors && n0 + column + 8 <= p.n) {
       *reinterpret_cast<uint4*>(y_gmem_wr) = v;
     } else {
@@ -218,15 +238,29 @@ __device__ __forceinline__ void store_tile(const Problem& p, uint32 y_smem, int 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const unsigned short* w_ratio,
-               const float* w_unit, const float* bias, int* partial, uint32* counter, int m, int n, int k_blocks,
-               int blocks_per_group, int m_stride, int ldy, int splits) {
+               const float* w_unit, const float* bias, int* partial, uint32* counter, EXPERT_POINTERS int m, int n,
+               int k_blocks, int blocks_per_group, int m_stride, int ldy, int splits EXPERT_NUMBERS) {
   extern __shared__ __align__(128) uint8 shared_memory[];  // the swizzle counts from a multiple of 128
   Stage* stages = reinterpret_cast<Stage*>(shared_memory);
   const int groups = (k_blocks + blocks_per_group - 1) / blocks_per_group;
-  const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
-
   const int tiles_m = (m + TILE_M - 1) / TILE_M, tiles_n = (n + TILE_N - 1) / TILE_N;
-  const Tile tile = tile_at(blockIdx.x, tiles_m, tiles_n);
+  Tile tile = tile_at(blockIdx.x, tiles_m, tiles_n);
+#if EXPERTS
+  __shared__ TileRows rows;
+  ptx::wait_for_predecessor();
+  const int4 own = tiles[tile.m];
+  if (own.x < 0) return;
+  const int weight_tiles = (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
+  rows.read(own, source_rows, target_rows, source_divisor, weight_tiles * WEIGHT_TILE_N, THREADS);
+  __syncthreads();
+  const long long expert_tiles = static_cast<long long>(own.x) * weight_tiles;
+  w_packed += expert_tiles * k_blocks * WEIGHT_TILE_BYTES;
+  w_ratio += expert_tiles * groups * WEIGHT_TILE_N;
+  tile.m = 0;  // rows are counted in the tile
+#else
+  const TileRows rows = {};
+#endif
+  const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
   const int split = blockIdx.y;
   const int first_block = static_cast<int>(static_cast<long long>(k_blocks) * split / splits);
   const int last_block = static_cast<int>(static_cast<long long>(k_blocks) * (split + 1) / splits);
@@ -289,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   ptx::wait_for_predecessor();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (first_block + s < last_block) loader.load(p, stages_smem + s * STAGE_BYTES);
+    if (first_block + s < last_block) loader.load(p, rows, stages_smem + s * STAGE_BYTES);
     ptx::cp_async_commit();
   }
 
@@ -298,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int kb = first_block; kb < last_block; ++kb) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();  // the stage has landed for everyone, and everyone has left the one that is refilled now
-    if (kb + STAGES - 1 < last_block) loader.load(p, stages_smem + refill);
+    if (kb + STAGES - 1 < last_block) loader.load(p, rows, stages_smem + refill);
     ptx::cp_async_commit();
     make_tables(at);
     widen_half(at, 0);
@@ -313,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (splits > 1 && !reduce_splits(acc, partial, counter, blockIdx.x, split, splits)) return;
   ptx::cp_async_wait<0>();
   __syncthreads();  // everyone has left the stages
-  write_outputs(p, acc, stages_smem, origin.m, origin.n, warp_m0, warp_n0, lane);
+  write_outputs(p, rows, acc, stages_smem, origin.m, origin.n, warp_m0, warp_n0, lane);
   __syncthreads();
-  store_tile(p, stages_smem, origin.m, origin.n);
+  store_tile(p, rows, stages_smem, origin.m, origin.n);
 }

@@ -9,6 +9,7 @@
 //   bias      [N] float32, or null
 //   partial   [tiles][splits][TILE_M TILE_N] float32, counter [tiles] zeros: read and written if splits > 1, and the
 //             counters are left zero
+// With EXPERTS (tile_rows.cuh) weights are [experts, ...] of these, M is tiles_m * TILE_M, and there is no bias.
 // Any M, N >= 1. One thread block computes one TILE_M x TILE_N tile over one of `splits` ranges of blocks.
 //
 // The sum of a group is an integer n, |n| <= 49 g. The first mma of a group takes MAGIC as its C operand, so that the
@@ -17,9 +18,10 @@
 //     acc = fma(t, s_a, acc)
 //
 // Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SHARED_BYTES (of all stages), WIDE_GROUPS (0: groups of
-// 128; 1: any multiple), OUT_BF16.
+// 128; 1: any multiple), OUT_BF16, EXPERTS (with groups of 128).
 
 #include "gemm/epilogue.cuh"
+#include "gemm/tile_rows.cuh"
 #include "common/index.cuh"
 #include "common/ptx.cuh"
 
@@ -66,6 +68,9 @@ struct Loader {
   static_assert(A_SCALE_CHUNKS + W_SCALE_CHUNKS <= THREADS, "one chunk of scales a thread");
 
   const uint8 *a_gmem_rd, *w_gmem_rd, *scale_gmem_rd;
+#if EXPERTS
+  const float* a_scale_gmem_rd;
+#endif
   int scale_stride;
   uint32 scale_smem_wr;  // relative to the stage
   int a_rows, w_tiles;   // of this tile, that exist
@@ -74,12 +79,17 @@ struct Loader {
 
   __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) {
     const int tid = threadIdx.x, group = kb / p.blocks_per_group, tile = n0 / WEIGHT_TILE_N;
+#if EXPERTS
+    a_gmem_rd = p.a_codes + static_cast<long long>(kb) * p.m_stride * ROW_BYTES;
+    a_scale_gmem_rd = p.a_scale + static_cast<long long>(group) * p.m_stride;
+#else
     a_rows = p.m_stride - m0;
-    w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
     a_gmem_rd = p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * ROW_BYTES + 16 * tid;
+#endif
+    w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
     w_gmem_rd = p.w_packed + (static_cast<long long>(tile) * p.k_blocks + kb) * WEIGHT_TILE_BYTES + 16 * tid;
     if (tid < A_SCALE_CHUNKS) {
-      has_scale = 4 * tid < a_rows;
+      has_scale = !EXPERTS && 4 * tid < a_rows;  // those of experts lie apart
       scale_stride = 4 * p.m_stride;
       scale_gmem_rd = reinterpret_cast<const uint8*>(p.a_scale + m0 + 4 * tid);
       scale_smem_wr = offsetof(Stage, a_scale) + 16 * tid;
@@ -96,16 +106,36 @@ struct Loader {
   }
 
   // Starts the copies of the next block.
-  __device__ __forceinline__ void load(const Problem& p, uint32 stage_smem_wr) {
+  __device__ __forceinline__ void load(const Problem& p, const TileRows& rows, uint32 stage_smem_wr) {
     const uint32 chunk_smem_wr = stage_smem_wr + 16 * threadIdx.x;
+#if EXPERTS
+    const int rows_here = rows.end(p.m);
+#else
+    const int rows_here = min(a_rows, TILE_M);
+#endif
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i) {
       constexpr int ROWS = THREADS * 16 / ROW_BYTES;  // of one round
       const int row = static_cast<int>(threadIdx.x) * 16 / ROW_BYTES + i * ROWS;
-      if (row < min(a_rows, TILE_M)) {
-        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, a_codes) + i * 16 * THREADS, a_gmem_rd + i * 16 * THREADS);
+      if (row < rows_here) {
+#if EXPERTS
+        // A row's chunks are in the order that its place in a_codes says, and here in that of its place in the tile.
+        static_assert(ROWS % 8 == 0, "the swizzle repeats");
+        const int place = threadIdx.x * 16 % ROW_BYTES / 16, first_row = threadIdx.x * 16 / ROW_BYTES;
+        const int chunk = sm80_activation_byte(first_row, place) % ROW_BYTES / 16;
+        const uint8* from = a_gmem_rd + sm80_activation_byte(rows.source(row), chunk);
+#else
+        const uint8* from = a_gmem_rd + i * 16 * THREADS;
+#endif
+        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, a_codes) + i * 16 * THREADS, from);
       }
     }
+#if EXPERTS
+    static_assert(TILE_M <= THREADS, "one scale a thread");
+    if (const int row = threadIdx.x; row < rows_here)
+      ptx::cp_async_4(stage_smem_wr + offsetof(Stage, a_scale) + 4 * row, a_scale_gmem_rd + rows.source(row));
+    a_scale_gmem_rd += p.m_stride;
+#endif
 #pragma unroll
     for (int t = 0; t < TILE_N / WEIGHT_TILE_N; ++t) {
       if (t >= w_tiles) break;
@@ -150,8 +180,8 @@ __device__ __forceinline__ void unpack_scales(uint32 pair, float (&s_w)[2], floa
   shift[1] = -MAGIC_VALUE * scales.y;
 }
 
-__device__ __forceinline__ void store_tile(const Problem& p, const float (&acc)[FRAGMENTS_M][FRAGMENTS_N][4], int m0,
-                                           int n0, int lane) {
+__device__ __forceinline__ void store_tile(const Problem& p, const TileRows& rows,
+                                           const float (&acc)[FRAGMENTS_M][FRAGMENTS_N][4], int m0, int n0, int lane) {
   // A quad of lanes holds, of each row, 2 columns of every fragment; they trade so that each lane has the 8 columns of
   // one fragment out of four, and stores 16 bytes.
   const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
@@ -189,8 +219,8 @@ __device__ __forceinline__ void store_tile(const Problem& p, const float (&acc)[
         take = __shfl_xor_sync(0xffffffff, give, 2);
         if (q & 2) v[1] = take; else v[3] = take;
         const int column = n0 + 8 * (j0 + q);
-        if (row >= p.m) continue;
-        Out* y_gmem_wr = p.y + static_cast<long long>(row) * p.ldy + column;
+        if (row >= rows.end(p.m)) continue;
+        Out* y_gmem_wr = p.y + static_cast<long long>(rows.target(row)) * p.ldy + column;
         if (vectors && column + 8 <= p.n) {
           *reinterpret_cast<uint4*>(y_gmem_wr) = make_uint4(v[0], v[1], v[2], v[3]);
         } else {
@@ -245,17 +275,36 @@ __device__ __forceinline__ bool reduce_splits(float (&acc)[FRAGMENTS_M][FRAGMENT
   return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+#if EXPERTS
+#define BOUNDS __launch_bounds__(THREADS, 1)  // else the compiler wants fewer registers than there are
+#else
+#define BOUNDS __launch_bounds__(THREADS)
+#endif
+extern "C" __global__ void BOUNDS
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const __half* w_scale,
-               const float* bias, float* partial, uint32* counter, int m, int n, int k_blocks, int blocks_per_group,
-               int m_stride, int ldy, int splits) {
+               const float* bias, float* partial, uint32* counter, EXPERT_POINTERS int m, int n, int k_blocks,
+               int blocks_per_group, int m_stride, int ldy, int splits EXPERT_NUMBERS) {
   extern __shared__ __align__(128) uint8 shared_memory[];  // the swizzle counts from a multiple of 64, banks from 128
   Stage* stages = reinterpret_cast<Stage*>(shared_memory);
   const int groups = (k_blocks + blocks_per_group - 1) / blocks_per_group;
-  const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
-
   const int tiles_m = (m + TILE_M - 1) / TILE_M, tiles_n = (n + TILE_N - 1) / TILE_N;
-  const Tile tile = tile_at(blockIdx.x, tiles_m, tiles_n);
+  Tile tile = tile_at(blockIdx.x, tiles_m, tiles_n);
+#if EXPERTS
+  __shared__ TileRows rows;
+  ptx::wait_for_predecessor();
+  const int4 own = tiles[tile.m];
+  if (own.x < 0) return;
+  const int weight_tiles = (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
+  rows.read(own, source_rows, target_rows, source_divisor, weight_tiles * WEIGHT_TILE_N, THREADS);
+  __syncthreads();
+  const long long expert_tiles = static_cast<long long>(own.x) * weight_tiles;
+  w_packed += expert_tiles * k_blocks * WEIGHT_TILE_BYTES;
+  w_scale += expert_tiles * groups * WEIGHT_TILE_N;
+  tile.m = 0;  // rows are counted in the tile
+#else
+  const TileRows rows = {};
+#endif
+  const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
   const int split = blockIdx.y;
   const int first_block = static_cast<int>(static_cast<long long>(k_blocks) * split / splits);
   const int last_block = static_cast<int>(static_cast<long long>(k_blocks) * (split + 1) / splits);
@@ -291,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   ptx::wait_for_predecessor();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (first_block + s < last_block) loader.load(p, stages_smem + s * STAGE_BYTES);
+    if (first_block + s < last_block) loader.load(p, rows, stages_smem + s * STAGE_BYTES);
     ptx::cp_async_commit();
   }
 
@@ -300,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int kb = first_block; kb < last_block; ++kb) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();  // the stage has landed for everyone, and everyone has left the one that is refilled now
-    if (kb + STAGES - 1 < last_block) loader.load(p, stages_smem + refill);
+    if (kb + STAGES - 1 < last_block) loader.load(p, rows, stages_smem + refill);
     ptx::cp_async_commit();
 
     uint32 a[FRAGMENTS_M][2][4];
@@ -365,5 +414,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   ptx::let_successor_start();
 
   if (splits > 1 && !reduce_splits(acc, partial, counter, blockIdx.x, split, splits)) return;
-  store_tile(p, acc, origin.m + warp_m0, origin.n + warp_n0, lane);
+  store_tile(p, rows, acc, origin.m + warp_m0, origin.n + warp_n0, lane);
 }

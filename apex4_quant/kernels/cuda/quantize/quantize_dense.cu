@@ -37,7 +37,12 @@
 //   CODES     codes as sm90's, in two's complement; scales float32 [m_stride], read
 //   block_absmax   what MEASURE has written, for CODES with few rows, which then writes the scales; otherwise null
 //
-// Macros: those of quantize.cuh, APEX4_FEW_ROWS, APEX4_PASS.
+// With the macro APEX4_EXPERTS (and APEX4_FEW_ROWS 1) every expert has its rows, its matrix and its clip: blockIdx.y is an entry of
+//   tiles    int32 [gridDim.y][4]   expert, first row, rows (at most 16), 0; expert -1: nothing to do (experts/route.cu)
+//   clip_factors   float32 [experts], in the place of clip_over_7, or null
+//   matrix   [experts][KB or 1][16384]; experts lie expert_stride apart, 0 if they share one
+//
+// Macros: those of quantize.cuh, APEX4_FEW_ROWS, APEX4_PASS, APEX4_EXPERTS.
 constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // WARPS: of those that multiply
 #include "quantize/quantize_dense.cuh"
 
@@ -45,6 +50,13 @@ constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // W
 #define APEX4_TOKEN_OPERAND const float* block_absmax,
 #else
 #define APEX4_TOKEN_OPERAND
+#endif
+#if APEX4_EXPERTS
+#define APEX4_EXPERT_POINTERS const int4 *tiles, const float *clip_factors,
+#define APEX4_EXPERT_NUMBERS , int expert_stride
+#else
+#define APEX4_EXPERT_POINTERS
+#define APEX4_EXPERT_NUMBERS
 #endif
 
 constexpr int WORDS = PIECES * PIECE_WORDS;  // registers of a row
@@ -215,11 +227,25 @@ __device__ __forceinline__ void token_codes(
 
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
-    const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
-    float matrix_factor, float clip_over_7, float eps, int gain_offset, int aligned) {
+    const uint4* matrix, APEX4_TOKEN_OPERAND APEX4_EXPERT_POINTERS int m, int k, int m_stride, int ldx, int ld_second,
+    int rows_per_cta, int matrix_stride, float matrix_factor, float clip_over_7, float eps, int gain_offset,
+    int aligned APEX4_EXPERT_NUMBERS) {
   __shared__ float warp_absmax[WARPS][ROWS];
   let_dependents_start();
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x, first = blockIdx.y * rows_per_cta;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
+#if APEX4_EXPERTS
+  wait_for_inputs();
+  const int4 own = tiles[blockIdx.y];
+  if (own.x < 0) return;
+  const int first = own.y;
+  m = own.y + own.z;
+  matrix += static_cast<long long>(own.x) * expert_stride;
+#if APEX4_FORMAT != 8
+  if (clip_factors != nullptr) clip_over_7 = clip_factors[own.x];
+#endif
+#else
+  const int first = blockIdx.y * rows_per_cta;
+#endif
   const uint4* const fragments = matrix + static_cast<long long>(block) * matrix_stride;
   uint4 b[PAIRS][WARP_TILES];  // the matrix is no output of the kernel before: no need to wait for that one
 #pragma unroll
