@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from apex4_quant import __version__, environment
 from apex4_quant import command_options as options
-from apex4_quant.errors import UsageError
+from apex4_quant.errors import STOPPING, UsageError
 from apex4_quant.evaluation.engine import EngineName
 from apex4_quant.format.export_format import ExportFormat
 from apex4_quant.format.transform_kind import TransformKind
@@ -30,15 +30,18 @@ from apex4_quant.planning.settings import PLANNED_TRANSFORMS, TOKENS, PlanSettin
 from apex4_quant.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
+    from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization.estimates import Preview
     from apex4_quant.quantization.run import QuantizeResult
 
 
 def _progress(as_json: bool) -> Progress:
-    return Progress() if as_json else TerminalProgress()
+    return Progress() if as_json or not options.is_first_rank() else TerminalProgress()
 
 
 def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> None:
+    if not options.is_first_rank():
+        return
     if not as_json:
         click.echo(text())
         return
@@ -48,18 +51,32 @@ def _print(as_json: bool, value: Mapping[str, Any], text: Callable[[], str]) -> 
 
 
 def _stop_on_signals() -> Callable[[], bool]:
-    """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once."""
+    """After the first SIGINT or SIGTERM the returned function says yes; a second one ends the process at once.
+
+    One of several ranks says nothing and ignores a second one: launchers send them to those that are left when one has ended.
+    """
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        signal.signal(number, signal.SIG_DFL)
-        click.echo("apex4: stopping after the layer in flight (once more: at once)", err=True)
+        if not options.is_rank():
+            signal.signal(number, signal.SIG_DFL)
+            click.echo(f"apex4: {STOPPING}", err=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return lambda: asked
+
+
+def _share(gpus: int | None, device: str) -> None:
+    """Do it on so many GPUs, and exit, if that is asked for and this process is not one of those that were started for it."""
+    if options.is_rank() and gpus is not None and gpus != options.ranks_started():
+        raise UsageError(f"--gpus is {gpus} and {options.ranks_started()} ranks were started: leave --gpus away")
+    if gpus is not None and not options.is_rank():
+        from apex4_quant.distributed.starting import launch
+
+        sys.exit(launch(gpus, sys.argv[1:], device))
 
 
 def _given(context: click.Context) -> set[str]:
@@ -78,8 +95,14 @@ _ENVIRONMENT = "\b\nEnvironment:\n" + "\n".join(f"  {name:17}  {text}" for name,
     epilog=_ENVIRONMENT,
 )
 @click.version_option(__version__, prog_name="apex4")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Quantize LLMs to W4A4 or W4A8 (INT4 weights in groups of 128), check them, evaluate them, publish them."""
+    command = context.invoked_subcommand
+    if options.is_rank() and options.ranks_started() > 1 and command not in ("quantize", "eval"):
+        raise UsageError(
+            f"'apex4 {command}' runs in one process and WORLD_SIZE is {options.ranks_started()}: start one"
+        )
 
 
 @cli.command()
@@ -105,6 +128,12 @@ def cli() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and its estimates; write nothing.")
 @click.option("--verbose", is_flag=True, help="With --dry-run: one line for every linear, not for every kind.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory to keep to, e.g. 20GiB or host=16GiB,gpu=20GiB: hidden states stay on disk, or it is refused.",
+)
+@options.GPUS
 @options.JSON
 @click.pass_context
 def quantize(
@@ -115,6 +144,8 @@ def quantize(
     resume: bool,
     dry_run: bool,
     verbose: bool,
+    memory: str | None,
+    gpus: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -130,22 +161,35 @@ def quantize(
         raise UsageError("--verbose is for --dry-run: add that, or leave it away")
     if resume and out is None:
         raise UsageError("--resume needs the folder of the run: give -o OUT")
+    if dry_run and (gpus is not None or options.is_rank()):
+        raise UsageError("--dry-run is for one process: leave --gpus, or torchrun, away")
+    _share(gpus, asked["device"])
+    from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization import run
     from apex4_quant.quantization.estimates import preview
     from apex4_quant.quantization.settings import QuantizeSettings, ResolvedSettings
 
-    settings: QuantizeSettings | ResolvedSettings | None = None
-    if resume and out is not None:
-        changed = {name: value for name, value in asked.items() if name in given}
-        settings = run.settings_to_resume(out, changed | ({"model": model} if model else {}))
-    if settings is None:
-        settings = QuantizeSettings(model=str(model), **asked)
+    def settings_of() -> QuantizeSettings | ResolvedSettings:
+        found = None
+        if resume and out is not None:
+            changed = {name: value for name, value in asked.items() if name in given}
+            found = run.settings_to_resume(out, changed | ({"model": model} if model else {}))
+        return QuantizeSettings(model=str(model), **asked) if found is None else found
+
+    budget = None if memory is None else MemoryBudget.parse(memory)
     if out is None or dry_run:
-        expected = preview(settings)
+        expected = preview(settings_of(), budget)
         _print(as_json, expected.as_dict(), lambda: _preview_as_text(expected, verbose))
         return
-    result = run.quantize(settings, out, resume=resume, progress=_progress(as_json), should_stop=_stop_on_signals())
-    _print(as_json, result.as_dict(), lambda: _quantized_as_text(out, result))
+    from apex4_quant.distributed.starting import ranks
+
+    should_stop = _stop_on_signals()
+    with ranks(asked["device"]) as group:
+        progress = _progress(as_json)
+        result = run.quantize(
+            settings_of(), out, resume=resume, progress=progress, should_stop=should_stop, group=group, memory=budget
+        )
+        _print(as_json, result.as_dict(), lambda: _quantized_as_text(out, result))
 
 
 def _preview_as_text(expected: Preview, verbose: bool) -> str:
@@ -155,9 +199,35 @@ def _preview_as_text(expected: Preview, verbose: bool) -> str:
     settings = expected.settings
     return (
         f"{plan_as_text(expected.plan, expected.source, verbose)}\n"
-        f"  {_seconds_as_text(*expected.seconds)} on {settings.device}, about {format_bytes(expected.peak_memory)} of tensors "
-        f"at the worst moment; layout {settings.layout}; nothing was written"
+        f"  {_seconds_as_text(*expected.seconds)} on {settings.device}; at the worst moment about "
+        f"{format_bytes(expected.peak_host)} of the host{_on_gpu(expected)}{_kept_to(expected.budget, expected.states_on_disk)}, "
+        f"and {format_bytes(expected.disk)} of the disk; layout {settings.layout}; nothing was written"
     )
+
+
+def _on_gpu(expected: Preview) -> str:
+    from apex4_quant.format.storage import format_bytes
+
+    return f" and {format_bytes(expected.memory.gpu)} of the GPU" if expected.memory.gpu else ""
+
+
+def _kept_to(budget: MemoryBudget, states_on_disk: bool) -> str:
+    """What was allowed, beside what is used."""
+    from apex4_quant.format.storage import format_bytes
+
+    allowed = [f"{name} {format_bytes(size)}" for name, size in budget.as_dict().items() if size is not None]
+    where = ", hidden states on the disk" if states_on_disk else ""
+    return f" (allowed: {', '.join(allowed)}{where})" if allowed else ""
+
+
+def _used_as_text(result: QuantizeResult) -> str:
+    from apex4_quant.format.storage import format_bytes
+
+    if result.memory is None:
+        return ""
+    gpu = "" if result.memory.gpu is None else f", of the GPU {format_bytes(result.memory.gpu)}"
+    kept_to = _kept_to(result.budget, result.states_on_disk)
+    return f"  memory at most: of the host {format_bytes(result.memory.host)}{gpu}{kept_to}\n"
 
 
 def _seconds_as_text(least: float, most: float) -> str:
@@ -179,6 +249,7 @@ def _quantized_as_text(out: Path, result: QuantizeResult) -> str:
         f"{summary['bits_per_weight']:.3f} bits per quantized weight, {summary['seconds']:.1f} s\n"
         f"  relative output error of a linear: mean {summary['mean_relative_error']:.4f}, "
         f"largest {summary['max_relative_error']:.4f}\n"
+        f"{_used_as_text(result)}"
         f"  next: apex4 eval {out} --baseline {summary['model']} --record; apex4 publish {out} ORG/NAME"
     )
 
@@ -264,6 +335,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 @options.number("--batch", options.COUNT, 1, "Requests at once, for --throughput.")
 @options.number("--prompt-len", options.COUNT, 512, "Tokens of a prompt, for --throughput.")
 @options.number("--gen-len", options.Whole(2, options.LARGEST), 128, "Tokens of an answer, for --throughput.")
+@options.GPUS
 @options.COMPUTING
 @click.pass_context
 def evaluate(
@@ -276,6 +348,7 @@ def evaluate(
     prompt_len: int,
     gen_len: int,
     record: bool,
+    gpus: int | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -289,6 +362,9 @@ def evaluate(
         others, advice = {"batch", "prompt_len", "gen_len"}, "is for --throughput: add that"
     for name in sorted(others & _given(context)):
         raise UsageError(f"--{name.replace('_', '-')} {advice}")
+    if throughput and (gpus is not None or options.is_rank()):
+        raise UsageError("--throughput is for one process: leave --gpus, or torchrun, away")
+    _share(gpus, asked["device"])
     keep = _recorder(context, path) if record else lambda result: None
     if throughput:
         from apex4_quant.evaluation import throughput as speed
@@ -302,9 +378,14 @@ def evaluate(
     from apex4_quant.evaluation import evaluate as quality
 
     names = tuple(task.strip() for task in tasks.split(",") if task.strip())
-    result = quality.evaluate(quality.EvalSettings(model=path, tasks=names, **asked), _progress(as_json))
-    keep(result)
-    _print(as_json, result, lambda: quality.evaluation_as_text(result))
+    from apex4_quant.distributed.starting import ranks
+
+    with ranks(asked["device"]) as group:
+        settings_of_quality = quality.EvalSettings(model=path, tasks=names, **asked)
+        result = quality.evaluate(settings_of_quality, _progress(as_json), group)
+        if group.is_first:
+            keep(result)
+        _print(as_json, result, lambda: quality.evaluation_as_text(result))
 
 
 @cli.command()

@@ -28,8 +28,23 @@ _C = TypeVar("_C", bound=Callable[..., object])
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
+def is_rank() -> bool:
+    """Whether torchrun, or what sets its variables, started this process beside others (distributed/starting.py)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints: of several the first."""
+    return not is_rank() or os.environ["RANK"] == "0"
+
+
+def ranks_started() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
 def _refuse(sentence: str, exit_code: int) -> NoReturn:
-    click.echo(f"apex4: {sentence}", err=True)
+    if is_first_rank():
+        click.echo(f"apex4: {sentence}", err=True)
     sys.exit(exit_code)
 
 
@@ -229,4 +244,5 @@ def calibration(samples: int | None, help: str) -> Option:
     return together(TEXT, number("--samples", COUNT, samples, help), SEQ_LEN, DRAWN_BY, BOS)
 
 
+GPUS = number("--gpus", Whole(1, 1024), None, "Share the work among so many GPUs of this host.  [default: one GPU]")
 COMPUTING = together(DEVICE, DTYPE, JSON)

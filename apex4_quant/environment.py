@@ -14,6 +14,9 @@ CACHE_DIR = "APEX4_CACHE_DIR"
 FUSE = "APEX4_FUSE"
 GEMM = "APEX4_GEMM"
 KERNEL = "APEX4_KERNEL"
+TIMEOUT = "APEX4_TIMEOUT"
+
+SECONDS_TO_WAIT = 600  # of TIMEOUT: more than the longest work of one process between two meetings
 
 MEANING = {
     ACTIVATIONS: "8: all linears have 8-bit activations; 4: those of the checkpoint that do.  [default: auto, by GPU]",
@@ -21,6 +24,7 @@ MEANING = {
     FUSE: "0: every linear quantizes its input by itself, apart from norms and activation functions.",
     GEMM: "One plan of the GEMM for all shapes, to measure it.  [default: the tuned one or the heuristic's]",
     KERNEL: "reference: compute with PyTorch operations, also on a GPU that has kernels.",
+    TIMEOUT: f"Seconds that the processes of one run wait for each other.  [default: {SECONDS_TO_WAIT}]",
 }
 
 

@@ -6,6 +6,8 @@ of ours: those keep their traceback.
 
 from __future__ import annotations
 
+STOPPING = "stopping after the layer in flight (once more: at once)"  # what is said when a signal asks for it
+
 
 class Apex4Error(Exception):
     """Something failed: damaged data, no space, a refusal to go on. Exit code 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +38,22 @@ class HessianAccumulator:
                 for start, stop in panels(rows.shape[1]):
                     self._sum[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
         self._tokens += len(rows)
+
+    def combine(
+        self, sum_over_all: Callable[[torch.Tensor], torch.Tensor], zeros: Callable[[], torch.Tensor], symmetric: bool
+    ) -> None:
+        """Add what others have summed, who call this too: `sum_over_all` adds up a tensor of all of them, in its place.
+
+        `zeros` makes the sum [K, K] where no token was seen here; `symmetric`: of x x^T.
+        """
+        if self._sum is None:
+            self._sum, self._symmetric = zeros(), symmetric
+        if self._symmetric:
+            for start, stop in panels(len(self._sum)):
+                sum_over_all(self._sum[start:stop, :stop])
+        else:
+            sum_over_all(self._sum)
+        self._tokens = int(sum_over_all(torch.tensor([self._tokens])))
 
     def take_matrix(self) -> torch.Tensor:
         """E[x x^T] (E[y x^T]), float32 [K, K], and forget it: at K = 28672 a copy would be 3 GB.

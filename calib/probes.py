@@ -23,12 +23,15 @@ class InputProbe:
 
     Evenly spaced over all calibration tokens, so it needs no random state and is the same in every run. If `total` is
     None, it is not known beforehand (an expert's tokens): the stride doubles whenever twice too many rows are kept.
+
+    Of several probes that see one part of the tokens each, `before` is how many come before this one's; `rows` of all of
+    them, in order, are those of one that sees all.
     """
 
-    def __init__(self, total: int | None, tokens: int = PROBE_ROWS) -> None:
+    def __init__(self, total: int | None, tokens: int = PROBE_ROWS, before: int = 0) -> None:
         self._stride = max(1, -(-(total or 1) // tokens))
         self._most = None if total is not None else tokens
-        self._seen = self._kept = 0
+        self._before, self._seen, self._kept = before, before, 0
         self._rows: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
@@ -42,12 +45,15 @@ class InputProbe:
             self._halve()
 
     def _halve(self) -> None:
-        self._rows = [torch.cat(self._rows)[::2].clone()]
+        first = -(-self._before // self._stride) % 2  # of the rows kept here: of even number among all, or odd
+        self._rows = [torch.cat(self._rows)[first::2].clone()]
         self._kept = len(self._rows[0])
         self._stride *= 2
 
-    def rows(self) -> torch.Tensor:
-        """[kept tokens, K] in the dtype seen."""
-        if self._most is not None and self._kept > self._most:
+    def rows(self, total: int | None = None) -> torch.Tensor:
+        """[kept tokens, K] in the dtype seen, of which there must be a token. `total`: the tokens of all probes, if this is
+        one of several."""
+        total = self._seen - self._before if total is None else total
+        while self._most is not None and -(-total // self._stride) > self._most:
             self._halve()
         return torch.cat(self._rows)

@@ -21,7 +21,7 @@ PACKAGE = "apex4_quant"
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "private_names", "environment", "calib"),
     ("format",),
-    ("hardware", "recipes"),
+    ("hardware", "recipes", "distributed"),
     ("kernels",),
     ("models",),
     ("nn", "transforms"),
@@ -48,7 +48,7 @@ KERNELS_ORDER: tuple[tuple[str, ...], ...] = (
     ("catalogue",),
     ("analysis",),
 )
-MOST_FILES = 13  # of Python, in one package, its __init__.py counted
+MOST_FILES = 14  # of Python, in one package, its __init__.py counted
 
 # Of the root module one may ask for the version, which it has at once. What else it has is loaded on demand, from above.
 ALWAYS_THERE = "__version__"

@@ -164,6 +164,7 @@ def test_gpu_that_is_not_there(one_sentence: Call, quantize_badly: Call) -> None
 
 def test_missing_arguments(one_sentence: Call, invoke: Call) -> None:
     one_sentence(invoke("quantize", "-o", "out"), USAGE, "needs a MODEL", "'demo'")
+    one_sentence(invoke("quantize", "", "-o", "out"), USAGE, "name is empty", "'demo'")  # a variable that is not set
     one_sentence(invoke("quantize", "demo"), USAGE, "needs an output folder", "-o OUT")
     one_sentence(invoke("quantize", "--resume"), USAGE, "-o OUT")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from ..calib.errors import CalibrationError
 from ..calib.samples import windows
 from ..calib.text import load_text
 from ..checkpoint.load import quant_config_of
+from ..distributed.group import Group
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
@@ -43,14 +45,16 @@ class EvalSettings:
     engine: str = EngineName.TRANSFORMERS
 
 
-def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Everything `apex4 eval --json` prints. Raises UsageError or Apex4Error."""
+def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Group | None = None) -> dict[str, Any]:
+    """Everything `apex4 eval --json` prints. Raises UsageError or Apex4Error. All processes of `group` call this alike."""
     started = time.perf_counter()
-    progress = progress or Progress()
+    progress, group = progress or Progress(), group or Group()
+    if settings.tasks and group.size > 1:
+        raise UsageError(f"--tasks is for one process and {group.size} ranks were started: start one, or leave it away")
     for name, value in (("seq-len", settings.seq_len), ("batch-size", settings.batch_size), ("limit", settings.limit)):
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
-    engine = open_engine(settings.engine, settings.device)
+    engine = open_engine(settings.engine, settings.device, group)
     asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)
@@ -63,6 +67,9 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None) -> dict[s
         ids = windows(subject.token_ids, seq_len, text, subject.beginning)[: settings.limit]
     except CalibrationError as error:
         raise UsageError(str(error)) from error
+    if len(ids) < group.size:
+        raise UsageError(f"{group.size} ranks have {len(ids)} windows of text to share: start fewer, or give more text")
+    group.require_equal({"text or model": hashlib.sha256(ids.numpy().tobytes() + subject.format.encode()).hexdigest()})
     tasks = None
     if settings.tasks:
         manager = find_tasks(settings.tasks, settings.include_path)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..distributed.group import Group
 from ..errors import Apex4Error
 from .finite import not_finite
 
@@ -35,8 +36,13 @@ _LARGEST_MEAN = math.log(sys.float_info.max)
 _ROWS = 256  # tokens whose probabilities are held in float32 at one time
 
 
-def measure_perplexity(model: PreTrainedModel, ids: torch.Tensor, advance: Advance = lambda done: None) -> float:
-    """Of windows `ids`, int64 [windows, L]. `advance` is told the tokens done. Raises Apex4Error if it is no number."""
+def measure_perplexity(
+    model: PreTrainedModel, ids: torch.Tensor, advance: Advance = lambda done: None, group: Group | None = None
+) -> float:
+    """Of windows `ids`, int64 [windows, L], those of all processes of the `group`. `advance` is told the tokens done.
+
+    Raises Apex4Error if it is no number.
+    """
     total = 0.0
     for window in ids:
         logits = logits_of(model, window)
@@ -44,7 +50,8 @@ def measure_perplexity(model: PreTrainedModel, ids: torch.Tensor, advance: Advan
         if not math.isfinite(total):
             raise not_finite(model, window)
         advance(len(window))
-    return perplexity_of(total, ids)
+    total, count = (group or Group()).sum_of_numbers([total, predicted(ids)])
+    return perplexity_of(total, int(count))
 
 
 @torch.no_grad()
@@ -68,12 +75,14 @@ def _likelihood(log_p: torch.Tensor, targets: torch.Tensor) -> float:
     return -float(log_p.gather(1, targets).double().sum())
 
 
-def perplexity_of(total: float, ids: torch.Tensor) -> float:
-    """From the negative log-likelihood of all predicted tokens of windows `ids`, int64 [windows, L].
+def predicted(ids: torch.Tensor) -> int:
+    """How many tokens of windows `ids`, int64 [windows, L], are predicted."""
+    return ids.shape[0] * (ids.shape[1] - 1)
 
-    Raises Apex4Error where that is beyond all numbers.
-    """
-    mean = total / (ids.shape[0] * (ids.shape[1] - 1))
+
+def perplexity_of(total: float, count: int) -> float:
+    """From the negative log-likelihood of all `count` predicted tokens. Raises Apex4Error where that is beyond all numbers."""
+    mean = total / count
     if mean > _LARGEST_MEAN:
         raise Apex4Error(
             f"the model gives the text's tokens a mean log-probability of {-mean:.4g}: its perplexity is beyond all "
@@ -89,12 +98,18 @@ class RecordedPredictions:
     can be freed and the class's own forward does what comes behind them (head, soft capping). `perplexity` is the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, advance: Advance = lambda done: None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: torch.Tensor,
+        advance: Advance = lambda done: None,
+        group: Group | None = None,
+    ) -> None:
         self.ids = ids
         self._replayed = _Replayed()
         recording = model.base_model.register_forward_hook(self._replayed.record)
         try:
-            self.perplexity = measure_perplexity(model, ids, advance)
+            self.perplexity = measure_perplexity(model, ids, advance, group)
         finally:
             recording.remove()
         setattr(model, model.base_model_prefix, self._replayed)
@@ -136,10 +151,15 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, original: RecordedPredictions, advance: Advance = lambda done: None) -> Comparison:
+def compare(
+    model: PreTrainedModel,
+    original: RecordedPredictions,
+    advance: Advance = lambda done: None,
+    group: Group | None = None,
+) -> Comparison:
     """One pass of `model` over the windows that `original` was recorded on. Both have the same tokens, in one order.
 
-    Raises Apex4Error if the perplexity or the divergence is no number.
+    Each process of the `group` has windows of its own; figures are of all. Raises Apex4Error if the perplexity or the divergence is no number.
     """
     ids = original.ids
     total = divergence = 0.0
@@ -154,5 +174,5 @@ def compare(model: PreTrainedModel, original: RecordedPredictions, advance: Adva
         if not math.isfinite(total + divergence):
             raise not_finite(model, window)
         advance(len(window))
-    count = ids.shape[0] * (ids.shape[1] - 1)
-    return Comparison(perplexity_of(total, ids), divergence / count, agreeing / count)
+    total, divergence, agrees, count = (group or Group()).sum_of_numbers([total, divergence, agreeing, predicted(ids)])
+    return Comparison(perplexity_of(total, int(count)), divergence / count, agrees / count)

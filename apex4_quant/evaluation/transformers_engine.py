@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from ..checkpoint.load import load_model, release_memory
+from ..distributed.group import Group
 from ..hardware.devices import DTYPES, resolve_device
 from ..nn.arithmetic import arithmetic_of
 from ..progress import Progress
@@ -24,30 +25,33 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """Divergence is of all probabilities of all tokens: predictions.py."""
+    """Divergence is of all probabilities of all tokens: predictions.py. Each process of `group` loads the models and computes
+    a share of the windows."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, group: Group | None = None) -> None:
+        self._group = group or Group()
         self.device = resolve_device(device)
         self.version = transformers.__version__
 
     def quality(
         self, subject: Subject, baseline: Subject | None, ids: torch.Tensor, tasks: Tasks | None, progress: Progress
     ) -> Quality:
-        original, baseline_tasks = None, None
+        original, baseline_tasks, group = None, None, self._group
+        ids = ids[group.share(len(ids)).slice]
         if baseline is not None:
             model = load_model(baseline.folder, self.device, DTYPES[baseline.dtype])
             baseline_tasks = _tasks(model, baseline, tasks)
             with progress.stage(f"perplexity of {baseline.name}", ids.numel(), "tok") as advance:
-                original = RecordedPredictions(model, ids, advance)
+                original = RecordedPredictions(model, ids, advance, group)
             del model
             release_memory()
         model = load_model(subject.folder, self.device, DTYPES[subject.dtype])
         with progress.stage(f"perplexity of {subject.name}", ids.numel(), "tok") as advance:
             if original is None:
                 return Quality(
-                    measure_perplexity(model, ids, advance), _tasks(model, subject, tasks), arithmetic_of(model)
+                    measure_perplexity(model, ids, advance, group), _tasks(model, subject, tasks), arithmetic_of(model)
                 )
-            found = compare(model, original, advance)
+            found = compare(model, original, advance, group)
         return Quality(
             perplexity=found.perplexity,
             tasks=_tasks(model, subject, tasks),

@@ -34,7 +34,7 @@ from ..nn.arithmetic import Arithmetic
 from ..progress import Progress
 from .engine import RUNS, WARM_UP, Load, Quality, Results, Subject, Tasks, figures_of
 from .lm_eval_tasks import run_tasks
-from .predictions import Advance, perplexity_of
+from .predictions import Advance, perplexity_of, predicted
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -203,7 +203,7 @@ def _predictions(llm: Any, ids: torch.Tensor, advance: Advance) -> tuple[float, 
             total -= sum(step[token].logprob for token, step in steps)
             tops.append([next(one for one, entry in step.items() if entry.rank == 1) for _, step in steps])
         advance(some.numel())
-    return perplexity_of(total, ids), torch.tensor(tops)
+    return perplexity_of(total, predicted(ids)), torch.tensor(tops)
 
 
 def _medians(*measured: Callable[[], float]) -> list[float]:

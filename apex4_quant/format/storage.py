@@ -31,21 +31,33 @@ def _atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise Apex4Error(_write_failure(path, error)) from error
+        raise Apex4Error(write_failure(path, error)) from error
 
 
-def _write_failure(path: Path, error: Exception) -> str:
+def _replace(temporary: Path, path: Path) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def in_place_of(temporary: Path, path: Path) -> None:
+    """Give a file that was written under a temporary name beside it its own. Raises Apex4Error."""
+    try:
+        _replace(temporary, path)
+    except OSError as error:
+        raise Apex4Error(write_failure(path, error)) from error
+
+
+def write_failure(path: Path, error: Exception) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # safetensors reports I/O errors as text only.
     full = full or any(phrase in str(error) for phrase in ("No space left", "File too large", "quota exceeded"))

@@ -11,9 +11,10 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2,
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """`stored` is the name in the file if it is another, `part` the index of what is meant of that tensor (None: all).
+    """`stored` is the name in the file if it is another, `part` the index of what is meant of that tensor (None: all), and
+    `transposed` whether the part, a matrix, is stored the other way round.
 
-    `shape` is that of the part.
+    `shape` is that of what is meant.
     """
 
     file: Path
@@ -21,6 +22,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     stored: str | None = None
     part: tuple[int | slice, ...] | None = None
+    transposed: bool = False
 
     @property
     def elements(self) -> int:

@@ -3,6 +3,8 @@
     published, Mixtral      model.layers.0.block_sparse_moe.experts.3.w1.weight    [I, H]
     published, Qwen3-MoE    model.layers.0.mlp.experts.3.gate_proj.weight          [I, H]
     fused                   model.layers.0.mlp.experts.gate_up_proj                [E, 2 I, H], gate rows first
+    fused, GPT-OSS          model.layers.0.mlp.experts.gate_up_proj                [E, H, 2 I], gate and up in turns
+                            model.layers.0.mlp.experts.gate_up_proj_bias           [E, 2 I]
     here                    model.layers.0.mlp.experts.3.gate_proj.weight          [I, H]
 
 Only names and shapes are handled: a tensor of a fused checkpoint becomes a part of the stored one, read when needed.
@@ -53,18 +55,31 @@ def _renamed(name: str, family: Family) -> str:
 def _parts(name: str, info: TensorInfo, family: Family) -> Iterator[tuple[str, TensorInfo]]:
     assert family.experts is not None
     experts, _, tensor = name.rpartition(".")
-    if not experts.endswith(f".{family.experts.module}") or tensor not in ("gate_up_proj", "down_proj"):
+    projection, is_bias = tensor.removesuffix("_bias"), tensor.endswith("_bias")
+    if not experts.endswith(f".{family.experts.module}") or projection not in ("gate_up_proj", "down_proj"):
         yield name, info
         return
-    if len(info.shape) != 3 or (tensor == "gate_up_proj" and info.shape[1] % 2):
+    turned = family.experts.interleaved and not is_bias
+    outputs = -1 if turned or is_bias else 1  # the dimension of a fused tensor that counts output features
+    biased = is_bias and not family.experts.interleaved
+    if biased or len(info.shape) != 3 - is_bias or (projection == "gate_up_proj" and info.shape[outputs] % 2):
         raise Apex4Error(f"{info.stored} in {info.file} has shape {list(info.shape)}, which no fused experts have")
-    count, rows, columns = info.shape
-    for expert in range(count):
-        if tensor == "down_proj":
-            part = replace(info, shape=(rows, columns), part=(expert,))
-            yield f"{experts}.{expert}.down_proj.weight", part
+    kind = "bias" if is_bias else "weight"
+    for expert in range(info.shape[0]):
+        if projection == "down_proj":
+            yield f"{experts}.{expert}.down_proj.{kind}", _part_of(info, (expert,), info.shape[1:], turned)
             continue
-        half = rows // 2
-        for projection, start in (("gate_proj", 0), ("up_proj", half)):
-            part = replace(info, shape=(half, columns), part=(expert, slice(start, start + half)))
-            yield f"{experts}.{expert}.{projection}.weight", part
+        half = info.shape[outputs] // 2
+        shape = list(info.shape[1:])
+        shape[-1 if outputs == -1 else 0] = half
+        for number, part in enumerate(("gate_proj", "up_proj")):
+            if family.experts.interleaved:
+                whole = () if is_bias else (slice(None),)
+                index: tuple[int | slice, ...] = (expert, *whole, slice(number, None, 2))
+            else:
+                index = (expert, slice(number * half, (number + 1) * half))
+            yield f"{experts}.{expert}.{part}.{kind}", _part_of(info, index, tuple(shape), turned)
+
+
+def _part_of(info: TensorInfo, part: tuple[int | slice, ...], shape: tuple[int, ...], turned: bool) -> TensorInfo:
+    return replace(info, shape=shape[::-1] if turned else shape, part=part, transposed=turned)

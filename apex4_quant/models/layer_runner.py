@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .expert_tensors import published_name
 from .experts import unfuse_experts
 from .replaying import KEPT_BYTES, Replaying
 from .source import ModelSource
+from .states import States, StoredStates, put
 
 # Of short windows so many go through a layer at once; of long ones, one. More would only take more memory.
 BATCH_TOKENS = 2048
@@ -84,7 +86,8 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedM
 
 
 class LayerRunner:
-    """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype (`resting`)."""
+    """`device` and `dtype` are those the layers compute in; hidden states rest on the CPU in that dtype, or on the disk
+    (`keep_states_in`)."""
 
     def __init__(self, source: ModelSource, device: str, dtype: torch.dtype) -> None:
         self._family = source.family
@@ -98,6 +101,7 @@ class LayerRunner:
         self._layers = layers
         self._calls: list[dict[str, Any]] = []
         self._replaying = Replaying(remembering=self.device.type == "cpu")
+        self._states_folder: Path | None = None
 
     def _get(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -105,21 +109,30 @@ class LayerRunner:
     def _set(self, name: str, module: nn.Module) -> None:
         self.model.set_submodule(name, module)
 
+    def keep_states_in(self, folder: Path) -> None:
+        """From now on states that leave a layer are written into this folder, and nothing of a layer is remembered."""
+        self._states_folder = folder
+        self._replaying = Replaying(remembering=False)
+
     @torch.no_grad()
-    def embed(self, samples: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def embed(self, samples: torch.Tensor, embedding: torch.Tensor) -> States:
         """Token windows int64 [S, L] and the embedding matrix -> hidden states entering layer 0, [S, L, hidden]."""
         weight = embedding.to(self.device, self.dtype)
         states = self.resting((*samples.shape, self.config.hidden_size))
-        for rest, ids in zip(states, samples, strict=True):
+        for window, ids in enumerate(samples):
             embedded = nn.functional.embedding(ids[None].to(self.device), weight)
             if self._family.scaled_embedding:
                 # In this order and precision, as the class does it: the scale is rounded before it is applied.
                 embedded = embedded * torch.tensor(self.config.hidden_size**0.5, device=self.device).to(self.dtype)
-            rest.copy_(self._run_recorders(embedded)[0])
+            put(states, window, self._run_recorders(embedded))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return states
 
-    def resting(self, shape: Sequence[int]) -> torch.Tensor:
-        """Room on the CPU for hidden states. A GPU copies such memory without the CPU, while both go on, if it may be pinned."""
+    def resting(self, shape: Sequence[int]) -> States:
+        """Room for hidden states. A GPU copies memory without the CPU, while both go on, if it may be pinned."""
+        if self._states_folder is not None:
+            return StoredStates.new(self._states_folder, shape, self.dtype)
         if self.device.type == "cuda":
             with contextlib.suppress(RuntimeError):  # the system may allow less pinned memory than this
                 return torch.empty(shape, dtype=self.dtype, pin_memory=True)
@@ -150,9 +163,14 @@ class LayerRunner:
         prefix = self._family.layer_prefix(index)
         layer = self._layers[index]
         self._replaying.forget()
-        state = {n.removeprefix(prefix): t.to(self.device, self.dtype) for n, t in tensors.items()}
+        state = {n.removeprefix(prefix): t.to(self.device, self._dtype_of(n)) for n, t in tensors.items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """What transformers loads the tensor in: of some (a router's corrections) it keeps float32."""
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        return torch.float32 if set(name.split(".")) & set(wide) else self.dtype
 
     def arguments(self, index: int) -> dict[str, Any]:
         """What layer `index` is called with beside the hidden states: rotary embeddings, masks, positions. See `prepare`."""
@@ -167,7 +185,7 @@ class LayerRunner:
         self._replaying.forget()
 
     @torch.no_grad()
-    def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def run_layer(self, index: int, hidden: States) -> States:
         """hidden [S, L, H] through the layer as it is now -> the same shape. What `calls_of` remembers is used."""
         out = self.resting(hidden.shape)
         done = 0
@@ -175,7 +193,7 @@ class LayerRunner:
             for batch in self._batches(hidden):
                 result = self._layers[index](batch, **self._calls[index])
                 result = result[0] if isinstance(result, tuple) else result
-                out[done : done + len(batch)].copy_(result, non_blocking=True)
+                put(out, done, result)
                 done += len(batch)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # until then it is on its way
@@ -194,24 +212,29 @@ class LayerRunner:
             result = self._layers[index](batch, **calls)
         return batch, result[0] if isinstance(result, tuple) else result
 
-    def output_gradients(self, hidden: torch.Tensor, tensors: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+    def output_gradients(
+        self, hidden: torch.Tensor, tensors: dict[str, torch.Tensor], seed: int, before: int = 0
+    ) -> torch.Tensor:
         """hidden [S, L, H] leaving the last layer -> of the same shape, float32 on the CPU, the gradient of -log p(y) with
         respect to them, y drawn for every token from the model's own distribution p.
 
         `tensors` are the final norm's and the head's (the embedding, where they are tied). Its mean square is the Fisher
-        information: KL(p, p of hidden + e) = E (g . e)^2 / 2 to second order.
+        information: KL(p, p of hidden + e) = E (g . e)^2 / 2 to second order. `before`: tokens of other processes that come
+        before these, and have drawn.
         """
         family, generator = self._family, torch.Generator().manual_seed(seed)
+        torch.rand(before, 1, generator=generator)
         norm = self._get(family.final_norm)
         weight = tensors.get(f"{family.head}.weight", tensors.get(f"{family.embedding}.weight"))
         assert weight is not None
         weight, cap = weight.to(self.device).float(), getattr(self.config, "final_logit_softcapping", None)
+        scaling = getattr(self.config, "logits_scaling", 1.0)
         norm.load_state_dict({"weight": tensors[f"{family.final_norm}.weight"].to(self.device).float()}, assign=True)
         gradients = []
-        for states in hidden.flatten(0, 1).split(HEAD_TOKENS):
+        for states in hidden.flatten(0, 1).split(HEAD_TOKENS) if len(hidden) else ():
             states = states.to(self.device).float().requires_grad_()
             with torch.enable_grad():
-                logits = nn.functional.linear(norm(states), weight)
+                logits = nn.functional.linear(norm(states), weight) / scaling
                 if cap is not None:
                     logits = cap * torch.tanh(logits / cap)
                 chance = torch.rand(len(states), 1, generator=generator).to(self.device)
@@ -219,7 +242,7 @@ class LayerRunner:
                 nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             gradients.append(states.grad.cpu())
         norm.to("meta")
-        return torch.cat(gradients).view(hidden.shape)
+        return torch.cat(gradients).view(hidden.shape) if gradients else torch.empty(hidden.shape)
 
     @contextlib.contextmanager
     def widened(self, index: int) -> Iterator[nn.Module]:
@@ -240,14 +263,14 @@ class LayerRunner:
             for tensor, data in kept:
                 tensor.data = data
 
-    def _batches(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _batches(self, hidden: States) -> Iterator[torch.Tensor]:
         """hidden [S, L, H] by a few windows at a time, on the device."""
         for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
             yield batch.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def calls_of(
-        self, index: int, module: str, hidden: torch.Tensor, settled: tuple[str, ...] = (), last: bool = False
+        self, index: int, module: str, hidden: States, settled: tuple[str, ...] = (), last: bool = False
     ) -> Iterator[tuple[torch.Tensor, ...]]:
         """What `module` of the layer is called with, a few windows at a time. The rest of the layer is not computed.
 

@@ -38,6 +38,8 @@ def resolve_model(model: str) -> Path:
     is a branch, a tag or a commit). Raises UsageError."""
     if model == DEMO:
         return DEMO_PATH
+    if not model.strip():  # a variable that is not set: Path("") would be the folder one stands in
+        raise UsageError("the model's name is empty: give 'demo', a local folder, or a Hub id (org/name)")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -108,10 +110,25 @@ def read_tensors(infos: dict[str, TensorInfo], names: Iterable[str]) -> dict[str
                 for name in wanted:
                     info = infos[name]
                     stored = info.stored or name
-                    tensors[name] = file.get_tensor(stored) if info.part is None else file.get_slice(stored)[info.part]
+                    tensors[name] = (
+                        file.get_tensor(stored) if info.part is None else _part(file.get_slice(stored), info)
+                    )
         except (SafetensorError, OSError) as error:
             raise Apex4Error(f"{path} cannot be read ({error}): get the file again") from error
     return tensors
+
+
+def _part(stored: Any, info: TensorInfo) -> torch.Tensor:
+    """The part of a tensor that `info` means, from safetensors' slice of it, which takes no steps."""
+    assert info.part is not None
+    every = [index for index in info.part if isinstance(index, slice) and index.step is not None]
+    if not every and not info.transposed:
+        return stored[info.part]  # type: ignore[no-any-return]
+    # There is one, and it comes last: rows of gate and up in turns.
+    tensor: torch.Tensor = stored[tuple(index for index in info.part if index not in every)]
+    if every:
+        tensor = tensor[..., every[0]]
+    return (tensor.t() if info.transposed else tensor).contiguous()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -176,15 +193,27 @@ def verify_listed(folder: Path, files: Iterable[Path]) -> None:
             _verified(path, known)
 
 
+# Formats in which the original itself is published: transformers' config that turns them into 16 bits.
+_PUBLISHED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+
+
 def _require_original(model: str, quantized_by: str | None) -> None:
-    if quantized_by is not None:
-        raise UsageError(f"{model} is already quantized ({quantized_by}): give the original 16-bit model")
+    if quantized_by is None:
+        return
+    advice = "give the original 16-bit model"
+    if (published := _PUBLISHED.get(quantized_by.lower())) is not None:
+        advice += (
+            f", or write it: transformers' from_pretrained(..., dtype='bfloat16', quantization_config={published}"
+            "(dequantize=True)) and save_pretrained(FOLDER)"
+        )
+    raise UsageError(f"{model} is already quantized ({quantized_by}): {advice}")
 
 
 class ModelSource:
     """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
 
-    `infos` has the tensors under the names of the model with its experts unfused, however they are stored.
+    `infos` has the tensors under the names of the model with its experts unfused, however they are stored; `left_away`
+    those that transformers does not load and that are not written either.
     """
 
     def __init__(self, model: str) -> None:
@@ -196,7 +225,13 @@ class ModelSource:
         require_sizes(self.config, self.folder)
         found = read_tensor_infos(self.folder)
         _require_original(model, foreign_format(self.folder, self.config, found))
-        stored = {name: info for name, info in found.items() if not name.endswith(RECOMPUTED_SUFFIXES)}
+        prefixes = self.family.left_away(self.config)
+        self.left_away = {name: info for name, info in found.items() if prefixes and name.startswith(prefixes)}
+        stored = {
+            name: info
+            for name, info in found.items()
+            if name not in self.left_away and not name.endswith(RECOMPUTED_SUFFIXES)
+        }
         self.stored_names = list(stored)
         self.infos = unfused(stored, self.family)
         self.num_layers = int(self.config["num_hidden_layers"])

@@ -162,6 +162,8 @@ def why_not(module: UnfusedExperts) -> str | None:
     kernel = first.kernel
     if kernel is None or any(linear.kernel != kernel for linear in linears):
         return "they have activations of different formats"
+    if experts[0].gating is not None:
+        return "they join gate and up in another way than SiLU(gate) * up"
     act_fn = experts[0].act_fn
     if not isinstance(act_fn, nn.SiLU) and type(act_fn).__name__ != "SiLUActivation":
         return f"there is none for the activation function {type(act_fn).__name__}"

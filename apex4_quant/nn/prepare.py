@@ -92,7 +92,8 @@ def _prepare_layer(layer: nn.Module, family: Family, groups: list[InputGroup]) -
         if group.also_read_by or not all(isinstance(layer.get_submodule(name), Apex4Linear) for name in group.linears):
             continue
         if group.norm is not None:
-            defer_norm(layer, group.norm, family.norm_offset, group.linears)
+            if not family.norm_rounds_once:
+                defer_norm(layer, group.norm, family.norm_offset, group.linears)
         elif group.producer is not None and group.producer.linear.endswith("up_proj"):
             defer_gating(layer, group.linears[0].rpartition(".")[0])
 

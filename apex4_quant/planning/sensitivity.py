@@ -38,6 +38,7 @@ from ..kernels.torch_backend import quantize_activation, quantize_token
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import in_memory
 from ..progress import Progress
 from ..quantization.collector import CollectedInput, Collector
 from ..quantization.gradients import InputGradients, gradients_through
@@ -160,7 +161,7 @@ def measure_sensitivity(
     entering: list[torch.Tensor] = []
     with progress.stage("running", source.num_layers, " layers") as advance:
         gradients, size = gradients_of_predictions(
-            source, runner, samples, seed, lambda _, states: entering.append(states), advance
+            source, runner, samples, seed, lambda _, states: entering.append(in_memory(states)), advance
         )
     collector = Collector(runner, source.family, source.config, hessians=False, say=progress.line)
     found: list[GroupSensitivity] = []

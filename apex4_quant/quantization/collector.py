@@ -12,6 +12,7 @@ the same token are seen together. An expert's tokens are then those of the quant
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from ..calib.errors import CalibrationError
 from ..calib.finite import all_finite
 from ..calib.hessian import HessianAccumulator
 from ..calib.probes import PROBE_ROWS, InputProbe, rows_to_learn_from
+from ..distributed.group import Group
 from ..errors import Apex4Error
 from ..format.quant_config import LinearFormat
 from ..hardware.dtype_names import wider_than
@@ -53,6 +55,7 @@ class Statistics:
         self._reader, self._probe, self._dtype, self._format = reader, probe, dtype, format
         self._hessian = HessianAccumulator() if format is not None else None
         self._drift: HessianAccumulator | None = None
+        self._rows: torch.Tensor | None = None
         self._inputs: torch.Tensor | None = None
         self.tokens = 0
 
@@ -67,10 +70,31 @@ class Statistics:
                 self._drift.add(padded, pad_input_features(original, self._format) - padded)
         self.tokens += x.numel() // x.shape[-1]
 
+    def combine_rows(self, group: Group, none: torch.Tensor) -> None:
+        """Have the rows of all processes, and none but those that one process would keep. `none` [0, K]: if none came here."""
+        seen = self.tokens
+        (self.tokens,) = group.sum(torch.tensor([seen])).tolist()
+        self._rows = group.gather_rows(self._probe.rows(self.tokens) if seen else none)
+
+    def combine_moments(self, group: Group, device: torch.device) -> None:
+        """Have the moments of the tokens of all processes. Drift, which some may not have seen, must be known to all."""
+        if self._hessian is None or self._format is None:
+            return
+        k = self._format.padded_k
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(k, k, device=device)
+
+        self._hessian.combine(group.sum, zeros, True)
+        if group.any(self._drift is not None):
+            self._drift = self._drift or HessianAccumulator()
+            self._drift.combine(group.sum, zeros, False)
+
     def inputs(self) -> torch.Tensor:
         """The rows kept, float32 [T, K]. Raises Apex4Error if one is not finite."""
         if self._inputs is None:
-            self._inputs = self._probe.rows().float()
+            rows = self._probe.rows() if self._rows is None else self._rows
+            self._inputs = rows.float()
             if not all_finite(self._inputs):
                 dtype = str(self._dtype).removeprefix("torch.")
                 raise Apex4Error(f"the input of {self._reader} is not finite in {dtype}: {wider_than(dtype)}")
@@ -160,7 +184,8 @@ def _expert(experts: nn.Module | None, number: int) -> Expert:
 class Collector:
     """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics.
 
-    `original` runs the layers as they were before quantization, if their inputs are to be compared.
+    `original` runs the layers as they were before quantization, if their inputs are to be compared. Each process of `group`
+    collects on its own windows, and has the statistics of all of them.
     """
 
     def __init__(
@@ -171,9 +196,14 @@ class Collector:
         hessians: bool,
         say: Callable[[str], None],
         original: LayerRunner | None = None,
+        group: Group | None = None,
     ) -> None:
         self._runner, self._family, self._config = runner, family, config
         self._hessians, self._say, self._original = hessians, say, original
+        self._group = group or Group()
+        self._routed: tuple[int, Counter[int]] | None = (
+            None  # of a layer: what other processes' tokens reach, see `_before`
+        )
         self._settled: tuple[str, ...] = ()
         self._last = False
 
@@ -203,7 +233,7 @@ class Collector:
             if experts is not None and expert_of(stage[0].linears[0]) is not None:
                 unfused = module.get_submodule(experts.module)
                 assert isinstance(unfused, UnfusedExperts)
-                collect = self._entering if stage[0].producer is None else self._inside
+                collect = self._entering if stage[0].norm is not None else self._inside
                 found = collect(layer, experts, unfused, [linear for linears in wanted for linear in linears], streams)
             else:
                 found = [self._dense(layer, stage[0], wanted[0], streams)]
@@ -230,10 +260,11 @@ class Collector:
         reader = self._family.layer_prefix(layer) + input_group.linears[0]
         format = planned[0].format
         rows = rows_to_learn_from(format.in_features) if format.transform.is_learned else PROBE_ROWS
-        statistics = self._statistics(reader, InputProbe(streams.tokens, rows), planned[0])
+        statistics = self._statistics(reader, InputProbe(streams.tokens, rows, streams.first_token), planned[0])
         last = self._last and len(input_group.linears) == 1
         for (x,), original in self._calls(layer, input_group.linears[0], streams, last):
             statistics.add(x, original)
+        self._combine(statistics, planned[0])
         return CollectedInput(statistics, [Part(reader, planned, statistics)])
 
     def _entering(
@@ -241,14 +272,15 @@ class Collector:
     ) -> list[CollectedInput]:
         """One input: that of the gate and up projections of all experts, with a part for each that saw enough tokens."""
         name = self._family.layer_prefix(layer) + experts.module
-        everything = self._statistics(name, InputProbe(streams.tokens), planned[0])
-        own = self._own(name, planned)
+        everything = self._statistics(name, InputProbe(streams.tokens, before=streams.first_token), planned[0])
+        own = self._own(name, planned, self._before(layer, experts, streams))
         for (states, index, _), original in self._calls(layer, experts.module, streams):
             everything.add(states, original)
             for expert, tokens, _ in routed(index):
                 if expert in own:
                     own[expert].statistics.add(states[tokens], None if original is None else original[tokens])
         fed, starved = self._split(own)
+        self._combine(everything, planned[0], moments=bool(starved))
         if starved:
             linears = [linear for part in starved for linear in part.planned]
             seen = {expert: n for part in starved for expert, n in part.tokens.items()}
@@ -259,7 +291,8 @@ class Collector:
         self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
     ) -> list[CollectedInput]:
         """One input per expert: that of its down projection."""
-        own = self._own(self._family.layer_prefix(layer) + experts.module, planned)
+        before_ours = self._before(layer, experts, streams)
+        own = self._own(self._family.layer_prefix(layer) + experts.module, planned, before_ours)
         before = None if self._original is None else self._original.layer(layer).get_submodule(experts.module)
 
         def add(part: Part, number: int, states: torch.Tensor, original: torch.Tensor | None) -> None:
@@ -272,16 +305,43 @@ class Collector:
                     add(own[expert], expert, states[tokens], None if original is None else original[tokens])
         _, starved = self._split(own)
         for part in starved:
-            part.statistics = self._statistics(part.reader, InputProbe(streams.tokens, EXPERT_ROWS), part.planned[0])
+            probe = InputProbe(streams.tokens, EXPERT_ROWS, streams.first_token)
+            part.statistics = self._statistics(part.reader, probe, part.planned[0])
             part.shared = True
         if starved:  # a second pass, of these experts on all tokens
             for (states, _, _), original in self._calls(layer, experts.module, streams):
                 for part in starved:
                     (expert,) = part.tokens
                     add(part, expert, states, original)
+            for part in starved:
+                self._combine(part.statistics, part.planned[0])
         return [CollectedInput(part.statistics, [part]) for part in own.values()]
 
-    def _own(self, name: str, planned: list[PlannedLinear]) -> dict[int, Part]:
+    def _combine(self, statistics: Statistics, linear: PlannedLinear, moments: bool = True) -> None:
+        device = self._runner.device
+        none = torch.empty(0, linear.format.in_features, dtype=self._runner.dtype, device=device)
+        statistics.combine_rows(self._group, none)
+        if moments:
+            statistics.combine_moments(self._group, device)
+
+    def _before(self, layer: int, experts: Experts, streams: Streams) -> Counter[int]:
+        """By expert, how many tokens of the windows before ours are sent to it: which rows are kept depends on it.
+
+        It takes a pass of its own over our windows, up to the router, where others have windows before or behind them.
+        """
+        if self._group.size == 1:
+            return Counter()
+        if self._routed is None or self._routed[0] != layer:
+            counts: Counter[int] = Counter()
+            for (_, index, _), _ in self._calls(layer, experts.module, streams):
+                counts.update({expert: len(tokens) for expert, tokens, _ in routed(index)})
+            before: Counter[int] = Counter()
+            for others in self._group.gather(counts)[: self._group.rank]:
+                before.update(others)
+            self._routed = layer, before
+        return self._routed[1]
+
+    def _own(self, name: str, planned: list[PlannedLinear], before: Counter[int]) -> dict[int, Part]:
         """A part for every expert that has planned linears, with nothing seen yet."""
         linears: dict[int, list[PlannedLinear]] = {}
         for linear in planned:
@@ -291,23 +351,24 @@ class Collector:
         parts = {}
         for expert, of_expert in linears.items():
             reader = f"{name}.{expert}"
-            parts[expert] = Part(
-                reader, of_expert, self._statistics(reader, InputProbe(None, EXPERT_ROWS), of_expert[0])
-            )
+            probe = InputProbe(None, EXPERT_ROWS, before[expert])
+            parts[expert] = Part(reader, of_expert, self._statistics(reader, probe, of_expert[0]))
         return parts
 
     def _split(self, own: dict[int, Part]) -> tuple[list[Part], list[Part]]:
         """The parts with enough tokens and those without, which are reported."""
         fed, starved = [], []
-        for expert, part in own.items():
-            part.tokens = {expert: part.statistics.tokens}
+        counts = self._group.sum(torch.tensor([part.statistics.tokens for part in own.values()])).tolist()
+        for (expert, part), tokens in zip(own.items(), counts, strict=True):
+            part.tokens = {expert: tokens}
             # Rounding to nearest uses no statistics: there it takes a token to measure the error with, no more.
             needed = TOKENS_PER_FEATURE * part.planned[0].format.in_features if self._hessians else 1
-            if part.statistics.tokens >= needed:
+            if tokens >= needed:
+                self._combine(part.statistics, part.planned[0])
                 fed.append(part)
                 continue
             starved.append(part)
-            seen = f"{part.statistics.tokens} calibration tokens" if part.statistics.tokens else "no calibration token"
+            seen = f"{tokens} calibration tokens" if tokens else "no calibration token"
             names = ", ".join(linear.name.rpartition(".")[2] for linear in part.planned)
             self._say(
                 f"{part.reader}: {seen} reached this expert ({needed} needed): {names} use {SHARED_STATISTICS} of all tokens"

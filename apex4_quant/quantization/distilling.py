@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..distillation.distill import BYTES_A_PARAMETER, Distillation, Distilled, PackedLinear, Student
+from ..distributed.group import Group
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.storage import format_bytes, sha256, write_tensors
 from ..format.transform_kind import TransformKind
@@ -27,8 +28,12 @@ from .run_state import RunState
 from .settings import ResolvedSettings
 
 
-def require_distillable(source: ModelSource, plan: Plan) -> None:
-    """Raise UsageError for a recipe that distills and a model or plan that it cannot."""
+def require_distillable(source: ModelSource, plan: Plan, group: Group | None = None) -> None:
+    """Raise UsageError for a recipe that distills and a model, plan or group of processes that it cannot."""
+    if plan.recipe.distill_steps and (group or Group()).size > 1:
+        raise UsageError(
+            f"recipe {plan.recipe.name!r} distills, which one process does: start one, or give --recipe apex4"
+        )
     if plan.recipe.distill_steps and source.family.experts is not None:
         raise UsageError(
             f"recipe {plan.recipe.name!r} distills, which models with experts cannot be: give --recipe apex4"

@@ -10,23 +10,21 @@ from typing import Any
 
 import torch
 
-from ..calib.probes import PROBE_ROWS, rows_to_learn_from
 from ..distillation.distill import STEP_TOKENS
 from ..format.number_format import BLOCK
 from ..hardware.devices import DTYPES
+from ..hardware.memory import MemoryBudget, resident_now
 from ..kernels import torch_backend
 from ..models.families import expert_of
-from ..models.layer_runner import HEAD_TOKENS, LayerRunner
-from ..models.replaying import KEPT_BYTES
+from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..recipes import Importance, Rounding
 from ..rounding.nearest import search_scales
-from ..transforms.learned_transform import INPUT_ROWS_PER_STEP, WEIGHT_ROWS_KEPT, WEIGHT_ROWS_PER_STEP
+from ..transforms.learned_transform import INPUT_ROWS_PER_STEP, WEIGHT_ROWS_PER_STEP
 from .calibration import windows_needed
-from .collector import EXPERT_ROWS
-from .distilling import distilling_bytes
+from .memory import MemoryEstimate, Windows, estimate_memory, fit
 from .plan import Plan, plan_as_dict, plan_of
-from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk, gradient_windows
+from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk
 from .settings import QuantizeSettings, ResolvedSettings
 
 
@@ -37,28 +35,54 @@ class Preview:
     plan: Plan
     source: ModelSource
     settings: ResolvedSettings
-    peak_memory: int  # bytes
+    memory: MemoryEstimate
+    resident: int  # what the program itself takes of the host, bytes
+    budget: MemoryBudget
+    states_on_disk: bool
+    disk: int  # bytes, at most
     seconds: tuple[float, float]  # on a machine that does nothing else, and as busy as it was while it was timed
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of tensors, on host and GPU."""
+        return self.memory.gpu + self.memory.on_host(self.states_on_disk)
+
+    @property
+    def peak_host(self) -> int:
+        """Bytes of the process."""
+        return self.resident + self.memory.on_host(self.states_on_disk)
 
     def as_dict(self) -> dict[str, Any]:
         return plan_as_dict(self.plan, self.source) | {
             "settings": self.settings.as_dict(),
             "peak_memory_estimate": self.peak_memory,
+            "peak_host_memory_estimate": self.peak_host,
+            "peak_gpu_memory_estimate": self.memory.gpu,
+            "memory_budget": self.budget.as_dict(),
+            "states_on_disk": self.states_on_disk,
+            "disk_estimate": self.disk,
             "seconds_estimate": round(self.seconds[0], 1),
             "seconds_estimate_if_busy": round(self.seconds[1], 1),
         }
 
 
-def preview(settings: QuantizeSettings | ResolvedSettings) -> Preview:
-    """Everything --dry-run shows, from headers alone (and two short timings). Raises UsageError or Apex4Error."""
+def preview(settings: QuantizeSettings | ResolvedSettings, budget: MemoryBudget | None = None) -> Preview:
+    """Everything --dry-run shows, from headers alone (and two short timings). Raises UsageError, also where the `budget` of
+    memory is too small, or Apex4Error."""
     source = ModelSource(settings.model)
     resolved = settings.resolve(source)
     plan = plan_of(source, resolved)
     dtype = DTYPES[resolved.dtype]
     LayerRunner(source, resolved.device, dtype)  # refuses tensors that are not those of the model
-    tokens = windows_needed(plan, resolved) * resolved.seq_len
-    peak = estimate_peak_memory(source, plan, tokens, resolved.seq_len, dtype.itemsize)
-    return Preview(plan, source, resolved, peak, estimate_seconds(source, plan, tokens, resolved.device))
+    count = windows_needed(plan, resolved)
+    tokens = count * resolved.seq_len
+    seconds = estimate_seconds(source, plan, tokens, resolved.device)
+    windows = Windows(count, resolved.seq_len, count)
+    memory = estimate_memory(source, plan, windows, dtype, resolved.device)
+    budget, resident = budget or MemoryBudget(), resident_now()
+    streamed = fit(memory, budget, resident, resolved.device).streamed
+    disk = estimate_disk(source, plan, (count, resolved.seq_len), dtype)
+    return Preview(plan, source, resolved, memory, resident, budget, streamed, disk, seconds)
 
 
 def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype: torch.dtype) -> int:
@@ -71,84 +95,6 @@ def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype
     # The state of a distillation is four float32 numbers a parameter.
     distilling = 16 * sum(linear.elements for linear in plan.linears) if plan.recipe.distill_steps else 0
     return plan.bytes_after + 2 * streams * hidden + kept + distilling
-
-
-def estimate_peak_memory(source: ModelSource, plan: Plan, tokens: int, seq_len: int, compute_bytes: int) -> int:
-    """Bytes of tensors alive at the worst moment: one layer, its largest linear's float32 working copies, a batch,
-    the Hessians that are collected together with the factors of one, the rows kept of experts' inputs, what a dense
-    transform is learned from, and the calibration hidden states (before and after the layer, its attention's outputs,
-    and what is kept of a last linear's inputs).
-    For GPTAQ the original layer and its hidden states are there too, and a second matrix per Hessian."""
-    hidden = int(source.config["hidden_size"])
-    layer = max(sum(source.infos[n].bytes for n in source.layer_tensors(i)) for i in range(source.num_layers))
-    widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
-    outer = max(source.infos[name].bytes for name in source.outer_tensors)
-    streams = 2 if plan.recipe.gptaq else 1
-    stream = tokens * hidden * compute_bytes
-    states = streams * (3 * stream + min(max(KEPT_BYTES, stream), tokens * widest * compute_bytes))
-    quantizing = (
-        streams * (layer + 16 * seq_len * widest)
-        + 12 * max(linear.elements for linear in plan.linears)
-        + _rounding_bytes(plan)
-        + _learning_bytes(plan, tokens)
-        + _gradient_bytes(source, plan, tokens, seq_len, widest, compute_bytes)
-        + _collected_bytes(source, plan, compute_bytes)
-    )
-    predicting = 0  # the head as stored and in float32, and logits with what goes back through them
-    if plan.recipe.importance is Importance.GRADIENTS:
-        vocabulary = int(source.config["vocab_size"])
-        predicting = outer + 4 * vocabulary * hidden + 16 * HEAD_TOKENS * vocabulary
-    rewriting = 0  # the layer in float32, before anything is collected, and loaded
-    if plan.recipe.rotation or plan.recipe.diagonal:
-        rewriting = 3 * layer + 16 * seq_len * widest
-    return max(max(quantizing, rewriting, predicting, 2 * outer) + states, distilling_bytes(plan))
-
-
-def _rounding_bytes(plan: Plan) -> int:
-    """Matrices K x K that GPTQ has of one input at once, in float32."""
-    if plan.recipe.rounding is not Rounding.GPTQ:
-        return 0
-    return (4 if plan.recipe.refinement else 3) * 4 * max(linear.format.padded_k for linear in plan.linears) ** 2
-
-
-def _learning_bytes(plan: Plan, tokens: int) -> int:
-    """What a transform is learned from: rows of inputs and weights, twice, and a dozen matrices by block."""
-    learned = [linear.format for linear in plan.linears if linear.format.transform.is_learned]
-    rows = 2 * (2 * WEIGHT_ROWS_KEPT) + 12 * BLOCK
-    return max(
-        (4 * f.padded_k * (rows + 2 * min(tokens, rows_to_learn_from(f.in_features))) for f in learned), default=0
-    )
-
-
-def _gradient_bytes(source: ModelSource, plan: Plan, tokens: int, seq_len: int, widest: int, compute_bytes: int) -> int:
-    """Rows by input, gradients that leave and enter a layer, and what a backward pass of one window needs."""
-    if plan.recipe.importance is not Importance.GRADIENTS:
-        return 0
-    inputs = {(linear.layer, linear.input_group): linear.format.padded_k for linear in plan.linears}
-    rows = sum(inputs.values()) // source.num_layers * min(tokens, PROBE_ROWS)
-    leaving = 12 * gradient_windows(tokens // seq_len, seq_len) * seq_len * int(source.config["hidden_size"])
-    heads = int(source.config.get("num_attention_heads") or 1)
-    return leaving + 4 * rows + compute_bytes * (4 * heads * seq_len**2 + 16 * seq_len * widest)
-
-
-def _collected_bytes(source: ModelSource, plan: Plan, compute_bytes: int) -> int:
-    """What one stage's statistics take at most: a Hessian per input, and for experts a shared one and rows too."""
-    matrices = (2 if plan.recipe.gptaq else 1) if plan.recipe.rounding is Rounding.GPTQ else 0
-    most = 0
-    for layer in range(source.num_layers):
-        readers: dict[tuple[int, int | None], int] = {}
-        for linear in plan.of_layer(layer):
-            readers[linear.input_group, expert_of(linear.name)] = linear.format.padded_k
-        first = 0
-        for stage in source.family.stages(source.config, layer):
-            last = first + len(stage)
-            of_stage = {reader: k for reader, k in readers.items() if first <= reader[0] < last}
-            first = last
-            experts = [k for (_, expert), k in of_stage.items() if expert is not None]
-            widths = [*of_stage.values(), max(experts)] if experts else list(of_stage.values())
-            kept = 2 * EXPERT_ROWS * sum(experts) * compute_bytes
-            most = max(most, kept + sum(matrices * 4 * k * k for k in widths))
-    return most
 
 
 def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str) -> tuple[float, float]:

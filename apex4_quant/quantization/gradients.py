@@ -25,6 +25,8 @@ from torch import nn
 
 from ..calib.finite import all_finite
 from ..calib.probes import InputProbe
+from ..distributed.group import Group
+from ..distributed.shares import Share
 from ..errors import Apex4Error
 from ..hardware.dtype_names import wider_than
 from ..models.layer_runner import LayerRunner
@@ -46,10 +48,17 @@ class _Seen:
     probe: InputProbe
     tokens: int = 0
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def gradients_through(
-    runner: LayerRunner, layer: int, readers: Iterable[tuple[str, ...]], hidden: torch.Tensor, leaving: torch.Tensor
+    runner: LayerRunner,
+    layer: int,
+    readers: Iterable[tuple[str, ...]],
+    hidden: torch.Tensor,
+    leaving: torch.Tensor,
+    group: Group | None = None,
+    share: Share | None = None,
 ) -> tuple[dict[str, InputGradients], torch.Tensor]:
     """Of every tensor that linears read, by the name of the first of its `readers` (names relative to the layer); and the
     gradients by what enters the layer, float32 [S, L, H] on the CPU.
@@ -57,13 +66,16 @@ def gradients_through(
     hidden [S, L, H] are the states that enter the layer, which must hold float weights, and `leaving` [S, L, H] the
     gradients by what leaves it. A tensor is left away if one of its readers is not called, as experts may be, or a gradient
     is not finite or all zero: then nothing is known of it. Raises Apex4Error if those by what enters are not finite.
+
+    Each process of `group` has the windows of its `share`, which may be none, and gets what is known from all of them; the
+    gradients by what enters are those of its own.
     """
-    readers = list(readers)
-    tokens = hidden.shape[0] * hidden.shape[1]
-    seen = {names[0]: _Seen(InputProbe(tokens)) for names in readers}
+    readers, group, share = list(readers), group or Group(), share or Share.whole(len(hidden))
+    tokens = share.total * hidden.shape[1]
+    seen = {names[0]: _Seen(InputProbe(tokens, before=share.first * hidden.shape[1])) for names in readers}
     entering = []
     with runner.widened(layer) as module:
-        for window, states in enumerate(hidden.split(1)):
+        for window, states in enumerate(hidden.split(1) if len(hidden) else ()):
             inputs: dict[str, torch.Tensor] = {}
             outputs: dict[str, torch.Tensor] = {}
             handles = [
@@ -89,19 +101,36 @@ def gradients_through(
                     if gradient is not None:
                         squares = gradient.float().flatten(0, -2).square().sum(0)
                         seen[names[0]].squares[name] = seen[names[0]].squares.get(name, 0) + squares
+        for names in readers:
+            _combine(seen[names[0]], {name: module.get_submodule(name) for name in names}, group, runner)
     found: dict[str, InputGradients] = {}
     for names in readers:
         means = {name: square / tokens for name, square in seen[names[0]].squares.items()}
         if len(means) == len(names) and all(_usable(mean) for mean in means.values()):
-            rows = seen[names[0]].probe.rows().float()
+            rows = seen[names[0]].rows.float()
             rows /= (len(rows) * (tokens / seen[names[0]].tokens)) ** 0.5
             if _usable(rows):
                 found[names[0]] = InputGradients(rows, means)
-    gradients = torch.cat(entering)
+    gradients = torch.cat(entering) if entering else torch.empty(hidden.shape)
     if not all_finite(gradients):
         dtype = str(runner.dtype).removeprefix("torch.")
         raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: {wider_than(dtype)}")
     return found, gradients
+
+
+def _combine(seen: _Seen, linears: dict[str, nn.Module], group: Group, runner: LayerRunner) -> None:
+    """Let what was `seen` of one tensor be that of all processes."""
+    here = seen.tokens
+    (seen.tokens,) = group.sum(torch.tensor([here])).tolist()
+    calls = group.sum(torch.tensor([name in seen.squares for name in linears], dtype=torch.int32)).tolist()
+    for (name, linear), called in zip(linears.items(), calls, strict=True):
+        assert isinstance(linear, nn.Linear)
+        if called:
+            none = torch.zeros(linear.out_features, device=runner.device)
+            seen.squares[name] = group.sum(seen.squares.get(name, none))
+        width, dtype = linear.in_features, linear.weight.dtype
+    none = torch.empty(0, width, device=runner.device, dtype=dtype)
+    seen.rows = group.gather_rows(seen.probe.rows() if here else none)
 
 
 def _keeper(

@@ -29,12 +29,14 @@ import torch
 from torch import nn
 
 from ..calib.probes import evenly_spaced
+from ..distributed.group import Group
 from ..format.number_format import BITS
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import States
 from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
 from ..recipes import Recipe, Rounding
@@ -118,14 +120,15 @@ class LayerQuantizer:
         rewriter: Rewriter,
         predictions: LeavingGradients | None,
         say: Say,
+        group: Group | None = None,
     ) -> None:
         """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
-        self._say = say
+        self._say, self._group = say, group or Group()
         self._name_width = max(len(linear.name) for linear in plan.linears)
         hessians = self._recipe.rounding is Rounding.GPTQ
-        self._collector = Collector(runner, source.family, source.config, hessians, say, original)
+        self._collector = Collector(runner, source.family, source.config, hessians, say, original, self._group)
 
     def quantize(self, layer: int, streams: Streams, advance: Callable[[int], None]) -> QuantizedLayer:
         """Quantize decoder layer `layer`, which `streams` enter. The runners hold it afterwards, until it is dropped.
@@ -140,7 +143,7 @@ class LayerQuantizer:
         records: dict[str, dict[str, Any]] = {}
         for collected in self._collector.inputs_of(layer, module, planned, streams):
             weighed = partial(self._weighed, layer, collected.linears, tensors, gradients)
-            decision = decide_input(collected, self._recipe, gradients, weighed, self._say)
+            decision = decide_input(collected, self._recipe, gradients, weighed, self._say, self._group)
             return_free_memory()
             readers = tuple(linear.name.removeprefix(prefix) for linear in collected.linears)
             owner: Apex4Linear | None = None  # of the transform that all use
@@ -156,7 +159,7 @@ class LayerQuantizer:
             [records[linear.name] for linear in planned if linear.name in records],
         )
 
-    def _load(self, layer: int, hidden: torch.Tensor) -> tuple[LayerTensors, nn.Module]:
+    def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
         """Read, rewrite, load."""
         read = self._source.read(self._source.layer_tensors(layer))
         tensors = self._rewriter.layer(layer, read, hidden)
@@ -184,17 +187,38 @@ class LayerQuantizer:
             replaced = module.get_submodule(local)
             assert isinstance(replaced, nn.Linear)
             weight = tensors.take_weight(name).to(self._runner.device)
-            codes, scales = round_weight(name, weight, format, decision.matrix, moments, self._recipe.refinement)
+            codes, scales = self._round(name, weight, format, decision.matrix, moments)
             linear = pack(format, codes, scales, replaced.bias, decision.matrix, owner)
             owner = owner or linear
-            error = measure_error(linear, weight, inputs)
+            error = measure_error(linear, weight, inputs, self._group)
             del weight, codes, scales, replaced
             module.set_submodule(local, linear)
             shape = f"{format.out_features} x {format.in_features}"
             self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
             yield name, linear, record_of(planned, format, error) | part.record_of(planned)
 
-    def _gradients(self, layer: int, hidden: torch.Tensor) -> dict[str, InputGradients]:
+    def _round(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        format: LinearFormat,
+        matrix: torch.Tensor | None,
+        moments: GptqMoments | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`round_weight`, each process a share of the rows, which do not depend on each other."""
+        share = self._group.share(format.out_features)
+        if share.size:
+            own = round_weight(name, weight[share.slice], format, matrix, moments, self._recipe.refinement)
+        else:
+            columns, groups = format.padded_k, format.padded_k // format.group_length
+            own = (
+                torch.empty(0, columns, dtype=torch.int8, device=weight.device),
+                torch.empty(0, groups, dtype=torch.float16, device=weight.device),
+            )
+        codes, scales = (self._group.gather_share(part, format.out_features) for part in own)
+        return codes, scales
+
+    def _gradients(self, layer: int, hidden: States) -> dict[str, InputGradients]:
         """Of the layer's inputs that are read by planned linears, by those linears' full names.
 
         Experts see too few of the tokens for gradients of their own, and those whose gradients say nothing are left away
@@ -212,7 +236,8 @@ class LayerQuantizer:
             and expert_of(names[0]) is None
         ]
         leaving = self._rewriter.stream_gradients(self._predictions.leaving(layer))
-        found, _ = gradients_through(self._runner, layer, readers, hidden[self._predictions.windows], leaving)
+        windows, share = self._predictions.windows, self._predictions.share
+        found, _ = gradients_through(self._runner, layer, readers, hidden[windows], leaving, self._group, share)
         for names in readers:
             if names[0] not in found:
                 self._say(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")
@@ -252,6 +277,7 @@ def decide_input(
     gradients: Mapping[str, InputGradients],
     weighed: Callable[[], Iterator[torch.Tensor]],
     say: Say,
+    group: Group | None = None,
 ) -> InputDecision:
     """Learn the input's transform, where the plan wants one, and search its clip ratio, where the recipe does and activations
     have 4 bits.
@@ -271,12 +297,13 @@ def decide_input(
             None if found is None else pad_input_features(found.rows, format),
             format.activation_bits,
             warn=lambda text: say(f"{reader}: {text}"),
+            group=group,
         )
     if recipe.search_clip and format.activation_bits == BITS:
         amplifying = weighed() if found is None else iter([found.rows])  # an error of the input
         bases = (transform_weight(rows, format, matrix) for rows in amplifying)
         inputs = evenly_spaced(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
-        clip = search_activation_clip(transform_input(inputs, format, matrix), bases, format.group_length)
+        clip = search_activation_clip(transform_input(inputs, format, matrix), bases, format.group_length, group)
     return InputDecision(matrix, clip)
 
 
@@ -329,17 +356,20 @@ def pack(
     return linear
 
 
-def measure_error(linear: Apex4Linear, weight: torch.Tensor, inputs: torch.Tensor) -> float:
+def measure_error(linear: Apex4Linear, weight: torch.Tensor, inputs: torch.Tensor, group: Group | None = None) -> float:
     """|| y - y~ || / || y || over MEASURED_ROWS of `inputs` float32 [T, K], y by the float `weight` [N, K] and y~ quantized.
 
-    It is the error of the linear alone, also where GPTAQ aims at what the original model computes.
+    It is the error of the linear alone, also where GPTAQ aims at what the original model computes. Each process of the
+    `group` computes a share of the rows.
     """
-    inputs = evenly_spaced(inputs, MEASURED_ROWS)
+    inputs, group = evenly_spaced(inputs, MEASURED_ROWS), group or Group()
+    inputs = inputs[group.share(len(inputs)).slice]
     exact = inputs @ weight.float().t()
     if linear.bias is not None:
         exact += linear.bias.float()
     # By the reference: the kernels do not compute in float32, and they would reorder tensors that are to be stored.
-    return float((linear.reference(inputs) - exact).norm() / exact.norm().clamp_min(1e-30))
+    error, size = group.norms(torch.stack([(linear.reference(inputs) - exact).norm(), exact.norm()]))
+    return float(error / size.clamp_min(1e-30))
 
 
 def record_of(linear: PlannedLinear, format: LinearFormat, error: float) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class KeepReason(StrEnum):
     IGNORED = "--ignore"
     NOT_LINEAR = "not a linear weight"
     ROUTER = "a router"
+    GATE = "a linear of a few gates"
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,11 @@ def build_plan(
     linears: list[PlannedLinear] = []
     quantized_tensors: set[str] = set()
     ignored: list[str] = []
+    gates: list[str] = []
     unmatched = set(ignore)
     for layer in range(source.num_layers):
         prefix = family.layer_prefix(layer)
+        gates += [prefix + name for name in family.kept_linears(source.config, layer)]
         for position, input_group in enumerate(family.groups(source.config, layer)):
             owner: str | None = None  # the linear that stores the learned transform of this input
             for name in (prefix + part for part in input_group.linears):
@@ -171,12 +174,15 @@ def build_plan(
     if not linears:
         raise UsageError("--ignore leaves nothing to quantize: give fewer patterns")
     outer, on_request = set(source.outer_tensors), {f"{name}.weight" for name in ignored}
+    of_gates = {f"{name}.weight" for name in gates}
 
     def reason(name: str) -> KeepReason:
         if name in outer:
             return KeepReason.OUTSIDE_LAYERS
-        if family.experts is not None and name.endswith(f".{family.experts.router}.weight"):
+        if family.experts is not None and name.rpartition(".")[0].endswith(f".{family.experts.router}"):
             return KeepReason.ROUTER
+        if name in of_gates:
+            return KeepReason.GATE
         return KeepReason.IGNORED if name in on_request else KeepReason.NOT_LINEAR
 
     kept = tuple(
@@ -198,7 +204,7 @@ def build_plan(
         ),
         target=target,
         modules={linear.name: changed for linear in linears if (changed := _override(linear.format, base))},
-        modules_to_not_convert=[family.head, *ignored],
+        modules_to_not_convert=[family.head, *gates, *ignored],
         recipe=asked.name,
     )
     return Plan(tuple(linears), kept, config, asked)
@@ -256,6 +262,7 @@ def plan_as_dict(plan: Plan, source: ModelSource) -> dict[str, Any]:
             for linear in plan.linears
         ],
         "kept": [{"name": kept.name, "reason": str(kept.reason), "bytes": kept.bytes} for kept in plan.kept],
+        **({"left_away": sorted(source.left_away)} if source.left_away else {}),
         "bytes_before": source.total_bytes,
         "bytes_after": plan.bytes_after,
         "bits_per_weight": round(plan.bits_per_weight, 4),
@@ -286,6 +293,12 @@ def plan_as_text(plan: Plan, source: ModelSource, verbose: bool = False) -> str:
         size = format_bytes(sum(kept.bytes for kept in tensors))
         names = ", ".join(kept.name for kept in tensors[:3]) + (", ..." if len(tensors) > 3 else "")
         lines.append(f"  kept, {reason}: {len(tensors)} tensors, {size} ({names})")
+    if source.left_away:
+        size = format_bytes(sum(info.bytes for info in source.left_away.values()))
+        lines.append(
+            f"  left away, as transformers does not load what predicts further tokens: {len(source.left_away)} tensors, "
+            f"{size} ({min(source.left_away)}, ...)"
+        )
     lines.append(
         f"  {format_bytes(source.total_bytes)} -> {format_bytes(plan.bytes_after)}, "
         f"{plan.bits_per_weight:.3f} bits per quantized weight"

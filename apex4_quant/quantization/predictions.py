@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..distributed.group import Group
+from ..distributed.shares import Share
 from ..errors import Apex4Error, Stopped
 from ..hardware.dtype_names import wider_than
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import States, in_memory
 from ..progress import Progress
 from .gradients import gradients_through
 from .run_state import RunState, StateKind
@@ -31,15 +34,19 @@ def gradients_of_predictions(
     runner: LayerRunner,
     samples: torch.Tensor,
     seed: int,
-    keep: Callable[[int, torch.Tensor], None],
+    keep: Callable[[int, States], None],
     advance: Callable[[int], None],
+    group: Group | None = None,
+    share: Share | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Token windows int64 [S, L] -> g float32 [S, L, H] on the CPU, by what leaves the last layer, and a factor: g times it
     is the gradient. g has a mean square of 1, since layers may compute in float16, which has no room for small ones.
 
     `keep` is given the states [S, L, H] that enter each layer, `advance` the layers done. The runner must be prepared for
-    L tokens. Raises Apex4Error if a gradient is not finite.
+    L tokens. Raises Apex4Error if a gradient is not finite. Each process of `group` has the windows of its `share`, which may
+    be none.
     """
+    group, share = group or Group(), share or Share.whole(len(samples))
     embedding, head = f"{source.family.embedding}.weight", f"{source.family.head}.weight"
     hidden = runner.embed(samples, source.read([embedding])[embedding])
     for layer in range(source.num_layers):
@@ -52,12 +59,13 @@ def gradients_of_predictions(
     outer = source.read(
         [name for name in source.outer_tensors if name != embedding or head not in source.outer_tensors]
     )
-    return _normalized(runner.output_gradients(hidden, outer, seed), source.name, runner.dtype)
+    gradients = runner.output_gradients(in_memory(hidden), outer, seed, share.first * samples.shape[1])
+    return _normalized(gradients, source.name, runner.dtype, group)
 
 
-def _normalized(gradients: torch.Tensor, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """To a mean square of 1, and the factor that was taken out. All-zero ones stay so."""
-    factor = float(gradients.square().mean().sqrt())
+def _normalized(gradients: torch.Tensor, name: str, dtype: torch.dtype, group: Group) -> tuple[torch.Tensor, float]:
+    """To a mean square of 1 over all processes, and the factor that was taken out. All-zero ones stay so."""
+    factor = float(group.mean(gradients.square().mean(), gradients.numel()).sqrt())
     if not 0 <= factor < float("inf"):
         kind = str(dtype).removeprefix("torch.")
         raise Apex4Error(f"the gradients of {name}'s predictions are not finite in {kind}: {wider_than(dtype)}")
@@ -65,52 +73,81 @@ def _normalized(gradients: torch.Tensor, name: str, dtype: torch.dtype) -> tuple
 
 
 class LeavingGradients:
-    """Of one run: taken of GRADIENT_TOKENS tokens of `samples` int64 [S, L], evenly spaced windows, and kept in its folder."""
+    """Of one run: taken of GRADIENT_TOKENS tokens of `samples` int64 [S, L], evenly spaced windows, and kept in its folder.
 
-    def __init__(self, source: ModelSource, runner: LayerRunner, state: RunState, samples: torch.Tensor) -> None:
-        self._source, self._runner, self._state = source, runner, state
-        count = gradient_windows(*samples.shape)
-        self.windows = torch.arange(count) * len(samples) // count
-        self._samples = samples[self.windows]
+    `windows` are those of them that are among this process's, counted from its first; `share`: which of all of them. It may
+    be none.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        runner: LayerRunner,
+        state: RunState,
+        samples: torch.Tensor,
+        group: Group | None = None,
+    ) -> None:
+        self._source, self._runner, self._state, self._group = source, runner, state, group or Group()
+        count, here = gradient_windows(*samples.shape), self._group.share(len(samples))
+        windows = torch.arange(count) * len(samples) // count
+        first, stop = torch.searchsorted(windows, torch.tensor([here.first, here.stop])).tolist()
+        self.share = Share(first, stop, count)
+        self._samples = samples[windows[self.share.slice]]
+        self.windows = windows[self.share.slice] - here.first
 
     def take(self, first: int, seed: int, progress: Progress, should_stop: Callable[[], bool]) -> None:
         """Have those of layer `first` and all behind it on disk. Raises Stopped or Apex4Error."""
-        layers = self._source.num_layers
-        if all(self._state.has(StateKind.LEAVING_GRADIENTS, layer) for layer in range(first, layers)):
+        layers, group, share = self._source.num_layers, self._group, self.share
+
+        def are_there() -> bool:
+            if all(self._state.has(StateKind.LEAVING_GRADIENTS, layer, share.total) for layer in range(first, layers)):
+                return True
+            for layer in range(layers):  # what a run on fewer or more processes left
+                self._state.drop(StateKind.ENTERING, layer)
+                self._state.drop(StateKind.LEAVING_GRADIENTS, layer)
+            return False
+
+        if group.from_first(are_there):
             return
 
         def go_on() -> None:
-            if should_stop():
+            if group.any(should_stop()):
                 raise Stopped(
                     "stopped while gradients were taken, which begins again: "
                     f"'apex4 quantize --resume -o {self._state.out}' goes on"
                 )
 
-        def keep(layer: int, hidden: torch.Tensor) -> None:
+        def keep(layer: int, hidden: States) -> None:
             go_on()
-            self._state.save(StateKind.ENTERING, layer, hidden)
+            self._state.save(StateKind.ENTERING, layer, hidden, share)
 
         with progress.stage("taking gradients", 2 * layers - first, " layers") as advance:
-            gradients, _ = gradients_of_predictions(self._source, self._runner, self._samples, seed, keep, advance)
+            gradients, _ = gradients_of_predictions(
+                self._source, self._runner, self._samples, seed, keep, advance, group, share
+            )
             for layer in reversed(range(first, layers)):
                 go_on()
-                self._state.save(StateKind.LEAVING_GRADIENTS, layer, gradients.to(GRADIENT_DTYPE))
+                self._state.save(StateKind.LEAVING_GRADIENTS, layer, gradients.to(GRADIENT_DTYPE), share)
                 if layer > first:
                     gradients = self._through(layer, gradients)
                 advance(1)
-        for layer in range(layers):
+        group.barrier()
+        for layer in range(layers) if group.is_first else ():
             self._state.drop(StateKind.ENTERING, layer)
 
     def _through(self, layer: int, gradients: torch.Tensor) -> torch.Tensor:
         runner, source = self._runner, self._source
         runner.load_layer(layer, source.read(source.layer_tensors(layer)))
-        _, entering = gradients_through(runner, layer, (), self._state.load(StateKind.ENTERING, layer), gradients)
+        hidden = self._state.load(StateKind.ENTERING, layer, self.share) if self.share.size else gradients
+        _, entering = gradients_through(runner, layer, (), hidden, gradients, self._group, self.share)
         runner.drop_layer(layer)
-        return _normalized(entering, source.name, runner.dtype)[0]
+        return _normalized(entering, source.name, runner.dtype, self._group)[0]
 
     def leaving(self, layer: int) -> torch.Tensor:
         """By what leaves this layer, for its windows, up to a factor: float32 [windows, L, H]. Raises Apex4Error."""
-        return self._state.load(StateKind.LEAVING_GRADIENTS, layer).float()
+        if not self.share.size:
+            return torch.empty(0, self._samples.shape[1], int(self._source.config["hidden_size"]))
+        return self._state.load(StateKind.LEAVING_GRADIENTS, layer, self.share).float()
 
 
 def gradient_bytes_on_disk(source: ModelSource, windows: Sequence[int], dtype: torch.dtype) -> int:

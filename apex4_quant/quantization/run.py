@@ -7,12 +7,16 @@
 Order of a layer: its shard is written; the quantized layer makes the hidden states that leave it, which are kept; the
 shard's record is written, which is the commit; what was kept for the layer is removed (run_state.py). The index, the report
 and config.json follow when all shards are committed.
+
+Several processes (docs/scaling.md) take the same way together. Each has hidden states of its own windows; the first writes
+everything else. None is a layer ahead of another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,11 +27,14 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..distributed.group import Group
+from ..distributed.shares import Share
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.quant_config import QuantConfig
 from ..format.storage import (
     REPORT_NAME,
     RUN_FOLDER,
+    format_bytes,
     read_json,
     require_empty,
     require_free_space,
@@ -36,9 +43,11 @@ from ..format.storage import (
     write_tensors,
 )
 from ..hardware.devices import DTYPES
+from ..hardware.memory import MemoryBudget, MemoryUse, begin_counting, held_to, memory_used, resident_now
 from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource, hub_revision
+from ..models.states import States, StoredStates
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
 from ..recipes import Importance
@@ -47,6 +56,7 @@ from .calibration import draw_calibration, windows_needed
 from .distilling import distill, require_distillable, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
+from .memory import Windows, estimate_memory, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
 from .run_state import OutputFolder, RunState, Streams, stored_settings
@@ -66,6 +76,9 @@ class QuantizeResult:
     bits_per_weight: float
     seconds: float = 0.0
     was_finished: bool = False  # before: this run had nothing to do
+    memory: MemoryUse | None = None  # at most, of this run
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    states_on_disk: bool = False  # because of the budget
     left_behind: list[str] = field(default_factory=list)  # of the original's folder: what nobody reads who loads OUT
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,6 +94,9 @@ class QuantizeResult:
             "mean_relative_error": sum(errors) / len(errors),
             "max_relative_error": max(errors),
             "seconds": round(self.seconds, 2),
+            "peak_memory": None if self.memory is None else self.memory.as_dict(),
+            "memory_budget": self.budget.as_dict(),
+            "states_on_disk": self.states_on_disk,
             "left_behind": self.left_behind,
         }
 
@@ -126,6 +142,8 @@ def quantize(
     resume: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    group: Group | None = None,
+    memory: MemoryBudget | None = None,
 ) -> QuantizeResult:
     """Quantize `settings.model` into the folder `out`, which must be absent or empty.
 
@@ -133,16 +151,22 @@ def quantize(
     nothing is left to do. `should_stop` is asked after every decoder layer; if it says yes, Stopped is raised and
     `resume=True` goes on from there. Raises UsageError or Apex4Error, with one sentence each; `out` is never left looking
     complete when it is not.
+
+    `memory` is what each process may use: hidden states stay on the disk where they would be too much, and a run that cannot
+    keep to it is refused before it begins. What it used is in the result.
+
+    All processes of `group` call this with the same arguments, and an `out` that all of them see. A run may be resumed by
+    fewer or more of them.
     """
     started = time.perf_counter()
-    progress = progress or Progress()
+    progress, group = progress or Progress(), group or Group()
     out = Path(out)
     found = OutputFolder.look(out) if resume else OutputFolder.EMPTY
     if found in (OutputFolder.RUN, OutputFolder.CHECKPOINT):
         first = stored_settings(out)
         require_same(out, first, settings.asked())
         if found is OutputFolder.CHECKPOINT:
-            return _finished(out)
+            return _finished(out, group)
         settings = first
     else:
         require_empty(out)
@@ -152,7 +176,7 @@ def quantize(
     source = ModelSource(settings.model)
     resolved = settings.resolve(source)
     plan = plan_of(source, resolved)
-    require_distillable(source, plan)
+    require_distillable(source, plan, group)
     windows = windows_needed(plan, resolved)
     if windows < resolved.samples:
         progress.line(
@@ -160,9 +184,17 @@ def quantize(
         )
     samples, bos = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
+    if len(samples) < group.size:
+        raise UsageError(
+            f"{group.size} ranks have {len(samples)} calibration windows to share: start fewer, or give more --samples"
+        )
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
     runner = LayerRunner(source, resolved.device, dtype)
+    begin_counting(resolved.device)
+    here = Windows(group.share(len(samples)).size, samples.shape[1], len(samples))
+    expected = estimate_memory(source, plan, here, dtype, resolved.device)
+    kept_to = fit(expected, memory or MemoryBudget(), resident_now(), resolved.device)
     with progress.stage("checking weights", source.total_bytes, "B") as advance:
         digests = source.verify(advance)
     recorded = resolved.as_dict() | {
@@ -175,23 +207,72 @@ def quantize(
             f"recipe {plan.recipe.name!r}": hashlib.sha256(json.dumps(plan.recipe.as_dict()).encode()).hexdigest(),
         },
     }
-    state = RunState.resume(out, recorded) if found is OutputFolder.RUN else RunState.begin(out, recorded)
+    group.require_equal(_seen_here(recorded, found, runner))
+    state = _state(out, recorded, found, group)
     try:
-        result = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop).execute()
+        run = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop, group, kept_to.streamed)
+        with held_to(kept_to.budget.gpu, resolved.device):
+            result = run.execute()
+    except torch.OutOfMemoryError as error:
+        if kept_to.budget.gpu is None:
+            raise
+        raise Apex4Error(
+            f"the {format_bytes(kept_to.budget.gpu)} of the GPU that --memory allows are not enough: allow more; "
+            f"'apex4 quantize --resume -o {out}' goes on"
+        ) from error
     finally:
         state.close()
-    state.finish()
+    if group.is_first:
+        state.finish()
     result.seconds = time.perf_counter() - started
+    result.memory, result.budget, result.states_on_disk = memory_used(resolved.device), kept_to.budget, kept_to.streamed
     return result
 
 
-def _finished(out: Path) -> QuantizeResult:
+def _seen_here(recorded: Mapping[str, Any], found: OutputFolder, runner: LayerRunner) -> dict[str, Any]:
+    """What must be the same for all processes of a run, by what a user calls it."""
+    import transformers
+
+    on_gpu = runner.device.type == "cuda"
+    return {
+        "apex4_quant": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+        "kind of GPU": torch.cuda.get_device_name() if on_gpu else "none",
+        "number of threads": torch.get_num_threads(),
+        "content of the output folder": str(found),
+        **{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in recorded["inputs"].items()},
+        **{f"setting {name}": value for name, value in recorded.items() if name not in ("inputs", "apex4_version")},
+    }
+
+
+def _state(out: Path, recorded: dict[str, Any], found: OutputFolder, group: Group) -> RunState:
+    """Begun or resumed by the first process, joined by the others. Raises UsageError or Apex4Error."""
+
+    def begin() -> RunState:
+        if found is not OutputFolder.RUN:
+            return RunState.begin(out, recorded)
+        state = RunState.resume(out, recorded)
+        state.drop_uncommitted()
+        return state
+
+    if group.is_first:
+        state = begin()
+        group.barrier()
+        return state
+    group.barrier()
+    return RunState.join(out, recorded)
+
+
+def _finished(out: Path, group: Group) -> QuantizeResult:
     """What was made in `out` before. Raises Apex4Error if files of it are gone."""
     report = read_json(out / REPORT_NAME)
     for name, entry in report["files"].items():
         if not (out / name).is_file() or (out / name).stat().st_size != entry["bytes"]:
             raise Apex4Error(f"{out} is finished, but {name} is missing or damaged: begin again in another folder")
-    shutil.rmtree(out / RUN_FOLDER, ignore_errors=True)  # what a kill left, that came when all was written
+    if group.is_first:
+        shutil.rmtree(out / RUN_FOLDER, ignore_errors=True)  # what a kill left, that came when all was written
     total = int(read_json(out / INDEX_NAME)["metadata"]["total_size"])
     result = QuantizeResult.of(out, report, total)
     result.was_finished = True
@@ -211,18 +292,31 @@ class _Run:
     state: RunState
     progress: Progress
     should_stop: Callable[[], bool]
+    group: Group
+    streamed: bool = False  # hidden states stay on the disk
     original: LayerRunner | None = field(
         init=False
     )  # for GPTAQ: the layers before quantization, on states of their own
     rewriter: Rewriter = field(init=False)
     predictions: LeavingGradients | None = field(init=False)
+    share: Share = field(init=False)  # of the windows
+    finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
 
     def __post_init__(self) -> None:
         recipe, source, runner = self.plan.recipe, self.source, self.runner
         self.original = LayerRunner(source, self.settings.device, runner.dtype) if recipe.gptaq else None
-        self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self.progress.line)
+        self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self.progress.line, self.group)
+        if self.streamed:
+            for each in self._runners:
+                each.keep_states_in(self.state.folder)
         by_gradients = recipe.importance is Importance.GRADIENTS
-        self.predictions = LeavingGradients(source, runner, self.state, self.samples) if by_gradients else None
+        self.predictions = (
+            LeavingGradients(source, runner, self.state, self.samples, self.group) if by_gradients else None
+        )
+        self.share = self.group.share(len(self.samples))
+        # None of the layers that are finished now is begun again, and one that is finished later is not asked about.
+        finished = self.group.from_first(lambda: sorted(self.state.records()))
+        self.finished = frozenset(finished)
 
     @property
     def _runners(self) -> list[LayerRunner]:
@@ -234,16 +328,16 @@ class _Run:
 
     def execute(self) -> QuantizeResult:
         """Raises Stopped or Apex4Error."""
-        if self.state.is_distilled:
+        if self.group.from_first(lambda: self.state.is_distilled):
             return self._finish_distilled()
         for runner in self._runners:
             runner.prepare(self.samples.shape[1])
         embedding = f"{self.source.family.embedding}.weight"
-        if self.state.record(1) is None:
+        if 1 not in self.finished:
             self._embed(embedding)
         layers = range(self.source.num_layers)
         if self.predictions is not None:
-            first = next((layer for layer in layers if self.state.record(layer + 2) is None), len(layers))
+            first = next((layer for layer in layers if layer + 2 not in self.finished), len(layers))
             self.predictions.take(first, self.settings.seed, self.progress, self.should_stop)
             return_free_memory()
         self._quantize_layers(layers)
@@ -263,28 +357,38 @@ class _Run:
     def _embed(self, embedding: str) -> None:
         tensors = self.rewriter.embedding(self.source.read([embedding]))
         written = self._write_shard(1, tensors)
-        hidden = self.runner.embed(self.samples, tensors[embedding])
-        self.state.save_hidden(0, Streams(hidden, hidden.clone() if self.original else None))
+        hidden = self.runner.embed(self.samples[self.share.slice], tensors[embedding])
+        self.state.save_hidden(0, Streams(hidden, self._copied(hidden) if self.original else None, self.share))
         self._commit(1, written, [])
+
+    def _copied(self, states: States) -> States:
+        return states.copy(self.state.folder) if isinstance(states, StoredStates) else states.clone()
 
     def _quantize_layers(self, layers: range) -> None:
         quantizer = LayerQuantizer(
-            self.source, self.plan, self.runner, self.original, self.rewriter, self.predictions, self.progress.line
+            self.source,
+            self.plan,
+            self.runner,
+            self.original,
+            self.rewriter,
+            self.predictions,
+            self.progress.line,
+            self.group,
         )
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:
             streams: Streams | None = None
             for layer in layers:
-                if self.state.record(layer + 2) is not None:
+                if layer + 2 in self.finished:
                     advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
-                    self.state.drop_all(layer)
+                    self._drop_states(layer)
                     continue
-                if self.should_stop():
+                if self.group.any(self.should_stop()):
                     raise Stopped(
                         f"stopped before layer {layer} of {self.source.num_layers}, nothing is lost: "
                         f"'apex4 quantize --resume -o {self.state.out}' goes on"
                     )
-                streams = streams or self.state.load_hidden(layer, original=self.original is not None)
+                streams = streams or self.state.load_hidden(layer, self.original is not None, self.share, self.streamed)
                 streams = self._quantize_layer(quantizer, layer, streams, advance)
 
     def _quantize_layer(
@@ -294,26 +398,35 @@ class _Run:
         quantized = quantizer.quantize(layer, streams, advance)
         written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
         del quantized  # of its tensors the runner needs those that its module holds
-        leaving = Streams(self.runner.run_layer(layer, streams.hidden))
+        leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
         if self.original is not None and streams.original is not None:
             leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
         self.state.save_hidden(layer + 1, leaving)
         self._commit(layer + 2, written, records)
-        self.state.drop_all(layer)
+        self._drop_states(layer)
         for runner in self._runners:
             runner.drop_layer(layer)
         return_free_memory()
         return leaving
+
+    def _drop_states(self, layer: int) -> None:
+        if self.group.is_first:
+            self.state.drop_all(layer)
 
     def _shard_path(self, shard: int) -> Path:
         return self.state.out / f"model-{shard:05}-of-{self._shard_count:05}.safetensors"
 
     def _write_shard(self, shard: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Returns the bytes of each tensor."""
-        write_tensors(self._shard_path(shard), tensors)
+        if self.group.is_first:
+            write_tensors(self._shard_path(shard), tensors)
         return {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
 
     def _commit(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]]) -> None:
+        """When all processes have kept their states. Without a barrier behind it: who is ahead asks for nothing that is missing."""
+        self.group.barrier()
+        if not self.group.is_first:
+            return
         path = self._shard_path(shard)
         self.state.commit(
             shard,
@@ -327,6 +440,10 @@ class _Run:
         )
 
     def _finish(self) -> QuantizeResult:
+        """config.json and what belongs to it; the result is known to all processes."""
+        return self.group.from_first(self._write_rest)
+
+    def _write_rest(self) -> QuantizeResult:
         out = self.state.out
         committed = [self.state.record(shard) for shard in range(1, self._shard_count + 1)]
         shards = [shard for shard in committed if shard is not None]

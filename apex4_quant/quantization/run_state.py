@@ -3,13 +3,17 @@
     OUT/.apex4-run/lock              held while a process works on OUT
     OUT/.apex4-run/settings.json     the settings of the first run; a restart refuses others
     OUT/.apex4-run/shard-00003.json  a finished shard: checksum, size, per-linear errors. Writing it is the commit.
-    OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3
+    OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3; see models/states.py for those
+                                     that stay there while they are used
     OUT/.apex4-run/distilling.safetensors     the state of a distillation on its way (distilling.py)
     OUT/.apex4-run/distilled.safetensors, distilled.json      its outcome; writing the second is the commit
     OUT/.apex4-run/entering-00003.safetensors, gradients-00003.safetensors   of the float model, see predictions.py
 
 Order per layer: the shard, the next hidden states, then the record. A kill between them repeats the layer, which gives
 the same bytes again. config.json is written last of all, so an unfinished OUT loads nowhere.
+
+Of several processes (docs/scaling.md) each writes the states of its own windows, hidden-00003.00064-00128.safetensors those of
+windows 64 to 127, and any number of others can read them. All else is written by the first.
 """
 
 from __future__ import annotations
@@ -19,17 +23,19 @@ import shutil
 from collections.abc import Mapping
 from enum import Enum, StrEnum, auto
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ..distributed.shares import Share
 from ..errors import Apex4Error, UsageError
 from ..format.storage import (
     REPORT_NAME,
     RUN_FOLDER,
     RUN_SETTINGS_NAME,
+    json_text,
     make_folder,
     read_json,
     remove_temporaries,
@@ -38,6 +44,7 @@ from ..format.storage import (
     write_json,
     write_tensors,
 )
+from ..models.states import TENSOR_NAME, States, StoredStates, in_memory
 from .settings import ResolvedSettings, other_setting
 
 
@@ -47,10 +54,12 @@ class StateKind(StrEnum):
     HIDDEN = (
         "hidden"  # the states that enter it: through the quantized layers and, for GPTAQ, through the original ones
     )
+    ORIGINAL = "original"  # for GPTAQ, those through the original ones where states are streamed from the disk
     ENTERING = "entering"  # the states of the float model that enter it (predictions.py)
     LEAVING_GRADIENTS = "gradients"  # of the float model's predictions by what leaves it (predictions.py)
 
 
+_ORIGINAL_NAME = "original_hidden_states"
 _DISTILLING, _DISTILLED, _DISTILLED_RECORD = "distilling.safetensors", "distilled.safetensors", "distilled.json"
 
 
@@ -74,18 +83,29 @@ class OutputFolder(Enum):
 
 
 class Streams(NamedTuple):
-    """The calibration text's hidden states on their way into a decoder layer, each [S, L, H].
+    """The calibration text's hidden states on their way into a decoder layer, each [S, L, H], S the windows of this process.
 
     `hidden` comes through the quantized layers; `original` through those of the model before quantization, where the
-    recipe asks for it.
+    recipe asks for it. `share`: which of all windows these are; None: all.
     """
 
-    hidden: torch.Tensor
-    original: torch.Tensor | None = None
+    hidden: States
+    original: States | None = None
+    share: Share | None = None
+
+    @property
+    def windows(self) -> Share:
+        return self.share or Share.whole(len(self.hidden))
 
     @property
     def tokens(self) -> int:
-        return self.hidden.shape[0] * self.hidden.shape[1]
+        """Of all windows, those of other processes too."""
+        return self.windows.total * self.hidden.shape[1]
+
+    @property
+    def first_token(self) -> int:
+        """How many tokens other processes have before the first of these."""
+        return self.windows.first * self.hidden.shape[1]
 
 
 class RunState:
@@ -94,6 +114,7 @@ class RunState:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / RUN_FOLDER
+        self._lock_file: TextIO | None = None
 
     @classmethod
     def begin(cls, out: Path, recorded: dict[str, Any]) -> RunState:
@@ -128,6 +149,17 @@ class RunState:
                 raise Apex4Error(f"{shard} was finished and is now gone or damaged: begin again in another folder")
         return state
 
+    @classmethod
+    def join(cls, out: Path, recorded: dict[str, Any]) -> RunState:
+        """The run that another process began or resumed, and works on. Raises UsageError if it is not seen here."""
+        state = cls(out)
+        path = state.folder / RUN_SETTINGS_NAME
+        if not path.is_file() or path.read_text() != json_text(recorded, indent=2) + "\n":
+            raise UsageError(
+                f"{out} is not the folder that rank 0 sees: give an output folder on a disk that all ranks share"
+            )
+        return state
+
     def _lock(self) -> None:
         self._lock_file = open(self.folder / "lock", "w")  # noqa: SIM115  (held until close)
         try:
@@ -139,7 +171,8 @@ class RunState:
             ) from error
 
     def close(self) -> None:
-        self._lock_file.close()
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def finish(self) -> None:
         """Remove the run's folder: OUT is complete. The settings go first, so that a kill in between stays finished."""
@@ -193,60 +226,123 @@ class RunState:
             raise Apex4Error(f"{path} is damaged ({error}): begin again in another folder") from error
 
     def save_hidden(self, layer: int, streams: Streams) -> None:
-        tensors = {"hidden_states": streams.hidden}
+        """The windows of this process. All must be there before the layer is committed."""
+        if isinstance(streams.hidden, StoredStates):
+            if isinstance(streams.original, StoredStates):
+                streams.original.move_to(self._path(StateKind.ORIGINAL, layer, streams.windows))
+            streams.hidden.move_to(self._path(StateKind.HIDDEN, layer, streams.windows))
+            return
+        tensors = {TENSOR_NAME: streams.hidden}
         if streams.original is not None:
-            tensors["original_hidden_states"] = streams.original
-        write_tensors(self._path(StateKind.HIDDEN, layer), tensors)
+            tensors[_ORIGINAL_NAME] = in_memory(streams.original)
+        self._save_part(StateKind.HIDDEN, layer, tensors, streams.windows)
 
-    def load_hidden(self, layer: int, original: bool) -> Streams:
-        """What `save_hidden` wrote; `original`: whether both streams must be there. Raises Apex4Error."""
-        tensors = self._load(StateKind.HIDDEN, layer)
-        try:
-            return Streams(tensors["hidden_states"], tensors["original_hidden_states"] if original else None)
-        except KeyError as error:
-            raise self._damaged(StateKind.HIDDEN, layer, error) from error
+    def load_hidden(self, layer: int, original: bool, share: Share, streamed: bool = False) -> Streams:
+        """What `save_hidden` wrote of the windows of `share`; `original`: whether both streams must be there. `streamed`: they
+        stay on the disk. Raises Apex4Error."""
+        load = self._stream_part if streamed else self._load_part
+        hidden = load(StateKind.HIDDEN, layer, TENSOR_NAME, share)
+        if not original:
+            return Streams(hidden, None, share)
+        if self._part_paths(StateKind.ORIGINAL, layer):
+            return Streams(hidden, load(StateKind.ORIGINAL, layer, TENSOR_NAME, share), share)
+        return Streams(hidden, load(StateKind.HIDDEN, layer, _ORIGINAL_NAME, share), share)
 
-    def save(self, kind: StateKind, layer: int, tensor: torch.Tensor) -> None:
-        """Keep one tensor for a layer, of any kind but HIDDEN."""
-        write_tensors(self._path(kind, layer), {str(kind): tensor})
+    def save(self, kind: StateKind, layer: int, states: States, share: Share | None = None) -> None:
+        """Keep one tensor for a layer, of any kind but HIDDEN: that of the windows of `share`, or of all."""
+        if share is None or share.size:
+            self._save_part(kind, layer, {str(kind): in_memory(states)}, share or Share.whole(len(states)))
 
-    def load(self, kind: StateKind, layer: int) -> torch.Tensor:
-        """What `save` kept. Raises Apex4Error."""
-        tensors = self._load(kind, layer)
-        if kind not in tensors:
-            raise self._damaged(kind, layer, KeyError(kind))
-        return tensors[kind]
+    def load(self, kind: StateKind, layer: int, share: Share) -> torch.Tensor:
+        """What `save` kept of the windows of `share`. Raises Apex4Error."""
+        return self._load_part(kind, layer, str(kind), share)
 
-    def has(self, kind: StateKind, layer: int) -> bool:
-        return self._path(kind, layer).is_file()
+    def has(self, kind: StateKind, layer: int, total: int) -> bool:
+        """Whether there is something of all `total` windows."""
+        stop = 0
+        for share in sorted(self._parts(kind, layer, total)):
+            stop = share.stop if share.first == stop else stop
+        return stop == total
 
     def drop(self, kind: StateKind, layer: int) -> None:
-        self._path(kind, layer).unlink(missing_ok=True)
+        for path in self._part_paths(kind, layer):
+            path.unlink(missing_ok=True)
 
     def drop_all(self, layer: int) -> None:
         """What was kept for a layer that is finished."""
         for kind in StateKind:
             self.drop(kind, layer)
 
-    def _load(self, kind: StateKind, layer: int) -> dict[str, torch.Tensor]:
-        path = self._path(kind, layer)
-        if not path.is_file():
-            raise Apex4Error(f"{path} is missing: {self._advice(kind)}")
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(kind, layer, error) from error
+    def drop_uncommitted(self) -> None:
+        """Hidden states that no commit stands behind: fewer or more processes will write other parts."""
+        for kind in (StateKind.HIDDEN, StateKind.ORIGINAL):
+            for path in self.folder.glob(f"{kind}-*.safetensors"):
+                layer = int(path.name.removeprefix(f"{kind}-")[:5])
+                if self.record(layer + 1) is None:
+                    path.unlink()
 
-    def _damaged(self, kind: StateKind, layer: int, error: Exception) -> Apex4Error:
-        return Apex4Error(f"{self._path(kind, layer)} is damaged ({error}): {self._advice(kind)}")
+    def _save_part(self, kind: StateKind, layer: int, tensors: Mapping[str, torch.Tensor], share: Share) -> None:
+        write_tensors(self._path(kind, layer, share), tensors)
+
+    def _load_part(self, kind: StateKind, layer: int, name: str, share: Share) -> torch.Tensor:
+        found = []
+        for path, first, stop in self._parts_of(kind, layer, share):
+            try:
+                with safe_open(path, framework="pt", backend="pread") as file:
+                    found.append(file.get_slice(name)[first:stop])
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(path, kind, error) from error
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _stream_part(self, kind: StateKind, layer: int, name: str, share: Share) -> StoredStates:
+        parts = self._parts_of(kind, layer, share)
+        try:
+            for path, _, _ in parts:
+                with safe_open(path, framework="pt", backend="pread"):
+                    pass  # validates header and size
+            return StoredStates.of(parts, name)
+        except (SafetensorError, OSError, ValueError, KeyError, StopIteration) as error:
+            raise self._damaged(parts[0][0], kind, error) from error
+
+    def _parts_of(self, kind: StateKind, layer: int, share: Share) -> list[tuple[Path, int, int]]:
+        """The files that have the windows of `share`, and which of the windows in each. Raises Apex4Error if some are missing."""
+        found = []
+        stop = share.first
+        for part, path in sorted(self._parts(kind, layer, share.total).items()):
+            if part.stop <= stop or part.first >= share.stop:
+                continue
+            if part.first > stop:
+                break
+            end = min(share.stop, part.stop)
+            found.append((path, stop - part.first, end - part.first))
+            stop = end
+        if stop < share.stop:
+            raise Apex4Error(f"{self._path(kind, layer)} is missing: {self._advice(kind)}")
+        return found
+
+    def _damaged(self, path: Path, kind: StateKind, error: Exception) -> Apex4Error:
+        return Apex4Error(f"{path} is damaged ({error}): {self._advice(kind)}")
 
     def _advice(self, kind: StateKind) -> str:
-        if kind is StateKind.HIDDEN:
+        if kind in (StateKind.HIDDEN, StateKind.ORIGINAL):
             return f"{self.out} cannot be resumed, begin again in a new folder"
         return f"remove it, 'apex4 quantize --resume -o {self.out}' makes it again"
 
-    def _path(self, kind: StateKind, layer: int) -> Path:
-        return self.folder / f"{kind}-{layer:05}.safetensors"
+    def _path(self, kind: StateKind, layer: int, share: Share | None = None) -> Path:
+        part = "" if share is None or share.is_whole else f".{share.first:05}-{share.stop:05}"
+        return self.folder / f"{kind}-{layer:05}{part}.safetensors"
+
+    def _part_paths(self, kind: StateKind, layer: int) -> list[Path]:
+        return sorted(self.folder.glob(f"{kind}-{layer:05}*.safetensors"))
+
+    def _parts(self, kind: StateKind, layer: int, total: int) -> dict[Share, Path]:
+        """The files of a layer, by the windows that each has."""
+        found = {}
+        for path in self._part_paths(kind, layer):
+            _, _, windows = path.stem.partition(".")
+            first, _, stop = windows.partition("-")
+            found[Share(int(first), int(stop), total) if windows else Share.whole(total)] = path
+        return found
 
 
 def stored_settings(out: Path) -> ResolvedSettings:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..distributed.group import Group
 from ..kernels.torch_backend import quantize_activation
 
 ACTIVATION_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(13))  # 1.00 ... 0.76
@@ -14,18 +15,27 @@ CLIP_SEARCH_ROWS = (
 )
 
 
-def search_activation_clip(rows: torch.Tensor, weights: Iterable[torch.Tensor], group: int) -> float:
+def search_activation_clip(
+    rows: torch.Tensor, weights: Iterable[torch.Tensor], group: int, processes: Group | None = None
+) -> float:
     """The ratio with the least output error sum ||(Q(x) - x) W^T||^2 over the linears that read the input.
 
     rows float32 [T, K] of the input (CLIP_SEARCH_ROWS of them suffice) and weights float32 [N_i, K], all in the basis that
-    is quantized; K is a multiple of the group length `group`.
+    is quantized; K is a multiple of the group length `group`. Each of the `processes`, which have the same arguments, looks
+    at a share of the rows.
     """
-    gram = sum((weight.t() @ weight for weight in weights), rows.new_zeros(()))  # [K, K]: ||d W^T||^2 = d (W^T W) d^T
-    best_ratio, best_error = 1.0, float("inf")
+    processes = processes or Group()
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1])  # ||d W^T||^2 = d (W^T W) d^T
+    for weight in weights:
+        gram.addmm_(weight.t(), weight)
+    rows = rows[processes.share(len(rows)).slice]
+    errors = []
     for ratio in ACTIVATION_CLIP_RATIOS:
         codes, scale = quantize_activation(rows, group, clip=ratio, hadamard=False)
         difference = (codes * scale[..., None]).flatten(1) - rows
-        error = float(((difference @ gram) * difference).sum())
+        errors.append(float(((difference @ gram) * difference).sum()))
+    best_ratio, best_error = 1.0, float("inf")
+    for ratio, error in zip(ACTIVATION_CLIP_RATIOS, processes.sum_of_numbers(errors), strict=True):
         if error < best_error:
             best_ratio, best_error = ratio, error
     return round(best_ratio, 2)

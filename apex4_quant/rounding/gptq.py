@@ -60,11 +60,11 @@ def inverse_factor(
     while damping <= DAMPING_MAX:
         added = torch.full_like(diagonal, float(mean) * damping)
         added[dead] = mean
-        # At most three K x K matrices besides the Hessian at any moment: K is 28672 in the largest models.
-        reversed_ = hessian.flip(0, 1)
-        reversed_.diagonal().add_(added.flip(0))
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        del reversed_
+        # At most two K x K matrices besides the Hessian at any moment: K is 28672 in the largest models.
+        lower = hessian.flip(0, 1).mT  # symmetric; column by column in memory, as the decomposition wants it in place
+        lower.diagonal().add_(added.flip(0))
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
             upper = lower.flip(0, 1)
             del lower

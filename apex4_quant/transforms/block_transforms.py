@@ -13,6 +13,8 @@ from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.hadamard import apply_block_hadamard, apply_block_matrix
 
+_ROWS_AT_ONCE = 2048  # of a Hessian
+
 
 def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
     """x [..., K], padded already or not -> float32 [..., padded K]; x itself, if there is nothing to do."""
@@ -40,5 +42,11 @@ def transform_input(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor 
 
 
 def transform_hessian(hessian: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
-    """H float32 [padded K, padded K] of the padded input -> T^T H T."""
-    return _apply(_apply(hessian, format, matrix).t(), format, matrix).t().contiguous()
+    """H float32 [padded K, padded K] of the padded input -> T^T H T, in its place: at K = 28672 a copy would be 3 GB."""
+    if matrix is None and format.transform is not TransformKind.HADAMARD:
+        return hessian
+    for rows in hessian.split(_ROWS_AT_ONCE):
+        rows.copy_(_apply(rows, format, matrix))
+    for columns in hessian.split(_ROWS_AT_ONCE, 1):
+        columns.copy_(_apply(columns.t().contiguous(), format, matrix).t())
+    return hessian

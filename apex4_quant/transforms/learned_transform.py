@@ -47,6 +47,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..distributed.group import Group
+from ..distributed.shares import Share
 from ..format.number_format import BITS, BLOCK, CODE_MAX, TOKEN_CODE_MAX
 from ..hardware.threads import few_threads
 from ..kernels.hadamard import apply_block_hadamard
@@ -169,6 +171,7 @@ def learn_transform(
     gradients: torch.Tensor | None = None,
     activation_bits: int = BITS,
     warn: Callable[[str], None] = lambda text: None,
+    group: Group | None = None,
 ) -> torch.Tensor:
     """T float16 [K / 128, 128, 128] for the linears `weights`, float32 [N_i, K] each, that read `inputs` float32 [T, K].
 
@@ -178,7 +181,41 @@ def learn_transform(
     equal. The same arguments give the same result.
     `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
     that of the weights, whose rows have to be scaled by how much their errors matter. `activation_bits`: of the inputs.
+    Each process of the `group`, which have the same arguments, learns the matrices of a share of the blocks; a shared one
+    is learned by all alike.
     """
+    group, count = group or Group(), inputs.shape[1] // BLOCK
+    share = Share.whole(count) if shared else group.share(count)
+    columns = slice(share.first * BLOCK, share.stop * BLOCK)
+    if share.size:
+        own, lost = _learn(
+            inputs[:, columns],
+            (weight[:, columns] for weight in weights),
+            steps,
+            shared,
+            None if gradients is None else gradients[:, columns],
+            activation_bits,
+        )
+    else:
+        own, lost = torch.empty(0, BLOCK, BLOCK, dtype=torch.float16, device=inputs.device), 0
+    stored = group.broadcast(own) if shared else group.gather_share(own, count)
+    lost = lost if shared else int(group.sum_of_numbers([lost])[0])
+    if lost:
+        warn(f"{lost} of {len(stored)} learned transforms cannot be stored in 16 bits, their start is used")
+    if activation_bits == 8 and not shared:
+        stored = with_equal_peaks(stored, inputs)
+    return stored.expand(count, -1, -1)
+
+
+def _learn(
+    inputs: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    steps: int,
+    shared: bool,
+    gradients: torch.Tensor | None,
+    activation_bits: int,
+) -> tuple[torch.Tensor, int]:
+    """What `learn_transform` returns for these columns, [G, 128, 128] or [1, 128, 128], and how many cannot be stored."""
     blocks = BlockStatistics.of(inputs, weights, gradients, shared)
     blocks.input_weight = INPUT_WEIGHT[activation_bits]
     with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
@@ -189,13 +226,9 @@ def learn_transform(
     better = torch.isfinite(after) & (after < before)  # False for NaN
     stored = storable(learned)
     sound = is_sound(stored)
-    if lost := int((better & ~sound).sum()):
-        warn(f"{lost} of {len(better)} learned transforms cannot be stored in 16 bits, their start is used")
+    lost = int((better & ~sound).sum())
     stored = torch.where((better & sound)[:, None, None], stored, storable(start))
-    stored = torch.where(is_sound(stored)[:, None, None], stored, storable(hadamard))
-    if activation_bits == 8 and not shared:
-        stored = with_equal_peaks(stored, inputs)
-    return stored.expand(len(blocks.x), -1, -1)
+    return torch.where(is_sound(stored)[:, None, None], stored, storable(hadamard)), lost
 
 
 def with_equal_peaks(stored: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

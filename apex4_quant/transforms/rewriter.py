@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..distributed.group import Group
 from ..errors import Apex4Error, UsageError
 from ..hardware.dtype_names import wider_than
 from ..models.families import InputGroup
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
+from ..models.states import States
 from ..recipes import Recipe
 from .function_preserving import Tensors, balance, merged_by_norm, rotate_reader, rotate_stream, rotate_values
 from .orthogonal import Orthogonal, derived_seed
@@ -39,9 +41,17 @@ class Rewriter:
     """`say` is told what a user should know of the changes."""
 
     def __init__(
-        self, source: ModelSource, runner: LayerRunner, recipe: Recipe, seed: int, say: Callable[[str], None]
+        self,
+        source: ModelSource,
+        runner: LayerRunner,
+        recipe: Recipe,
+        seed: int,
+        say: Callable[[str], None],
+        group: Group | None = None,
     ) -> None:
+        """Each process of `group` has hidden states of its own."""
         require_rotatable(source, recipe)
+        self._group = group or Group()
         self._source, self._family, self._runner = source, source.family, runner
         self._rotation, self._diagonal = recipe.rotation, recipe.diagonal
         self._seed, self._say = seed, say
@@ -88,7 +98,7 @@ class Rewriter:
         tensors[norm].fill_(1 - self._family.norm_offset)
         return tensors
 
-    def layer(self, index: int, stored: Tensors, hidden: torch.Tensor) -> Tensors:
+    def layer(self, index: int, stored: Tensors, hidden: States) -> Tensors:
         """A decoder layer's tensors, under their full names, rewritten; `stored` is used up.
 
         hidden [S, L, H] are the calibration states that enter the layer. Raises Apex4Error if they lead to a value that
@@ -113,7 +123,8 @@ class Rewriter:
 
     def _rotate_values(self, index: int, tensors: Tensors, input_groups: list[InputGroup]) -> None:
         for input_group in input_groups:
-            if input_group.producer is not None and input_group.producer.per_head:
+            producer = input_group.producer
+            if producer is not None and producer.per_head and not producer.gated:
                 width = tensors[f"{input_group.linears[0]}.weight"].shape[1] // int(
                     self._runner.config.num_attention_heads
                 )
@@ -122,9 +133,10 @@ class Rewriter:
                 ]
                 rotate_values(tensors, input_group, self._kv_heads, rotations)
 
-    def _balance(self, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor) -> None:
+    def _balance(self, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: States) -> None:
         prefix = self._family.layer_prefix(index)
-        squares = mean_squares(self._runner, index, {prefix + n: t for n, t in tensors.items()}, input_groups, hidden)
+        named = {prefix + n: t for n, t in tensors.items()}
+        squares = mean_squares(self._runner, index, named, input_groups, hidden, self._group)
         # Producers first: their rows are read by the norms' readers, whose sums of squares then are the final ones.
         for input_group in sorted(input_groups, key=lambda input_group: input_group.norm is not None):
             mean_square = squares.get(input_group)
@@ -148,9 +160,15 @@ class Rewriter:
 
 
 def mean_squares(
-    runner: LayerRunner, index: int, tensors: Tensors, input_groups: list[InputGroup], hidden: torch.Tensor
+    runner: LayerRunner,
+    index: int,
+    tensors: Tensors,
+    input_groups: list[InputGroup],
+    hidden: States,
+    group: Group | None = None,
 ) -> dict[InputGroup, torch.Tensor]:
-    """E[x_k^2] over the calibration tokens at every input of a layer, float64 [K], from one pass in the model's dtype.
+    """E[x_k^2] over the calibration tokens at every input of a layer, float64 [K], from one pass in the model's dtype, over the
+    `hidden` states of all processes.
 
     `tensors` are the layer's, under full names. An expert that no token reaches has no entry.
     """
@@ -169,6 +187,13 @@ def mean_squares(
     finally:
         for handle in handles:
             handle.remove()
+    group = group or Group()
+    for input_group in input_groups:
+        linear = module.get_submodule(input_group.linears[0])
+        assert isinstance(linear, nn.Linear)
+        none = torch.zeros(linear.in_features, dtype=torch.float64, device=runner.device)
+        sums[input_group] = group.sum(sums.get(input_group, none))
+        (tokens[input_group],) = group.sum(torch.tensor([tokens.get(input_group, 0)])).tolist()
     return {input_group: total / tokens[input_group] for input_group, total in sums.items() if tokens[input_group]}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels import dispatch
-from apex4_quant.models.experts import UnfusedExperts
+from apex4_quant.models.experts import Expert, UnfusedExperts
 from apex4_quant.nn.experts import PARTS, GroupedExperts, group_experts, why_not
 from apex4_quant.nn.linear import Apex4Linear
 
@@ -26,7 +26,7 @@ def made(
 ) -> UnfusedExperts:
     """Random experts prepared for a kernel's format. Down projections have a clip and a learned transform of their own each."""
     torch.manual_seed(1)
-    module = UnfusedExperts(EXPERTS, HIDDEN, inner, nn.SiLU(), torch.bfloat16)
+    module = UnfusedExperts(Expert(HIDDEN, inner, nn.SiLU(), torch.bfloat16) for _ in range(EXPERTS))
     owner: Apex4Linear | None = None
     for index, expert in enumerate(module):
         for part in PARTS:

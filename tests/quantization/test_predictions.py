@@ -91,9 +91,9 @@ def test_a_stop_between_layers_leaves_nothing_that_looks_done(
     answers = iter([False] * (asked - 1) + [True])
     with pytest.raises(Stopped, match="--resume"):
         leaving.take(0, 5, Progress(), lambda: next(answers))
-    assert not state.has(StateKind.LEAVING_GRADIENTS, 0)
+    assert not state.has(StateKind.LEAVING_GRADIENTS, 0, 3)
     leaving.take(0, 5, Progress(), lambda: False)
-    assert state.has(StateKind.LEAVING_GRADIENTS, 0)
+    assert state.has(StateKind.LEAVING_GRADIENTS, 0, 3)
 
 
 def test_damaged_ones_are_a_sentence(taken: tuple[LeavingGradients, RunState, Path]) -> None:

@@ -32,7 +32,7 @@ def _zoo() -> ModuleType:
 
 ZOO = _zoo()
 GEMMAS = ("gemma2", "gemma3")
-ROTATABLE = [name for name in ZOO.MODELS if name not in GEMMAS]
+ROTATABLE = [name for name in ZOO.MODELS if name not in (*GEMMAS, "olmo2")]
 ROTATED, BALANCED = Recipe("rotated", "", rotation=True), Recipe("balanced", "", diagonal=0.25)
 BOTH = Recipe("both", "", rounding="gptq", rotation=True, diagonal=0.25)
 

@@ -70,10 +70,33 @@ def write_rewritten(source: ModelSource, recipe: Recipe, folder: Path) -> dict[s
 
 
 def save_tensors(source: ModelSource, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Under the names that published checkpoints have."""
+    """Under the names that published checkpoints have; of GPT-OSS, as it stores experts."""
+    if source.family.experts is not None and source.family.experts.interleaved:
+        tensors = fused(tensors, source.config["num_local_experts"])
     there = [pair[0] for pair in source.family.experts.renames] if source.family.experts else []
     renamed = {published_name(name, there, source.family): tensor for name, tensor in tensors.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def fused(tensors: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+    """[E, H, 2 I] with gate and up in turns, [E, I, H], and biases."""
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for prefix in {name.partition(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}:
+        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+            gate, up, down = (
+                torch.stack(
+                    [
+                        tensors[f"{prefix}.{expert}.{part}_proj.{kind}"].mT
+                        if kind == "weight"
+                        else tensors[f"{prefix}.{expert}.{part}_proj.{kind}"]
+                        for expert in range(experts)
+                    ]
+                )
+                for part in ("gate", "up", "down")
+            )
+            kept[f"{prefix}.gate_up_proj{suffix}"] = torch.stack([gate, up], dim=-1).flatten(-2)
+            kept[f"{prefix}.down_proj{suffix}"] = down.contiguous()
+    return kept
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "The module defines a class that"
-START_SECONDS = 240  # a limit for a server that never comes up, not a measure
+START_SECONDS = 600  # a limit for a server that never comes up, not a measure
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 
 

@@ -20,7 +20,7 @@ from apex4_quant.kernels import torch_backend
 from apex4_quant.kernels.hadamard import apply_block_hadamard
 from apex4_quant.nn.linear import Apex4Linear
 
-from .conftest import Generated, prompts
+from .generating import Generated, prompts
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 

@@ -1,0 +1,107 @@
+"""`apex4 quantize --gpus G` as a process: what it prints, how it ends, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from apex4_quant import quantize
+from apex4_quant.distributed.group import Group
+from apex4_quant.distributed.starting import launch
+from apex4_quant.format.storage import RUN_FOLDER, read_json
+
+from ..conftest import write_tiny_model
+from ..quantization.test_ranks import by_ranks, contents, settings_of, whole
+from .several import Several
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_more_gpus_than_there_are_is_refused(
+    invoke: Callable[..., Result], one_sentence: Callable[..., str], tmp_path: Path
+) -> None:
+    one_sentence(invoke("quantize", "demo", "-o", tmp_path / "out", "--gpus", 3), 2, "--gpus is 3", "--device cpu")
+    one_sentence(invoke("quantize", "demo", "-o", tmp_path / "out", "--gpus", 0), 2, "--gpus is 0")
+    one_sentence(invoke("quantize", "demo", "--dry-run", "--gpus", 2), 2, "--dry-run is for one process")
+
+
+def test_exit_code_is_the_ranks(signals: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(2, ["quantize"], "cpu") == 2
+    assert capfd.readouterr().err == "apex4: quantize needs a MODEL: give 'demo', a local folder, or a Hub id\n"
+    assert launch(2, ["gpus", "--json"], "cpu") == 2
+    assert "'apex4 gpus' runs in one process and WORLD_SIZE is 2" in capfd.readouterr().err
+    assert launch(1, ["gpus", "--json"], "cpu") == 0
+
+
+def children(pid: int) -> dict[int, int]:
+    """The ranks that a launcher has started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(text.removeprefix(b"RANK=")): int(child) for text in variables if text.startswith(b"RANK=")}
+    return found
+
+
+def test_a_kill_a_stop_and_the_rest(tmp_path: Path, cli_environment: dict[str, str]) -> None:
+    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=5)
+    settings, out = settings_of(tmp_path, model), tmp_path / "out"
+    words = ["quantize", str(model), "-o", out, "--recipe", settings.recipe, "--calib", settings.calib, "--samples", 7]
+    words += ["--seq-len", 64, "--target", "none", "--device", "cpu", "--gpus", 2, "--json"]
+    command = [sys.executable, "-m", "apex4_quant", *map(str, words)]
+
+    def until(condition: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+        began = time.monotonic()
+        while not condition():
+            assert running.poll() is None and time.monotonic() - began < 120
+            time.sleep(0.05)
+
+    def shards() -> int:
+        return len(list((out / RUN_FOLDER).glob("shard-*.json")))
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, *more], stdout=pipe, stderr=pipe, text=True, env=cli_environment)
+
+    killed = start()
+    until(lambda: shards() > 1, killed)
+    os.kill(children(killed.pid)[1], signal.SIGKILL)
+    began = time.monotonic()
+    stdout, stderr = killed.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert (killed.returncode, stdout) == (75, "") and stderr.count("apex4: ") == 1, stderr
+    assert "rank 1 ended without a word" in stderr and "Traceback" not in stderr
+
+    before = shards()
+    stopped = start("--resume")
+    until(lambda: shards() > before, stopped)
+    stopped.send_signal(signal.SIGINT)
+    stdout, stderr = stopped.communicate(timeout=60)
+    lines = [line for line in stderr.splitlines() if line.startswith("apex4: ")]
+    assert (stopped.returncode, stdout) == (75, "") and len(lines) == 2, stderr
+    assert lines[0].startswith("apex4: stopping after the layer in flight") and "nothing is lost" in lines[1]
+    assert read_json(out / RUN_FOLDER / "settings.json")["device"] == "cpu"
+
+    whole(by_ranks(2, settings, out, resume=True))
+    again = tmp_path / "again"
+
+    def work(group: Group) -> None:
+        quantize(settings, again, group=group)
+
+    whole(Several(2, tmp_path / "said", work).wait())
+    assert contents(out) == contents(again)

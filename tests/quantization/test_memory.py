@@ -1,0 +1,138 @@
+"""Runs that keep to a budget of memory: states on the disk change no byte, and what cannot be is refused before it begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.errors import Stopped, UsageError
+from apex4_quant.hardware.memory import MemoryBudget, resident_now
+from apex4_quant.models.source import ModelSource
+from apex4_quant.quantization import run
+from apex4_quant.quantization.memory import MemoryEstimate, MemoryPlan, Windows, estimate_memory, fit
+from apex4_quant.quantization.plan import plan_of
+
+from ..conftest import stop_after
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def streaming(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """streaming(yes): what the next runs do with their states, whatever the budget."""
+
+    def set_to(yes: bool) -> None:
+        monkeypatch.setattr(run, "fit", lambda *_: MemoryPlan(MemoryBudget(), yes))
+
+    return set_to
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+# Gradients, both streams of GPTAQ, and a pass that measures a layer first.
+@pytest.mark.parametrize("recipe", ["apex4-gptaq", "apex4-hadamard"])
+def test_states_on_the_disk_change_no_byte(
+    recipe: str, tiny_model: Call, calib: Path, tmp_path: Path, streaming: Callable[[bool], None]
+) -> None:
+    settings = QuantizeSettings(str(tiny_model()), recipe, calib=str(calib), samples=3, seq_len=64, target="none")
+    streaming(False)
+    assert not quantize(settings, tmp_path / "whole").states_on_disk
+    streaming(True)
+    assert quantize(settings, tmp_path / "streamed").states_on_disk
+    assert same_files(tmp_path / "whole", tmp_path / "streamed")
+    # A run that is stopped goes on either way: more memory may be there the next time, or less.
+    for first in (True, False):
+        out = tmp_path / f"stopped-{first}"
+        streaming(first)
+        with pytest.raises(Stopped):
+            quantize(settings, out, should_stop=stop_after(1, out))
+        streaming(not first)
+        quantize(settings, out, resume=True)
+        assert same_files(tmp_path / "whole", out)
+
+
+def test_a_budget_is_kept_by_states_on_the_disk_or_refused(tiny_model: Call) -> None:
+    estimate = MemoryEstimate(gpu=20, host=50, states=100, streamed=10)
+    assert not fit(estimate, MemoryBudget(), 30, "cpu").streamed
+    assert not fit(estimate, MemoryBudget(host=180), 30, "cpu").streamed
+    assert fit(estimate, MemoryBudget(host=179), 30, "cpu").streamed
+    assert fit(estimate, MemoryBudget(host=90, gpu=20), 30, "cuda").streamed
+    with pytest.raises(UsageError, match=r"allows 89 B of the host.* about 90 B .30 B of them the program itself"):
+        fit(estimate, MemoryBudget(host=89), 30, "cpu")
+    with pytest.raises(UsageError, match=r"allows 19 B of the GPU.* about 20 B"):
+        fit(estimate, MemoryBudget(gpu=19), 30, "cuda:0")
+    fit(estimate, MemoryBudget(gpu=19), 30, "cpu")
+
+
+@pytest.mark.parametrize(
+    "text", ["20", "", "lots", "-1GB", "0GB", "host=1GB,host=2GB", "disk=1GB", "host=1GB,", "1e9GB"]
+)
+def test_what_is_no_budget_is_refused(text: str, quantize_badly: Call, one_sentence: Call, tiny_model: Call) -> None:
+    one_sentence(quantize_badly(tiny_model(), "--memory", text), 2, "--memory", "host=16GiB,gpu=20GiB")
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_written(
+    quantize_badly: Call, one_sentence: Call, tiny_model: Call, tmp_path: Path
+) -> None:
+    sentence = one_sentence(
+        quantize_badly(tiny_model(), "--memory", "host=10MB"), 2, "10.0 MB of the host", "needs about"
+    )
+    assert "allow more" in sentence and not (tmp_path / "out").exists()
+
+
+def test_what_was_allowed_stands_beside_what_is_needed_and_used(
+    invoke: Callable[..., Result], tiny_model: Call, calib: Path, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    small = (
+        "--calib",
+        calib,
+        "--samples",
+        2,
+        "--seq-len",
+        32,
+        "--target",
+        "none",
+        "--recipe",
+        "gptq",
+        "--device",
+        "cpu",
+    )
+    common = ("quantize", model, "-o", tmp_path / "out", *small, "--memory", "host=64GiB")
+    shown = invoke(*common, "--dry-run").stdout
+    assert "of the host (allowed: host 68.7 GB)" in shown and "of the disk" in shown and "of the GPU" not in shown
+    expected = json.loads(invoke(*common, "--dry-run", "--json").stdout)
+    assert expected["memory_budget"] == {"host": 64 * 2**30, "gpu": None} and not expected["states_on_disk"]
+    assert expected["peak_gpu_memory_estimate"] == 0 and expected["disk_estimate"] > 0
+    used = json.loads(invoke(*common, "--json").stdout)
+    # Most of it is the program itself here, so this says that the account is not far off, and no more.
+    assert 0.75 < used["peak_memory"]["host"] / expected["peak_host_memory_estimate"] < 1.25
+    assert used["memory_budget"] == expected["memory_budget"] and used["seconds"] > 0
+
+
+def test_an_account_of_shapes(tiny_model: Call) -> None:
+    """What dominates: K x K for wide inputs, attention's graph for long windows, states for many of them."""
+    source = ModelSource(str(tiny_model()))
+
+    def of(count: int, length: int, recipe: str = "gptq", device: str = "cuda") -> MemoryEstimate:
+        settings = QuantizeSettings(source.name, recipe, samples=count, seq_len=length, target="none", device="cpu")
+        plan = plan_of(source, settings.resolve(source))
+        return estimate_memory(source, plan, Windows(count, length, count), torch.bfloat16, device)
+
+    one, many = of(8, 64), of(800, 64)
+    assert (one.states, many.states) == (2 * 2**17, 2 * 2**24)  # pinned: 131,072 and 13,107,200 bytes, each twice
+    assert many.host == one.host and many.streamed == one.streamed == 2 * 2048 * 128 * 2
+    assert many.gpu > one.gpu  # rows are kept of inputs, which 8 x 64 tokens do not fill
+    cpu = of(8, 64, device="cpu")
+    assert cpu.gpu == 0 and cpu.host > one.host and resident_now() > 2**26
