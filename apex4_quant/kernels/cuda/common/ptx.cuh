@@ -242,6 +242,10 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 __device__ __forceinline__ void stmatrix_x2_trans(uint32 shared_wr, uint32 a, uint32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_wr), "r"(a), "r"(b) : "memory");
 }
+__device__ __forceinline__ void stmatrix_x4_trans(uint32 shared_wr, uint32 a, uint32 b, uint32 c, uint32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_wr), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <int registers>
 __device__ __forceinline__ void more_registers() {
