@@ -2,7 +2,7 @@
 
 Quantizer and GEMM are separate oracles: codes are compared with `quantize_activation`, a GEMM is compared with
 `linear` on the codes and scales it was given, never with the unquantized operands. With 8-bit activations they are
-`quantize_token`, `fold` and `folded_linear`.
+`quantize_token`, and `fold` with `folded_linear` or `ratios` with `unfolded_linear`.
 """
 
 from __future__ import annotations
@@ -78,12 +78,17 @@ def fold(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.Tensor, to
 
     R = round_half_even(4608 s_w / s_max); w8 = sign(q) floor((|q| R + 128) / 256); u = s_max / 18, rounded to float32.
     """
+    ratio, unit = ratios(scale_w)
+    grouped: torch.Tensor = codes_w.long().unflatten(1, (ratio.shape[1], -1))
+    magnitude = torch.div(grouped.abs() * ratio[..., None] + 128, 256, rounding_mode="floor")
+    return (grouped.sign() * magnitude).flatten(1), unit
+
+
+def ratios(scale_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float16 scales [N, G] -> ratios int64 [N, G] and units float64 [N]: R u / 256 is about s_w."""
     scale = scale_w.double()
     largest = scale.amax(1)
-    ratio = torch.round(4608 * scale / largest[:, None]).long()
-    grouped: torch.Tensor = codes_w.long().unflatten(1, (scale.shape[1], -1))
-    magnitude = torch.div(grouped.abs() * ratio[..., None] + 128, 256, rounding_mode="floor")
-    return (grouped.sign() * magnitude).flatten(1), (largest / 18).float().double()
+    return torch.round(4608 * scale / largest[:, None]).long(), (largest / 18).float().double()
 
 
 def folded_linear(
@@ -96,4 +101,21 @@ def folded_linear(
     """y float64 [M, N] = s_a[m] u[n] (integer sum of a [M, K] times w8 [N, K]) + bias. scale_a [M], unit [N]."""
     sums = codes_a.long() @ folded.long().t()
     y = sums.double() * scale_a.double()[:, None] * unit.double()
+    return y if bias is None else y + bias.double()
+
+
+def unfolded_linear(
+    codes_a: torch.Tensor,
+    scale_a: torch.Tensor,
+    codes_w: torch.Tensor,
+    ratio: torch.Tensor,
+    unit: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y float64 [M, N] = s_a[m] u[n] / 256 sum_g R[n, g] (integer sum of a times q over group g) + bias.
+
+    codes_a [M, K], scale_a [M], codes_w [N, K], ratio [N, G], unit [N].
+    """
+    sums = group_sums(codes_a, codes_w, codes_w.shape[1] // ratio.shape[1])
+    y = torch.einsum("mng,ng->mn", sums.double(), ratio.double()) * scale_a.double()[:, None] * (unit.double() / 256)
     return y if bias is None else y + bias.double()

@@ -25,51 +25,37 @@ struct Table {
 };
 
 // Of rows r and r + 8.
-struct Tables {
-  Table plus[2];
+struct SignedTables {
+  Table plus[2], minus[2];
 
   // `ratios`: those of both rows.
-  __device__ __forceinline__ void make(uint32 ratios) { plus[0].make(ratios & 0xffffu), plus[1].make(ratios >> 16); }
-};
-struct SignedTables : Tables {
-  Table minus[2];
-
   __device__ __forceinline__ void make(uint32 ratios) {
-    Tables::make(ratios);
+    plus[0].make(ratios & 0xffffu), plus[1].make(ratios >> 16);
     minus[0] = plus[0].negated(), minus[1] = plus[1].negated();
   }
 };
 
-// What a word says of its four codes of row r (half 0) and r + 8 (half 1): magnitudes in the low 16 bits, and bytes of ones where the
-// sign is set. layouts.py, `_sign_magnitude_of_words`.
+// What a word says of its four codes of k = 4q .. 4q+3 (half 0) and 16 further (half 1): magnitudes in the low 16 bits, and bytes of
+// ones where the sign is set. layouts.py, `_own_sign`.
 struct Codes {
   uint32 magnitudes[2], negative[2];
 
   __device__ __forceinline__ explicit Codes(uint32 word) {
     magnitudes[0] = word & 0x77777777u;
     magnitudes[1] = ptx::permute_bytes(magnitudes[0], 0, 0x4432);  // a shift, which the compiler would put before the mask, twice
-    negative[0] = ptx::permute_bytes(word, word, 0xba98);
-    negative[1] = ptx::permute_bytes(word << 4, word << 4, 0xba98);
+    // A selector with bit 3 set repeats the sign of a byte: of odd nibbles from the word, of even ones from `even`.
+    const uint32 even = word << 4;
+    negative[0] = ptx::permute_bytes(word, even, 0x9d8c);
+    negative[1] = ptx::permute_bytes(word, even, 0xbfae);
   }
 };
 
-// The A fragment of one k32 step, from a lane's two words of it.
+// The A fragment of one k32 step, from a lane's words of it, those of rows r and r + 8.
 __device__ __forceinline__ void fold(uint32 (&a)[4], uint32 first, uint32 second, const SignedTables& tables) {
   const Codes codes[2] = {Codes(first), Codes(second)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32 magnitudes = codes[i / 2].magnitudes[i % 2], negative = codes[i / 2].negative[i % 2];
+    const uint32 magnitudes = codes[i % 2].magnitudes[i / 2], negative = codes[i % 2].negative[i / 2];
     a[i] = (tables.plus[i % 2].look_up(magnitudes) & ~negative) | (tables.minus[i % 2].look_up(magnitudes) & negative);
-  }
-}
-
-// The same in two operands, for kernels whose tensor cores have time: codes that are not negative as above, of negative ones the
-// complement, which is one too little; and bytes of ones for those. The sum is that of `a` less that of `negative`.
-__device__ __forceinline__ void fold_complements(uint32 (&a)[4], uint32 (&negative)[4], uint32 first, uint32 second, const Tables& tables) {
-  const Codes codes[2] = {Codes(first), Codes(second)};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    negative[i] = codes[i / 2].negative[i % 2];
-    a[i] = tables.plus[i % 2].look_up(codes[i / 2].magnitudes[i % 2]) ^ negative[i];
   }
 }

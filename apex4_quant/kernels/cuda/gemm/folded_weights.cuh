@@ -26,11 +26,11 @@ __device__ __forceinline__ uint32 with_signs(uint32 magnitudes, uint32 negative,
   return ptx::multiply_add(magnitudes & negative & 0x7f7f7f7f, minus_two, magnitudes) ^ 0x80808080;
 }
 
-// One word of layout s8: four codes of one row, then four of another, of the same inputs, in sign and magnitude (layouts.py).
-__device__ __forceinline__ void widen(uint32 word, const FoldTable& first_row, const FoldTable& second_row,
-                                      uint32 minus_two, uint32& first, uint32& second) {
+// One word of layout s8: eight codes of one row, in sign and magnitude (layouts.py), to its registers of the A operand: of
+// k = 4q .. 4q+3, and 16 further.
+__device__ __forceinline__ void widen(uint32 word, const FoldTable& row, uint32 minus_two, uint32& near, uint32& far) {
   const uint32 magnitudes = word & 0x77777777, upper = ptx::permute_bytes(magnitudes, 0, 0x4432);
-  // A selector with bit 3 set repeats the sign of a byte. Signs of the second row are in bit 3 of the bytes.
-  first = with_signs(first_row.look_up(magnitudes), ptx::permute_bytes(word, word, 0xba98), minus_two);
-  second = with_signs(second_row.look_up(upper), ptx::permute_bytes(word << 4, word << 4, 0xba98), minus_two);
+  // A selector with bit 3 set repeats the sign of a byte: of odd nibbles from the word, of even ones from the word << 4.
+  near = with_signs(row.look_up(magnitudes), ptx::permute_bytes(word, word << 4, 0x9d8c), minus_two);
+  far = with_signs(row.look_up(upper), ptx::permute_bytes(word, word << 4, 0xbfae), minus_two);
 }
