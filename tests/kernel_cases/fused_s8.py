@@ -1,7 +1,7 @@
 """A linear of few tokens and 8-bit activations as one kernel, against float64.
 
 The reference quantizes in float64. A kernel adds in float32 and may put a code that lies on a tie to either side: outputs may differ
-by what those codes weigh, and by the roundings of float32.
+by what those codes weigh, and by the roundings of float32. Of SiLU(gate) up it may also round an input of a block to the other side.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def inputs_of(
     return (normal(), normal()) if input == "silu_mul" else (normal(),)
 
 
-def bounds(x: torch.Tensor, codes_w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and largest y float64 [M, N] for the linear's input x [M, K padded]."""
+def bounds(
+    x: torch.Tensor, codes_w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None, flips: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and largest y float64 [M, N] for the linear's input x [M, K padded], of which `flips` of a block may be rounded otherwise."""
     codes, scale = reference.quantize_token(x)
     quotient = apply_block_hadamard(x.double()) / scale[:, None]
     tied = ((quotient - quotient.floor() - 0.5).abs() < TIE).double()
@@ -55,6 +57,8 @@ def bounds(x: torch.Tensor, codes_w: torch.Tensor, scale_w: torch.Tensor, bias: 
     weight = codes_w.double().unflatten(1, (ratio.shape[1], -1)) * ratio.double()[..., None] * unit[:, None, None] / 256
     weight = weight.flatten(1).abs()
     error = scale[:, None] * (tied @ weight.t() + 2.0**-19 * (codes.double().abs() @ weight.t()))
+    flip = flips * 2.0**-8 * BLOCK**-0.5 * x.double().abs().unflatten(1, (-1, BLOCK)).amax(-1)  # in every transformed value
+    error += flip @ weight.unflatten(1, (-1, BLOCK)).sum(-1).t()
     if bias is not None:
         y, error = y + bias.double(), error + bias.double().abs() * 2.0**-22
     return y - error, y + error
@@ -76,7 +80,7 @@ def check(
     how = (None, padded, padded, 1.0, True, "s8")
     linear = ops.silu_mul_linear if input == "silu_mul" else ops.linear
     x = inputs[0] if len(inputs) == 1 else torch.nn.functional.silu(inputs[0]) * inputs[1]
-    least, most = bounds(torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias)
+    least, most = bounds(torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, len(inputs) - 1)
     for plan in PLANS:
         with forced(plan):
             name = str(dtype).removeprefix("torch.")
