@@ -40,6 +40,7 @@ class FusedConfig:
     input: str
     dtype: str
 
+    activation_bits = 4
     source = "gemm/gemm_sm90_decode.cu"
     entry = "apex4_linear"
 
@@ -68,6 +69,7 @@ class FusedConfig:
 class FusedS8Config(FusedConfig):
     """The same for 8-bit activations."""
 
+    activation_bits = 8
     source = "gemm/gemm_sm90_decode_s8.cu"
 
     @property
@@ -88,10 +90,10 @@ def fused_config(input: str, dtype: str, activation_bits: int = 4) -> FusedConfi
     return (FusedS8Config if activation_bits == 8 else FusedConfig)(input, dtype)
 
 
-def all_configs(sm: int, activation_bits: int = 4) -> list[FusedConfig]:
+def all_configs(sm: int) -> list[FusedConfig]:
     if sm != 90:
         return []
-    return [fused_config(input, dtype, activation_bits) for dtype in DTYPES for input in FUSED_INPUTS]
+    return [fused_config(input, dtype, bits) for bits in (4, 8) for dtype in DTYPES for input in FUSED_INPUTS]
 
 
 @dataclass(frozen=True)
