@@ -33,8 +33,8 @@ sign and magnitude with the odd nibbles' signs one byte further, so that masking
 four bits, leaves bytes `s0000mmm`: in e4m3 the number (-1)^s * m * 2^-9. See `_sign_magnitude`.
 
 `S8` is what kernels for 8-bit activations read, on every GPU, and no layout of checkpoints: the tiles of `sm90`, whose words hold
-eight codes of one row, k = 4q..4q+3 and 16 + 4q..16 + 4q+3, sign and magnitude in every nibble. The four magnitudes of a half are a
-selector of PRMT, which looks them up in a table of bytes; and three instructions make the even and odd nibbles int8. See `_own_sign`.
+eight codes of one row, k = 4q..4q+3 and 16 + 4q..16 + 4q+3, in two's complement. The low three bits of the codes of a half are a
+selector of PRMT, which looks them up in tables of bytes; and two logic operations make the even and the odd nibbles int8.
 """
 
 from __future__ import annotations
@@ -202,16 +202,6 @@ def _twos_complement(packed: torch.Tensor) -> torch.Tensor:
     return (even | odd << 4).to(torch.uint8)
 
 
-def _own_sign(packed: torch.Tensor) -> torch.Tensor:
-    """Two's complement nibbles to sign, bit 3, and magnitude, as `s8` stores them, and back; uint8 [...].
-
-    -8 and the negative zero are each other's.
-    """
-    nibbles = torch.stack((packed & 0x0F, packed >> 4), -1)
-    other = torch.where(nibbles > 7, 8 | 16 - nibbles & 7, nibbles)
-    return (other[..., 0] | other[..., 1] << 4).to(torch.uint8)
-
-
 def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
     words: torch.Tensor = bytes_.unflatten(-1, (-1, 4))
     return words.roll(by, -1).flatten(-2)
@@ -241,7 +231,7 @@ SM90 = Layout(
 # The same tiles for 8-bit activations. No checkpoint has it: weights are put into it when they are prepared for a GPU.
 S8 = Layout(
     name="s8", rows=SM90.rows, cols=SM90.cols, order=("c", "w", "r", "q", "s", "u", "h", "i"), scale_rows=SM90.scale_rows,
-    scale_order=SM90.scale_order, encoding=(_own_sign, _own_sign),
+    scale_order=SM90.scale_order,
 )  # fmt: skip
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROWMAJOR, SM80, SM90)}
 

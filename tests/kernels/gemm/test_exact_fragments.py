@@ -29,11 +29,10 @@ inline uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
   for (int i = 0; i < 4; ++i) result |= (bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
-inline uint32 multiply_add(uint32 a, uint32 b, uint32 c) { return a * b + c; }
 }
 """
 _BEHIND = """
-extern "C" void a_fragment(uint32* a, uint32 first, uint32 second) { widen(*reinterpret_cast<uint32(*)[4]>(a), first, second, 1); }
+extern "C" void a_fragment(uint32* a, uint32 first, uint32 second) { widen(*reinterpret_cast<uint32(*)[4]>(a), first, second); }
 extern "C" void b_fragment(uint32* b) { reorder(b[0], b[1]); }
 extern "C" int factor() { return WEIGHT_FACTOR; }
 """
@@ -110,7 +109,7 @@ def test_lanes_give_sixteen_times_the_sums(
 @pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("0x11111111u", "0x10101010u"), ("codes << 4", "codes << 3"), ("7 * negative", "negative"), ("0x6420", "0x6240"), ("0x7531", "0x7351")],
+    [("word << 4", "word << 3"), ("word & 0xf0", "word & 0x70"), ("0x6420", "0x6240"), ("0x7531", "0x7351")],
 )
 def test_a_changed_constant_is_noticed(old: str, new: str, operands: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     source = (SOURCES / "gemm" / "exact_fragments.cuh").read_text()

@@ -9,20 +9,16 @@
 
 constexpr int WEIGHT_FACTOR = 16;  // of these weights
 
-// One word of a row: `even` and `odd` nibbles. The nibbles are sign and magnitude in memory (layouts.py, `_own_sign`); 16 - m is the
-// nibble of -m, (m ^ 7) + 1 with the sign where it is. There is no negative zero, which would carry into the next code.
-__device__ __forceinline__ void widen(uint32 word, uint32 one, uint32& even, uint32& odd) {
-  const uint32 negative = word >> 3 & 0x11111111u;
-  // Additions as IMAD, by a factor that the compiler does not know: the pipe of logic is the busy one.
-  const uint32 codes = ptx::multiply_add(negative, one, word ^ 7 * negative);
-  even = codes << 4 & 0xf0f0f0f0u;
-  odd = codes & 0xf0f0f0f0u;
+// One word of a row: `even` and `odd` nibbles.
+__device__ __forceinline__ void widen(uint32 word, uint32& even, uint32& odd) {
+  even = word << 4 & 0xf0f0f0f0u;
+  odd = word & 0xf0f0f0f0u;
 }
 
 // The A fragment of one k32 step from a lane's words of rows r and r + 8.
-__device__ __forceinline__ void widen(uint32 (&a)[4], uint32 first, uint32 second, uint32 one) {
-  widen(first, one, a[0], a[2]);
-  widen(second, one, a[1], a[3]);
+__device__ __forceinline__ void widen(uint32 (&a)[4], uint32 first, uint32 second) {
+  widen(first, a[0], a[2]);
+  widen(second, a[1], a[3]);
 }
 
 // The B fragment of one k32 step, from the registers that ldmatrix gives.

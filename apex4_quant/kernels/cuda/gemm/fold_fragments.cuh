@@ -1,7 +1,8 @@
 // 4-bit codes of layout s8 to folded int8, as wgmma's register operand.
 //
 // A folded weight is sign(q) * ((|q| R + 128) >> 8), R the ratio of its group (kernels/folding.py). Codes have eight magnitudes,
-// so that the folded ones of a row and group are a table of eight bytes: two registers, and PRMT looks four up at once.
+// so that the folded ones of a row and group are a table of eight bytes: two registers, and PRMT looks four up at once, by the low
+// three bits of the codes. Of negative codes these are 8 - |q|: their table is the other one backwards, negated.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -16,12 +17,14 @@ struct Table {
     low = ptx::permute_bytes(ratio * 0x00010000u + HALVES, ratio * 0x00030002u + HALVES, HIGH_BYTES);
     high = ptx::permute_bytes(ratio * 0x00050004u + HALVES, ratio * 0x00070006u + HALVES, HIGH_BYTES);
   }
-  // Their negatives. 0x80 - magnitude borrows from no other byte, and the highest bit is then the other one.
-  __device__ __forceinline__ Table negated() const {
-    return {(0x80808080u - low) ^ 0x80808080u, (0x80808080u - high) ^ 0x80808080u};
+  // Of the codes -8 .. -1 by their low bits; -8 is none. 0x80 - magnitude borrows from no other byte, and the highest bit is then
+  // the other one.
+  __device__ __forceinline__ Table of_negative_codes() const {
+    const uint32 first = ptx::permute_bytes(high, 0, 0x1234), second = ptx::permute_bytes(low, high, 0x1234);
+    return {(0x80808080u - first) ^ 0x80808080u, (0x80808080u - second) ^ 0x80808080u};
   }
-  // Of four magnitudes, in the low 16 bits.
-  __device__ __forceinline__ uint32 look_up(uint32 magnitudes) const { return ptx::permute_bytes(low, high, magnitudes); }
+  // Of four codes, in the low 16 bits; bits 3 are zero.
+  __device__ __forceinline__ uint32 look_up(uint32 codes) const { return ptx::permute_bytes(low, high, codes); }
 };
 
 // Of rows r and r + 8.
@@ -31,18 +34,18 @@ struct SignedTables {
   // `ratios`: those of both rows.
   __device__ __forceinline__ void make(uint32 ratios) {
     plus[0].make(ratios & 0xffffu), plus[1].make(ratios >> 16);
-    minus[0] = plus[0].negated(), minus[1] = plus[1].negated();
+    minus[0] = plus[0].of_negative_codes(), minus[1] = plus[1].of_negative_codes();
   }
 };
 
-// What a word says of its four codes of k = 4q .. 4q+3 (half 0) and 16 further (half 1): magnitudes in the low 16 bits, and bytes of
-// ones where the sign is set. layouts.py, `_own_sign`.
+// What a word says of its four codes of k = 4q .. 4q+3 (half 0) and 16 further (half 1): their low bits in the low 16 bits, and bytes
+// of ones where they are negative.
 struct Codes {
-  uint32 magnitudes[2], negative[2];
+  uint32 low[2], negative[2];
 
   __device__ __forceinline__ explicit Codes(uint32 word) {
-    magnitudes[0] = word & 0x77777777u;
-    magnitudes[1] = ptx::permute_bytes(magnitudes[0], 0, 0x4432);  // a shift, which the compiler would put before the mask, twice
+    low[0] = word & 0x77777777u;
+    low[1] = ptx::permute_bytes(low[0], 0, 0x4432);  // a shift, which the compiler would put before the mask, twice
     // A selector with bit 3 set repeats the sign of a byte: of odd nibbles from the word, of even ones from `even`.
     const uint32 even = word << 4;
     negative[0] = ptx::permute_bytes(word, even, 0x9d8c);
@@ -55,7 +58,7 @@ __device__ __forceinline__ void fold(uint32 (&a)[4], uint32 first, uint32 second
   const Codes codes[2] = {Codes(first), Codes(second)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32 magnitudes = codes[i % 2].magnitudes[i / 2], negative = codes[i % 2].negative[i / 2];
-    a[i] = (tables.plus[i % 2].look_up(magnitudes) & ~negative) | (tables.minus[i % 2].look_up(magnitudes) & negative);
+    const uint32 low = codes[i % 2].low[i / 2], negative = codes[i % 2].negative[i / 2];
+    a[i] = (tables.plus[i % 2].look_up(low) & ~negative) | (tables.minus[i % 2].look_up(low) & negative);
   }
 }

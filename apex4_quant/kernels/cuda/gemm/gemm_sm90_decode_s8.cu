@@ -228,7 +228,6 @@ struct Consumer {
     constexpr int START = 0x4b400000;  // the bits of 1.5 * 2^23
     constexpr float START_VALUE = 12582912.0f;
     const int start[4] = {START, START, START, START};
-    const uint32 one = ptx::hidden<1>();
     tokens.start_tile();
     // Main loop: one stage, a block of 128 inputs for each warpgroup, per turn.
 #pragma unroll 1
@@ -242,8 +241,8 @@ struct Consumer {
       uint32 a[4][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        widen(a[2 * half], words[half].x, words[half].y, one);
-        widen(a[2 * half + 1], words[half].z, words[half].w, one);
+        widen(a[2 * half], words[half].x, words[half].y);
+        widen(a[2 * half + 1], words[half].z, words[half].w);
       }
 #pragma unroll
       for (int j = 0; j < TILE_M / 8; ++j) {
