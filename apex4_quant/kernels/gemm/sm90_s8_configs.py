@@ -40,9 +40,13 @@ class Sm90S8Config:
     tile_m: int
     stages: int
     out: str = "bf16"  # or "fp16"
-    few_tokens: bool = False  # the kernel for decoding
 
     entry = "apex4_gemm"
+
+    @property
+    def few_tokens(self) -> bool:
+        """The kernel for decoding."""
+        return self.tile_m < 64
 
     @property
     def tile_n(self) -> int:
@@ -88,8 +92,8 @@ class Sm90S8Config:
 
 
 _TILES = (
-    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(64, 3, few_tokens=True),
-    Sm90S8Config(32, 5, few_tokens=True), Sm90S8Config(16, 8, few_tokens=True), Sm90S8Config(8, 10, few_tokens=True),
+    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 5), Sm90S8Config(16, 8),
+    Sm90S8Config(8, 10),
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 //
 // A folded weight is sign(q) * ((|q| R + 128) >> 8), R the ratio of its group (kernels/folding.py). Codes have eight magnitudes,
 // so that the folded ones of a row and group are a table of eight bytes: two registers, and PRMT looks four up at once, by the low
-// three bits of the codes. Of negative codes these are 8 - |q|: their table is the other one backwards, negated.
+// three bits of the codes. Of negative codes these are 8 - |q|, and they have a table of their own.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -17,12 +17,15 @@ struct Table {
     low = ptx::permute_bytes(ratio * 0x00010000u + HALVES, ratio * 0x00030002u + HALVES, HIGH_BYTES);
     high = ptx::permute_bytes(ratio * 0x00050004u + HALVES, ratio * 0x00070006u + HALVES, HIGH_BYTES);
   }
-  // Of the codes -8 .. -1 by their low bits; -8 is none. 0x80 - magnitude borrows from no other byte, and the highest bit is then
-  // the other one.
-  __device__ __forceinline__ Table of_negative_codes() const {
-    const uint32 first = ptx::permute_bytes(high, 0, 0x1234), second = ptx::permute_bytes(low, high, 0x1234);
-    return {(0x80808080u - first) ^ 0x80808080u, (0x80808080u - second) ^ 0x80808080u};
+  // Of the codes -8 .. -1 by their low bits; -8 is none: -((|q| R + 128) >> 8) is (q R + 127) >> 8. The higher half has 1 more, which
+  // the lower one borrows where it is negative; where it is not, R is so small that the 1 changes nothing.
+  __device__ __forceinline__ void make_negative(uint32 ratio) {
+    constexpr uint32 HALVES = 0x0080007fu, HIGH_BYTES = 0x7531;
+    low = ptx::permute_bytes(ratio * pair(-8) + HALVES, ratio * pair(-6) + HALVES, HIGH_BYTES);
+    high = ptx::permute_bytes(ratio * pair(-4) + HALVES, ratio * pair(-2) + HALVES, HIGH_BYTES);
   }
+  // q and q + 1, in the halves of a register.
+  static __device__ __forceinline__ constexpr uint32 pair(int q) { return static_cast<uint32>(65536 * (q + 1) + q); }
   // Of four codes, in the low 16 bits; bits 3 are zero.
   __device__ __forceinline__ uint32 look_up(uint32 codes) const { return ptx::permute_bytes(low, high, codes); }
 };
@@ -33,8 +36,9 @@ struct SignedTables {
 
   // `ratios`: those of both rows.
   __device__ __forceinline__ void make(uint32 ratios) {
-    plus[0].make(ratios & 0xffffu), plus[1].make(ratios >> 16);
-    minus[0] = plus[0].of_negative_codes(), minus[1] = plus[1].of_negative_codes();
+    const uint32 first = ratios & 0xffffu, second = ratios >> 16;
+    plus[0].make(first), plus[1].make(second);
+    minus[0].make_negative(first), minus[1].make_negative(second);
   }
 };
 

@@ -8,14 +8,15 @@ struct FoldTable {
   uint32 low, high;                    // of 0 .. 3, 4 .. 7
   uint32 negative_low, negative_high;  // of -8 .. -5, -4 .. -1, of which -8 does not occur
 
-  // c R + 128 < 2^15 for R <= 4608, so that two products share a register.
+  // c R + 128 < 2^15 for R <= 4608, so that two products share a register. -((|q| R + 128) >> 8) is (q R + 127) >> 8; the higher half
+  // has 1 more, which the lower one borrows where it is negative. Where it is not, R is so small that the 1 changes nothing.
   FoldTable() = default;
   __device__ __forceinline__ explicit FoldTable(uint32 ratio) {
-    constexpr uint32 ROUND = 0x00800080, HIGH_BYTES = 0x7531;
-    low = ptx::permute_bytes(ratio * 0x00010000 + ROUND, ratio * 0x00030002 + ROUND, HIGH_BYTES);
-    high = ptx::permute_bytes(ratio * 0x00050004 + ROUND, ratio * 0x00070006 + ROUND, HIGH_BYTES);
-    negative_low = negated(ptx::permute_bytes(high, 0, 0x1234));
-    negative_high = negated(ptx::permute_bytes(low, high, 0x1234));
+    constexpr uint32 ROUND = 0x00800080, ROUND_NEGATIVE = 0x0080007f, HIGH_BYTES = 0x7531;
+    low = ptx::permute_bytes(ratio * pair(0) + ROUND, ratio * pair(2) + ROUND, HIGH_BYTES);
+    high = ptx::permute_bytes(ratio * pair(4) + ROUND, ratio * pair(6) + ROUND, HIGH_BYTES);
+    negative_low = ptx::permute_bytes(ratio * pair(-8) + ROUND_NEGATIVE, ratio * pair(-6) + ROUND_NEGATIVE, HIGH_BYTES);
+    negative_high = ptx::permute_bytes(ratio * pair(-4) + ROUND_NEGATIVE, ratio * pair(-2) + ROUND_NEGATIVE, HIGH_BYTES);
   }
   // Of the low three bits of codes in the four lowest nibbles of `codes`, whose bits 3 are zero; `negative`: bytes of ones.
   __device__ __forceinline__ uint32 look_up(uint32 codes, uint32 negative) const {
@@ -23,8 +24,8 @@ struct FoldTable {
   }
 
  private:
-  // Bytes of 0 .. 126. 0x80 less one of them borrows from no other byte, and its highest bit is then the other one.
-  static __device__ __forceinline__ uint32 negated(uint32 bytes) { return (0x80808080 - bytes) ^ 0x80808080; }
+  // q and q + 1, in the halves of a register.
+  static __device__ __forceinline__ constexpr uint32 pair(int q) { return static_cast<uint32>(65536 * (q + 1) + q); }
 };
 
 // One word of layout s8: eight codes of one row, in two's complement (layouts.py), to its registers of the A operand: of
