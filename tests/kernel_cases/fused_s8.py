@@ -57,7 +57,9 @@ def bounds(
     weight = codes_w.double().unflatten(1, (ratio.shape[1], -1)) * ratio.double()[..., None] * unit[:, None, None] / 256
     weight = weight.flatten(1).abs()
     error = scale[:, None] * (tied @ weight.t() + 2.0**-19 * (codes.double().abs() @ weight.t()))
-    flip = flips * 2.0**-8 * BLOCK**-0.5 * x.double().abs().unflatten(1, (-1, BLOCK)).amax(-1)  # in every transformed value
+    flip = (
+        flips * 2.0**-8 * BLOCK**-0.5 * x.double().abs().unflatten(1, (-1, BLOCK)).amax(-1)
+    )  # in every transformed value
     error += flip @ weight.unflatten(1, (-1, BLOCK)).sum(-1).t()
     if bias is not None:
         y, error = y + bias.double(), error + bias.double().abs() * 2.0**-22

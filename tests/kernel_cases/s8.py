@@ -196,7 +196,11 @@ def check_shapes(config: Config, generator: torch.Generator) -> None:
 def check_integers(config: Config, generator: torch.Generator) -> None:
     """The largest sums, their signs and last bits; every code with every ratio's rounding."""
     few = isinstance(config, Sm90S8Config) and config.few_tokens
-    m, n, blocks = min(config.tile_m, 40), 128, 4 if few else 12  # one more or less is beyond the roundings of four groups
+    m, n, blocks = (
+        min(config.tile_m, 40),
+        128,
+        4 if few else 12,
+    )  # one more or less is beyond the roundings of four groups
     device = generator.device
     random = random_operands(m, n, blocks, 1, generator, bias=False)
     most_a = torch.full_like(random.codes_a, TOKEN_CODE_MAX)

@@ -65,3 +65,41 @@ def test_folded_weights_and_their_product_number_by_number(groups: int) -> None:
             total = sum(a * w for a, w in zip(codes_a[token].tolist(), worth, strict=True))
             expected = total * float(scale_a[token]) * float(unit[row]) + float(bias[row])
             assert abs(float(y[token, row]) - expected) <= 1e-12 * (abs(expected) + 1)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_weights_that_are_not_folded_number_by_number(groups: int) -> None:
+    n, k = 4, 128 * groups
+    codes_w = torch.randint(-7, 8, (n, k), dtype=torch.int8, generator=generator(1))
+    scale_w = (torch.rand(n, groups, generator=generator(2)) + 0.01).half()
+    codes_a = torch.randint(-127, 128, (2, k), generator=generator(3))
+    scale_a, bias = torch.tensor([0.5, 3.0], dtype=torch.float64), torch.randn(n, generator=generator(4))
+    y = reference.unfolded_linear(codes_a, scale_a, codes_w, *reference.ratios(scale_w), bias)
+    for row in range(n):
+        scales = [Fraction(float(value)) for value in scale_w[row]]
+        ratios = [half_to_even(4608 * scale / max(scales)) for scale in scales]
+        unit = Fraction(float(torch.tensor(float(max(scales) / 18), dtype=torch.float32)))
+        for token in range(2):
+            products = zip(codes_a[token].tolist(), codes_w[row].tolist(), strict=True)
+            total = sum(a * w * ratios[column // 128] for column, (a, w) in enumerate(products))
+            expected = Fraction(float(scale_a[token])) * unit / 256 * total + Fraction(float(bias[row]))
+            assert abs(float(y[token, row]) - float(expected)) <= 1e-12 * (abs(float(expected)) + 1)
+
+
+def test_a_reader_that_folds_and_one_that_does_not_stay_within_the_bound() -> None:
+    """docs/format.md: 0.52 units a weight from q s_w, for both; and so their outputs."""
+    codes_w = torch.randint(-7, 8, (64, 2048), dtype=torch.int8, generator=generator(1))
+    scale_w = (0.02 * torch.exp(-6 * torch.rand(64, 16, generator=generator(2)))).half()
+    codes_a = torch.randint(-127, 128, (3, 2048), generator=generator(3))
+    scale_a = torch.tensor([1.0, 2.0, 0.25], dtype=torch.float64)
+    ratio, unit = reference.ratios(scale_w)
+    folded, unit_of_folded = reference.fold(codes_w, scale_w)
+    assert torch.equal(unit, unit_of_folded)
+    exact = (codes_w.double().unflatten(1, (16, -1)) * scale_w.double()[..., None]).flatten(1)
+    unfolded = (codes_w.double().unflatten(1, (16, -1)) * ratio.double()[..., None]).flatten(1) * unit[:, None] / 256
+    off = ((folded * unit[:, None] - exact).abs() / unit[:, None]).max()
+    assert 0.45 < off <= 0.52 and ((unfolded - exact).abs() / unit[:, None]).max() <= 7 / 512 + 1e-5
+    one = reference.folded_linear(codes_a, scale_a, folded, unit)
+    other = reference.unfolded_linear(codes_a, scale_a, codes_w, ratio, unit)
+    bound = 0.52 * scale_a[:, None] * unit * codes_a.abs().sum(1, keepdim=True)
+    assert ((one - other).abs() <= bound).all() and ((one - other).abs() > 1e-4 * bound).any()

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from ..gemm.sm90_s8_configs import Sm90S8Config
 
 TABLE = Path(__file__).parent / "mainloop_counts.json"
-EXACT_CODES = ("sm90_s8_linear", "sm90_s8_m8n64", "sm90_s8_m16n64", "sm90_s8_m32n64")  # names of kernels that do not fold
+EXACT_CODES = (
+    "sm90_s8_linear",
+    "sm90_s8_m8n64",
+    "sm90_s8_m16n64",
+    "sm90_s8_m32n64",
+)  # names of kernels that do not fold
 CONTROL = Path(__file__).parents[3] / "scripts" / "account" / "naive_i2f.cu"  # in a checkout only
 
 

@@ -111,7 +111,9 @@ def test_lanes_give_sixteen_times_the_sums(
     ("old", "new"),
     [("word << 4", "word << 3"), ("word & 0xf0", "word & 0x70"), ("0x6420", "0x6240"), ("0x7531", "0x7351")],
 )
-def test_a_changed_constant_is_noticed(old: str, new: str, operands: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+def test_a_changed_constant_is_noticed(
+    old: str, new: str, operands: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
     source = (SOURCES / "gemm" / "exact_fragments.cuh").read_text()
     assert source.count(old) == 1
     weight, tokens = operands

@@ -118,7 +118,9 @@ def test_a_forbidden_code_stays_in_its_byte(fold_block: Callable[..., None]) -> 
     words = np.full(8, 0x08080808, np.uint32)
     folded = np.full(16, 7, np.uint32)
     fold_block(
-        words.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint32(4608 << 16 | 4608), folded.ctypes.data_as(ctypes.c_void_p)
+        words.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_uint32(4608 << 16 | 4608),
+        folded.ctypes.data_as(ctypes.c_void_p),
     )
     assert not folded.view(np.int8)[1::2].any()
 
