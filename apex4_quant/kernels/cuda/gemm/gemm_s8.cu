@@ -283,7 +283,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // Not needed in the loop, which has no register to spare.
   __shared__ Tile origin;
   if (threadIdx.x == 0) origin = {tile.m * TILE_M, tile.n * TILE_N};
-  const uint32 minus_two = ptx::hidden<0xfffffffe>();
 
   // Of this warp's outputs: the tables of a block's group, and the int8 of two k32 steps, as the mma wants them.
   FoldTable tables[FRAGMENTS_N][2];
@@ -300,10 +299,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_N; ++i) {
       const uint4 words = ptx::shared_read_128(w_smem_rd + at + sm90_weight_byte(half, i, 0));
-      widen(words.x, tables[i][0], tables[i][1], minus_two, w[half][i][0][0], w[half][i][0][1]);
-      widen(words.y, tables[i][0], tables[i][1], minus_two, w[half][i][0][2], w[half][i][0][3]);
-      widen(words.z, tables[i][0], tables[i][1], minus_two, w[half][i][1][0], w[half][i][1][1]);
-      widen(words.w, tables[i][0], tables[i][1], minus_two, w[half][i][1][2], w[half][i][1][3]);
+      widen(words.x, tables[i][0], w[half][i][0][0], w[half][i][0][2]);
+      widen(words.y, tables[i][1], w[half][i][0][1], w[half][i][0][3]);
+      widen(words.z, tables[i][0], w[half][i][1][0], w[half][i][1][2]);
+      widen(words.w, tables[i][1], w[half][i][1][1], w[half][i][1][3]);
     }
   };
   const auto multiply_half = [&](uint32 at, int half) {
