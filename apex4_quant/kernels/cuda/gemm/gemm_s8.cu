@@ -236,7 +236,13 @@ __device__ __forceinline__ void store_tile(const Problem& p, const TileRows& row
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// With few tokens one thread block a multiprocessor is enough: more registers, where ptxas would spill.
+#if TILE_M <= 16
+#define AT_ONCE , 1
+#else
+#define AT_ONCE
+#endif
+extern "C" __global__ void __launch_bounds__(THREADS AT_ONCE)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const unsigned short* w_ratio,
                const float* w_unit, const float* bias, int* partial, uint32* counter, EXPERT_POINTERS int m, int n,
                int k_blocks, int blocks_per_group, int m_stride, int ldy, int splits EXPERT_NUMBERS) {
