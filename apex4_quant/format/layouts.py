@@ -33,8 +33,8 @@ sign and magnitude with the odd nibbles' signs one byte further, so that masking
 four bits, leaves bytes `s0000mmm`: in e4m3 the number (-1)^s * m * 2^-9. See `_sign_magnitude`.
 
 `S8` is what kernels for 8-bit activations read, on every GPU, and no layout of checkpoints: the tiles of `sm90`, whose words hold
-the four codes of row r in the lower half and those of row r + 8 in the upper one. Four magnitudes are then a selector of PRMT,
-which looks four codes up in a table of bytes. See `_sign_magnitude_of_words`.
+eight codes of one row, k = 4q..4q+3 and 16 + 4q..16 + 4q+3, in two's complement. The low three bits of the codes of a half are a
+selector of PRMT, which looks them up in tables of bytes; and two logic operations make the even and the odd nibbles int8.
 """
 
 from __future__ import annotations
@@ -202,28 +202,6 @@ def _twos_complement(packed: torch.Tensor) -> torch.Tensor:
     return (even | odd << 4).to(torch.uint8)
 
 
-def _sign_magnitude_of_words(packed: torch.Tensor) -> torch.Tensor:
-    """Two's complement nibbles to sign and magnitude, as `s8` stores them; uint8 [..., 4 w] -> the same shape.
-
-    Bits 0..2 of a nibble are its magnitude. Bit 7 of byte i of a 32-bit word is the sign of nibble i of the word, bit 3 that of
-    nibble 4 + i. -8 becomes the negative zero.
-    """
-    nibbles = torch.stack((packed & 0x0F, packed >> 4), -1).unflatten(-2, (-1, 4)).flatten(-2)  # [..., w, 8]
-    magnitude = torch.where(nibbles > 7, 16 - nibbles, nibbles) & 7
-    sign = nibbles & 8
-    stored: torch.Tensor = magnitude[..., 0::2] | magnitude[..., 1::2] << 4 | sign[..., :4] << 4 | sign[..., 4:]
-    return stored.flatten(-2).to(torch.uint8)
-
-
-def _twos_complement_of_words(packed: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_sign_magnitude_of_words`; the negative zero comes out as -8."""
-    words = packed.unflatten(-1, (-1, 4))
-    magnitude = torch.stack((words & 7, words >> 4 & 7), -1).flatten(-2)
-    sign = torch.cat((words & 0x80, words << 4 & 0x80), -1)
-    nibbles: torch.Tensor = torch.where(sign != 0, torch.where(magnitude == 0, 8, 16 - magnitude), magnitude)
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).flatten(-2).to(torch.uint8)
-
-
 def _roll_in_words(bytes_: torch.Tensor, by: int) -> torch.Tensor:
     words: torch.Tensor = bytes_.unflatten(-1, (-1, 4))
     return words.roll(by, -1).flatten(-2)
@@ -252,8 +230,8 @@ SM90 = Layout(
 )
 # The same tiles for 8-bit activations. No checkpoint has it: weights are put into it when they are prepared for a GPU.
 S8 = Layout(
-    name="s8", rows=SM90.rows, cols=SM90.cols, order=("c", "w", "r", "q", "s", "h", "u", "i"), scale_rows=SM90.scale_rows,
-    scale_order=SM90.scale_order, encoding=(_sign_magnitude_of_words, _twos_complement_of_words),
+    name="s8", rows=SM90.rows, cols=SM90.cols, order=("c", "w", "r", "q", "s", "u", "h", "i"), scale_rows=SM90.scale_rows,
+    scale_order=SM90.scale_order,
 )  # fmt: skip
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROWMAJOR, SM80, SM90)}
 

@@ -20,7 +20,7 @@ from . import cpu_ops
 from .activation_quantization import OperatorNumbers
 from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
 from .gemm.eight_bit import EightBitPlan, choose_eight_bit_gemm
-from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, FusedShape, fused_launch
+from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, MOST_TOKENS_S8, FusedShape, fused_launch
 from .operands import (
     GROUPED_FORMATS,
     ROW_BYTES,
@@ -118,12 +118,13 @@ class _Source:
         return quantizer(shape), matrix
 
     def fused(self, n: int, k_padded: int, group: int, clip: float, hadamard: bool, format: str) -> Launch | None:
-        """The kernel that quantizes and multiplies, where the shape gets it."""
+        """The kernel that quantizes and multiplies, where the shape gets it. `group`: of the weights."""
         x = self.x
+        eight_bit = format == TOKEN_FORMAT
         if (
-            x.shape[0] > MOST_TOKENS
+            x.shape[0] > (MOST_TOKENS_S8 if eight_bit else MOST_TOKENS)
             or self.input not in FUSED_INPUTS
-            or format != "sm90"
+            or format not in ("sm90", TOKEN_FORMAT)
             or group != BLOCK
             or not hadamard
         ):
@@ -131,7 +132,7 @@ class _Source:
         index = x.device.index
         shape = FusedShape(
             index, *gpu(index), x.shape[0], n, x.shape[1], k_padded // BLOCK, x.stride(0), self.ld_second, self.aligned,
-            _NAMES[x.dtype], self.input, clip, plan_source(),
+            _NAMES[x.dtype], self.input, clip, plan_source(), 8 if eight_bit else 4,
         )  # fmt: skip
         return fused_launch(launcher.kernel, shape)
 
@@ -161,19 +162,13 @@ def _linear(
     if m == 0:
         return y
     stream = current_cuda_stream(device.index)
-    fused = source.fused(n, *how) if matrix is None else None
+    k_padded, group, clip, hadamard, format = how
+    of_weights = k_padded // scale.shape[1]
+    fused = source.fused(n, k_padded, of_weights, clip, hadamard, format) if matrix is None else None
     if fused is not None:
-        fused(
-            stream,
-            y.data_ptr(),
-            x.data_ptr(),
-            _address(source.second),
-            packed.data_ptr(),
-            scale.data_ptr(),
-            _address(bias),
-        )
+        weights = [packed.data_ptr(), scale.data_ptr(), *([] if unit is None else [unit.data_ptr()])]
+        fused(stream, y.data_ptr(), x.data_ptr(), _address(source.second), *weights, _address(bias))
         return y
-    k_padded, group, _, _, format = how
     m_stride = row_stride(m)
     code_bytes = k_padded // BLOCK * m_stride * ROW_BYTES[format]
     scale_bytes = 4 * (k_padded // group) * m_stride

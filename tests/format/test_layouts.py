@@ -149,27 +149,27 @@ def test_golden_single_code_sm90(n: int, k: int, stored: dict[int, int]) -> None
 
 
 def test_golden_word_s8() -> None:
-    """The word of `test_golden_word_sm90`: magnitudes 1 2 3 4, then 5 6 7 0; signs of the first in bits 7, of the others in bits 3."""
+    """A word for each row: nibbles 1 -2 3 -4, then -5 6 -7 0, and the other half k 16 to 19; two's complement."""
     codes = torch.zeros(64, 128, dtype=torch.int8)
     codes[0, :4] = torch.tensor([1, -2, 3, -4])
+    codes[0, 16:20] = torch.tensor([0, 0, 5, -6])
     codes[8, :4] = torch.tensor([-5, 6, -7, 0])
     packed = S8.pack(codes).flatten()
-    assert bytes(packed[:4].tolist()).hex() == "29c36d87"
-    assert not packed[4:].any()
+    assert bytes(packed[:8].tolist()).hex() == "e1c300a5" + "6b090000"
+    assert not packed[8:].any()
 
 
 def test_s8_holds_the_words_of_sm90_in_another_order_and_is_not_stored() -> None:
     codes, scales = random_codes(200, 384), random_scales(200, 3)
     packed = S8.pack(codes)
     assert torch.equal(S8.unpack(packed, 200), codes) and torch.equal(S8.pack_scales(scales), SM90.pack_scales(scales))
-    for n, k in ((0, 0), (13, 77), (63, 127)):  # the nibbles of a word: two rows of four, and not four of two rows
-        word, nibble = divmod(SM90.nibble(n, k), 8)
-        assert S8.nibble(n, k) == 8 * word + nibble // 2 + 4 * (nibble % 2)
+    for n, k in ((0, 0), (13, 77), (63, 127)):  # of two words: one for each row, and not one for each half of k
+        pair, nibble = divmod(SM90.nibble(n, k), 16)
+        half, element, row = nibble // 8, nibble // 2 % 4, nibble % 2
+        assert S8.nibble(n, k) == 16 * pair + 8 * row + 4 * half + element
     assert not S8.has_forbidden_code(packed) and "s8" not in LAYOUTS
-    negative_zero = packed.clone()
-    negative_zero[0, 0, 0] = 0x08  # magnitudes of nibbles 0 and 1 are zero, and nibble 4 is negative
-    negative_zero[0, 0, 2] &= 0xF8
-    assert S8.has_forbidden_code(negative_zero)
+    packed[0, 0, 0] = 0x18
+    assert S8.has_forbidden_code(packed)
 
 
 def test_golden_scale_order() -> None:

@@ -15,7 +15,8 @@ from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.kernels import cuda_ops, dispatch, ops
 from apex4_quant.kernels.gemm import eight_bit, fused_linear, tuned
-from apex4_quant.kernels.gemm.configs import SHARED_LIMITS, choose_gemm
+from apex4_quant.kernels.gemm.configs import SHARED_LIMITS, PlanSource, choose_gemm
+from apex4_quant.kernels.gemm.sm90_s8_configs import choose_sm90_s8
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.operands import unpack_activations
 from apex4_quant.kernels.quantize import hadamard_product
@@ -326,6 +327,48 @@ def test_what_is_no_one_launch(
     assert len(launches.launched) == launched
 
 
+@pytest.mark.parametrize("m", [1, 3])
+def test_few_tokens_of_eight_bits_are_one_launch(m: int, launches: Launches) -> None:
+    n, k = 130, 1000
+    x, up = torch.randn(m, 2048).half()[:, :k], torch.randn(m, 2048).half()[:, :k]
+    packed, ratio = torch.zeros(3, 8, 4096, dtype=torch.uint8), torch.zeros(3, 8, 64, dtype=torch.int16)
+    unit, bias = torch.zeros(192), torch.zeros(n)
+    how = (None, 1024, 1024, 1.0, True, "s8")
+    for input, linear, inputs in ((0, cuda_ops.linear, (x,)), (2, cuda_ops.silu_mul_linear, (x, up))):
+        launches.made.clear(), launches.launched.clear()
+        y = linear(*inputs, packed, ratio, unit, bias, n, *how)
+        ((source, entry, defines),), ((args, rest),) = launches.made, launches.launched
+        assert (source, entry, defines["QUANTIZES"]) == ("gemm/gemm_sm90_decode_s8.cu", "apex4_linear", 1)
+        assert (defines["APEX4_INPUT"], defines["APEX4_FORMAT"], defines["OUT_BF16"]) == (input, 8, 0)
+        second = 0 if input == 0 else inputs[1].data_ptr()
+        weights = packed.data_ptr(), ratio.data_ptr(), unit.data_ptr()
+        assert args[:7] == (y.data_ptr(), x.data_ptr(), second, *weights, bias.data_ptr())
+        assert args[7:] == (m, n, k, 8, 2048, 2048 if input == 2 else 0, n, 3, 1)
+        plan = choose_sm90_s8(90, 132, m, n, 8, 1, "fp16", PlanSource(None, 0))
+        assert rest["cluster"] == plan.cluster and rest["programmatic"] and rest["stream"] == 77
+        of_stages = -(-8 // (4 * plan.cluster)) * 4
+        assert rest["shared_bytes"] == defines["SHARED_BYTES"] + of_stages * m * 128
+
+
+@pytest.mark.parametrize(
+    ("what", "launched"),
+    [
+        ({}, 1),
+        ({"m": 4}, 2),
+        ({"groups": 2}, 2),
+        ({"hadamard": False}, 2),
+        ({"k": 28672}, 1),
+        ({"m": 2, "k": 28672}, 2),
+    ],
+)
+def test_what_is_no_one_launch_of_eight_bits(what: dict[str, Any], launched: int, launches: Launches) -> None:
+    m, k = what.get("m", 1), what.get("k", 1024)
+    x, groups = torch.zeros(m, k, dtype=torch.bfloat16), what.get("groups", k // 128)
+    packed, ratio = torch.zeros(1, k // 128, 4096, dtype=torch.uint8), torch.zeros(1, groups, 64, dtype=torch.int16)
+    cuda_ops.linear(x, packed, ratio, torch.zeros(64), None, 64, None, k, k, 1.0, what.get("hadamard", True), "s8")
+    assert len(launches.launched) == launched
+
+
 def test_eight_bits_launch_the_kernel_of_their_family(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(
         name="some", source="gemm/some.cu", entry="apex4_gemm", defines={"TILE_M": 7}, shared_bytes=5
@@ -359,6 +402,12 @@ def test_shared_memory_of_the_fused_kernel_is_enough_or_it_is_not_taken() -> Non
             assert (plan is not None) == (k_blocks <= most), (m, k_blocks)
             assert plan is None or plan.shared_bytes <= SHARED_LIMITS[90][0]
     assert fused_linear.choose_fused(80, 108, 1, 4096, 32, "plain", "bfloat16") is None
+    for m, most in {1: 224, 2: 112, 3: 80, 4: 0}.items():  # passes of all threads
+        for k_blocks in (1, 8, 32, 64, 80, 112, 224, 400):
+            plan = fused_linear.choose_fused_s8(90, 132, m, 4096, k_blocks, "plain", "bfloat16", PlanSource(None, 0))
+            assert (plan is not None) == (k_blocks <= most), (m, k_blocks)
+            assert plan is None or plan.shared_bytes <= SHARED_LIMITS[90][0]
+    assert fused_linear.choose_fused_s8(86, 84, 1, 4096, 32, "plain", "bfloat16", PlanSource(None, 0)) is None
 
 
 def test_one_matrix_for_all_blocks_is_launched_as_one(launches: Launches) -> None:

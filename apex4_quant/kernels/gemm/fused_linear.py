@@ -1,8 +1,9 @@
 """A linear of very few tokens as one kernel, that quantizes its own input: which shapes get it, and its launch. Torch-free.
 
-The kernel is apex4_linear of cuda/gemm/gemm_sm90_decode.cu: x or SiLU(gate) * up, the Hadamard transform, groups of 128. What
-its thread blocks do with their tiles is what the GEMM for 8 tokens does, so that choose_gemm decides about it, and its
-results are those of quantizer and GEMM, bit for bit.
+The kernels are apex4_linear of cuda/gemm/gemm_sm90_decode.cu and gemm_sm90_decode_s8.cu: x or SiLU(gate) * up, the Hadamard
+transform, groups of 128. What their thread blocks do with their tiles is what the GEMMs for 8 tokens do, so that choose_gemm and
+choose_sm90_s8 decide about it. With 4-bit activations results are those of quantizer and GEMM, bit for bit. With 8 bits they are
+but for codes on a tie: the quantizer adds in another order.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from typing import NamedTuple
 
 from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
-from ..quantize.configs import DTYPES, INPUTS
+from ..quantize.configs import DTYPES, FORMATS, INPUTS, TOKEN_FORMAT
 from ..runtime.launcher import Kernel, Launch
-from .configs import DECODE_PARTS, SHARED_LIMITS, GemmPlan, PlanSource, choose_gemm
+from .configs import DECODE_PARTS, SHARED_LIMITS, GemmPlan, PlanSource, choose_gemm, plan_source
+from .sm90_s8_configs import Sm90S8Plan, choose_sm90_s8, few_tokens_shared_bytes
 
 FUSED_INPUTS = ("plain", "silu_mul")  # RMSNorm needs sums over rows first: in a model that cost more (measured, H100)
 MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of them (measured, H100)
 SLICES = 64  # of quantize_tokens.cuh: blocks of tokens that are quantized at a time
 MOST_ROUNDS = 3  # of these, likewise
 TILE_M, STAGES = 8, 10
+# Of 8-bit activations: tokens, measured on an H200, and passes of quantize_whole_tokens.cuh. A thread block transforms all of a
+# token's inputs.
+MOST_TOKENS_S8, ROUNDS_S8 = 3, 4
+_SLICES_OF_WARP = 4  # of quantize_whole_tokens.cuh
 _OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -34,6 +40,7 @@ class FusedConfig:
     input: str
     dtype: str
 
+    activation_bits = 4
     source = "gemm/gemm_sm90_decode.cu"
     entry = "apex4_linear"
 
@@ -58,19 +65,41 @@ class FusedConfig:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class FusedS8Config(FusedConfig):
+    """The same for 8-bit activations."""
+
+    activation_bits = 8
+    source = "gemm/gemm_sm90_decode_s8.cu"
+
+    @property
+    def name(self) -> str:
+        return f"sm90_s8_linear_{self.input}_{self.dtype}"
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        return few_tokens_shared_bytes(TILE_M, STAGES, 0)
+
+    @cached_property
+    def defines(self) -> dict[str, int]:
+        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": ROUNDS_S8}
+
+
 @cache
-def fused_config(input: str, dtype: str) -> FusedConfig:
-    return FusedConfig(input, dtype)
+def fused_config(input: str, dtype: str, activation_bits: int = 4) -> FusedConfig:
+    return (FusedS8Config if activation_bits == 8 else FusedConfig)(input, dtype)
 
 
 def all_configs(sm: int) -> list[FusedConfig]:
-    return [fused_config(input, dtype) for dtype in DTYPES for input in FUSED_INPUTS] if sm == 90 else []
+    if sm != 90:
+        return []
+    return [fused_config(input, dtype, bits) for bits in (4, 8) for dtype in DTYPES for input in FUSED_INPUTS]
 
 
 @dataclass(frozen=True)
 class FusedPlan:
     config: FusedConfig
-    gemm: GemmPlan  # grid and cluster
+    gemm: GemmPlan | Sm90S8Plan  # grid and cluster
 
     @property
     def own_blocks(self) -> int:
@@ -80,6 +109,8 @@ class FusedPlan:
     @property
     def shared_bytes(self) -> int:
         """With the scales and codes of its tokens. 128 bytes more: the last core matrix has eight rows whatever m is."""
+        if isinstance(self.gemm, Sm90S8Plan):
+            return self.config.shared_bytes + self.own_blocks * self.gemm.m * BLOCK
         return self.config.shared_bytes + self.own_blocks * (4 * TILE_M + self.gemm.m * BLOCK) + 128
 
 
@@ -100,6 +131,21 @@ def choose_fused(
     return plan if fits else None
 
 
+def choose_fused_s8(
+    sm: int, sm_count: int, m: int, n: int, k_blocks: int, input: str, dtype: str, source: PlanSource | None = None
+) -> FusedPlan | None:
+    """As `choose_fused`, of 8-bit activations; groups of 128 all the same."""
+    if sm != 90 or not 1 <= m <= MOST_TOKENS_S8 or input not in FUSED_INPUTS:
+        return None
+    chosen = choose_sm90_s8(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype], source or plan_source())
+    if chosen.config.tile_m != TILE_M:
+        return None
+    plan = FusedPlan(fused_config(input, dtype, 8), chosen)
+    slices = m * round_up(k_blocks, _SLICES_OF_WARP)
+    fits = plan.shared_bytes <= SHARED_LIMITS[sm][0] and slices <= ROUNDS_S8 * SLICES
+    return plan if fits else None
+
+
 class FusedShape(NamedTuple):
     """All that a launch depends on but pointers, named as in QuantizerShape of quantize/launch.py."""
 
@@ -117,25 +163,29 @@ class FusedShape(NamedTuple):
     input: str
     clip: float
     source: PlanSource
+    activation_bits: int
 
 
 @lru_cache(maxsize=4096)
 def fused_launch(kernel: Callable[..., Kernel], shape: FusedShape) -> Launch | None:
-    """The kernel of a shape with all but its pointers, which are y, x, second, w_packed, w_scale and bias; None: see above.
+    """The kernel of a shape with all but its pointers, which are y, x, second, w_packed, w_scale, with 8-bit
+    activations w_unit, and bias; None: see above.
 
     `kernel` is launcher.kernel.
     """
-    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source = shape
-    plan = choose_fused(sm, sm_count, m, n, k_blocks, input, dtype, source)
+    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source, bits = shape
+    choose = choose_fused_s8 if bits == 8 else choose_fused
+    plan = choose(sm, sm_count, m, n, k_blocks, input, dtype, source)
     if plan is None:
         return None
     config, grid = plan.config, plan.gemm
     numbers = (m, n, k, k_blocks, ldx, ld_second, n, -(-n // KERNEL_TILE_N))
+    clips = [] if bits == 8 else [c_float(clip / CODE_MAX)]
     return kernel(config.source, config.entry, config.defines, shape.device).bind(
         grid.grid,
-        grid.block - 64,  # one warp copies, not three
-        6,
-        [*map(c_int, numbers), c_float(clip / CODE_MAX), c_int(aligned)],
+        128 * DECODE_PARTS + 32,  # one warp copies
+        7 if bits == 8 else 6,
+        [*map(c_int, numbers), *clips, c_int(aligned)],
         shared_bytes=plan.shared_bytes,
         cluster=grid.cluster,
         programmatic=True,

@@ -25,6 +25,14 @@ _MOST_CLUSTER = 2
 FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
 
 
+def few_tokens_shared_bytes(tile_m: int, stages: int, token_bytes: int) -> int:
+    """Of struct Shared of gemm_sm90_decode_s8.cu, which asserts it. `token_bytes`: tokens' codes of a block in a stage."""
+    stage = round_up(DECODE_PARTS * (token_bytes + _LAYOUT_BYTES + 2 * KERNEL_TILE_N) + 16, BLOCK)
+    # y; sums of the other warpgroups, and of a cluster's second block; the tokens' scales and absmax; two barriers.
+    output = tile_m * KERNEL_TILE_N * (2 + 4 * DECODE_PARTS) + 8 * tile_m + 16
+    return round_up(stages * stage + output, BLOCK)
+
+
 @dataclass(frozen=True)
 class Sm90S8Config:
     """One cubin. A tile has `tile_m` tokens; its outputs are 128, or 64 where tokens are few. `out`: dtype of y."""
@@ -64,15 +72,10 @@ class Sm90S8Config:
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Shared. The kernel asserts it."""
+        if self.few_tokens:
+            return few_tokens_shared_bytes(self.tile_m, self.stages, self.tile_m * BLOCK)
         chunk = min(self.tile_m, _CHUNK)
         tile = _LAYOUT_BYTES + 2 * KERNEL_TILE_N  # weights and their ratios
-        if self.few_tokens:
-            stage = round_up(DECODE_PARTS * (self.tile_m * BLOCK + tile) + 16, 1024)
-            output = 2 * chunk * KERNEL_TILE_N * 2 + self.tile_m * 4  # two buffers of y, the tokens' scales
-            sums = (
-                DECODE_PARTS * self.tile_m * KERNEL_TILE_N * 4
-            )  # of the other warpgroups, and of a cluster's second block
-            return round_up(self.stages * stage + round_up(output, 16) + sums + 16, 1024)
         stage = round_up(self.tile_m * BLOCK + _CONSUMERS * tile + 16, 1024)
         output = _CONSUMERS * (2 * chunk * KERNEL_TILE_N * 2 + self.tile_m * 4 + 1)
         return round_up(self.stages * stage + output, 1024)
@@ -82,7 +85,7 @@ class Sm90S8Config:
         found = {
             "TILE_M": self.tile_m, "STAGES": self.stages, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16")
         }  # fmt: skip
-        return found | ({"PARTS": DECODE_PARTS} if self.few_tokens else {"CONSUMERS": _CONSUMERS})
+        return found | ({"PARTS": DECODE_PARTS, "QUANTIZES": 0} if self.few_tokens else {"CONSUMERS": _CONSUMERS})
 
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.tile_m) * -(-n // self.tile_n)

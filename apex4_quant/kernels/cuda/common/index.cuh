@@ -48,6 +48,11 @@ APEX4_INDEX(sm90_scale_position, (int warp, int lane), 16 * warp + 2 * (lane >> 
 // rows are the next chunk's.
 APEX4_INDEX(sm90_token_byte, (int rows, int row, int chunk), 16 * (rows * chunk + row))
 
+// Kernels that widen even and odd nibbles of layout s8 apart (gemm/exact_fragments.cuh) multiply the inputs of a k32 step in another
+// order. Of a token's block of 128 codes, the byte of input feature k where a lane's B operands of all steps stand together: 32 bytes
+// for each of the four lanes of a token, 8 for each step, 4 for each of b0 and b1.
+APEX4_INDEX(exact_token_byte, (int k), 32 * (k >> 2 & 3) + 8 * (k >> 5) + 4 * (k & 1) + 2 * (k >> 4 & 1) + (k >> 1 & 1))
+
 // ---- activation quantizers --------------------------------------------------------------------------------------------
 // quantize_rows: eight lanes hold a slice, one block of one row; a CTA's slices are numbered rows first.
 APEX4_INDEX(rows_column, (int lane), 16 * (lane & 7))

@@ -125,6 +125,13 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32
 }
 #endif
 
+// D = A B + C.
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 // ---- D = A B + C with 4-bit signed integers, one warp, m16 n8 k64 ------------------------------------------------------
 __device__ __forceinline__ void mma_s4(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
   asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
@@ -241,6 +248,10 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 __device__ __forceinline__ void stmatrix_x2_trans(uint32 shared_wr, uint32 a, uint32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_wr), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4_trans(uint32 shared_wr, uint32 a, uint32 b, uint32 c, uint32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_wr), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
 }
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <int registers>

@@ -3,34 +3,36 @@
 
 #include "common/ptx.cuh"
 
-// What the eight magnitudes of a row's group become, a byte each, with bit 7 set: 128 + |w8|.
+// What the codes of a row's group become, a byte each.
 struct FoldTable {
-  uint32 low, high;  // of magnitudes 0 .. 3, 4 .. 7
+  uint32 low, high;                    // of 0 .. 3, 4 .. 7
+  uint32 negative_low, negative_high;  // of -8 .. -5, -4 .. -1, of which -8 does not occur
 
-  // c R + 128 < 2^15 for R <= 4608, so that two products share a register. Bits 15 and 31 become bit 7 of a byte.
+  // c R + 128 < 2^15 for R <= 4608, so that two products share a register. -((|q| R + 128) >> 8) is (q R + 127) >> 8; the higher half
+  // has 1 more, which the lower one borrows where it is negative. Where it is not, R is so small that the 1 changes nothing.
   FoldTable() = default;
   __device__ __forceinline__ explicit FoldTable(uint32 ratio) {
-    constexpr uint32 ROUND = 0x80808080, HIGH_BYTES = 0x7531;
-    low = ptx::permute_bytes(ratio * 0x00010000 + ROUND, ratio * 0x00030002 + ROUND, HIGH_BYTES);
-    high = ptx::permute_bytes(ratio * 0x00050004 + ROUND, ratio * 0x00070006 + ROUND, HIGH_BYTES);
+    constexpr uint32 ROUND = 0x00800080, ROUND_NEGATIVE = 0x0080007f, HIGH_BYTES = 0x7531;
+    low = ptx::permute_bytes(ratio * pair(0) + ROUND, ratio * pair(2) + ROUND, HIGH_BYTES);
+    high = ptx::permute_bytes(ratio * pair(4) + ROUND, ratio * pair(6) + ROUND, HIGH_BYTES);
+    negative_low = ptx::permute_bytes(ratio * pair(-8) + ROUND_NEGATIVE, ratio * pair(-6) + ROUND_NEGATIVE, HIGH_BYTES);
+    negative_high = ptx::permute_bytes(ratio * pair(-4) + ROUND_NEGATIVE, ratio * pair(-2) + ROUND_NEGATIVE, HIGH_BYTES);
   }
-  // Of the magnitudes in the four lowest nibbles of `magnitudes`, whose bits 3 are zero.
-  __device__ __forceinline__ uint32 look_up(uint32 magnitudes) const {
-    return ptx::permute_bytes(low, high, magnitudes);
+  // Of the low three bits of codes in the four lowest nibbles of `codes`, whose bits 3 are zero; `negative`: bytes of ones.
+  __device__ __forceinline__ uint32 look_up(uint32 codes, uint32 negative) const {
+    return (ptx::permute_bytes(low, high, codes) & ~negative) | (ptx::permute_bytes(negative_low, negative_high, codes) & negative);
   }
+
+ private:
+  // q and q + 1, in the halves of a register.
+  static __device__ __forceinline__ constexpr uint32 pair(int q) { return static_cast<uint32>(65536 * (q + 1) + q); }
 };
 
-// Four magnitudes as 128 + |w8| and, of the same bytes, 255 where the code is negative and 0 elsewhere: four int8.
-__device__ __forceinline__ uint32 with_signs(uint32 magnitudes, uint32 negative, uint32 minus_two) {
-  // 128 - |w8| is 128 + |w8| less twice |w8|. No byte borrows from the next: all are 2 .. 254.
-  return ptx::multiply_add(magnitudes & negative & 0x7f7f7f7f, minus_two, magnitudes) ^ 0x80808080;
-}
-
-// One word of layout s8: four codes of one row, then four of another, of the same inputs, in sign and magnitude (layouts.py).
-__device__ __forceinline__ void widen(uint32 word, const FoldTable& first_row, const FoldTable& second_row,
-                                      uint32 minus_two, uint32& first, uint32& second) {
-  const uint32 magnitudes = word & 0x77777777, upper = ptx::permute_bytes(magnitudes, 0, 0x4432);
-  // A selector with bit 3 set repeats the sign of a byte. Signs of the second row are in bit 3 of the bytes.
-  first = with_signs(first_row.look_up(magnitudes), ptx::permute_bytes(word, word, 0xba98), minus_two);
-  second = with_signs(second_row.look_up(upper), ptx::permute_bytes(word << 4, word << 4, 0xba98), minus_two);
+// One word of layout s8: eight codes of one row, in two's complement (layouts.py), to its registers of the A operand: of
+// k = 4q .. 4q+3, and 16 further.
+__device__ __forceinline__ void widen(uint32 word, const FoldTable& row, uint32& near, uint32& far) {
+  const uint32 codes = word & 0x77777777, upper = ptx::permute_bytes(codes, 0, 0x4432);
+  // A selector with bit 3 set repeats the sign of a byte: of odd nibbles from the word, of even ones from the word << 4.
+  near = row.look_up(codes, ptx::permute_bytes(word, word << 4, 0x9d8c));
+  far = row.look_up(upper, ptx::permute_bytes(word, word << 4, 0xbfae));
 }

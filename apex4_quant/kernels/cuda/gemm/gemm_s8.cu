@@ -236,7 +236,13 @@ __device__ __forceinline__ void store_tile(const Problem& p, const TileRows& row
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// With few tokens one thread block a multiprocessor is enough: more registers, where ptxas would spill.
+#if TILE_M <= 16
+#define AT_ONCE , 1
+#else
+#define AT_ONCE
+#endif
+extern "C" __global__ void __launch_bounds__(THREADS AT_ONCE)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const unsigned short* w_ratio,
                const float* w_unit, const float* bias, int* partial, uint32* counter, EXPERT_POINTERS int m, int n,
                int k_blocks, int blocks_per_group, int m_stride, int ldy, int splits EXPERT_NUMBERS) {
@@ -283,7 +289,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // Not needed in the loop, which has no register to spare.
   __shared__ Tile origin;
   if (threadIdx.x == 0) origin = {tile.m * TILE_M, tile.n * TILE_N};
-  const uint32 minus_two = ptx::hidden<0xfffffffe>();
 
   // Of this warp's outputs: the tables of a block's group, and the int8 of two k32 steps, as the mma wants them.
   FoldTable tables[FRAGMENTS_N][2];
@@ -300,10 +305,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_N; ++i) {
       const uint4 words = ptx::shared_read_128(w_smem_rd + at + sm90_weight_byte(half, i, 0));
-      widen(words.x, tables[i][0], tables[i][1], minus_two, w[half][i][0][0], w[half][i][0][1]);
-      widen(words.y, tables[i][0], tables[i][1], minus_two, w[half][i][0][2], w[half][i][0][3]);
-      widen(words.z, tables[i][0], tables[i][1], minus_two, w[half][i][1][0], w[half][i][1][1]);
-      widen(words.w, tables[i][0], tables[i][1], minus_two, w[half][i][1][2], w[half][i][1][3]);
+      widen(words.x, tables[i][0], w[half][i][0][0], w[half][i][0][2]);
+      widen(words.y, tables[i][1], w[half][i][0][1], w[half][i][0][3]);
+      widen(words.z, tables[i][0], w[half][i][1][0], w[half][i][1][2]);
+      widen(words.w, tables[i][1], w[half][i][1][1], w[half][i][1][3]);
     }
   };
   const auto multiply_half = [&](uint32 at, int half) {

@@ -1,59 +1,97 @@
-// GEMM of 4-bit weights and 8-bit activations for sm_90a (H100, H200) and few tokens, as in decoding. Operands, arithmetic and roles
-// are those of gemm_sm90_s8.cu; tiles, stages, clusters and what is shared by them are those of gemm_sm90_decode.cu. As nothing is
-// done for a group, a warpgroup's integer sums run over all of its blocks.
+// GEMM of 4-bit weights and 8-bit activations for sm_90a (H100, H200) and few tokens, as in decoding. Tiles, stages, clusters and what
+// is shared by them are those of gemm_sm90_decode.cu. Weights are not folded: with few tokens there are few sums, and folding every
+// code costs more than scaling the sums of every group (docs/format.md, "Eight-bit activations"):
+//     y[m, n] = s_a[m] u[n] / 256 sum_g R[n, g] (sum_{k in g} a[m, k] q[n, k]) + bias[n]
 //
-// Arguments as gemm_sm90_s8.cu has them; `partial`, `counter` and `span` are not used. Clusters of one or two thread blocks.
+// A warp multiplies 16 outputs by TILE_M tokens with mma.m16n8k32: its sums of a group start at 1.5 * 2^23 as bits, a constant
+// operand, so that they are floats when they are done, off by that number. 16 * 127 * 7 * 128 < 2^22 keeps them exact.
 //
-// Macros: TILE_M, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
+// Two kernels, by the macro QUANTIZES:
+//   0, apex4_gemm: arguments as gemm_sm90_s8.cu has them; `partial`, `counter` and `span` are not used.
+//   1, apex4_linear: no codes are given, but x; every thread block quantizes the few tokens for itself (quantize_whole_tokens.cuh) while
+//      the copy engine fills the stages with weights.
+// Clusters of one or two thread blocks.
+//
+// Operands of apex4_linear (type T: that of y, and of x):
+//   y, w_packed, w_ratio, w_unit, bias, m <= TILE_M, n, k_blocks, ldy, tiles_n   as in gemm_sm90_s8.cu; groups of one block
+//   x, second, k, ldx, ld_second, aligned                                          as in quantize_rows.cu
+//   dynamic shared memory: struct Shared, and behind it m rows of codes for each of WholeTokens::owned() blocks
+//
+// Macros: TILE_M, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16, QUANTIZES; with 1, those of quantize_slice.cuh, and
+// ROUNDS (quantize_whole_tokens.cuh).
 
-#include "gemm/gemm_sm90_s8.cuh"
+#include "common/index.cuh"
+#include "common/ptx.cuh"
+#include "gemm/epilogue.cuh"
+#include "gemm/exact_fragments.cuh"
 
-#define COMPLEMENTS (TILE_M <= 16)  // signs by products of their own, where registers hold them
-
-constexpr int COPYING_WARPS = 2;
+constexpr int WARPGROUP = 128;
+constexpr int WEIGHT_TILE_N = 64;  // the layout's tile
+constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
+constexpr int RATIO_BYTES = 2 * WEIGHT_TILE_N;  // of a tile and group
+constexpr int SUMS = TILE_M / 2;                // accumulators of a lane
+constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
 constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
 constexpr int VECTORS = SUMS / 4;
+static_assert(TILE_M % 8 == 0 && TILE_M <= 64, "tokens of an mma, and registers");
 // Named barriers: of the first warpgroup alone; sums of the others are written; and have been read.
 constexpr int FIRST_MEETS = 1, WRITTEN = 2, READ = 3;
-constexpr int PREPARED = 4;  // all threads: the other barriers
+[[maybe_unused]] constexpr int QUANTIZED = 4;  // QUANTIZES: all warpgroups
+constexpr int PREPARED = 5;                    // all threads: the other barriers
+
+#if QUANTIZES
+#include "quantize/quantize_whole_tokens.cuh"
+#endif
+
+struct Problem {
+  Out* y;
+  const uint8* a_codes;
+  const float* a_scale;
+  const uint8* w_packed;
+  const unsigned short* w_ratio;
+  const float* w_unit;
+  const float* bias;
+  int m, n, k_blocks, blocks_per_group, m_stride, ldy, tiles_m, tiles_n;
+
+  __device__ __forceinline__ int groups() const { return (k_blocks + blocks_per_group - 1) / blocks_per_group; }
+};
 
 // PARTS consecutive blocks of 128 inputs, one for each warpgroup.
 struct Stage {
-  alignas(1024) uint8 a_codes[PARTS][TILE_M * BLOCK];
-  uint8 w_packed[PARTS][WEIGHT_TILE_BYTES];
+#if !QUANTIZES
+  alignas(128) uint8 a_codes[PARTS][TILE_M * BLOCK];
+#endif
+  alignas(128) uint8 w_packed[PARTS][WEIGHT_TILE_BYTES];
   unsigned short w_ratio[PARTS][WEIGHT_TILE_N];
   uint64 full, empty;
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
-static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
 struct Shared {
   Stage stages[STAGES];
-  unsigned short y[2][CHUNK_M][WEIGHT_TILE_N];
+  unsigned short y[TILE_M][WEIGHT_TILE_N];
+  float4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
+  float4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
   float a_scale[TILE_M];
-  int4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
-  int4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
+  uint32 absmax[TILE_M];                        // QUANTIZES: of whole tokens, as bits
   uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 
 struct Ring {
   uint32 stage, parity, end;
-  uint32 descriptor;  // the part of matrix descriptors that says where the stage is
   __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
     asm volatile("" : "+r"(stage));  // kept in a register, rather than worked out again in the main loop
     end = stage + STAGES * STAGE_BYTES;
-    descriptor = ptx::descriptor_address(stage);
-    asm volatile("" : "+r"(descriptor));
   }
   __device__ __forceinline__ void next() {
-    stage += STAGE_BYTES, descriptor += STAGE_BYTES >> 4;
-    if (stage == end) stage -= STAGES * STAGE_BYTES, descriptor -= STAGES * STAGE_BYTES >> 4, parity ^= 1;
+    stage += STAGE_BYTES;
+    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
   }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- two warps that copy: weights and their ratios; the tokens' codes -----------------------------------------------------
+// ---- warps that copy: weights and their ratios; the tokens' codes ---------------------------------------------------------
 
 enum Role { WEIGHTS, CODES };
 
@@ -72,7 +110,6 @@ struct Producer {
 
   // What a warp copies of one stage, `count` blocks from `block` on.
   __device__ __forceinline__ void copy(const Problem& p, const Tile& tile, int block, int count) {
-    [[maybe_unused]] const int m0 = tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
     const uint32 full = ring.stage + offsetof(Stage, full);
     if (role == WEIGHTS) {
       const long long n = tile.n;
@@ -88,13 +125,17 @@ struct Producer {
         ptx::bulk_copy(ring.stage + offsetof(Stage, w_ratio) + i * RATIO_BYTES,
                        w_ratio_gmem_rd + (block + i) / p.blocks_per_group * WEIGHT_TILE_N, RATIO_BYTES, full);
       }
-    } else {
+    }
+#if !QUANTIZES
+    else {
+      const int m0 = tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
       ptx::barrier_expect_bytes(full, count * rows * BLOCK);
       const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(block) * p.m_stride + m0) * BLOCK;
       for (int i = 0; i < count; ++i, a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK) {
         ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
       }
     }
+#endif
   }
 
   __device__ __forceinline__ void run(const Problem& p, const Share& share) {
@@ -114,99 +155,133 @@ struct Producer {
 
 // ---- warpgroups that multiply ---------------------------------------------------------------------------------------------
 
+// The tokens' codes of a warpgroup's next block, as B fragments.
+#if QUANTIZES
+struct Tokens {
+  uint32 first, step, codes;  // addresses of this lane's 32 bytes, and from one block of this warpgroup to its next
+
+  // Lanes of tokens that do not exist read another one: what they multiply is not stored.
+  __device__ __forceinline__ Tokens(const uint8* codes, int m, int part) : step(PARTS * BLOCK * m), codes(0) {
+    const int lane = ptx::thread() % 32, token = min(lane >> 2, m - 1);
+    first = ptx::shared_address(codes) + BLOCK * (part * m + token) + exact_token_byte(4 * (lane & 3));
+  }
+  __device__ __forceinline__ void start_tile() { codes = first; }
+  __device__ __forceinline__ void next() { codes += step; }
+  __device__ __forceinline__ void load(uint32 (&b)[4][2], uint32, int) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = ptx::shared_read_128(codes + exact_token_byte(64 * half));
+      b[2 * half][0] = v.x, b[2 * half][1] = v.y, b[2 * half + 1][0] = v.z, b[2 * half + 1][1] = v.w;
+    }
+  }
+};
+static_assert(TILE_M == 8, "one B fragment has all tokens");
+#else
+struct Tokens {
+  uint32 at[2];  // in a stage: what this lane gives ldmatrix for each half of a block
+
+  __device__ __forceinline__ explicit Tokens(int part) {
+    const int lane = ptx::thread() % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      at[half] = offsetof(Stage, a_codes) + part * TILE_M * BLOCK +
+                 sm90_activation_byte(s8_ldmatrix_row(lane), s8_ldmatrix_chunk(lane, half));
+    }
+  }
+  __device__ __forceinline__ void start_tile() {}
+  __device__ __forceinline__ void next() {}
+  // Of tokens 8 j .. 8 j + 7, whose rows repeat the swizzle.
+  __device__ __forceinline__ void load(uint32 (&b)[4][2], uint32 stage, int j) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32 v[4];
+      ptx::ldmatrix_x4(v, stage + at[half] + sm90_activation_byte(8 * j, 0));
+      reorder(v[0], v[1]), reorder(v[2], v[3]);
+      b[2 * half][0] = v[0], b[2 * half][1] = v[1], b[2 * half + 1][0] = v[2], b[2 * half + 1][1] = v[3];
+    }
+  }
+};
+#endif
+
 struct Consumer {
   const int part;  // which warpgroup: of every stage, it multiplies block `part`
   Ring ring;
-  uint32 w_lane, ratio_lane, codes;  // what this lane reads, and its warpgroup's tokens, relative to a stage
+  Tokens tokens;
+  uint32 w_lane, ratio_lane;  // what this lane reads, relative to a stage
 
-  __device__ __forceinline__ Consumer(const Shared& s, int part) : part(part), ring(s) {
+  __device__ __forceinline__ Consumer(const Shared& s, int part, const Tokens& tokens) : part(part), ring(s), tokens(tokens) {
     const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     w_lane = offsetof(Stage, w_packed) + part * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
     ratio_lane = offsetof(Stage, w_ratio) + 2 * (part * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
-    codes = (offsetof(Stage, a_codes) + part * TILE_M * BLOCK) >> 4;
   }
 
-  template <int count>
-  static __device__ __forceinline__ void pin(uint32 (&a)[count]) {
-#pragma unroll
-    for (int i = 0; i < count; ++i) asm volatile("" : "+r"(a[i])::"memory");
-  }
-  __device__ __forceinline__ void leave(uint32 stage) {
-    if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
+  // Two ratios, integers below 2^23, as floats.
+  static __device__ __forceinline__ float2 as_floats(uint32 ratios) {
+    constexpr uint32 BITS = 0x4b000000u;  // of 2^23
+    return make_float2(__uint_as_float(ptx::permute_bytes(ratios, BITS, 0x7610)) - 8388608.0f,
+                       __uint_as_float(ptx::permute_bytes(ratios, BITS, 0x7632)) - 8388608.0f);
   }
 
-  // This tile's blocks of this warpgroup. Codes of a block that does not exist are zeros: its products, of whatever stands there,
-  // are zeros, too.
-  __device__ __forceinline__ void multiply(int (&acc)[SUMS], const Problem& p, const Share& share) {
-    uint32 a[4][4] = {}, negative[4][4] = {};
-    int complements[SUMS] = {};
-    uint32 done = NONE;  // the stage before
+  // This tile's blocks of this warpgroup. The ratio of a block that does not exist is zero, and its sums, of whatever stands there, are
+  // finite: 16 * 8 * 128 * 128 < 2^22, too.
+  __device__ __forceinline__ void multiply(float (&acc)[SUMS], const Problem& p, const Share& share) {
+    constexpr int START = 0x4b400000;  // the bits of 1.5 * 2^23
+    constexpr float START_VALUE = 12582912.0f;
+    const int start[4] = {START, START, START, START};
+    tokens.start_tile();
     // Main loop: one stage, a block of 128 inputs for each warpgroup, per turn.
 #pragma unroll 1
     for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
-      const uint32 stage = ring.stage, tokens = ring.descriptor + codes;
+      const uint32 stage = ring.stage;
       ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
-      uint4 words[2] = {ptx::shared_read_128(stage + w_lane + sm90_weight_byte(0, 0, 0)),
+      const uint4 words[2] = {ptx::shared_read_128(stage + w_lane + sm90_weight_byte(0, 0, 0)),
                         ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0))};
-      uint32 ratios = ptx::shared_read_32(stage + ratio_lane);
-      if (block + part >= p.k_blocks) { words[0] = words[1] = make_uint4(0, 0, 0, 0); asm volatile(""); }
-#if COMPLEMENTS
-      Tables tables;
-#else
-      SignedTables tables;
-#endif
-      tables.make(ratios);
-      ptx::wgmma_wait<0>();
+      const uint32 ratios = ptx::shared_read_32(stage + ratio_lane);
+      const float2 ratio = as_floats(block + part < p.k_blocks ? ratios : 0);
+      uint32 a[4][4];
 #pragma unroll
-      for (int step = 0; step < 4; ++step) pin(a[step]), pin(negative[step]);
-      if (done != NONE) leave(done);
-      done = stage;
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint4& half = words[step / 2];
-        const uint32 first = step % 2 ? half.z : half.x, second = step % 2 ? half.w : half.y;
-        const uint64 b = ptx::wgmma_descriptor(tokens + (32 * step >> 4));
-#if COMPLEMENTS
-        fold_complements(a[step], negative[step], first, second, tables);
-        pin(a[step]), pin(negative[step]);
-        ptx::wgmma_fence();
-        ptx::Wgmma<TILE_M>::s8(acc, a[step], b, 1);
-        ptx::Wgmma<TILE_M>::s8(complements, negative[step], b, 1);
-#else
-        fold(a[step], first, second, tables);
-        pin(a[step]);
-        ptx::wgmma_fence();
-        ptx::Wgmma<TILE_M>::s8(acc, a[step], b, 1);
-#endif
-        ptx::wgmma_commit();
+      for (int half = 0; half < 2; ++half) {
+        widen(a[2 * half], words[half].x, words[half].y);
+        widen(a[2 * half + 1], words[half].z, words[half].w);
       }
+#pragma unroll
+      for (int j = 0; j < TILE_M / 8; ++j) {
+        uint32 b[4][2];
+        tokens.load(b, stage, j);
+        int sum[4];
+        ptx::mma_s8(sum, a[0], b[0][0], b[0][1], start);
+#pragma unroll
+        for (int step = 1; step < 4; ++step) ptx::mma_s8(sum, a[step], b[step][0], b[step][1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          acc[4 * j + i] = __fmaf_rn(__int_as_float(sum[i]) - START_VALUE, i & 2 ? ratio.y : ratio.x, acc[4 * j + i]);
+        }
+      }
+      __syncwarp();
+      if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
       ring.next();
-    }
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) pin(a[step]), pin(negative[step]);
-    if (done != NONE) leave(done);
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-      asm volatile("" : "+r"(acc[i]), "+r"(complements[i])::"memory");  // not before the wait
-      acc[i] -= complements[i];
+      tokens.next();
     }
   }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
     const int thread = ptx::thread() % WARPGROUP;
+#if !QUANTIZES
     if (part == 0) ptx::wait_for_predecessor();  // whose scales are read
+#endif
     bool met = share.ranks == 1;  // the cluster: its barriers are ready
     uint32 parity = 0;            // of `sent` and `taken`
     if (part == 0) ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
     for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
-      int acc[SUMS] = {};
+      float acc[SUMS] = {};
       const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
+#if !QUANTIZES
       if (part == 0 && share.rank == 0) {  // the tokens' scales, on their way while products are made
         const int token = tile.m * TILE_M + thread;
         if (thread < TILE_M && token < p.m) ptx::cp_async_4(ptx::shared_address(&s.a_scale[thread]), p.a_scale + token);
         ptx::cp_async_commit();
       }
+#endif
       multiply(acc, p, share);
       if (part > 0) {
         ptx::named_barrier(READ, WARPGROUP * PARTS);
@@ -215,6 +290,7 @@ struct Consumer {
         ptx::named_barrier_arrive(WRITTEN, WARPGROUP * PARTS);
         continue;
       }
+      const Outputs outputs(p, tile.n);
       ptx::named_barrier(WRITTEN, WARPGROUP * PARTS);
 #pragma unroll
       for (int other = 0; other < PARTS - 1; ++other) {
@@ -227,7 +303,7 @@ struct Consumer {
         ptx::barrier_wait_cluster(ptx::shared_address(&s.taken), parity ^ 1);
 #pragma unroll
         for (int j = 0; j < VECTORS; ++j) {
-          ptx::remote_write_int4(ptx::shared_of_rank(ptx::shared_address(&s.second_sums[j][thread]), 0), vector_of(acc, j));
+          ptx::remote_write_float4(ptx::shared_of_rank(ptx::shared_address(&s.second_sums[j][thread]), 0), vector_of(acc, j));
         }
         ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.sent), 0));
         parity ^= 1;
@@ -240,20 +316,77 @@ struct Consumer {
         ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.taken), 1));
         parity ^= 1;
       }
-      const Outputs outputs(p, tile.n);
+#if !QUANTIZES
       ptx::cp_async_wait<0>();
       ptx::named_barrier(FIRST_MEETS, WARPGROUP);
-      store(p, tile.m, tile.n, FIRST_MEETS, s.y, s.a_scale, outputs, acc);
+#endif
+      store(p, tile, s, outputs, acc);
     }
     if (part > 0) ptx::named_barrier(READ, WARPGROUP * PARTS);
     if (!met) ptx::cluster_wait();
   }
 
-  static __device__ __forceinline__ int4 vector_of(const int (&acc)[SUMS], int j) {
-    return make_int4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+  static __device__ __forceinline__ float4 vector_of(const float (&acc)[SUMS], int j) {
+    return make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
   }
-  static __device__ __forceinline__ void add(int (&acc)[SUMS], int j, int4 v) {
+  static __device__ __forceinline__ void add(float (&acc)[SUMS], int j, float4 v) {
     acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+  }
+
+  // What a lane multiplies its sums by and adds to them, of outputs r and r + 8.
+  struct Outputs {
+    float unit[2], bias[2];
+
+    __device__ __forceinline__ Outputs(const Problem& p, int tile_n) {
+      constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
+      const int thread = ptx::thread() % WARPGROUP;
+      const int row = tile_n * WEIGHT_TILE_N + 16 * (thread / 32) + accumulator_row(thread % 32, 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool exists = row + 8 * half < p.n;
+        unit[half] = exists ? p.w_unit[row + 8 * half] * OF_SUMS : 0.0f;
+        bias[half] = exists && p.bias != nullptr ? p.bias[row + 8 * half] : 0.0f;
+      }
+    }
+  };
+
+  // D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into s.y, 128 bytes a token, in 16-byte chunks
+  // swizzled by token; then every 8 threads store the 128 bytes of one token.
+  static __device__ __forceinline__ void store(const Problem& p, const Tile& tile, Shared& s, const Outputs& outputs, const float (&acc)[SUMS]) {
+    const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
+    const int m0 = tile.m * TILE_M;
+    const uint32 scales_rd = ptx::shared_address(s.a_scale) + 4 * accumulator_column(lane, 0), y_smem = ptx::shared_address(s.y);
+    const int token = lane & 7, half = lane >> 3 & 1;  // of the row whose address this lane gives
+#pragma unroll
+    for (int j = 0; j < TILE_M / 8; ++j) {
+      const float2 scale = ptx::shared_read_float2(scales_rd + 32 * j);
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[i] = __fmaf_rn(acc[4 * j + i] * outputs.unit[i / 2], i & 1 ? scale.y : scale.x, outputs.bias[i / 2]);
+      }
+      ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(8 * j + token, 2 * warp + half), pack_pair(v[0], v[1]), pack_pair(v[2], v[3]));
+    }
+    ptx::named_barrier(FIRST_MEETS, WARPGROUP);
+    const int chunk = thread & 7, column = tile.n * WEIGHT_TILE_N + 8 * chunk;
+    const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0 && column + 8 <= p.n;
+#pragma unroll
+    for (int row = thread >> 3; row < TILE_M; row += WARPGROUP / 8) {
+      if (m0 + row >= p.m) break;
+      const uint4 v = ptx::shared_read_128(y_smem + sm90_activation_byte(row, chunk));
+      Out* y_gmem_wr = p.y + static_cast<long long>(m0 + row) * p.ldy + column;
+      if (vectors) {
+        *reinterpret_cast<uint4*>(y_gmem_wr) = v;
+      } else {
+        const uint32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const unsigned short word = static_cast<unsigned short>(words[c / 2] >> (16 * (c % 2)));
+          if (column + c < p.n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&word);
+        }
+      }
+    }
+    ptx::named_barrier(FIRST_MEETS, WARPGROUP);  // before the next tile writes here
   }
 };
 
@@ -263,6 +396,7 @@ struct Consumer {
 __device__ __forceinline__ void prepare(Shared& s, int warp) {
   ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
   if (warp != 4 * PARTS + WEIGHTS) {
+    if (QUANTIZES && threadIdx.x < TILE_M) s.absmax[threadIdx.x] = 0;
     ptx::named_barrier(PREPARED, THREADS);
     return;
   }
@@ -289,6 +423,37 @@ __device__ __forceinline__ void leave(const Share& share) {
 
 #endif
 
+#if QUANTIZES
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    apex4_linear(void* y, const unsigned short* x, const unsigned short* second, const uint8* w_packed, const unsigned short* w_ratio,
+                 const float* w_unit, const float* bias, int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy,
+                 int tiles_n, int aligned) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8 shared_memory[];
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  const Problem given = {static_cast<Out*>(y), nullptr, nullptr, w_packed, w_ratio, w_unit, bias, m, n, k_blocks, 1, m, ldy, 1, tiles_n};
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  prepare(s, warp);
+  const Share share;
+  if (share.ranks > 1) ptx::cluster_arrive();
+  if (warp < 4 * PARTS) {
+    uint8* const codes = shared_memory + sizeof(Shared);
+    const WholeTokens quantizer = {{x, second, k, ldx, ld_second, false, aligned != 0}, m, k_blocks, share.first_block(), share.step(),
+                                   codes, s.a_scale, s.absmax};
+    ptx::wait_for_predecessor();
+    quantizer.run(ptx::thread(), QUANTIZED);
+    Consumer(s, warp / 4, Tokens(codes, m, warp / 4)).run(given, s, share);
+  } else {
+    Producer<WEIGHTS>{Ring(s)}.run(given, share);
+    if (share.ranks > 1) ptx::cluster_wait();
+  }
+  leave(share);
+#endif
+}
+
+#else
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const unsigned short* w_ratio,
                const float* w_unit, const float* bias, int* partial, uint32* counter, int m, int n, int k_blocks,
@@ -296,15 +461,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
-  const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias, partial, counter,
-                         m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n};
+  const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias,
+                         m, n, k_blocks, blocks_per_group, m_stride, ldy, tiles_m, tiles_n};
   // The same in all lanes, also for the compiler, which then addresses with uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   prepare(s, warp);
   const Share share;
   if (share.ranks > 1) ptx::cluster_arrive();
   if (warp < 4 * PARTS) {
-    Consumer(s, warp / 4).run(given, s, share);
+    Consumer(s, warp / 4, Tokens(warp / 4)).run(given, s, share);
   } else {
     if (warp == 4 * PARTS + WEIGHTS) Producer<WEIGHTS>{Ring(s)}.run(given, share);
     if (warp == 4 * PARTS + CODES) Producer<CODES>{Ring(s)}.run(given, share);
@@ -313,3 +478,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   leave(share);
 #endif
 }
+
+#endif

@@ -35,6 +35,8 @@ constexpr int WARPGROUP_MEETS = 1;  // named barriers, one for each warpgroup
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (CONSUMERS + 1) * 168, "registers of a thread block");
 static_assert(CONSUMERS == 2, "warpgroups, by the registers they need");
+constexpr int AHEAD = 2;  // blocks, the first warpgroup of the second: tiles' ends shall not coincide
+static_assert(AHEAD < STAGES, "or it waits for ever");
 
 struct Stage {
   alignas(1024) uint8 a_codes[TILE_M * BLOCK];
@@ -44,6 +46,7 @@ struct Stage {
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
+constexpr int Y_BYTES = 2 * WEIGHT_TILE_N;  // of a token
 struct Shared {
   Stage stages[STAGES];
   unsigned short y[CONSUMERS][2][CHUNK_M][WEIGHT_TILE_N];
@@ -123,13 +126,14 @@ struct Producer {
 
 // ---- consumers: a warpgroup each -------------------------------------------------------------------------------------------
 
-template <int group>  // which warpgroup
+// Both warpgroups run the same instructions, whose cache is small beside a tile's end.
 struct Consumer {
+  int group;  // which warpgroup
   Ring ring;      // at the block that is multiplied or read next
   uint32 w_lane;  // what this lane reads, relative to a stage
   uint32 ratio_lane;
 
-  __device__ __forceinline__ explicit Consumer(const Shared& s) : ring(s) {
+  __device__ __forceinline__ Consumer(const Shared& s, int group) : group(group), ring(s) {
     const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     w_lane = offsetof(Stage, w_packed) + group * WEIGHT_TILE_BYTES + sm90_weight_byte(0, warp, lane);
     ratio_lane = offsetof(Stage, w_ratio) + 2 * (group * WEIGHT_TILE_N + sm90_scale_position(warp, lane));
@@ -161,7 +165,8 @@ struct Consumer {
   }
 
   // The item's blocks. The A fragment of a k32 step is folded while the step before is multiplied, into the registers of the one
-  // before that; so two fragments are enough, and the warpgroups' products come in turn by themselves.
+  // before that; so two fragments are enough, and the warpgroups' products come in turn by themselves. The first product of an item
+  // adds to nothing: `acc` need not be cleared.
   __device__ __forceinline__ void multiply_item(int (&acc)[SUMS], int blocks) {
     uint32 a[2][4];
     uint4 words[2];
@@ -178,7 +183,7 @@ struct Consumer {
       for (int step = 0; step < 4; ++step) {
         pin(a[step % 2]);
         ptx::wgmma_fence();
-        ptx::Wgmma<TILE_M>::s8(acc, a[step % 2], ptx::wgmma_descriptor(tokens + (32 * step >> 4)), 1);
+        ptx::Wgmma<TILE_M>::s8(acc, a[step % 2], ptx::wgmma_descriptor(tokens + (32 * step >> 4)), step > 0 || done != NONE);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         pin(a[(step + 1) % 2]);  // not before the wait
@@ -214,22 +219,97 @@ struct Consumer {
     ptx::cp_async_commit();
   }
 
+  // Scales a tile's sums and stores them. D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into one of
+  // two buffers, 128 bytes a token, in 16-byte chunks swizzled by token. Then, VECTORS, every 8 threads store the 128 bytes of one
+  // token, while the next tokens' sums are scaled; or threads store outputs one by one, as far as there are any. All of this is run
+  // once a tile: what counts is that there are few instructions to fetch.
+  template <bool VECTORS>
+  __device__ __forceinline__ void store_tile(const Problem& p, const Shared& s, int tile_m, int tile_n, const Outputs& outputs, const int (&acc)[SUMS]) {
+    constexpr int CHUNKS = TILE_M / CHUNK_M, BUFFER = CHUNK_M * Y_BYTES;
+    static_assert(CHUNKS % 2 == 0, "the next tile starts with the buffer that all have read");
+    constexpr int ROWS = WARPGROUP / 8, TURNS = CHUNK_M / ROWS;  // rows that the warpgroup stores at a time
+    const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
+    const uint32 scales_rd = ptx::shared_address(s.a_scale[group]) + 4 * accumulator_column(lane, 0);
+    const int token = lane & 7, half = lane >> 3 & 1;  // of the row whose address this lane gives
+    const uint32 y_smem = ptx::shared_address(s.y[group]);
+    const uint32 y_smem_wr = y_smem + sm90_activation_byte(8 * (lane >> 4) + token, 2 * warp + half);
+    const uint32 y_smem_rd = y_smem + sm90_activation_byte(thread >> 3, thread & 7);
+    const int m0 = tile_m * TILE_M, n0 = tile_n * WEIGHT_TILE_N;
+    int left = p.m - m0 - (thread >> 3);  // rows of y from this thread's next one on
+    Out* y_gmem_wr = p.y + static_cast<long long>(m0 + (thread >> 3)) * p.ldy + n0 + 8 * (thread & 7);
+    uint4 v[TURNS];
+#pragma unroll
+    for (int chunk = 0; chunk <= CHUNKS; ++chunk) {
+      uint32 packed[CHUNK_M / 8][2];
+      if (chunk < CHUNKS) {
+#pragma unroll
+        for (int j = 0; j < CHUNK_M / 8; ++j) {
+          const float2 scale = ptx::shared_read_float2(scales_rd + 4 * (chunk * CHUNK_M + 8 * j));
+          float r[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float scaled = __fmul_rn(__int2float_rn(acc[chunk * CHUNK_M / 2 + 4 * j + i]), i & 1 ? scale.y : scale.x);
+            r[i] = __fadd_rn(__fmul_rn(scaled, outputs.unit[i / 2]), outputs.bias[i / 2]);  // rounded as in format.md
+          }
+          packed[j][0] = pack_pair(r[0], r[1]), packed[j][1] = pack_pair(r[2], r[3]);
+        }
+      }
+      if (VECTORS && chunk > 0) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) {
+          if (left > 0) *reinterpret_cast<uint4*>(y_gmem_wr) = v[turn];
+          y_gmem_wr += static_cast<long long>(ROWS) * p.ldy, left -= ROWS;
+        }
+      }
+      if (chunk == CHUNKS) break;
+      const uint32 buffer = chunk % 2 * BUFFER;
+#pragma unroll
+      for (int j = 0; j < CHUNK_M / 8; j += 2) {
+        ptx::stmatrix_x4_trans(y_smem_wr + buffer + 8 * Y_BYTES * j, packed[j][0], packed[j][1], packed[j + 1][0], packed[j + 1][1]);
+      }
+      ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);  // and everyone has read the other buffer
+      if (VECTORS) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) v[turn] = ptx::shared_read_128(y_smem_rd + buffer + turn * ROWS * Y_BYTES);
+      } else {
+#pragma unroll 1
+        for (int at = thread; at < CHUNK_M * WEIGHT_TILE_N; at += WARPGROUP) {
+          const int row = at / WEIGHT_TILE_N, column = at % WEIGHT_TILE_N, m = m0 + chunk * CHUNK_M + row;
+          const uint32 pair = ptx::shared_read_32(y_smem + buffer + sm90_activation_byte(row, column / 8) + 4 * (column % 8 / 2));
+          const unsigned short word = static_cast<unsigned short>(column % 2 ? pair >> 16 : pair);
+          if (m < p.m && n0 + column < p.n) p.y[static_cast<long long>(m) * p.ldy + n0 + column] = *reinterpret_cast<const Out*>(&word);
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void run(const Problem& p, Shared& s) {
     ptx::wait_for_predecessor();  // whose scales are read
-    for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
-      int acc[SUMS] = {};
-      const Item ahead = schedule.item(p);
-      copy_scales(p, s, ahead.tile.m);
-      const Outputs outputs(p, ahead.tile.n * CONSUMERS + group);
-      multiply_item(acc, ahead.last_block - ahead.first_block);
-      asm volatile("" : "+r"(schedule.next));  // the item is worked out again rather than kept through the main loop
+    Schedule schedule(p);
+    if (group > 0 && !schedule.done(p)) {
+      // Starts when the other warpgroup's block AHEAD is there, and stays behind it: while one is at a tile's end, the other one has
+      // the tensor cores for itself, and catches up.
+      const Item item = schedule.item(p);
+      const int ahead = min(AHEAD, item.last_block - item.first_block - 1);
+      ptx::barrier_wait(ring.stage + ahead * STAGE_BYTES + offsetof(Stage, full), 0);
+    }
+    const bool aligned = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
+    for (; !schedule.done(p); schedule.advance(p)) {
       const Item item = schedule.item(p);
       const int tile_n = item.tile.n * CONSUMERS + group;
+      copy_scales(p, s, item.tile.m);
+      const Outputs outputs(p, tile_n);
+      int acc[SUMS];
+      multiply_item(acc, item.last_block - item.first_block);
       if (tile_n * WEIGHT_TILE_N >= p.n) continue;  // past N: nothing was loaded for it
       ptx::cp_async_wait<0>();
       ptx::named_barrier(WARPGROUP_MEETS + group, WARPGROUP);
       if (item.parts > 1 && !add_parts(p, item, tile_n, WARPGROUP_MEETS + group, s.last[group], acc)) continue;
-      store(p, item.tile.m, tile_n, WARPGROUP_MEETS + group, s.y[group], s.a_scale[group], outputs, acc);
+      if (aligned && (tile_n + 1) * WEIGHT_TILE_N <= p.n) {
+        store_tile<true>(p, s, item.tile.m, tile_n, outputs, acc);
+      } else {
+        store_tile<false>(p, s, item.tile.m, tile_n, outputs, acc);
+      }
     }
   }
 };
@@ -264,11 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp == 2) Producer<2>{Ring(s)}.run(given);
   } else {
     ptx::more_registers<CONSUMER_REGISTERS>();
-    if (warp_of_block < 4) {
-      Consumer<0>(s).run(given, s);
-    } else {
-      Consumer<1>(s).run(given, s);
-    }
+    Consumer(s, warp_of_block / 4).run(given, s);
   }
 #endif
 }

@@ -173,6 +173,7 @@ __device__ __forceinline__ float absmax_of_block(const float (&y)[COLUMNS]) {
   return max_of_slice(absmax);
 }
 
+#if APEX4_FORMAT != 8
 // A lane's two octets, packed as in the activation format, with the scale of the group's `absmax`. Returns the scale.
 __device__ __forceinline__ float codes_of(
     unsigned (&words)[2 * OCTET_WORDS], const float (&y)[COLUMNS], float absmax, float clip_over_7, int lane) {
@@ -195,3 +196,4 @@ __device__ __forceinline__ float codes_of(
   pack_octet(words + OCTET_WORDS, codes + 8);
   return scale;
 }
+#endif
