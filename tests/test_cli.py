@@ -109,6 +109,9 @@ def test_quantize_json(run_cli: Call, invoke: Call, tiny_model: Call, calib: Pat
         "max_relative_error",
         "seconds",
         "left_behind",
+        "memory_budget",
+        "peak_memory",
+        "states_on_disk",
     }
     assert (summary["model"], summary["output"]) == (str(model), str(out))
     assert summary["linears_quantized"] == 14 - 3
@@ -149,7 +152,8 @@ def test_quantize_for_people(invoke: Call, tiny_model: Call, calib: Path, tmp_pa
         "apex4-hadamard",
     )
     assert result.exit_code == 0
-    first, sizes, errors, following = result.stdout.splitlines()
+    first, sizes, errors, memory, following = result.stdout.splitlines()
+    assert memory.startswith("  memory at most: of the host ")
     assert following == f"  next: apex4 eval {out} --baseline {model} --record; apex4 publish {out} ORG/NAME"
     assert first == f"{out}: 14 linears quantized; tensors kept: 3 outside the decoder layers, 4 not a linear weight"
     assert "4.125 bits per quantized weight" in sizes and "MB -> " in sizes
