@@ -33,6 +33,11 @@ from .conftest import (
 
 # Single layers: each change by itself, for every architecture.
 
+# Values that are gated, clamped, or made of a latent vector behind a norm.
+VALUES_STAY = ("qwen3next", "deepseek2 lite", "deepseek3", "olmoe")
+# Inputs that no norm's gain and no rows of another linear can scale: the same values, GPT-OSS's gate, OLMo 2's norms behind.
+WITHOUT_SOURCE = ("deepseek2 lite", "deepseek3", "olmoe", "gptoss", "gptoss ragged", "olmo2")
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ROTATABLE)
@@ -48,7 +53,8 @@ def test_rotated_stream_goes_through_a_layer_as_the_stream_did(
         writers = source.family.residual_writers(source.config, index)
         rotate_stream(tensors, groups_of(source, index), writers, source.family.norm_offset, rotation)
         for group in groups_of(source, index):
-            assert group.norm is None or bool((tensors[f"{group.norm}.weight"] == 1).all())
+            gain_one = 1 - source.family.norm_offset
+            assert group.norm is None or bool((tensors[f"{group.norm}.weight"] == gain_one).all())
         assert difference(output_of(runner, source, index, tensors, rotation.apply(hidden)), expected) < SAME
 
 
@@ -62,7 +68,11 @@ def test_rotated_values_leave_a_layer_as_it_was(name: str, float_model: Callable
         tensors = relative_tensors(source, index)
         before = {n: t.clone() for n, t in tensors.items()}
         expected = output_of(runner, source, index, tensors, hidden)
-        group = next(g for g in groups_of(source, index) if g.producer is not None and g.producer.per_head)
+        per_head = [g for g in groups_of(source, index) if g.producer is not None and g.producer.per_head]
+        if not per_head or per_head[0].producer.gated:
+            assert name in VALUES_STAY
+            continue
+        (group,) = per_head
         width = tensors["self_attn.o_proj.weight"].shape[1] // queries
         rotate_values(tensors, group, heads, [Orthogonal(width, head) for head in range(heads)])
         assert difference(output_of(runner, source, index, tensors, hidden), expected) < SAME
@@ -86,7 +96,11 @@ def test_balanced_layer_is_the_layer_with_inputs_as_uneven_as_weights(
 
     for group, mean_square in squares().items():
         offset = source.family.norm_offset
-        assert balance(tensors, group, mean_square, kv_heads=heads, norm_offset=offset, alpha=0.25)
+        has_source = group.norm is not None or group.producer is not None
+        assert balance(tensors, group, mean_square, kv_heads=heads, norm_offset=offset, alpha=0.25) == has_source
+        if not has_source:
+            assert name in WITHOUT_SOURCE
+            continue
         assert difference(output_of(runner, source, 1, tensors, hidden), expected) < SAME
         a = squares()[group]
         b = sum(tensors[f"{linear}.weight"].double().square().sum(0) for linear in group.linears)
