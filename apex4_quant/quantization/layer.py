@@ -296,7 +296,8 @@ def decide_input(
             format.transform is TransformKind.SHARED,
             None if found is None else pad_input_features(found.rows, format),
             format.activation_bits,
-            DAMPING if recipe.rounding is Rounding.GPTQ else None,
+            # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
+            DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
             warn=lambda text: say(f"{reader}: {text}"),
             group=group,
         )

@@ -142,26 +142,25 @@ def test_a_transform_for_eight_bits_is_for_the_weights() -> None:
     assert error(of_eight) < 0.97 * error(of_four), (error(of_eight), error(of_four))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_transform_for_gptq_leaves_to_it_what_it_does(bits: int) -> None:
+def test_a_transform_for_gptq_leaves_to_it_what_it_does() -> None:
     """Of inputs with a steep spectrum, which feedback gains from."""
     n, k = 192, 256
     x, w = inputs_and_weight(n, k)
     generator = torch.Generator().manual_seed(5)
     mix = torch.randn(k, k, generator=generator) * torch.logspace(0, -2, k) @ torch.randn(k, k, generator=generator) / k
     x, fresh = (rows @ mix for rows in (x, inputs_and_weight(n, k, tokens=1024)[0]))
-    format = replace(dense_format(n, k), activation_bits=bits)
+    format = replace(dense_format(n, k), activation_bits=8)
 
     def error(matrix: torch.Tensor) -> float:
         factor = inverse_factor("w", transform_hessian(x.t() @ x / len(x), format, matrix))
         codes, scales = quantize_weight_gptq("w", w, format, factor, matrix)
-        y = torch_backend.linear(fresh, codes, scales, hadamard=False, matrix=matrix, activation_bits=bits)
+        y = torch_backend.linear(fresh, codes, scales, hadamard=False, matrix=matrix, activation_bits=8)
         return float((y - fresh @ w.t()).norm() / (fresh @ w.t()).norm())
 
     nearest, feedback = (
-        error(learn_transform(x, [w], 40, activation_bits=bits, damping=damping)) for damping in (None, DAMPING)
+        error(learn_transform(x, [w], 40, activation_bits=8, damping=damping)) for damping in (None, DAMPING)
     )
-    assert feedback < 0.97 * nearest, (feedback, nearest)
+    assert feedback < 0.96 * nearest, (feedback, nearest)
 
 
 def test_blocks_of_a_token_are_made_of_one_size_for_eight_bits() -> None:
