@@ -1,4 +1,4 @@
-"""The demo, from `apex4 eval --record` to a process that loads it by its name, as the README has it."""
+"""The demo, from `apex4 eval --record` to a process that loads it by its name, as the README has it, over Xet."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def python_block(card: str) -> str:
 
 def test_from_a_measurement_to_a_process_that_loads_it_by_name(
     at_hub: HubServer,
+    over_xet: None,
     published_demo: Path,
     invoke: Callable[..., Result],
     python: Callable[..., subprocess.Popen[str]],
@@ -73,6 +74,7 @@ def test_from_a_measurement_to_a_process_that_loads_it_by_name(
     checked = invoke("check", f"{NAME}@v1")
     assert checked.exit_code == 0 and f"{NAME}@v1 is whole" in checked.stdout
     assert json.loads(invoke("inspect", f"{NAME}@{published['commit']}", "--json").stdout)["bytes"] > 0
+    assert not [request for request in at_hub.requests if "/lfs/" in request or "/cdn/" in request], "all over Xet"
     missing = invoke("check", f"{NAME}@v9")
     assert missing.exit_code == 2 and f"model '{NAME}' has no revision 'v9'" in missing.stderr
 
