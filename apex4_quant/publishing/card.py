@@ -247,6 +247,9 @@ def _text(
     if report.get("bits_per_weight") is not None:
         size += f"; a quantized weight takes {report['bits_per_weight']:.3f} bits, scales and transforms included"
     lines.append(f"{size}.")
+    plan = facts.planned(checkpoint, records)
+    if plan is not None:
+        lines.append(plan.sentence)
     errors = facts.errors(checkpoint)
     if errors:
         lines.append(

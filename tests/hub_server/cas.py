@@ -84,9 +84,7 @@ class Cas:
             if flags & (WITH_VERIFICATION | WITH_SHA256) != WITH_VERIFICATION | WITH_SHA256:
                 raise Refused(400, "a file of the shard has no verification, or no SHA-256")
             records = [at + ENTRY * (1 + index) for index in range(count)]
-            terms = [
-                Term(name_of(shard, record), *struct.unpack_from("<3I", shard, record + 36)) for record in records
-            ]
+            terms = [Term(name_of(shard, record), *struct.unpack_from("<3I", shard, record + 36)) for record in records]
             sha256 = at + ENTRY * (1 + 2 * count)
             files.append((name_of(shard, at), name_of(shard, sha256), terms))
             at = sha256 + ENTRY

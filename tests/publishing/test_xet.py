@@ -147,7 +147,7 @@ def test_a_server_without_xet(
     """huggingface_hub 2 takes Xet without asking: the sentence says what to set, and that uploads over LFS."""
     folder = checkpoint()
     at_hub.inject("xet-write-token|/cas/", times=1000, status=404)
-    with pytest.raises(UsageError, match="offers no Xet, .*: set HF_HUB_DISABLE_XET=1 and run the same command again"):
+    with pytest.raises(UsageError, match=r"offers no Xet, .*: set HF_HUB_DISABLE_XET=1 and run the same command again"):
         send(folder)
     assert not looks_whole(at_hub)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
