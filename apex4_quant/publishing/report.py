@@ -139,9 +139,12 @@ def _planned(plan: facts.Planned | None) -> Iterable[str]:
 
 
 def _messages(checkpoint: CheckpointFolder) -> Iterable[str]:
-    fallbacks = facts.fallbacks(checkpoint)
-    if not fallbacks:
+    fallbacks, messages = facts.fallbacks(checkpoint), checkpoint.report.get("messages") or []
+    if not fallbacks and not messages:
         yield "<p>No linear was quantized in another way than planned.</p>"
+    if messages:
+        yield f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in messages)}</ul>"
+    if not fallbacks:
         return
     yield f"<p>{len(fallbacks)} linears of experts had too few calibration tokens of their own.</p>"
     yield _table(("linear", "quantized with", "tokens of its own"), fallbacks)

@@ -100,6 +100,23 @@ def test_every_number_is_a_recorded_one(checkpoint: Callable[..., Path]) -> None
         assert float(number) in shown, f"{number} of the card was not recorded"
 
 
+def test_the_data_set_of_calibration_is_in_the_metadata(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    report = json.loads((folder / "apex4_report.json").read_text())
+    for calib, datasets in (
+        ("wikitext2", ["Salesforce/wikitext"]),
+        ("org/data:train", ["org/data"]),
+        ("bundled", None),
+    ):
+        report["settings"]["calib"] = calib
+        (folder / "apex4_report.json").write_text(json.dumps(report))
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+        write_card(folder)
+        card = ModelCard.load(folder / "README.md")
+        card.validate()
+        assert card.data.datasets == datasets
+
+
 def test_handwritten_text_and_metadata_survive(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
     first = card_of(folder)

@@ -60,6 +60,7 @@ def measured(folder: Path) -> Path:
 def with_plan(folder: Path) -> Path:
     report = json.loads((folder / "apex4_report.json").read_text())
     report["quantized"][0] |= {"group_size": 256, "fallback": "shared statistics", "calibration_tokens": 17}
+    report["messages"] = ["layer 1: a <strange> weight"]
     (folder / "apex4_report.json").write_text(json.dumps(report))
     return folder
 
@@ -75,7 +76,7 @@ def test_one_page_with_everything(checkpoint: Callable[..., Path], tmp_path: Pat
     assert parser.count["svg"] == 4 and "<h1>model&lt;b&gt;</h1>" in page
     for shown in (
         "12.3457", "+1.0957 (+9.74 %)", "0.01562", "0.8750", "4321.5", "model.layers.1.self_attn.v_proj", "0.0600",
-        "shared statistics", "17", "4.250",
+        "shared statistics", "17", "4.250", "<li>layer 1: a &lt;strange&gt; weight</li>",
     ):  # fmt: skip
         assert shown in page, shown
 
