@@ -161,7 +161,9 @@ def require_free_space(folder: Path, needed: int) -> None:
 def require_outside(out: Path, folder: Path) -> None:
     """Raise UsageError if `out` is below the checkpoint `folder`: it would be copied and published with it."""
     if folder.resolve() in out.resolve().parents:
-        raise UsageError(f"output {out} is in the checkpoint's folder and would be published with it: give another place")
+        raise UsageError(
+            f"output {out} is in the checkpoint's folder and would be published with it: give another place"
+        )
 
 
 def require_empty(out: Path) -> None:
