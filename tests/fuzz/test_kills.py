@@ -24,6 +24,7 @@ from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings
 
 from ..disks import CODES, contents, failing
+from .conftest import HANGS
 
 RECIPES = ("gptq", "apex4")
 Moments = Callable[[int], random.Random]
@@ -39,7 +40,7 @@ def in_a_fork(work: Callable[[], Any], kill_after: float | None = None) -> bool:
             code = 0
         finally:
             os._exit(code)
-    deadline = time.monotonic() + (120 if kill_after is None else kill_after)
+    deadline = time.monotonic() + (HANGS if kill_after is None else kill_after)
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
