@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ REPORT_NAME = "apex4_report.json"  # in a checkpoint: what was done to every ten
 RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (quantization/run_state.py)
 RUN_SETTINGS_NAME = "settings.json"  # inside RUN_FOLDER: written first of all, so that without it no run was begun
 TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
+_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")  # save_file of safetensors 0.8 writes under a name of its own and renames
 
 
 @contextlib.contextmanager
@@ -231,8 +233,10 @@ def _remove_contents(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink()
+    """What a kill left in a folder of ours."""
+    for path in list(folder.iterdir()):
+        if path.suffix == TEMPORARY_SUFFIX or _OF_SAFETENSORS.fullmatch(path.name):
+            path.unlink()
 
 
 def format_bytes(size: float) -> str:

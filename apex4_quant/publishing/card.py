@@ -284,7 +284,7 @@ def _text(
 def load_block(place: str) -> list[str]:
     """The Python that loads a model by its name, or from its folder."""
     return [
-        "import apex4_quant  # registers the format: without it transformers does not know it",
+        "import apex4_quant  # registers the format: without it transformers warns, and loads random linears",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")',
