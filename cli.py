@@ -99,7 +99,7 @@ _ENVIRONMENT = "\b\nEnvironment:\n" + "\n".join(f"  {name:17}  {text}" for name,
 def cli(context: click.Context) -> None:
     """Quantize LLMs to W4A4 or W4A8 (INT4 weights in groups of 128), check them, evaluate them, publish them."""
     command = context.invoked_subcommand
-    if options.is_rank() and options.ranks_started() > 1 and command not in ("quantize", "eval"):
+    if options.is_rank() and options.ranks_started() > 1 and command not in ("quantize", "plan", "eval"):
         raise UsageError(
             f"'apex4 {command}' runs in one process and WORLD_SIZE is {options.ranks_started()}: start one"
         )
@@ -286,13 +286,17 @@ def gpus(as_json: bool) -> None:
     f"For all.  [default: {TransformKind.HADAMARD}, and {TransformKind.DENSE} if the recipe has that]",
 )
 @options.calibration(None, f"Calibration windows.  [default: {TOKENS} tokens]")
+@options.GPUS
 @options.COMPUTING
-def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
+def plan(out: Path | None, gpus: int | None, as_json: bool, **asked: Any) -> None:
     """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
+    _share(gpus, asked["device"])
+    from apex4_quant.distributed.starting import ranks
     from apex4_quant.planning.planner import make_plan
 
-    result = make_plan(PlanSettings(**asked), out, _progress(as_json))
-    _print(as_json, result.as_dict(), result.as_text)
+    with ranks(asked["device"]) as group:
+        result = make_plan(PlanSettings(**asked), out, _progress(as_json), group)
+        _print(as_json, result.as_dict(), result.as_text)
 
 
 def _command_line(context: click.Context) -> list[str]:

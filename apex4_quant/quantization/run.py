@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..distributed.agreement import settings_here, versions_here
 from ..distributed.group import Group
 from ..distributed.shares import Share
 from ..errors import Apex4Error, Stopped, UsageError
@@ -52,7 +52,7 @@ from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
-from .calibration import draw_calibration, windows_needed
+from .calibration import draw_calibration, require_a_window_each, windows_needed
 from .distilling import distill, require_distillable, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
@@ -184,10 +184,7 @@ def quantize(
         )
     samples, bos = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
-    if len(samples) < group.size:
-        raise UsageError(
-            f"{group.size} ranks have {len(samples)} calibration windows to share: start fewer, or give more --samples"
-        )
+    require_a_window_each(group, len(samples))
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
     runner = LayerRunner(source, resolved.device, dtype)
@@ -231,19 +228,11 @@ def quantize(
 
 def _seen_here(recorded: Mapping[str, Any], found: OutputFolder, runner: LayerRunner) -> dict[str, Any]:
     """What must be the same for all processes of a run, by what a user calls it."""
-    import transformers
-
-    on_gpu = runner.device.type == "cuda"
     return {
-        "apex4_quant": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "Python": platform.python_version(),
-        "kind of GPU": torch.cuda.get_device_name() if on_gpu else "none",
-        "number of threads": torch.get_num_threads(),
+        **versions_here(runner.device),
         "content of the output folder": str(found),
         **{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in recorded["inputs"].items()},
-        **{f"setting {name}": value for name, value in recorded.items() if name not in ("inputs", "apex4_version")},
+        **settings_here({name: value for name, value in recorded.items() if name not in ("inputs", "apex4_version")}),
     }
 
 
