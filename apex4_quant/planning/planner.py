@@ -109,7 +109,11 @@ def make_plan(
 
 
 def _seen_here(
-    settings: PlanSettings, source: ModelSource, samples: torch.Tensor, runner: LayerRunner, advance: Callable[[int], None]
+    settings: PlanSettings,
+    source: ModelSource,
+    samples: torch.Tensor,
+    runner: LayerRunner,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """What must be the same for all processes, by what a user calls it."""
     return {
