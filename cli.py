@@ -339,6 +339,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 @options.number("--batch", options.COUNT, 1, "Requests at once, for --throughput.")
 @options.number("--prompt-len", options.COUNT, 512, "Tokens of a prompt, for --throughput.")
 @options.number("--gen-len", options.Whole(2, options.LARGEST), 128, "Tokens of an answer, for --throughput.")
+@options.DEVICE_MAP
 @options.GPUS
 @options.COMPUTING
 @click.pass_context
@@ -364,6 +365,9 @@ def evaluate(
         )
     else:
         others, advice = {"batch", "prompt_len", "gen_len"}, "is for --throughput: add that"
+    if asked["device_map"] is not None and (throughput or gpus is not None):
+        other, does = ("--throughput", "measures") if throughput else ("--gpus", "starts a process for")
+        raise UsageError(f"--device-map spreads one model over devices and {other} {does} each device: leave one away")
     for name in sorted(others & _given(context)):
         raise UsageError(f"--{name.replace('_', '-')} {advice}")
     if throughput and (gpus is not None or options.is_rank()):
