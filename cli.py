@@ -30,7 +30,6 @@ from apex4_quant.planning.settings import PLANNED_TRANSFORMS, TOKENS, PlanSettin
 from apex4_quant.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
-    from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization.estimates import Preview
     from apex4_quant.quantization.run import QuantizeResult
 
@@ -200,7 +199,7 @@ def _preview_as_text(expected: Preview, verbose: bool) -> str:
     return (
         f"{plan_as_text(expected.plan, expected.source, verbose)}\n"
         f"  {_seconds_as_text(*expected.seconds)} on {settings.device}; at the worst moment about "
-        f"{format_bytes(expected.peak_host)} of the host{_on_gpu(expected)}{_kept_to(expected.budget, expected.states_on_disk)}, "
+        f"{format_bytes(expected.peak_host)} of the host{_on_gpu(expected)}{_kept_to(expected)}, "
         f"and {format_bytes(expected.disk)} of the disk; layout {settings.layout}; nothing was written"
     )
 
@@ -211,12 +210,14 @@ def _on_gpu(expected: Preview) -> str:
     return f" and {format_bytes(expected.memory.gpu)} of the GPU" if expected.memory.gpu else ""
 
 
-def _kept_to(budget: MemoryBudget, states_on_disk: bool) -> str:
+def _kept_to(run: Preview | QuantizeResult) -> str:
     """What was allowed, beside what is used."""
     from apex4_quant.format.storage import format_bytes
 
-    allowed = [f"{name} {format_bytes(size)}" for name, size in budget.as_dict().items() if size is not None]
-    where = ", hidden states on the disk" if states_on_disk else ""
+    allowed = [f"{name} {format_bytes(size)}" for name, size in run.budget.as_dict().items() if size is not None]
+    where = ", hidden states on the disk" if run.states_on_disk else ""
+    if run.experts_at_once is not None:
+        where += f", statistics of {run.experts_at_once} experts at once"
     return f" (allowed: {', '.join(allowed)}{where})" if allowed else ""
 
 
@@ -226,7 +227,7 @@ def _used_as_text(result: QuantizeResult) -> str:
     if result.memory is None:
         return ""
     gpu = "" if result.memory.gpu is None else f", of the GPU {format_bytes(result.memory.gpu)}"
-    kept_to = _kept_to(result.budget, result.states_on_disk)
+    kept_to = _kept_to(result)
     return f"  memory at most: of the host {format_bytes(result.memory.host)}{gpu}{kept_to}\n"
 
 
