@@ -54,7 +54,14 @@ def _models() -> dict[str, Callable[[], Any]]:
     plain = {key: value for key, value in SIZES.items() if key != "head_dim"}
     few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
     multipliers = {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.4}
-    latent = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "q_lora_rank": None}
+    latent = {
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "q_lora_rank": None,
+        "num_key_value_heads": 4,
+    }
     sparse = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
     return {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -68,7 +75,7 @@ def _models() -> dict[str, Callable[[], Any]]:
             Qwen2MoeConfig(**plain, **few, shared_expert_intermediate_size=256, mlp_only_layers=[0])
         ),
         "deepseek2": lambda: DeepseekV2ForCausalLM(
-            DeepseekV2Config(**plain, **latent, n_routed_experts=4, moe_intermediate_size=128, num_experts_per_tok=2)
+            DeepseekV2Config(**plain | latent, n_routed_experts=4, moe_intermediate_size=128, num_experts_per_tok=2)
         ),
         "gptoss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
