@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..format.storage import write_bytes
+from ..format.storage import make_folder, write_bytes
 from . import facts
 from .folder import PICTURES_FOLDER, CheckpointFolder
 from .records import read_records
@@ -45,7 +45,7 @@ def write_pictures(checkpoint: CheckpointFolder) -> list[Path]:
     """Into the checkpoint's folder, where its card shows them."""
     folder = checkpoint.folder / PICTURES_FOLDER
     drawn = draw(checkpoint)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     for name, svg in drawn.items():
         write_bytes(folder / f"{name}.svg", svg.encode())
     return [folder / f"{name}.svg" for name in drawn]

@@ -123,14 +123,18 @@ class LayerQuantizer:
         say: Say,
         note: Say,
         group: Group | None = None,
+        experts_at_once: int | None = None,
     ) -> None:
-        """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients."""
+        """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients.
+        Of so many experts of a layer statistics are there `experts_at_once`; None: of all."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
         self._say, self._note, self._group = say, note, group or Group()
         self._name_width = max(len(linear.name) for linear in plan.linears)
         hessians = self._recipe.rounding is Rounding.GPTQ
-        self._collector = Collector(runner, source.family, source.config, hessians, note, original, self._group)
+        self._collector = Collector(
+            runner, source.family, source.config, hessians, note, original, self._group, experts_at_once
+        )
 
     def quantize(self, layer: int, streams: Streams, advance: Callable[[int], None]) -> QuantizedLayer:
         """Quantize decoder layer `layer`, which `streams` enter. The runners hold it afterwards, until it is dropped.

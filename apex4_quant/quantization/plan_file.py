@@ -26,9 +26,10 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..format.number_format import BITS, BLOCK, GroupSize, parse_activation_bits, parse_group_size
 from ..format.transform_kind import TransformKind
+from ..format.yaml_text import parse_yaml
 from ..models.source import ModelSource
 
 PLAN_VERSION = 1
@@ -135,37 +136,24 @@ def plan_given(linears: Mapping[str, GroupSize | Mapping[str, Any]]) -> PlanFile
     return PlanFile(path, None, entries)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def read_plan_file(path: Path) -> PlanFile:
     """Read and check the form. Raises UsageError with one sentence that names the file and the entry."""
     if not path.is_file():
         raise UsageError(f"plan {path} does not exist: make one with 'apex4 plan MODEL --target GPU -o {path}'")
     try:
-        content = yaml.load(path.read_text("utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}: {problem}" if mark else type(error).__name__
-        raise UsageError(f"plan {path} is not valid YAML ({where}): correct it or make a new one") from error
+        content = parse_yaml(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"plan {path} is not valid YAML (not UTF-8): correct it or make a new one") from error
+    except ValueError as error:
+        raise UsageError(f"plan {path} is not valid YAML ({error}): correct it or make a new one") from error
     if not isinstance(content, dict) or not isinstance(content.get("linears"), dict):
         raise UsageError(f"plan {path} has no mapping 'linears': make a new one with 'apex4 plan'")
     for key in content:
         if key not in ("apex4_plan", "architecture", "linears", *_INFORMATIVE):
-            raise UsageError(f"plan {path} has an unknown key {key!r}: remove it")
+            raise UsageError(f"plan {path} has an unknown key {shown(key)}: remove it")
     if content.get("apex4_plan") != PLAN_VERSION:
         raise UsageError(
-            f"plan {path} has apex4_plan = {content.get('apex4_plan')!r} and this apex4 reads {PLAN_VERSION}: "
+            f"plan {path} has apex4_plan = {shown(content.get('apex4_plan'))} and this apex4 reads {PLAN_VERSION}: "
             "make a new one with 'apex4 plan'"
         )
     linears = {str(name): _read_entry(path, str(name), entry) for name, entry in content["linears"].items()}
@@ -202,19 +190,21 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
         raise UsageError(f"plan {path} has no group_size for {name}: write {{group_size: 128}}")
     for key in entry:
         if key not in _ENTRY_KEYS:
-            raise UsageError(f"plan {path} has an unknown key {key!r} for {name}: remove it")
+            raise UsageError(f"plan {path} has an unknown key {shown(key)} for {name}: remove it")
     shape = entry.get("shape")
     if shape is not None and not (
         isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
     ):
-        raise UsageError(f"plan {path} has shape {shape!r} for {name}: write [out features, in features]")
+        raise UsageError(f"plan {path} has shape {shown(shape)} for {name}: write [out features, in features]")
     try:
         group_size = parse_group_size(entry["group_size"])
     except UsageError as error:
         raise UsageError(f"plan {path}, {name}: {error}") from error
     transform = entry.get("transform")
     if transform is not None and transform not in list(TransformKind):
-        raise UsageError(f"plan {path} has transform {transform!r} for {name}: give one of {', '.join(TransformKind)}")
+        raise UsageError(
+            f"plan {path} has transform {shown(transform)} for {name}: give one of {', '.join(TransformKind)}"
+        )
     if transform is not None and TransformKind(transform).is_learned and group_size != BLOCK:
         raise UsageError(
             f"plan {path} has transform {transform} and group size {group_size} for {name}, and kernels have a learned "

@@ -146,6 +146,24 @@ def test_half_a_pair_of_markers_is_refused(checkpoint: Callable[..., Path]) -> N
         write_card(folder)
 
 
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("caf\xe9".encode("latin-1"), "is not UTF-8 .byte 3"),
+        (b"---\nlicense: mit\ntags: [a\n---\nmine\n", "metadata at the head of .*line 2"),
+        (b"---\nlicense: mit\nlicense: apache-2.0\n---\nmine\n", "license is there twice"),
+        (b"---\n- mit\n---\nmine\n", "no mapping"),
+        (b"---\ndate: 2020-13-45\n---\nmine\n", "a value cannot be read"),
+    ],
+)
+def test_a_card_that_would_be_lost_is_refused(card: bytes, said: str, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint() / "README.md"
+    path.write_bytes(card)
+    with pytest.raises(UsageError, match=said):
+        write_card(path.parent)
+    assert path.read_bytes() == card
+
+
 def test_licence_and_languages_come_from_the_original(at_hub: HubServer, checkpoint: Callable[..., Path]) -> None:
     """From the Hub, of the commit that was quantized; given by hand they win, and an option wins over both."""
     at_hub.store.create("meta/Tiny", private=False)
@@ -197,6 +215,9 @@ def test_measurements_of_other_weights_are_refused(checkpoint: Callable[..., Pat
             use()
     (other / "apex4_evaluation.json").write_text("[]")
     with pytest.raises(Apex4Error, match="holds no measurements: the file is damaged"):
+        write_card(other)
+    (other / "apex4_evaluation.json").write_text('{"version": 1')
+    with pytest.raises(Apex4Error, match="the file is damaged, remove it and measure again"):
         write_card(other)
 
 

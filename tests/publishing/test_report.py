@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -153,6 +154,10 @@ def test_refusals(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: 
     ):
         with pytest.raises(UsageError, match=sentence):
             write_report(folder, out)
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null and /dev/stdout: what is put in its place by name is gone
+    with pytest.raises(UsageError, match="pipe is no file that can be written anew"):
+        write_report(folder, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pictures need matplotlib: pip install 'apex4-quant.plot.'"):
         write_report(folder, tmp_path / "report.html")
