@@ -17,7 +17,7 @@ from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES, FAMILI
 from apex4_quant.publishing.base_model import base_model_of
 from apex4_quant.publishing.card import make_card, write_card
 from apex4_quant.publishing.folder import CheckpointFolder
-from apex4_quant.publishing.records import read_records, record_evaluation
+from apex4_quant.publishing.records import describe_device, read_records, record_evaluation
 
 from ..hub_server.server import HubServer
 from .test_publish import NAME, file, header, send
@@ -233,6 +233,20 @@ def test_a_measurement_made_again_takes_the_place_of_the_first(checkpoint: Calla
     first = records[0]
     assert first["versions"]["apex4"] and first["activations"] == {"bits": 4, "kernels": ["reference"]}
     assert "someone" not in (folder / "apex4_evaluation.json").read_text()
+
+
+def test_a_record_names_all_devices_of_a_model_that_is_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: ["H200", "L40S", "H200"][index])
+    named = {
+        "cuda": "H200",
+        "cuda:1": "L40S",
+        "cuda:0, cuda:2, disk": "2 x H200",
+        "cuda:1, cuda:0, cpu": "L40S and H200",
+    }
+    for device, name in named.items():
+        found = describe_device(device)
+        assert (found["device"], found["name"]) == (device, name)
+    assert describe_device("cpu, disk")["name"] == describe_device("cpu")["name"]
 
 
 def test_measurements_with_other_bits_stand_beside_each_other(checkpoint: Callable[..., Path]) -> None:
