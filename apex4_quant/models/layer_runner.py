@@ -65,7 +65,9 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedM
         model.eval()
     except Exception as error:  # transformers raises whatever the missing or odd field leads to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Apex4Error(f"{source.folder / 'config.json'} does not describe a model ({reason})") from error
+        raise Apex4Error(
+            f"{source.folder / 'config.json'} does not describe a model ({type(error).__name__}: {reason}): get it again"
+        ) from error
     family, expected = source.family, model.state_dict()
     if config.tie_word_embeddings and f"{family.head}.weight" not in source.infos:
         del expected[f"{family.head}.weight"]
