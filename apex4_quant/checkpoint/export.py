@@ -81,7 +81,7 @@ def export(path: str, out: Path, to: str, progress: Callable[[str], None] = lamb
             copy_file(source, out / source.name)
     if (checkpoint.folder / INDEX_NAME).is_file():
         write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
-    write_json(out / "config.json", checkpoint.config | {"quantization_config": section})
+    write_json(out / "config.json", checkpoint.stored_config | {"quantization_config": section})
     return {"model": path, "output": str(out), "format": str(to), "linears": len(formats), "bytes": total}
 
 

@@ -16,6 +16,7 @@ from ..errors import Apex4Error, UsageError
 from ..format.quant_config import QUANT_METHOD, QuantConfig
 from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import DISK, DeviceMap, multiplies_fast, multiply_in_float32
+from ..models.families import auto_class_of
 from ..models.foreign_formats import foreign_format
 from ..models.source import read_config, verify_listed
 from ..models.weight_files import read_tensor_infos
@@ -89,7 +90,8 @@ def load_model(
     needs to where it is computed.
     On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     config = read_config(folder)
@@ -115,7 +117,7 @@ def load_model(
             if device_map is not None:  # accelerate only warns of names that the model does not have
                 warnings.filterwarnings("error", "The following device_map keys")
             # A pair with output_loading_info, which the annotation of from_pretrained does not say.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, auto_class_of(config)).from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map={"": device} if device_map is None else device_map,

@@ -208,8 +208,11 @@ class Family:
     does not load them, and they are left away.
     `norm_offset` is added to the stored gain of an RMSNorm (1 in Gemma). `norm_rounds_once`: a norm without an offset
     multiplies by its gain in float32 all the same, which the kernels for norms do not, so that it is left to the model. `rotatable` is False where a norm stands
-    between a residual writer and the stream: its gain cannot be rotated. `scaled_embedding`: what enters layer 0 is the
-    embedding times the root of its width.
+    between a residual writer and the stream: its gain cannot be rotated, nor can the stream where others write to it.
+    `scaled_embedding`: what enters layer 0 is the embedding times the root of its width.
+    `beside` names modules that stand beside the language model (one that sees pictures), none of whose linears is
+    quantized and whose tensors are copied. Then config.json has the language model's settings in `text_config`, and
+    `prefixes` are pairs (published, in the model) of how names of its tensors begin.
     """
 
     architecture: str
@@ -223,11 +226,36 @@ class Family:
     norm_rounds_once: bool = False
     rotatable: bool = True
     scaled_embedding: bool = False
+    beside: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     rotary: str = "model.rotary_emb"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+    @property
+    def language_model(self) -> str:
+        """The module that has the embedding, the layers and the norm behind them."""
+        return self.layers.rpartition(".")[0]
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads such a model."""
+        return "AutoModelForImageTextToText" if self.beside else "AutoModelForCausalLM"
+
+    def name_in_model(self, stored: str) -> str:
+        """Of a tensor of the language model, from that in a checkpoint."""
+        for published, here in self.prefixes:
+            if stored.startswith(published):
+                return here + stored.removeprefix(published)
+        return stored
+
+    def published_name(self, name: str) -> str:
+        for published, here in self.prefixes:
+            if name.startswith(here):
+                return published + name.removeprefix(here)
+        return name
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers}.{index}."
@@ -291,6 +319,17 @@ def _is_linear_attention(config: dict[str, Any], layer: int) -> bool:
 
 
 GEMMA: dict[str, Any] = {"mlp": GEMMA_MLP, "norm_offset": 1.0, "rotatable": False, "scaled_embedding": True}
+# A language model and one that sees pictures, whose features stand in for embeddings of some tokens: so the residual
+# stream cannot be rotated.
+WITH_VISION: dict[str, Any] = {
+    "rotatable": False,
+    "beside": ("model.vision_tower", "model.multi_modal_projector"),
+    "prefixes": (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")),
+    "layers": "model.language_model.layers",
+    "embedding": "model.language_model.embed_tokens",
+    "rotary": "model.language_model.rotary_emb",
+    "final_norm": "model.language_model.norm",
+}
 MIXTRAL_NAMES = (
     (".block_sparse_moe.", ".mlp."),
     (".w1.weight", ".gate_proj.weight"),
@@ -335,6 +374,8 @@ FAMILIES: dict[str, Family] = {
         Family("Phi3ForCausalLM", "phi3", attention=FUSED_ATTENTION, mlp=FUSED_MLP),
         Family("Gemma2ForCausalLM", "gemma2", **GEMMA),
         Family("Gemma3ForCausalLM", "gemma3_text", **GEMMA),
+        Family("Mistral3ForConditionalGeneration", "mistral3", **WITH_VISION),
+        Family("Gemma3ForConditionalGeneration", "gemma3", **GEMMA | WITH_VISION),
     )
 }
 
@@ -371,3 +412,9 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     raise UsageError(
         f"{where} has the architecture {given}, which is not supported: apex4 quantizes {', '.join(FAMILIES)}"
     )
+
+
+def auto_class_of(config: dict[str, Any]) -> str:
+    """The class of transformers that loads the model of a config.json, supported here or not."""
+    by_type = next((family for family in FAMILIES.values() if family.model_type == config.get("model_type")), None)
+    return "AutoModelForCausalLM" if by_type is None else by_type.auto_class
