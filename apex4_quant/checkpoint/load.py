@@ -144,6 +144,7 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     if offloaded is not None:
         weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
+        _require_tied_together(model, folder)
     info: dict[str, Any] = loaded[1]
     for name, stored, needed in sorted(info["mismatched_keys"]):
         raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
@@ -155,6 +156,25 @@ def load_model(
         multiply_in_float32(model)
     model.eval()
     return model
+
+
+def _require_tied_together(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UsageError where the map tears apart two names of one tensor: accelerate would not find the other."""
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+
+    def place(name: str) -> Any:
+        return next((places[part] for part in _and_parents(name) if part in places), None)
+
+    for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if place(one) != place(other):
+            raise UsageError(
+                f"--device-map cannot be followed for {folder}: {one} and {other} are one tensor, place them together"
+            )
+
+
+def _and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 def places_of(model: PreTrainedModel) -> list[str]:

@@ -211,8 +211,8 @@ class Family:
     between a residual writer and the stream: its gain cannot be rotated, nor can the stream where others write to it.
     `scaled_embedding`: what enters layer 0 is the embedding times the root of its width.
     `beside` names modules that stand beside the language model (one that sees pictures), none of whose linears is
-    quantized and whose tensors are copied. Then config.json has the language model's settings in `text_config`, and
-    `prefixes` are pairs (published, in the model) of how names of its tensors begin.
+    quantized and whose tensors are copied. Then config.json has the language model's settings in `text_config`,
+    `text_types` are the language models that may stand there, by their model_type, and `prefixes` are pairs (published, in the model) of how names of its tensors begin.
     """
 
     architecture: str
@@ -227,6 +227,7 @@ class Family:
     rotatable: bool = True
     scaled_embedding: bool = False
     beside: tuple[str, ...] = ()
+    text_types: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -374,13 +375,37 @@ FAMILIES: dict[str, Family] = {
         Family("Phi3ForCausalLM", "phi3", attention=FUSED_ATTENTION, mlp=FUSED_MLP),
         Family("Gemma2ForCausalLM", "gemma2", **GEMMA),
         Family("Gemma3ForCausalLM", "gemma3_text", **GEMMA),
-        Family("Mistral3ForConditionalGeneration", "mistral3", **WITH_VISION),
-        Family("Gemma3ForConditionalGeneration", "gemma3", **GEMMA | WITH_VISION),
+        Family("Mistral3ForConditionalGeneration", "mistral3", text_types=("mistral", "ministral3"), **WITH_VISION),
+        Family("Gemma3ForConditionalGeneration", "gemma3", text_types=("gemma3_text",), **GEMMA | WITH_VISION),
     )
 }
 
 # Buffers that old checkpoints carry and every current model computes itself.
 RECOMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+_LLAMA4 = (
+    "whose experts read their input times the router's weight, which apex4 does not quantize: give another model, such as a "
+    "Llama 3 or a Qwen3-MoE"
+)
+# Architectures that are asked for and cannot be had, by the reason and what to do.
+REFUSED = {"Llama4ForConditionalGeneration": _LLAMA4, "Llama4ForCausalLM": _LLAMA4}
+
+
+def _with_known_text(family: Family, config: dict[str, Any], where: str) -> Family:
+    """Raise UsageError if the language model inside is not one that stands there usually."""
+    inside = config.get("text_config")
+    if not family.beside:
+        return family
+    if not isinstance(inside, dict):
+        raise Apex4Error(f"config.json of {where} has no text_config: the file is damaged, get it again")
+    found = inside.get("model_type", family.text_types[0])
+    if found not in family.text_types:
+        raise UsageError(
+            f"{where} has the architecture {family.architecture} with a language model of type {found!r}, which is not "
+            f"supported there: apex4 quantizes {' and '.join(family.text_types)}"
+        )
+    return family
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -399,10 +424,12 @@ def family_of(config: dict[str, Any], where: str) -> Family:
                 f"config.json of {where} says architecture {family.architecture} and model_type {model_type!r}, of which "
                 f"transformers makes {by_type.architecture}: correct the one that is wrong"
             )
-        return family
+        return _with_known_text(family, config, where)
     if by_type is not None and not architectures:
-        return by_type
+        return _with_known_text(by_type, config, where)
     given = ", ".join(architectures) or f"model_type {model_type!r}"
+    if refused := next((REFUSED[name] for name in architectures if name in REFUSED), None):
+        raise UsageError(f"{where} has the architecture {given}, {refused}")
     inside = config.get("text_config")
     if isinstance(inside, dict):
         raise UsageError(

@@ -566,6 +566,11 @@ def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
         mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if family.beside else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         assert mapping[family.model_type] == name
         assert name in tested, f"no model of {name} is tested"
+    with pytest.raises(UsageError, match=r"Llama4ForConditionalGeneration, whose experts read .* give another model"):
+        family_of({"architectures": ["Llama4ForConditionalGeneration"], "text_config": {}}, "some model")
+    inside = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral4"}}
+    with pytest.raises(UsageError, match="language model of type 'mistral4', which is not supported there"):
+        family_of(inside, "some model")
     with pytest.raises(Exception, match=r"GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
         family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")
 
