@@ -223,7 +223,7 @@ def test_a_language_model_beside_others_is_refused_with_what_to_do(
     )
     llama4 = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(llama4))
-    one_sentence(quantize_badly(tmp_path / "model"), 2, "Llama4ForCausalLM", "not supported")
+    one_sentence(quantize_badly(tmp_path / "model"), 2, "Llama4ForCausalLM", "give another model")
 
 
 @pytest.mark.parametrize(
