@@ -308,11 +308,12 @@ class _Run:
     predictions: LeavingGradients | None = field(init=False)
     share: Share = field(init=False)  # of the windows
     finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
+    notes: list[str] = field(init=False, default_factory=list)  # since the last commit
 
     def __post_init__(self) -> None:
         recipe, source, runner = self.plan.recipe, self.source, self.runner
         self.original = LayerRunner(source, self.settings.device, runner.dtype) if recipe.gptaq else None
-        self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self.progress.line, self.group)
+        self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self._note, self.group)
         if self.streamed:
             for each in self._runners:
                 each.keep_states_in(self.state.folder)
@@ -324,6 +325,11 @@ class _Run:
         # None of the layers that are finished now is begun again, and one that is finished later is not asked about.
         finished = self.group.from_first(lambda: sorted(self.state.records()))
         self.finished = frozenset(finished)
+
+    def _note(self, text: str) -> None:
+        """Say what a reader of the checkpoint should know, too: it is recorded with the shard that is worked on."""
+        self.progress.line(text)
+        self.notes.append(text)
 
     @property
     def _runners(self) -> list[LayerRunner]:
@@ -380,6 +386,7 @@ class _Run:
             self.rewriter,
             self.predictions,
             self.progress.line,
+            self._note,
             self.group,
             self.experts_at_once or None,
         )
@@ -444,8 +451,10 @@ class _Run:
                 "sha256": sha256(path),
                 "tensors": tensors,
                 "linears": records,
+                "messages": self.notes,
             },
         )
+        self.notes = []
 
     def _finish(self) -> QuantizeResult:
         """config.json and what belongs to it; the result is known to all processes."""
@@ -502,6 +511,8 @@ class _Run:
         found_on_the_way = ("error", "activation_clip", "calibration_tokens", "fallback")
         for entry, record in zip(plan["quantized"], records, strict=True):
             entry |= {key: record[key] for key in found_on_the_way if key in record}
+        messages = [text for shard in shards for text in shard.get("messages", ())]
+        plan |= {"messages": messages} if messages else {}
         revision = hub_revision(self.source.folder)
         plan |= {"model_revision": revision} if revision else {}
         return plan | {
