@@ -409,7 +409,7 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "start of a split": ([(SHARED, "k_blocks) * split / splits)", "k_blocks) / splits * split + split)")], SPLIT),
     "group of a split": ([(KERNEL, "blocks_per_group - blocks.first % blocks_per_group;", "blocks_per_group;")], replace(WIDE, splits=3)),
     "scale of a split": ([(KERNEL, "const int tid = threadIdx.x, group = kb / p.blocks_per_group", "const int tid = threadIdx.x, group = 0 * kb")], SPLIT),
-    "counter": ([(SHARED, "if (last) counter = 0;", "")], SPLIT),
+    "counter": ([(SHARED, "if (last) counter[tile] = 0;", "")], SPLIT),
     "last of the splits": ([(SHARED, "== splits - 1;", "== splits - 2;")], replace(FEW, splits=3)),
     "wait": ([(KERNEL, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>")], replace(FEW, blocks=11)),
     "barrier": ([(KERNEL, "__syncthreads();  // the stage", "// the stage")], replace(FEW, blocks=11)),

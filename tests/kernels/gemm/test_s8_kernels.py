@@ -193,7 +193,7 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "wait": ([(KERNEL, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>")], FEW),
     "barrier": ([(KERNEL, "__syncthreads();  // the stage", "// the stage")], (S8Plan(M16, 17, 200, 12), 1, 0)),
     "stages left before y": ([(KERNEL, "__syncthreads();  // everyone has left the stages", "")], (S8Plan(M16, 5, 133, 1), 1, 0)),
-    "counter": ([(SHARED, "if (last) counter = 0;", "")], SPLIT),
+    "counter": ([(SHARED, "if (last) counter[tile] = 0;", "")], SPLIT),
     "own part twice": ([(KERNEL, "if (s == split) continue;", "")], SPLIT),
     "edge": ([(KERNEL, "vectors && n0 + column + 8 <= p.n", "vectors")], (S8Plan(M16, 5, 133, 1), 1, 3)),
     "outputs trade": ([(KERNEL, "odd ? 0x3276 : 0x5410", "odd ? 0x7632 : 0x5410")], FEW),

@@ -30,20 +30,26 @@ struct CodeLoader {
   const uint8 *a_gmem_rd, *w_gmem_rd;
   int a_rows, w_tiles;  // of this tile, that exist
 
+  // At block kb of the tile's tokens from m0 on.
   template <typename Problem>
-  __device__ __forceinline__ CodeLoader(const Problem& p, int kb, int m0, int n0) {
-    const int tid = threadIdx.x, tile = n0 / WEIGHT_TILE_N;
+  __device__ __forceinline__ void start_tokens(const Problem& p, int kb, int m0) {
+    [[maybe_unused]] const int tid = threadIdx.x;
 #if EXPERTS
     a_gmem_rd = p.a_codes + static_cast<long long>(kb) * p.m_stride * ROW_BYTES;
 #else
     a_rows = p.m_stride - m0;
     a_gmem_rd = p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * ROW_BYTES + 16 * tid;
 #endif
+  }
+  // At block kb of the weights from tile `tile` of w_packed on.
+  template <typename Problem>
+  __device__ __forceinline__ void start_weights(const Problem& p, int kb, int tile) {
+    const int tid = threadIdx.x;
     w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
     w_gmem_rd = p.w_packed + (static_cast<long long>(tile) * p.k_blocks + kb) * WEIGHT_TILE_BYTES + 16 * tid;
   }
 
-  // Rows of this tile.
+  // Rows of this tile, that exist.
   __device__ __forceinline__ int rows_here(int m, const TileRows& rows) const {
 #if EXPERTS
     return rows.end(m);
@@ -52,10 +58,8 @@ struct CodeLoader {
 #endif
   }
 
-  // The tokens' codes of the next block, this thread's first chunk to `chunk_smem_wr`.
-  template <typename Problem>
-  __device__ __forceinline__ void load_tokens(const Problem& p, const TileRows& rows, uint32 chunk_smem_wr) {
-    const int end = rows_here(p.m, rows);
+  // Codes of the next block of `end` tokens, this thread's first chunk to `chunk_smem_wr`.
+  __device__ __forceinline__ void load_tokens(const TileRows& rows, int end, uint32 chunk_smem_wr) {
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i) {
       constexpr int ROWS = THREADS * 16 / ROW_BYTES;  // of one round
@@ -75,7 +79,7 @@ struct CodeLoader {
     }
   }
 
-  // The weights', likewise.
+  // Those of the weights, likewise.
   template <typename Problem>
   __device__ __forceinline__ void load_weights(const Problem& p, uint32 chunk_smem_wr) {
 #pragma unroll
@@ -98,13 +102,13 @@ struct CodeLoader {
 };
 
 // By all threads when they have written their partial sums of a tile: whether this thread block is the last of `splits`, which adds them.
-__device__ __forceinline__ bool comes_last(uint32& counter, int splits) {
+__device__ __forceinline__ bool comes_last(uint32* counter, int tile, int splits) {
   __threadfence();
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
-    last = atomicAdd(&counter, 1) == splits - 1;
-    if (last) counter = 0;  // ready for the next launch
+    last = atomicAdd(&counter[tile], 1) == splits - 1;
+    if (last) counter[tile] = 0;  // ready for the next launch
   }
   if (!__syncthreads_or(last)) return false;
   __threadfence();

@@ -60,8 +60,10 @@ struct Loader : CodeLoader<BLOCK, sm90_activation_byte> {
   bool has_ratio;
   int blocks_left;  // of the group that ratio_gmem_rd points to
 
-  __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) : CodeLoader(p, kb, m0, n0) {
+  __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) {
     const int tid = threadIdx.x, group = kb / p.blocks_per_group, tile = n0 / WEIGHT_TILE_N;
+    start_tokens(p, kb, m0);
+    start_weights(p, kb, tile);
     const int column = 8 * tid, ratio_tile = column / WEIGHT_TILE_N;
     has_ratio = column < TILE_N && ratio_tile < w_tiles;
     ratio_gmem_rd = reinterpret_cast<const uint8*>(
@@ -72,7 +74,7 @@ struct Loader : CodeLoader<BLOCK, sm90_activation_byte> {
   // Starts the copies of the next block.
   __device__ __forceinline__ void load(const Problem& p, const TileRows& rows, uint32 stage_smem_wr) {
     const uint32 chunk_smem_wr = stage_smem_wr + 16 * threadIdx.x;
-    load_tokens(p, rows, chunk_smem_wr + offsetof(Stage, a_codes));
+    load_tokens(rows, rows_here(p.m, rows), chunk_smem_wr + offsetof(Stage, a_codes));
     load_weights(p, chunk_smem_wr + offsetof(Stage, w_packed));
     if (has_ratio) ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, w_ratio), ratio_gmem_rd);
     advance(p);
@@ -97,7 +99,7 @@ __device__ __forceinline__ bool reduce_splits(Accumulators& acc, int* partial, u
       slice[split * VECTORS + (i * FRAGMENTS_M + j) * THREADS] = make_int4(a[0], a[1], a[2], a[3]);
     }
   }
-  if (!comes_last(counter[tile], splits)) return false;
+  if (!comes_last(counter, tile, splits)) return false;
 #pragma unroll 1
   for (int s = 0; s < splits; ++s) {
     if (s == split) continue;
@@ -191,7 +193,11 @@ extern "C" __global__ void __launch_bounds__(THREADS AT_ONCE)
   Tile tile = tile_at(blockIdx.x, tiles_m, tiles_n);
 #if EXPERTS
   __shared__ TileRows rows;
-  if (!rows.start(tile, w_packed, w_ratio, n, k_blocks, groups, tiles, source_rows, target_rows, source_divisor, THREADS)) return;
+  ptx::wait_for_predecessor();
+  const int4 own = tiles[tile.m];
+  if (own.x < 0) return;
+  rows.start(own, w_packed, w_ratio, n, k_blocks, groups, source_rows, target_rows, source_divisor, THREADS);
+  tile.m = 0;  // rows are counted in the tile
 #else
   const TileRows rows = {};
 #endif

@@ -65,11 +65,13 @@ struct Loader : CodeLoader<ROW_BYTES, sm80_activation_byte> {
   bool has_scale;
   int blocks_left;  // of the group that scale_gmem_rd points to
 
-  __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) : CodeLoader(p, kb, m0, n0) {
+  __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) {
     const int tid = threadIdx.x, group = kb / p.blocks_per_group, tile = n0 / WEIGHT_TILE_N;
+    start_tokens(p, kb, m0);
 #if EXPERTS
     a_scale_gmem_rd = p.a_scale + static_cast<long long>(group) * p.m_stride;
 #endif
+    start_weights(p, kb, tile);
     if (tid < A_SCALE_CHUNKS) {
       has_scale = !EXPERTS && 4 * tid < a_rows;  // those of experts lie apart
       scale_stride = 4 * p.m_stride;
@@ -90,10 +92,11 @@ struct Loader : CodeLoader<ROW_BYTES, sm80_activation_byte> {
   // Starts the copies of the next block.
   __device__ __forceinline__ void load(const Problem& p, const TileRows& rows, uint32 stage_smem_wr) {
     const uint32 chunk_smem_wr = stage_smem_wr + 16 * threadIdx.x;
-    load_tokens(p, rows, chunk_smem_wr + offsetof(Stage, a_codes));
+    const int end = rows_here(p.m, rows);
+    load_tokens(rows, end, chunk_smem_wr + offsetof(Stage, a_codes));
 #if EXPERTS
     static_assert(TILE_M <= THREADS, "one scale a thread");
-    if (const int row = threadIdx.x; row < rows_here(p.m, rows))
+    if (const int row = threadIdx.x; row < end)
       ptx::cp_async_4(stage_smem_wr + offsetof(Stage, a_scale) + 4 * row, a_scale_gmem_rd + rows.source(row));
     a_scale_gmem_rd += p.m_stride;
 #endif
@@ -196,7 +199,7 @@ __device__ __forceinline__ bool reduce_splits(float (&acc)[FRAGMENTS_M][FRAGMENT
       slice[split * VECTORS + (i * FRAGMENTS_N + j) * THREADS + threadIdx.x] = make_float4(a[0], a[1], a[2], a[3]);
     }
   }
-  if (!comes_last(counter[tile], splits)) return false;
+  if (!comes_last(counter, tile, splits)) return false;
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_M; ++i) {
 #pragma unroll
@@ -230,7 +233,11 @@ extern "C" __global__ void BOUNDS
   Tile tile = tile_at(blockIdx.x, tiles_m, tiles_n);
 #if EXPERTS
   __shared__ TileRows rows;
-  if (!rows.start(tile, w_packed, w_scale, n, k_blocks, groups, tiles, source_rows, target_rows, source_divisor, THREADS)) return;
+  ptx::wait_for_predecessor();
+  const int4 own = tiles[tile.m];
+  if (own.x < 0) return;
+  rows.start(own, w_packed, w_scale, n, k_blocks, groups, source_rows, target_rows, source_divisor, THREADS);
+  tile.m = 0;  // rows are counted in the tile
 #else
   const TileRows rows = {};
 #endif
