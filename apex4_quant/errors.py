@@ -29,3 +29,12 @@ class Stopped(Apex4Error):
     """Stopped on request at a safe point; `--resume` goes on from there. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+_LONGEST_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """A value that was given, as it stands in a sentence."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

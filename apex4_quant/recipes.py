@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, shown
 from .format.transform_kind import TransformKind
 
 MOST_STEPS, MOST_SWEEPS = 100_000, 100
+_LARGEST = 10**15
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "apex4"
 _NAMED = Path(__file__).with_name("recipes.yaml")
@@ -89,13 +90,17 @@ class Recipe:
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
-            raise UsageError(f"{where} has the unknown key {unknown[0]!r}: the keys are {', '.join(list(known)[1:])}")
+            raise UsageError(
+                f"{where} has the unknown key {shown(unknown[0])}: the keys are {', '.join(list(known)[1:])}"
+            )
         for key, value in values.items():
             types, wanted = _VALUES["str" if key in _ENUMS else str(known[key].type)]
             if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
-                raise UsageError(f"{where} has {key} = {value!r}: give {wanted}")
+                raise UsageError(f"{where} has {key} = {shown(value)}: give {wanted}")
+            if isinstance(value, int) and abs(value) > _LARGEST:  # float() of it would fail
+                raise UsageError(f"{where} has {key} = {shown(value)}: give {wanted} that is not so large")
             if key in _ENUMS and value not in list(_ENUMS[key]):
-                raise UsageError(f"{where} has {key} = {value!r}: give one of {', '.join(_ENUMS[key])}")
+                raise UsageError(f"{where} has {key} = {shown(value)}: give one of {', '.join(_ENUMS[key])}")
         given: dict[str, Any] = {k: float(v) if known[k].type == "float" else v for k, v in values.items()}
         recipe = cls(**given)
         if not 0 < recipe.activation_clip <= 1:
@@ -142,12 +147,12 @@ _VALUES: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _load(path: Path, what: str) -> dict[str, Any]:
-    import yaml  # not for --help
+    from .format.yaml_text import parse_yaml  # not for --help
 
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{what} cannot be read ({' '.join(str(error).split())}): give a YAML file") from error
+        values = parse_yaml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what} cannot be read ({error}): give a YAML file") from error
     if not isinstance(values, dict):
         raise UsageError(f"{what} is not a mapping of keys to values: give keys such as 'rounding: gptq'")
     return values

@@ -36,7 +36,10 @@ SLOW: dict[str, tuple[str, ...]] = {
         "fuzz/test_command_line.py::*",
         "fuzz/test_kills.py::*",
         "fuzz/test_numerics.py::*",
+        "fuzz/test_publish_kills.py::*",
         "fuzz/test_text_reader.py::*",
+        "fuzz/test_with_atheris.py::*",
+        "fuzz/test_yaml_files.py::*",
     ),
     "processes that read all of lm-eval's tasks: what makes its command find the format is tested with a script": (
         "test_launch.py::test_lm_eval",

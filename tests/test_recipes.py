@@ -73,7 +73,12 @@ def test_a_file_is_a_recipe_and_comes_back_from_its_dict(tmp_path: Path) -> None
         ("refinement: 2", ["refinement = 2", "rounding = 'nearest'", "rounding: gptq"]),
         ("gptaq: 0.5", ["gptaq = 0.5", "rounding = 'nearest'", "rounding: gptq"]),
         ("- gptq", ["not a mapping"]),
-        ("a: [", ["cannot be read"]),
+        ("a: [", ["cannot be read", "line 1"]),
+        ("name: 2020-13-45", ["cannot be read", "month"]),
+        ("rounding: nearest\nrounding: gptq", ["cannot be read", "line 2", "rounding is there twice"]),
+        ("rounding: &a gptq\ntransform: *a", ["cannot be read", "line 2", "alias"]),
+        (f"diagonal: {'[' * 3000}", ["cannot be read", "nested too deeply"]),
+        (f"diagonal: {'9' * 400}", ["diagonal = 999", "not so large"]),
     ],
 )
 def test_wrong_files_are_refused_in_one_sentence(text: str, nouns: list[str], tmp_path: Path) -> None:

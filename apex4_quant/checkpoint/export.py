@@ -25,16 +25,15 @@ from ..format.export_format import ExportFormat
 from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.storage import (
-    REPORT_NAME,
-    TEMPORARY_SUFFIX,
-    copy_file,
-    make_folder,
+    new_folder,
     require_empty,
     require_free_space,
+    require_outside,
     write_json,
     write_tensors,
 )
 from ..format.transform_kind import TransformKind
+from ..models.companions import companions_of, copy_companions
 from ..models.families import expert_of
 from ..models.source import read_tensors
 from ..models.weight_files import INDEX_NAME
@@ -46,8 +45,6 @@ PER_WORD = 8  # codes in an int32
 RECIPES = (
     "'rtn' or 'gptq', or a recipe file with transform hadamard128 or none and neither search_clip nor activation_clip"
 )
-# What describes the checkpoint as one of apex4; a card is not taken over, because it says how apex4 loads it.
-_OURS = {"config.json", INDEX_NAME, REPORT_NAME, "apex4_evaluation.json", "README.md"}
 # Linears that vLLM runs in one layer, and that layer: how it names what stays unquantized.
 _LAYERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -59,12 +56,24 @@ def export(path: str, out: Path, to: str, progress: Callable[[str], None] = lamb
     out = Path(out)
     require_empty(out)
     checkpoint = Checkpoint(path)
+    require_outside(out, checkpoint.folder)
     verify_checksums(checkpoint.folder)
     formats = dict(stored_formats(checkpoint))
     section = humming_section(formats, checkpoint.linears())
     require_free_space(out, sum(info.bytes for info in checkpoint.infos.values()))
-    make_folder(out)
+    with new_folder(out):
+        total = _write(checkpoint, out, formats, section, progress)
+    return {"model": path, "output": str(out), "format": str(to), "linears": len(formats), "bytes": total}
 
+
+def _write(
+    checkpoint: Checkpoint,
+    out: Path,
+    formats: dict[str, LinearFormat],
+    section: dict[str, Any],
+    progress: Callable[[str], None],
+) -> int:
+    """All files of the exported checkpoint, config.json last. Returns the bytes of its tensors."""
     files = sorted({info.file for info in checkpoint.infos.values()})
     total, names = 0, dict[str, str]()
     for number, file in enumerate(files, 1):
@@ -75,14 +84,12 @@ def export(path: str, out: Path, to: str, progress: Callable[[str], None] = lamb
         names |= dict.fromkeys(tensors, file.name)
         progress(f"  {number}/{len(files)}  {file.name}")
         del stored, tensors
-    weights = {file.name for file in files}
-    for source in sorted(checkpoint.folder.iterdir()):
-        if source.is_file() and source.name not in _OURS | weights and source.suffix not in (TEMPORARY_SUFFIX, ".lock"):
-            copy_file(source, out / source.name)
+    companions = companions_of(checkpoint.folder)[0]
+    copy_companions(checkpoint.folder, companions, out)
     if (checkpoint.folder / INDEX_NAME).is_file():
         write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
     write_json(out / "config.json", checkpoint.config | {"quantization_config": section})
-    return {"model": path, "output": str(out), "format": str(to), "linears": len(formats), "bytes": total}
+    return total
 
 
 def humming_section(formats: dict[str, LinearFormat], linears: Iterable[str]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from ..format.layouts import get_layout
 from ..format.quant_config import LinearFormat
 from ..format.storage import (
     REPORT_NAME,
-    make_folder,
+    new_folder,
     require_empty,
     require_free_space,
+    require_outside,
     sha256,
     write_json,
     write_tensors,
@@ -43,13 +44,34 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
     wanted = resolve_target(target)
     require_empty(out)
     checkpoint = Checkpoint(path)
+    require_outside(out, checkpoint.folder)
     verify_checksums(checkpoint.folder)  # damage must not get new checksums
     before = dict(stored_formats(checkpoint))
     layout = get_layout(wanted.layout)
     after = {name: replace(format, layout=layout) for name, format in before.items()}
     require_free_space(out, _bytes_after(checkpoint, after))
-    make_folder(out)
+    with new_folder(out):
+        total = _write(checkpoint, out, wanted, before, after, progress)
+    return {
+        "model": path,
+        "output": str(out),
+        "target": wanted.gpu or wanted.arch or "none",
+        "layout_before": checkpoint.quant.layout,
+        "layout": wanted.layout,
+        "linears": len(after),
+        "bytes": total,
+    }
 
+
+def _write(
+    checkpoint: Checkpoint,
+    out: Path,
+    wanted: Target,
+    before: dict[str, LinearFormat],
+    after: dict[str, LinearFormat],
+    progress: Callable[[str], None],
+) -> int:
+    """All files of the repacked checkpoint, config.json last. Returns the bytes of its tensors."""
     files = sorted({info.file for info in checkpoint.infos.values()})
     total, recorded = 0, {}
     for number, file in enumerate(files, 1):
@@ -84,15 +106,7 @@ def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = 
         modules=_overrides(checkpoint, after),
     )
     write_json(out / "config.json", config | {"quantization_config": section.to_dict()})
-    return {
-        "model": path,
-        "output": str(out),
-        "target": wanted.gpu or wanted.arch or "none",
-        "layout_before": checkpoint.quant.layout,
-        "layout": wanted.layout,
-        "linears": len(after),
-        "bytes": total,
-    }
+    return total
 
 
 def _bytes_after(checkpoint: Checkpoint, after: dict[str, LinearFormat]) -> int:

@@ -43,6 +43,7 @@ class EvalSettings:
     device: str = "auto"
     dtype: str = "auto"
     engine: str = EngineName.TRANSFORMERS
+    device_map: str | None = None
 
 
 def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Group | None = None) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Gr
     for name, value in (("seq-len", settings.seq_len), ("batch-size", settings.batch_size), ("limit", settings.limit)):
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
-    engine = open_engine(settings.engine, settings.device, group)
+    engine = open_engine(settings.engine, settings.device, group, settings.device_map)
     asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)

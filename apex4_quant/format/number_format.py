@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
 
 BITS = 4
 ACTIVATION_BITS = (4, 8)  # what a linear may say of its input's codes
@@ -44,7 +44,9 @@ def round_up(value: int, multiple: int) -> int:
 def parse_activation_bits(value: object) -> int:
     """4 or 8. Raises UsageError for anything else."""
     if type(value) is not int or value not in ACTIVATION_BITS:
-        raise UsageError(f"activation bits {value!r} are not known: give one of {', '.join(map(str, ACTIVATION_BITS))}")
+        raise UsageError(
+            f"activation bits {shown(value)} are not known: give one of {', '.join(map(str, ACTIVATION_BITS))}"
+        )
     return value
 
 
@@ -58,7 +60,7 @@ def parse_group_size(value: GroupSize) -> GroupSize:
         number = 0
     if not 0 < number <= LARGEST_GROUP or number % BLOCK:
         raise UsageError(
-            f"group size {value!r} is not legal: give a multiple of {BLOCK} (128, 256, 512, ...) or '{CHANNEL}'"
+            f"group size {shown(value)} is not legal: give a multiple of {BLOCK} (128, 256, 512, ...) or '{CHANNEL}'"
         )
     return number
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +26,13 @@ REPORT_NAME = "apex4_report.json"  # in a checkpoint: what was done to every ten
 RUN_FOLDER = ".apex4-run"  # inside an output folder: the state of an unfinished run (quantization/run_state.py)
 RUN_SETTINGS_NAME = "settings.json"  # inside RUN_FOLDER: written first of all, so that without it no run was begun
 TEMPORARY_SUFFIX = ".tmp"  # what a kill can leave behind; removed when the run is resumed
+_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")  # save_file of safetensors 0.8 writes under a name of its own and renames
 
 
 @contextlib.contextmanager
 def _atomic(path: Path) -> Iterator[Path]:
+    if path.exists() and not path.is_file():  # /dev/null would be replaced too
+        raise UsageError(f"{path} is no file that can be written anew: give another name")
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         yield temporary
@@ -57,14 +62,18 @@ def in_place_of(temporary: Path, path: Path) -> None:
         raise Apex4Error(write_failure(path, error)) from error
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FAILS = (*_FULL, errno.EIO)
+
+
 def write_failure(path: Path, error: Exception) -> str:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = isinstance(error, OSError) and error.errno in _FULL
     # safetensors reports I/O errors as text only.
     full = full or any(phrase in str(error) for phrase in ("No space left", "File too large", "quota exceeded"))
     if full:
         out = path.parent.parent if path.parent.name == RUN_FOLDER else path.parent
         if not (out / RUN_FOLDER).is_dir():  # not a run that can be resumed
-            return f"no space left to write {path}: free some space, remove {out} and run again"
+            return f"no space left to write {path}: free some space and run it again"
         return (
             f"no space left to write {path}: what is finished is kept; free some space and "
             f"run 'apex4 quantize --resume -o {out}'"
@@ -151,6 +160,14 @@ def require_free_space(folder: Path, needed: int) -> None:
         )
 
 
+def require_outside(out: Path, folder: Path) -> None:
+    """Raise UsageError if `out` is below the checkpoint `folder`: it would be copied and published with it."""
+    if folder.resolve() in out.resolve().parents:
+        raise UsageError(
+            f"output {out} is in the checkpoint's folder and would be published with it: give another place"
+        )
+
+
 def require_empty(out: Path) -> None:
     """Raise UsageError unless `out` is absent, empty, or holds only a run killed before it began."""
     if out.exists() and not out.is_dir():
@@ -164,16 +181,62 @@ def require_empty(out: Path) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder `out`, and those above it. Raises UsageError."""
+    """Make the folder `out`, and those above it. Raises UsageError where the name is the reason, else Apex4Error."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in _DISK_FAILS:
+            raise Apex4Error(write_failure(out, error)) from error
         raise UsageError(f"output folder {out} cannot be made ({error.strerror}): choose another") from error
 
 
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Make `out`, which is absent or empty, for what is written in one go by this process alone. If that fails, all of it
+    goes again, so that the same command can be given again. Raises UsageError, or Apex4Error where another process is at it.
+    """
+    was_there = out.is_dir()
+    make_folder(out)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        _lock_folder(folder, out)
+        require_empty(out)
+        try:
+            yield
+        except BaseException:
+            _remove_contents(out)
+            if not was_there:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+            raise
+    finally:
+        os.close(folder)
+
+
+def _lock_folder(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Apex4Error(f"another apex4 process is writing {out}: wait for it or choose another folder") from error
+    except OSError:
+        pass  # a network disk that locks no folders
+
+
+def _remove_contents(folder: Path) -> None:
+    """As far as the disk lets us: a failure that is on its way is said, not this one."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
 def remove_temporaries(folder: Path) -> None:
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink()
+    """What a kill left in a folder of ours."""
+    for path in list(folder.iterdir()):
+        if path.suffix == TEMPORARY_SUFFIX or _OF_SAFETENSORS.fullmatch(path.name):
+            path.unlink()
 
 
 def format_bytes(size: float) -> str:

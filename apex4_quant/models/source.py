@@ -25,6 +25,7 @@ from .expert_tensors import published_name, unfused
 from .families import RECOMPUTED_SUFFIXES, Family, family_of
 from .foreign_formats import foreign_format
 from .weight_files import read_tensor_infos
+from .xet_failure import WITHOUT_XET, xet_failure
 
 DEMO = "demo"
 DEMO_PATH = Path(__file__).resolve().parents[1] / "demo"
@@ -63,6 +64,9 @@ def _why_not_fetched(error: BaseException) -> str:
     while error is not None and len(chain) < 8:  # it wraps what happened: "not in the cache" may mean "no network"
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    xet = next((found for each in chain if (found := xet_failure(each)) is not None), None)
+    if xet is not None:
+        return f"{xet.reason} over Xet, try again later, or set {WITHOUT_XET}, which fetches without Xet"
     names = {type(each).__name__ for each in chain}
     statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
     status = next((status for status in statuses if isinstance(status, int)), None)
@@ -86,7 +90,8 @@ def _download(hub_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=skipped))
     except Exception as error:  # httpx, hub and OS errors: all mean that the model could not be had
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
+        xet = xet_failure(error)
+        if (xet.errno if xet is not None else getattr(error, "errno", None)) in NO_SPACE:
             raise UsageError(f"no space left to download model {hub_id!r} into the Hub's cache: free some") from error
         if "RevisionNotFound" in type(error).__name__:
             raise UsageError(f"model {hub_id!r} has no revision {revision!r}: see its branches and tags") from error

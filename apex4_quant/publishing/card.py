@@ -17,7 +17,7 @@ from . import facts
 from .base_model import INHERITED, LICENCE, BaseModel, base_model_of
 from .facts import Row
 from .folder import CARD_NAME, PICTURES_FOLDER, CheckpointFolder
-from .metadata import read_metadata, write_metadata
+from .metadata import metadata_of, read_metadata, write_metadata
 from .records import read_records
 
 BEGIN = (
@@ -39,7 +39,12 @@ def make_card(
 ) -> str:
     """The whole card. `repository` is ORG/NAME, `existing` the card that is there. Raises UsageError or Apex4Error."""
     records = read_records(checkpoint)
-    metadata, text = read_metadata(existing)
+    try:
+        metadata, text = metadata_of(existing)
+    except ValueError as error:
+        raise UsageError(
+            f"the metadata at the head of {checkpoint.folder / CARD_NAME} are no YAML that can be kept ({error}): correct them"
+        ) from error
     made = _metadata(checkpoint, base, records, repository, licence, metadata)
     body = "\n".join([BEGIN, *_text(checkpoint, base, records, repository, made), END])
     if _BLOCK.search(text):
@@ -51,6 +56,14 @@ def make_card(
     else:
         text = (text.rstrip() + "\n\n" if text.strip() else "\n") + body + "\n"
     return write_metadata(made, text)
+
+
+def read_card(path: Path) -> str:
+    """The card that is there, "" if there is none. Raises UsageError for bytes that are no text."""
+    try:
+        return path.read_text("utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 (byte {error.start}): convert or remove it") from error
 
 
 def write_card(
@@ -72,7 +85,7 @@ def write_card(
         from .pictures import write_pictures
 
         write_pictures(checkpoint)
-    before = path.read_text("utf-8") if path.is_file() else ""
+    before = read_card(path)
     card = make_card(checkpoint, base, repository, licence, before if existing is None else existing)
     if card != before:
         write_bytes(path, card.encode())
@@ -247,6 +260,9 @@ def _text(
     if report.get("bits_per_weight") is not None:
         size += f"; a quantized weight takes {report['bits_per_weight']:.3f} bits, scales and transforms included"
     lines.append(f"{size}.")
+    plan = facts.planned(checkpoint, records)
+    if plan is not None:
+        lines.append(plan.sentence)
     errors = facts.errors(checkpoint)
     if errors:
         lines.append(
@@ -271,7 +287,7 @@ def _text(
 def load_block(place: str) -> list[str]:
     """The Python that loads a model by its name, or from its folder."""
     return [
-        "import apex4_quant  # registers the format: without it transformers does not know it",
+        "import apex4_quant  # registers the format: without it transformers warns, and loads random linears",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")',

@@ -21,7 +21,7 @@ from ..errors import Apex4Error, UsageError
 from ..format.storage import format_bytes, write_bytes
 from ..progress import Progress
 from .base_model import base_model_of
-from .card import handwritten, make_card
+from .card import handwritten, make_card, read_card
 from .folder import CARD_NAME, CONFIG_NAME, INDEX_NAME, REPORT_NAME, CheckpointFolder, LocalFile
 from .metadata import read_metadata
 from .records import read_records
@@ -199,7 +199,7 @@ def _card(
 ) -> str:
     """README.md made anew, not written yet. Hand-written text of the remote one is taken over where the folder has none of its own."""
     path = checkpoint.folder / CARD_NAME
-    existing = path.read_text("utf-8") if path.is_file() else ""
+    existing = read_card(path)
     remote = hub.text(CARD_NAME, state.head) if state is not None and CARD_NAME in state.files else None
     if remote is not None and handwritten(remote) != handwritten(existing):
         if not handwritten(existing):

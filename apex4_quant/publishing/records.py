@@ -58,7 +58,10 @@ def read_records(checkpoint: CheckpointFolder) -> list[dict[str, Any]]:
     path = checkpoint.folder / RECORDS_NAME
     if not path.is_file():
         return []
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except Apex4Error as error:  # it was written here: there is nowhere to get it from
+        raise Apex4Error(f"{path} cannot be read: the file is damaged, remove it and measure again") from error
     records = content.get("records") if isinstance(content, dict) else None
     if not isinstance(records, list) or not all(isinstance(one, dict) and "result" in one for one in records):
         raise Apex4Error(f"{path} holds no measurements: the file is damaged, remove it and measure again")

@@ -9,10 +9,14 @@
 YAML, or JSON if the name ends so (which is YAML too). `transform` and `activation_bits` may be left away: the run's are used
 then. Everything else at the top (model, target, mode, ...) says how the plan came about and binds nobody. Linears that read one
 input transform and quantize it once, so they must have one group size, one transform and one number of bits.
+
+A run records how its plan came about, for cards and reports. What was predicted of the plan is recorded only of the plan as
+it was made: `checksum` tells whether its linears were edited.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +26,16 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..format.number_format import BITS, BLOCK, GroupSize, parse_activation_bits, parse_group_size
 from ..format.transform_kind import TransformKind
+from ..format.yaml_text import parse_yaml
 from ..models.source import ModelSource
 
 PLAN_VERSION = 1
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
-_INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "bos", "budget", "max_loss", "predicted")
+_RECORDED = ("recipe", "target", "mode", "mainloop", "tokens", "bos", "budget", "max_loss", "predicted", "front")
+_INFORMATIVE = ("model", "checksum", *_RECORDED)
 _ENTRY_KEYS = ("group_size", "transform", "activation_bits", "shape")
 
 
@@ -54,11 +60,16 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan file whose own form is right; `for_model` compares it with a model."""
+    """A plan file whose own form is right; `for_model` compares it with a model.
+
+    `origin` is what a run records of how the plan came about, None where the planner did not make it. It has "predicted"
+    (QuantizationPlan.predicted) only if nobody edited the linears.
+    """
 
     path: Path
     architecture: str | None
     linears: Mapping[str, PlanEntry]
+    origin: dict[str, Any] | None = None
 
     @property
     def names_transforms(self) -> bool:
@@ -125,41 +136,53 @@ def plan_given(linears: Mapping[str, GroupSize | Mapping[str, Any]]) -> PlanFile
     return PlanFile(path, None, entries)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def read_plan_file(path: Path) -> PlanFile:
     """Read and check the form. Raises UsageError with one sentence that names the file and the entry."""
     if not path.is_file():
         raise UsageError(f"plan {path} does not exist: make one with 'apex4 plan MODEL --target GPU -o {path}'")
     try:
-        content = yaml.load(path.read_text("utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}: {problem}" if mark else type(error).__name__
-        raise UsageError(f"plan {path} is not valid YAML ({where}): correct it or make a new one") from error
+        content = parse_yaml(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"plan {path} is not valid YAML (not UTF-8): correct it or make a new one") from error
+    except ValueError as error:
+        raise UsageError(f"plan {path} is not valid YAML ({error}): correct it or make a new one") from error
     if not isinstance(content, dict) or not isinstance(content.get("linears"), dict):
         raise UsageError(f"plan {path} has no mapping 'linears': make a new one with 'apex4 plan'")
     for key in content:
         if key not in ("apex4_plan", "architecture", "linears", *_INFORMATIVE):
-            raise UsageError(f"plan {path} has an unknown key {key!r}: remove it")
+            raise UsageError(f"plan {path} has an unknown key {shown(key)}: remove it")
     if content.get("apex4_plan") != PLAN_VERSION:
         raise UsageError(
-            f"plan {path} has apex4_plan = {content.get('apex4_plan')!r} and this apex4 reads {PLAN_VERSION}: "
+            f"plan {path} has apex4_plan = {shown(content.get('apex4_plan'))} and this apex4 reads {PLAN_VERSION}: "
             "make a new one with 'apex4 plan'"
         )
     linears = {str(name): _read_entry(path, str(name), entry) for name, entry in content["linears"].items()}
-    return PlanFile(path, content.get("architecture"), linears)
+    return PlanFile(path, content.get("architecture"), linears, _origin(path, content))
+
+
+def _origin(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
+    """Raises UsageError where what was predicted is not in the form in which it was written."""
+    predicted, front = content.get("predicted", {}), content.get("front", [])
+    if not isinstance(predicted, dict) or not all(map(_is_number, predicted.values())):
+        raise UsageError(f"plan {path} has predicted = {predicted!r}, which are no numbers by name: remove it")
+    if not isinstance(front, list) or not all(
+        isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in front
+    ):
+        raise UsageError(f"plan {path} has front = {front!r}, which are no pairs of time and loss: remove it")
+    if not predicted and not front:
+        return None
+    edited = content.get("checksum") != _checksum(content["linears"])
+    return {key: content[key] for key in _RECORDED if key in content and not (edited and key == "predicted")}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checksum(linears: Mapping[str, Any]) -> str:
+    """Of the entries by name, in any order."""
+    named = {str(name): entry for name, entry in linears.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
@@ -167,19 +190,21 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
         raise UsageError(f"plan {path} has no group_size for {name}: write {{group_size: 128}}")
     for key in entry:
         if key not in _ENTRY_KEYS:
-            raise UsageError(f"plan {path} has an unknown key {key!r} for {name}: remove it")
+            raise UsageError(f"plan {path} has an unknown key {shown(key)} for {name}: remove it")
     shape = entry.get("shape")
     if shape is not None and not (
         isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
     ):
-        raise UsageError(f"plan {path} has shape {shape!r} for {name}: write [out features, in features]")
+        raise UsageError(f"plan {path} has shape {shown(shape)} for {name}: write [out features, in features]")
     try:
         group_size = parse_group_size(entry["group_size"])
     except UsageError as error:
         raise UsageError(f"plan {path}, {name}: {error}") from error
     transform = entry.get("transform")
     if transform is not None and transform not in list(TransformKind):
-        raise UsageError(f"plan {path} has transform {transform!r} for {name}: give one of {', '.join(TransformKind)}")
+        raise UsageError(
+            f"plan {path} has transform {shown(transform)} for {name}: give one of {', '.join(TransformKind)}"
+        )
     if transform is not None and TransformKind(transform).is_learned and group_size != BLOCK:
         raise UsageError(
             f"plan {path} has transform {transform} and group size {group_size} for {name}, and kernels have a learned "
@@ -213,6 +238,7 @@ def plan_file_text(
     header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], comments: list[str], notes: dict[str, str]
 ) -> str:
     """The YAML of a plan. `groups`: for every shared input, entries by name; `comments`: on each; `notes`: by name."""
+    header = header | {"checksum": _checksum(_linears(groups))}
     lines = [
         "# Change group_size to 128, 256, 512, ... or channel, transform to hadamard128, none or dense128 (learned, with",
         "# group_size 128 only), activation_bits to 4 (if it is not there) or 8: apex4 quantize MODEL -o OUT --plan THIS_FILE",
@@ -231,8 +257,13 @@ def plan_file_text(
 
 def plan_file_json(header: dict[str, Any], groups: list[dict[str, dict[str, Any]]]) -> str:
     """The same as JSON, which has no comments."""
-    linears = {name: entry for group in groups for name, entry in group.items()}
-    return json.dumps({"apex4_plan": PLAN_VERSION, **header, "linears": linears}, indent=2) + "\n"
+    linears = _linears(groups)
+    content = {"apex4_plan": PLAN_VERSION, **header, "checksum": _checksum(linears), "linears": linears}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _linears(groups: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {name: entry for group in groups for name, entry in group.items()}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,11 +7,13 @@ is drawn by matplotlib's Agg renderer, and no window library is loaded.
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Apex4Error, UsageError
+from ..format.storage import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,15 +39,19 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"a picture is written as .svg or .png, not {path.name!r}: give it one of these endings")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"picture {path} cannot be written, its folder does not exist: make it first")
     if importlib.util.find_spec("matplotlib") is None:
         raise Apex4Error("pictures are drawn by matplotlib, which is not installed: pip install 'apex4-quant[plot]'")
 
 
 def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Write what `draw` draws to `path`, in the format of its suffix."""
+    """Write what `draw` draws to `path`, in the format of its suffix. Raises UsageError or Apex4Error."""
     check_picture(path)
     import matplotlib
 
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    drawn = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        draw().savefig(path, metadata=metadata, dpi=150)
+        draw().savefig(drawn, format=path.suffix[1:], metadata=metadata, dpi=150)
+    write_bytes(path, drawn.getvalue())

@@ -52,6 +52,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_weights_are_the_same(source: Path, tmp_path: Path, invoke: Call) -> None:
     out = tmp_path / "out"
+    template = source / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
     result = invoke("export", source, "-o", out, *TO, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["linears"] == 39
@@ -66,6 +69,7 @@ def test_the_weights_are_the_same(source: Path, tmp_path: Path, invoke: Call) ->
         assert torch.equal(dequantized(words, scale), codes.double() * scales.double().repeat_interleave(128, 1))
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
     names = {path.name for path in out.iterdir()}
+    assert (out / "additional_chat_templates" / template.name).read_text() == template.read_text()
     assert {"tokenizer.json", "config.json", "model.safetensors.index.json"} <= names
     assert not any(name.startswith(("apex4_", "README")) for name in names)
     index = json.loads((out / "model.safetensors.index.json").read_text())

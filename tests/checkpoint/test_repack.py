@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from apex4_quant.checkpoint.repack import repack
+from apex4_quant.format.storage import new_folder
 
 Call = Callable[..., Any]
 SMALL = ("--samples", 2, "--seq-len", 32, "--recipe", "gptq", "--transform", "dense128", "--json")
@@ -78,7 +79,12 @@ def test_refusals(quantized: Call, tmp_path: Path, invoke: Call, one_sentence: C
     one_sentence(invoke("repack", source, "-o", source, "--target", "H200", "--json"), 2, str(source), "not empty")
     one_sentence(invoke("repack", tmp_path / "ragged", "-o", out, "--target", "H200", "--json"), 2, "not quantized")
     one_sentence(invoke("repack", tmp_path / "nothing", "-o", out, "--target", "H200", "--json"), 2, "does not exist")
-    assert not out.exists()
+    one_sentence(invoke("repack", source, "-o", source / "sub", "--target", "H200", "--json"), 2, "would be published")
+    assert not out.exists() and not (source / "sub").exists()
+    with new_folder(out):  # as another process does
+        one_sentence(
+            invoke("repack", source, "-o", out, "--target", "H200", "--json"), 1, str(out), "another apex4 process"
+        )
     damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
     shard = damaged / "model-00003-of-00004.safetensors"
     tensors = load_file(shard)
@@ -88,4 +94,4 @@ def test_refusals(quantized: Call, tmp_path: Path, invoke: Call, one_sentence: C
     one_sentence(invoke("repack", damaged, "-o", out, "--target", "H200", "--json"), 1, shard.name, "checksum")
     (damaged / "apex4_report.json").unlink()
     one_sentence(invoke("repack", damaged, "-o", out, "--target", "H200", "--json"), 1, name, "-8")
-    assert not (out / "config.json").exists()
+    assert list(out.iterdir()) == []

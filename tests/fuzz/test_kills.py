@@ -6,14 +6,12 @@ Each run is a fork of this process, in which everything is imported, so that hun
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,11 @@ from apex4_quant.format import storage
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings
 
+from ..disks import CODES, contents, failing
+from .conftest import HANGS
+
 RECIPES = ("gptq", "apex4")
 Moments = Callable[[int], random.Random]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def in_a_fork(work: Callable[[], Any], kill_after: float | None = None) -> bool:
@@ -47,7 +40,7 @@ def in_a_fork(work: Callable[[], Any], kill_after: float | None = None) -> bool:
             code = 0
         finally:
             os._exit(code)
-    deadline = time.monotonic() + (120 if kill_after is None else kill_after)
+    deadline = time.monotonic() + (HANGS if kill_after is None else kill_after)
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -128,35 +121,6 @@ def test_repack_killed(whole: dict[str, tuple[Path, float]], moments: Moments, t
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def failing(number: int, code: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The call of this number that changes the disk fails with the error `code`. Yields the calls that were made."""
-    calls: list[str] = []
-
-    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            calls.append(name)
-            if len(calls) == number:
-                raise OSError(code, os.strerror(code), str(arguments[0]) if arguments else None)
-            return function(*arguments, **options)
-
-        return call
-
-    import safetensors.torch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", wrapped("save_file", safetensors.torch.save_file))
-        patch.setattr(storage.shutil, "copyfile", wrapped("copyfile", shutil.copyfile))
-        for name in ("replace", "fsync"):
-            patch.setattr(storage.os, name, wrapped(name, getattr(os, name)))
-        for name in ("write_bytes", "mkdir", "unlink"):
-            patch.setattr(Path, name, wrapped(name, getattr(Path, name)))
-        yield calls
-
-
-CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 
 
 def test_disks_that_fail(

@@ -14,6 +14,7 @@ from ..hub_server.server import HubServer
 from ..publishing.conftest import checkpoint, hub, hub_environment, python, same_files  # noqa: F401
 from ..publishing.test_faults import PUBLISH, looks_whole
 from ..publishing.test_publish import NAME
+from .conftest import HANGS
 
 
 def test_publish_killed(
@@ -35,7 +36,7 @@ def test_publish_killed(
         return process, time.monotonic()
 
     first, started = start()
-    assert first.wait(60) == 0
+    assert first.wait(HANGS) == 0
     seconds = time.monotonic() - started
     drawn, kills, early = moments(4), 0, 0
     for _ in range(drawn.count):  # type: ignore[attr-defined]
@@ -49,7 +50,7 @@ def test_publish_killed(
         kills += process.returncode == -signal.SIGKILL
         early += not looks_whole(hub)
         assert not looks_whole(hub) or same_files(hub, NAME, folder), "it looks whole and is not"
-        output, errors = python(PUBLISH).communicate(timeout=60)
+        output, errors = python(PUBLISH).communicate(timeout=HANGS)
         assert errors == "" and output.strip().isdigit(), errors
         assert same_files(hub, NAME, folder)
         assert hub.store.load(NAME).refs["refs/tags/v1"] == hub.store.load(NAME).refs["refs/heads/main"]

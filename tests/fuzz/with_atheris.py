@@ -1,6 +1,6 @@
 """Bytes led by coverage: `python -m tests.fuzz.with_atheris header|text [libFuzzer's options]`. Needs atheris.
 
-An exception that is none of apex4's sentences, a hang or 1 GB of memory ends the process with an exit code other than 0,
+An exception that is none of apex4's sentences, a hang or 1 GB of memory more ends the process with an exit code other than 0,
 and libFuzzer leaves the input in a file. `-runs=N`, `-seed=N` and `-max_total_time=SECONDS` bound it.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import atheris
+import psutil
 
 with atheris.instrument_imports(include=["apex4_quant.calib", "apex4_quant.models.weight_files"]):
     from apex4_quant.calib.errors import CalibrationError
@@ -84,7 +85,8 @@ def main() -> None:
     for number, seed in enumerate(SEEDS[reader]):
         (corpus / str(number)).write_bytes(seed)
     os.chdir(FOLDER)  # where libFuzzer leaves what failed
-    atheris.Setup([sys.argv[0], "-rss_limit_mb=1024", "-timeout=20", *options, str(corpus)], READERS[reader])
+    limit = psutil.Process().memory_info().rss // 2**20 + 1024  # what was imported is there before the first input
+    atheris.Setup([sys.argv[0], f"-rss_limit_mb={limit}", "-timeout=20", *options, str(corpus)], READERS[reader])
     atheris.Fuzz()
 
 

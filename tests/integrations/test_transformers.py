@@ -38,6 +38,18 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
     assert done.stdout.strip() == "Apex4Linear", done.stderr
 
 
+def test_a_program_that_does_not_know_the_format(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """What README, the card and docs/index.md say: transformers fills its linears with random numbers. A name that is not
+    registered stands for ours in a program that does not import apex4_quant."""
+    folder = Path(shutil.copytree(demo_checkpoint, tmp_path / "unknown"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "not-registered"
+    (folder / "config.json").write_text(json.dumps(config))
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert "model.layers.0.mlp.up_proj.weight" in loading["missing_keys"]
+
+
 def test_importing_apex4_quant_imports_neither_torch_nor_transformers() -> None:
     code = "import apex4_quant, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -100,6 +100,23 @@ def test_every_number_is_a_recorded_one(checkpoint: Callable[..., Path]) -> None
         assert float(number) in shown, f"{number} of the card was not recorded"
 
 
+def test_the_data_set_of_calibration_is_in_the_metadata(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    report = json.loads((folder / "apex4_report.json").read_text())
+    for calib, datasets in (
+        ("wikitext2", ["Salesforce/wikitext"]),
+        ("org/data:train", ["org/data"]),
+        ("bundled", None),
+    ):
+        report["settings"]["calib"] = calib
+        (folder / "apex4_report.json").write_text(json.dumps(report))
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+        write_card(folder)
+        card = ModelCard.load(folder / "README.md")
+        card.validate()
+        assert card.data.datasets == datasets
+
+
 def test_handwritten_text_and_metadata_survive(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
     first = card_of(folder)
@@ -126,6 +143,24 @@ def test_half_a_pair_of_markers_is_refused(checkpoint: Callable[..., Path]) -> N
     (folder / "README.md").write_text(card_of(folder).replace("<!-- apex4: end -->", ""))
     with pytest.raises(UsageError, match="has one of the two apex4 markers and not the other"):
         write_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("caf\xe9".encode("latin-1"), "is not UTF-8 .byte 3"),
+        (b"---\nlicense: mit\ntags: [a\n---\nmine\n", "metadata at the head of .*line 2"),
+        (b"---\nlicense: mit\nlicense: apache-2.0\n---\nmine\n", "license is there twice"),
+        (b"---\n- mit\n---\nmine\n", "no mapping"),
+        (b"---\ndate: 2020-13-45\n---\nmine\n", "a value cannot be read"),
+    ],
+)
+def test_a_card_that_would_be_lost_is_refused(card: bytes, said: str, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint() / "README.md"
+    path.write_bytes(card)
+    with pytest.raises(UsageError, match=said):
+        write_card(path.parent)
+    assert path.read_bytes() == card
 
 
 def test_licence_and_languages_come_from_the_original(at_hub: HubServer, checkpoint: Callable[..., Path]) -> None:
@@ -179,6 +214,9 @@ def test_measurements_of_other_weights_are_refused(checkpoint: Callable[..., Pat
             use()
     (other / "apex4_evaluation.json").write_text("[]")
     with pytest.raises(Apex4Error, match="holds no measurements: the file is damaged"):
+        write_card(other)
+    (other / "apex4_evaluation.json").write_text('{"version": 1')
+    with pytest.raises(Apex4Error, match="the file is damaged, remove it and measure again"):
         write_card(other)
 
 

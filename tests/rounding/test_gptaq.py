@@ -109,7 +109,7 @@ def test_original_stream_is_that_of_the_unquantized_model(
     monkeypatch.setattr(
         LayerRunner, "embed", lambda self, samples, weight: ids.append(samples) or embed(self, samples, weight)
     )
-    monkeypatch.setattr(RunState, "load_hidden", lambda self, layer, original, share: saved[layer])
+    monkeypatch.setattr(RunState, "load_hidden", lambda self, layer, original, share, streamed: saved[layer])
     quantize(settings, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     entering: list[torch.Tensor] = []

@@ -138,5 +138,6 @@ def test_a_picture_that_cannot_be_written_is_refused_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Callable[..., Any], one_sentence: Callable[..., str]
 ) -> None:
     one_sentence(invoke("bench", "--plot", "speed.jpg"), 2, "written as .svg or .png, not 'speed.jpg'")
+    one_sentence(invoke("bench", "--plot", tmp_path / "absent" / "speed.svg"), 2, "its folder does not exist")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     one_sentence(invoke("bench", "--plot", "speed.svg"), 1, "pip install 'apex4-quant[plot]'")
