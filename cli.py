@@ -30,7 +30,6 @@ from apex4_quant.planning.settings import PLANNED_TRANSFORMS, TOKENS, PlanSettin
 from apex4_quant.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
-    from apex4_quant.hardware.memory import MemoryBudget
     from apex4_quant.quantization.estimates import Preview
     from apex4_quant.quantization.run import QuantizeResult
 
@@ -99,7 +98,7 @@ _ENVIRONMENT = "\b\nEnvironment:\n" + "\n".join(f"  {name:17}  {text}" for name,
 def cli(context: click.Context) -> None:
     """Quantize LLMs to W4A4 or W4A8 (INT4 weights in groups of 128), check them, evaluate them, publish them."""
     command = context.invoked_subcommand
-    if options.is_rank() and options.ranks_started() > 1 and command not in ("quantize", "eval"):
+    if options.is_rank() and options.ranks_started() > 1 and command not in ("quantize", "plan", "eval"):
         raise UsageError(
             f"'apex4 {command}' runs in one process and WORLD_SIZE is {options.ranks_started()}: start one"
         )
@@ -200,7 +199,7 @@ def _preview_as_text(expected: Preview, verbose: bool) -> str:
     return (
         f"{plan_as_text(expected.plan, expected.source, verbose)}\n"
         f"  {_seconds_as_text(*expected.seconds)} on {settings.device}; at the worst moment about "
-        f"{format_bytes(expected.peak_host)} of the host{_on_gpu(expected)}{_kept_to(expected.budget, expected.states_on_disk)}, "
+        f"{format_bytes(expected.peak_host)} of the host{_on_gpu(expected)}{_kept_to(expected)}, "
         f"and {format_bytes(expected.disk)} of the disk; layout {settings.layout}; nothing was written"
     )
 
@@ -211,12 +210,14 @@ def _on_gpu(expected: Preview) -> str:
     return f" and {format_bytes(expected.memory.gpu)} of the GPU" if expected.memory.gpu else ""
 
 
-def _kept_to(budget: MemoryBudget, states_on_disk: bool) -> str:
+def _kept_to(run: Preview | QuantizeResult) -> str:
     """What was allowed, beside what is used."""
     from apex4_quant.format.storage import format_bytes
 
-    allowed = [f"{name} {format_bytes(size)}" for name, size in budget.as_dict().items() if size is not None]
-    where = ", hidden states on the disk" if states_on_disk else ""
+    allowed = [f"{name} {format_bytes(size)}" for name, size in run.budget.as_dict().items() if size is not None]
+    where = ", hidden states on the disk" if run.states_on_disk else ""
+    if run.experts_at_once is not None:
+        where += f", statistics of {run.experts_at_once} experts at once"
     return f" (allowed: {', '.join(allowed)}{where})" if allowed else ""
 
 
@@ -226,7 +227,7 @@ def _used_as_text(result: QuantizeResult) -> str:
     if result.memory is None:
         return ""
     gpu = "" if result.memory.gpu is None else f", of the GPU {format_bytes(result.memory.gpu)}"
-    kept_to = _kept_to(result.budget, result.states_on_disk)
+    kept_to = _kept_to(result)
     return f"  memory at most: of the host {format_bytes(result.memory.host)}{gpu}{kept_to}\n"
 
 
@@ -286,13 +287,17 @@ def gpus(as_json: bool) -> None:
     f"For all.  [default: {TransformKind.HADAMARD}, and {TransformKind.DENSE} if the recipe has that]",
 )
 @options.calibration(None, f"Calibration windows.  [default: {TOKENS} tokens]")
+@options.GPUS
 @options.COMPUTING
-def plan(out: Path | None, as_json: bool, **asked: Any) -> None:
+def plan(out: Path | None, gpus: int | None, as_json: bool, **asked: Any) -> None:
     """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
+    _share(gpus, asked["device"])
+    from apex4_quant.distributed.starting import ranks
     from apex4_quant.planning.planner import make_plan
 
-    result = make_plan(PlanSettings(**asked), out, _progress(as_json))
-    _print(as_json, result.as_dict(), result.as_text)
+    with ranks(asked["device"]) as group:
+        result = make_plan(PlanSettings(**asked), out, _progress(as_json), group)
+        _print(as_json, result.as_dict(), result.as_text)
 
 
 def _command_line(context: click.Context) -> list[str]:
@@ -335,6 +340,7 @@ def _recorder(context: click.Context, path: str) -> Callable[[dict[str, Any]], o
 @options.number("--batch", options.COUNT, 1, "Requests at once, for --throughput.")
 @options.number("--prompt-len", options.COUNT, 512, "Tokens of a prompt, for --throughput.")
 @options.number("--gen-len", options.Whole(2, options.LARGEST), 128, "Tokens of an answer, for --throughput.")
+@options.DEVICE_MAP
 @options.GPUS
 @options.COMPUTING
 @click.pass_context
@@ -360,6 +366,9 @@ def evaluate(
         )
     else:
         others, advice = {"batch", "prompt_len", "gen_len"}, "is for --throughput: add that"
+    if asked["device_map"] is not None and (throughput or gpus is not None):
+        other, does = ("--throughput", "measures") if throughput else ("--gpus", "starts a process for")
+        raise UsageError(f"--device-map spreads one model over devices and {other} {does} each device: leave one away")
     for name in sorted(others & _given(context)):
         raise UsageError(f"--{name.replace('_', '-')} {advice}")
     if throughput and (gpus is not None or options.is_rank()):

@@ -235,6 +235,11 @@ TEXT = click.option(
 SEQ_LEN = number("--seq-len", COUNT, 2048, "Tokens a window, at most the model's context.")
 DRAWN_BY = number("--seed", SEED, 0, "Which windows of the text are drawn.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+DEVICE_MAP = click.option(
+    "--device-map",
+    metavar="MAP",
+    help="Spread a model that no GPU holds: auto, balanced, balanced_low_0, sequential, or a JSON file of modules and devices.",
+)
 DTYPE = choice("--dtype", (*DTYPE_NAMES, "auto"), "auto", "Dtype layers run in; auto: the checkpoint's.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, no progress.")
 BOS = choice(

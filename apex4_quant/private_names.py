@@ -13,7 +13,7 @@ what needs it is also imported where torch is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,14 @@ def offloaded_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     return None if tensors is None else tensors[name]
 
 
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let the module compute by `forward`, inside what accelerate does around it, if it does.
+
+    The attribute `_old_forward` that `accelerate.hooks.add_hook_to_module` calls, accelerate 1.15: `forward` is its own then.
+    """
+    setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)
+
+
 # ---- lm-eval ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +128,14 @@ def without_git_commit() -> Iterator[None]:
         yield
     finally:
         evaluator.get_git_commit_hash = asked
+
+
+def compute_on(harness: Any, device: torch.device) -> None:
+    """Let an `HFLM` put its tokens on this device: it takes that of the model's first tensor, which may be on the disk.
+
+    `lm_eval.models.huggingface.HFLM._device`, lm-eval 0.4.10 to 0.4.13. The option is ignored for a model that is loaded.
+    """
+    harness._device = device
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

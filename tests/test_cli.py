@@ -112,6 +112,7 @@ def test_quantize_json(run_cli: Call, invoke: Call, tiny_model: Call, calib: Pat
         "memory_budget",
         "peak_memory",
         "states_on_disk",
+        "experts_at_once",
     }
     assert (summary["model"], summary["output"]) == (str(model), str(out))
     assert summary["linears_quantized"] == 14 - 3

@@ -78,6 +78,16 @@ def test_every_kind_of_hook_of_all_modules_is_in_a_table(register: Callable[[Any
     assert not any(private_names.global_hook_tables())
 
 
+def test_a_forward_is_replaced_inside_what_accelerate_does() -> None:
+    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map={"weight": torch.ones(2, 2)})
+    module, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+    add_hook_to_module(module, hook)
+    for each in (module, other):
+        private_names.replace_forward(each, lambda x, each=each: (x, each.weight.device.type))
+    assert module(torch.ones(2))[1] == other(torch.ones(2))[1] == "cpu"
+    assert module.weight.device.type == "meta"
+
+
 def test_offloading_by_accelerate() -> None:
     stored = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
     module = nn.Linear(2, 2)

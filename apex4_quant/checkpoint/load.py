@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import tempfile
+import warnings
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +15,8 @@ import torch
 from ..errors import Apex4Error, UsageError, shown
 from ..format.quant_config import QUANT_METHOD, QuantConfig
 from ..format.storage import REPORT_NAME, read_json, sha256
-from ..hardware.devices import multiplies_fast, multiply_in_float32
+from ..hardware.devices import DISK, DeviceMap, multiplies_fast, multiply_in_float32
+from ..models.families import auto_class_of
 from ..models.foreign_formats import foreign_format
 from ..models.source import read_config, verify_listed
 from ..models.weight_files import read_tensor_infos
@@ -77,12 +82,17 @@ def verify_checksums(folder: Path) -> bool:
     return True
 
 
-def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = False, device_map: DeviceMap | None = None
+) -> PreTrainedModel:
     """Load for inference. Raises UsageError or Apex4Error, with one sentence, before and instead of a bad model.
 
+    A `device_map` spreads the model over devices and the disk, in the place of `device`: accelerate brings what a module
+    needs to where it is computed.
     On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     config = read_config(folder)
@@ -101,31 +111,82 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, as_it_is: bool = F
         raise Apex4Error(f"{folder / 'config.json'} does not describe a model ({reason})") from error
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    # For tensors that are stored in another form than the model's; others stay in their files.
+    offloaded = None if device_map is None else tempfile.mkdtemp(prefix="apex4-offload-")
     try:
-        # A pair with output_loading_info, which the annotation of from_pretrained does not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            local_files_only=True,
-            trust_remote_code=False,  # else transformers may ask on the terminal
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with warnings.catch_warnings():
+            if device_map is not None:  # accelerate only warns of names that the model does not have
+                warnings.filterwarnings("error", "The following device_map keys")
+            # A pair with output_loading_info, which the annotation of from_pretrained does not say.
+            loaded: Any = getattr(transformers, auto_class_of(config)).from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device} if device_map is None else device_map,
+                offload_folder=offloaded,
+                local_files_only=True,
+                trust_remote_code=False,  # else transformers may ask on the terminal
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except BaseException as error:
+        if offloaded is None:
+            raise
+        shutil.rmtree(offloaded)
+        if not isinstance(error, ValueError | KeyError | UserWarning):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--device-map cannot be followed for {folder} ({reason}): place every module of the model, those with "
+            "tied weights together, or give auto"
+        ) from error
     finally:
         if shown:
             logging.enable_progress_bar()
     model: PreTrainedModel = loaded[0]
+    if offloaded is not None:
+        weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
+        _require_tied_together(model, folder)
     info: dict[str, Any] = loaded[1]
     for name, stored, needed in sorted(info["mismatched_keys"]):
         raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise Apex4Error(f"{folder} has no tensor {name}: the checkpoint is incomplete, get it again")
-    if not as_it_is and not multiplies_fast(torch.device(device), dtype):
+    computing = [place for place in places_of(model) if place not in ("cpu", DISK)] or ["cpu"]
+    if not as_it_is and not multiplies_fast(torch.device(computing[0]), dtype):
         multiply_in_float32(model)
     model.eval()
     return model
+
+
+def _require_tied_together(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UsageError where the map tears apart two names of one tensor: accelerate would not find the other."""
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+
+    def place(name: str) -> Any:
+        return next((places[part] for part in _and_parents(name) if part in places), None)
+
+    for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if place(one) != place(other):
+            raise UsageError(
+                f"--device-map cannot be followed for {folder}: {one} and {other} are one tensor, place them together"
+            )
+
+
+def _and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def places_of(model: PreTrainedModel) -> list[str]:
+    """Where a model's modules are: devices, as "cuda:0", and "disk"."""
+    found: dict[str, int | str | torch.device] = getattr(model, "hf_device_map", None) or {"": model.device}
+    return list(dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in found.values()))
+
+
+def entered_on(model: PreTrainedModel) -> torch.device:
+    """Where its tokens are expected: accelerate moves those of a model whose first tensors are on the disk."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def release_memory() -> None:

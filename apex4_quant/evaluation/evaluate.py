@@ -15,7 +15,7 @@ from ..distributed.group import Group
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import read_config, resolve_model
+from ..models.source import language_settings, read_config, resolve_model
 from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
 from ..progress import Progress
 from .engine import EngineName, Subject, Tasks, where
@@ -43,6 +43,7 @@ class EvalSettings:
     device: str = "auto"
     dtype: str = "auto"
     engine: str = EngineName.TRANSFORMERS
+    device_map: str | None = None
 
 
 def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Group | None = None) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Gr
     for name, value in (("seq-len", settings.seq_len), ("batch-size", settings.batch_size), ("limit", settings.limit)):
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
-    engine = open_engine(settings.engine, settings.device, group)
+    engine = open_engine(settings.engine, settings.device, group, settings.device_map)
     asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.
     subject = _prepare(settings.model, settings, progress)
@@ -102,7 +103,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Gr
 def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
     folder = resolve_model(name)
     config = read_config(folder)
-    quantized = quant_config_of(config)
+    quantized, config = quant_config_of(config), language_settings(folder, config)
     dtype = resolve_dtype(settings.dtype, config)
     tokenizer = load_tokenizer(folder)
     seq_len = min(settings.seq_len, config.get("max_position_embeddings") or settings.seq_len)

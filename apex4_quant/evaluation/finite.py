@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.load import entered_on
 from ..errors import Apex4Error
 from ..hardware.dtype_names import wider_than
 
@@ -37,7 +38,7 @@ def first_not_finite(model: PreTrainedModel, window: torch.Tensor) -> str | None
 
     hooks = [_register(module, hook(name)) for name, module in model.named_modules()]
     try:
-        model(input_ids=window[None].to(model.device), use_cache=False)
+        model(input_ids=window[None].to(entered_on(model)), use_cache=False)
     finally:
         for each in hooks:
             each.remove()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..checkpoint.load import entered_on
 from ..distributed.group import Group
 from ..errors import Apex4Error
 from .finite import not_finite
@@ -57,7 +58,7 @@ def measure_perplexity(
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """window int64 [L] -> [L, V] in the model's dtype, on its device."""
-    logits: torch.Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
+    logits: torch.Tensor = model(input_ids=window[None].to(entered_on(model)), use_cache=False).logits[0]
     return logits
 
 
@@ -165,7 +166,8 @@ def compare(
     total = divergence = 0.0
     agreeing = 0
     for index, window in enumerate(ids):
-        logits, others = logits_of(model, window), original.logits(index).to(model.device)
+        logits = logits_of(model, window)
+        others = original.logits(index).to(logits.device)
         for rows, log_q, targets in _parts(logits, window):
             log_p = torch.log_softmax(others[rows].float(), -1)
             total += _likelihood(log_q, targets)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..checkpoint.load import load_model, release_memory
+from ..checkpoint.load import entered_on, load_model, places_of, release_memory
 from ..distributed.group import Group
-from ..hardware.devices import DTYPES, resolve_device
+from ..hardware.devices import DTYPES, DeviceMap, resolve_device
 from ..nn.arithmetic import arithmetic_of
+from ..private_names import compute_on
 from ..progress import Progress
 from . import generation_speed
 from .engine import Load, Quality, Results, Subject, Tasks
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 class TransformersEngine:
     """Divergence is of all probabilities of all tokens: predictions.py. Each process of `group` loads the models and computes
-    a share of the windows."""
+    a share of the windows. With a `device_map` the models are spread as it says, and `device` is, once one is loaded, all its
+    places."""
 
-    def __init__(self, device: str, group: Group | None = None) -> None:
-        self._group = group or Group()
+    def __init__(self, device: str, group: Group | None = None, device_map: DeviceMap | None = None) -> None:
+        self._group, self._device_map = group or Group(), device_map
         self.device = resolve_device(device)
         self.version = transformers.__version__
 
@@ -39,13 +41,13 @@ class TransformersEngine:
         original, baseline_tasks, group = None, None, self._group
         ids = ids[group.share(len(ids)).slice]
         if baseline is not None:
-            model = load_model(baseline.folder, self.device, DTYPES[baseline.dtype])
+            model = self._load(baseline)
             baseline_tasks = _tasks(model, baseline, tasks)
             with progress.stage(f"perplexity of {baseline.name}", ids.numel(), "tok") as advance:
                 original = RecordedPredictions(model, ids, advance, group)
             del model
             release_memory()
-        model = load_model(subject.folder, self.device, DTYPES[subject.dtype])
+        model = self._load(subject)
         with progress.stage(f"perplexity of {subject.name}", ids.numel(), "tok") as advance:
             if original is None:
                 return Quality(
@@ -61,6 +63,12 @@ class TransformersEngine:
             divergence=found.divergence,
             top1_agreement=found.top1_agreement,
         )
+
+    def _load(self, subject: Subject) -> PreTrainedModel:
+        model = load_model(subject.folder, self.device, DTYPES[subject.dtype], device_map=self._device_map)
+        if self._device_map is not None:
+            self.device = ", ".join(places_of(model))
+        return model
 
     def speed(self, folder: Path, dtype: str, load: Load) -> dict[str, Any]:
         model = load_model(folder, self.device, DTYPES[dtype], as_it_is=True)
@@ -78,4 +86,6 @@ def _wrapped(model: PreTrainedModel, subject: Subject, batch_size: int) -> LM:
     from lm_eval.models.huggingface import HFLM
 
     bos = bool(subject.beginning)
-    return HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=batch_size, add_bos_token=bos)
+    harness = HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=batch_size, add_bos_token=bos)
+    compute_on(harness, entered_on(model))
+    return harness

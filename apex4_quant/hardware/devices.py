@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..private_names import replace_forward
 from .dtype_names import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -27,6 +30,36 @@ def resolve_device(device: str) -> str:
     if ":" in device and (kind == "cpu" or not index.isdecimal() or int(index) >= torch.cuda.device_count()):
         raise UsageError(f"device {device!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")
     return device
+
+
+DISK = "disk"
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # names that accelerate makes a map of
+DeviceMap = str | dict[str, str]
+
+
+def read_device_map(text: str) -> DeviceMap:
+    """One of accelerate's names, or a JSON file that says where each module is: {"model.layers.0": "cuda:0", ...}.
+
+    Raises UsageError for another name, a file that is no such map, and devices that are not here.
+    """
+    if text in SPREAD:
+        return text
+    path = Path(text).expanduser()
+    named = f"give {', '.join(SPREAD)}, or a JSON file of modules and devices"
+    if not path.is_file():
+        raise UsageError(f"--device-map {text!r} is not known and no file: {named}")
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--device-map {text} is no JSON file ({error}): {named}") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(place, str) for place in found.values()):
+        raise UsageError(f'--device-map {text} is no map of modules to devices, as {{"model.layers.0": "cuda:0"}}')
+    for module, place in found.items():
+        if place == "auto" or place == "cuda":
+            raise UsageError(f"--device-map {text} has {place!r} for {module!r}: give cuda:N, cpu or {DISK}")
+        if place != DISK:
+            resolve_device(place)
+    return found
 
 
 def resolve_dtype(dtype: str, config: dict[str, Any]) -> str:
@@ -58,7 +91,7 @@ def multiply_in_float32(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = partial(_linear_in_float32, module)  # type: ignore[method-assign]
+            replace_forward(module, partial(_linear_in_float32, module))
 
 
 def _linear_in_float32(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,11 @@ from ..calib.finite import all_finite
 from ..errors import Apex4Error, UsageError
 from ..format.storage import format_bytes, read_json, sha256
 from ..format.tensor_info import TensorInfo
-from .expert_tensors import published_name, unfused
-from .families import RECOMPUTED_SUFFIXES, Family, family_of
+from .expert_tensors import in_model, published_name, unfused
+from .families import FAMILIES, RECOMPUTED_SUFFIXES, Family, family_of
 from .foreign_formats import foreign_format
 from .weight_files import read_tensor_infos
+from .xet_failure import WITHOUT_XET, xet_failure
 
 DEMO = "demo"
 DEMO_PATH = Path(__file__).resolve().parents[1] / "demo"
@@ -63,6 +64,9 @@ def _why_not_fetched(error: BaseException) -> str:
     while error is not None and len(chain) < 8:  # it wraps what happened: "not in the cache" may mean "no network"
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    xet = next((found for each in chain if (found := xet_failure(each)) is not None), None)
+    if xet is not None:
+        return f"{xet.reason} over Xet, try again later, or set {WITHOUT_XET}, which fetches without Xet"
     names = {type(each).__name__ for each in chain}
     statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
     status = next((status for status in statuses if isinstance(status, int)), None)
@@ -86,7 +90,8 @@ def _download(hub_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=skipped))
     except Exception as error:  # httpx, hub and OS errors: all mean that the model could not be had
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
+        xet = xet_failure(error)
+        if (xet.errno if xet is not None else getattr(error, "errno", None)) in NO_SPACE:
             raise UsageError(f"no space left to download model {hub_id!r} into the Hub's cache: free some") from error
         if "RevisionNotFound" in type(error).__name__:
             raise UsageError(f"model {hub_id!r} has no revision {revision!r}: see its branches and tags") from error
@@ -161,6 +166,27 @@ def _adapter_sentence(folder: Path) -> str:
     )
 
 
+def language_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the language model: itself or, where others stand beside that, also what it has in
+    `text_config`, and what transformers' class fills in there. Raises Apex4Error if there is nothing of use.
+    """
+    family = next((f for f in FAMILIES.values() if f.beside and f.model_type == config.get("model_type")), None)
+    if family is None:
+        return config
+    from transformers import AutoConfig
+
+    try:
+        inside = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{folder / 'config.json'} does not describe a model ({reason})") from error
+    settings = {name: value for name, value in inside.to_dict().items() if value is not None or name not in config}
+    return config | settings | {name: config[name] for name in _OF_THE_WHOLE if config.get(name) is not None}
+
+
+_OF_THE_WHOLE = ("architectures", "model_type", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
+
+
 def require_sizes(config: dict[str, Any], folder: Path) -> None:
     """Raise Apex4Error if config.json lacks one of the sizes that every supported architecture has."""
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
@@ -213,15 +239,17 @@ class ModelSource:
     """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
 
     `infos` has the tensors under the names of the model with its experts unfused, however they are stored; `left_away`
-    those that transformers does not load and that are not written either.
+    those that transformers does not load and that are not written either. `config` has the language model's settings,
+    `stored_config` is config.json.
     """
 
     def __init__(self, model: str) -> None:
         self.name = model
         self.folder = resolve_model(model)
-        self.config = read_config(self.folder)
-        _require_original(model, foreign_format(self.folder, self.config, {}))
-        self.family: Family = family_of(self.config, model)
+        self.stored_config = read_config(self.folder)
+        _require_original(model, foreign_format(self.folder, self.stored_config, {}))
+        self.family: Family = family_of(self.stored_config, model)
+        self.config = language_settings(self.folder, self.stored_config)
         require_sizes(self.config, self.folder)
         found = read_tensor_infos(self.folder)
         _require_original(model, foreign_format(self.folder, self.config, found))
@@ -233,7 +261,7 @@ class ModelSource:
             if name not in self.left_away and not name.endswith(RECOMPUTED_SUFFIXES)
         }
         self.stored_names = list(stored)
-        self.infos = unfused(stored, self.family)
+        self.infos = unfused(in_model(stored, self.family), self.family)
         self.num_layers = int(self.config["num_hidden_layers"])
         for index in range(self.num_layers):
             prefix = self.family.layer_prefix(index)
@@ -277,6 +305,18 @@ class ModelSource:
     def outer_tensors(self) -> list[str]:
         """Everything outside the decoder layers."""
         return [name for name in self.infos if not name.startswith(self.family.layers + ".")]
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor outside the decoder layers is of a model beside the language model."""
+        family = self.family
+        return bool(family.beside) and not name.startswith((f"{family.language_model}.", f"{family.head}."))
+
+    @property
+    def head_tensors(self) -> list[str]:
+        """What stands behind the layers; the embedding where it is the head too."""
+        head, embedding = f"{self.family.head}.weight", f"{self.family.embedding}.weight"
+        left = {embedding} if head in self.infos else set()
+        return [name for name in self.outer_tensors if name not in left and not self.is_beside(name)]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self.infos, names)

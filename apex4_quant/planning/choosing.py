@@ -15,6 +15,7 @@ from .options import GroupOptions, Mode, Option
 from .selection import select
 
 _SLACK = 1 + 1e-9  # bounds are met up to rounding
+FRONT_POINTS = 16
 
 
 def require_bounds(mode: str, budget: float | None, max_loss: float | None) -> Mode:
@@ -54,6 +55,23 @@ def choose(
         return _least_loss(groups, time_bound)
     picks = select([[(option.seconds, option.loss) for option in group.options] for group in groups], loss_bound)
     return [group.options[pick] for group, pick in zip(groups, picks, strict=True)]
+
+
+def front(groups: Sequence[GroupOptions], mode: str = Mode.AUTO) -> list[tuple[float, float]]:
+    """(seconds, loss) of plans that no other plan from the mode's options is better than in both, fastest first: the least
+    loss within up to FRONT_POINTS budgets, from the time of the fastest plan to that of the plan of least loss.
+    """
+    groups = [group.offered(Mode(mode)) for group in groups]
+    fastest = sum(min(option.seconds for option in group.options) for group in groups)
+    best = sum(group.least.seconds for group in groups)
+    points: list[tuple[float, float]] = []
+    for step in range(FRONT_POINTS):
+        within = fastest * (best / fastest) ** (step / (FRONT_POINTS - 1)) * _SLACK
+        chosen = _least_loss(groups, within)
+        point = (sum(option.seconds for option in chosen), sum(option.loss for option in chosen))
+        if not points or point[1] < points[-1][1]:
+            points.append(point)
+    return points
 
 
 def _least_loss(groups: Sequence[GroupOptions], time_bound: float) -> list[Option]:

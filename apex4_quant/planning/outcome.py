@@ -13,6 +13,7 @@ from ..format.transform_kind import TransformKind
 from ..hardware.gpus import Gpu
 from ..models.source import ModelSource
 from ..quantization.plan_file import plan_file_json, plan_file_text
+from .choosing import front
 from .cost_model import Mainloop, fp16_seconds, gemm_seconds
 from .options import LADDER, Choice, GroupOptions, Option
 from .sensitivity import GroupSensitivity
@@ -107,8 +108,13 @@ class QuantizationPlan:
         bounds = {"budget": settings.budget, "max_loss": settings.max_loss}
         return header | {name: value for name, value in bounds.items() if value is not None}
 
+    def front(self) -> list[list[float]]:
+        """[microseconds, loss] of the plans there are between the fastest and that of least loss, in the units of `predicted`."""
+        points = front(self.options, self.settings.mode)
+        return [[float(f"{value:.6g}") for value in (1e6 * seconds, loss)] for seconds, loss in points]
+
     def as_dict(self) -> dict[str, Any]:
-        return self.header() | {"predicted": self.predicted(), "linears": self.linears()}
+        return self.header() | {"predicted": self.predicted(), "front": self.front(), "linears": self.linears()}
 
     def write(self, path: Path) -> None:
         """YAML or, if the name ends in .json, JSON."""
@@ -128,7 +134,7 @@ class QuantizationPlan:
             "loss " + ", ".join(f"{choice.label}: {1000 * loss:.3f}" for choice, loss in group.losses.items())
             for group in self.groups
         ]
-        header = self.header() | {"predicted": self.predicted()}
+        header = self.header() | {"predicted": self.predicted(), "front": self.front()}
         text = (
             plan_file_json(header, groups) if path.suffix == ".json" else plan_file_text(header, groups, losses, notes)
         )

@@ -17,11 +17,14 @@ small; which inputs gain most is the same. Kernels have learned transforms with 
 
 The first pass keeps the hidden states that enter every layer, S L H numbers each, on the CPU. The second goes back from
 the last layer to the first, with the gradients of the predictions. Both have one layer in memory.
+
+Several processes share the windows of both passes, and then have the same rows and gradients. Of an input they share the
+blocks of a learned transform, the rows of its gradients, and the rows of the weights that read it: the loss is a sum over
+those.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,6 +32,7 @@ from typing import NamedTuple
 import torch
 
 from ..calib.probes import PROBE_ROWS
+from ..distributed.group import Group
 from ..format.layouts import get_layout
 from ..format.number_format import BITS
 from ..format.quant_config import LinearFormat
@@ -96,29 +100,50 @@ def predict_errors(
     format: LinearFormat,
     metric: Metric,
     matrix: torch.Tensor | None = None,
+    group: Group | None = None,
 ) -> Errors:
     """What rounding the input rows [T, K] and `weights` [N_i, K] does, at `format`'s group size and transform.
 
-    `matrix` [padded K / 128, 128, 128] is the learned transform, where `format` has one.
+    `matrix` [padded K / 128, 128, 128] is the learned transform, where `format` has one. All processes of `group` have the
+    same arguments, and get the same errors.
     """
+    group = group or Group()
     x = transform_input(rows, format, matrix)
-    bases = [transform_weight(weight, format, matrix) for weight in weights]
-    gradients = transform_weight(metric.rows, format, matrix)  # like a weight: g . e = (g T^-T) . (e T)
-    loss, difference = math.inf, x
-    for rounded in _rounded_inputs(x, format):
-        error = rounded - x
-        energy = float((error @ gradients.t()).square().sum()) / (2 * len(x))
-        if energy < loss:
-            loss, difference = energy, error
-    relative = []
-    for base, importance in zip(bases, metric.outputs, strict=True):
-        rounded = _rounded_weight(base, format)
-        of_weight = (x @ (rounded - base).t()).square().sum(0)
-        loss += float((of_weight * importance).sum()) / (2 * len(x))
-        noise = float((difference @ base.t()).square().sum() + of_weight.sum())
-        energy = float((x @ base.t()).square().sum())
-        relative.append(noise / energy if energy else 0.0)
-    return Errors(tuple(relative), loss)
+    # Like a weight: g . e = (g T^-T) . (e T).
+    gradients = transform_weight(metric.rows[group.share(len(metric.rows)).slice], format, matrix)
+    errors = [rounded - x for rounded in _rounded_inputs(x, format)]
+    energies = group.sum_of_numbers([float((error @ gradients.t()).square().sum()) for error in errors])
+    best = energies.index(min(energies))
+    figures = [
+        figure
+        for weight, importance in zip(weights, metric.outputs, strict=True)
+        for figure in _of_weight(weight, importance, x, errors[best], format, matrix, group)
+    ]
+    figures = group.sum_of_numbers(figures)
+    losses, noises, of_outputs = figures[::3], figures[1::3], figures[2::3]
+    relative = [noise / energy if energy else 0.0 for noise, energy in zip(noises, of_outputs, strict=True)]
+    return Errors(tuple(relative), sum(losses, energies[best]) / (2 * len(x)))
+
+
+def _of_weight(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    x: torch.Tensor,
+    difference: torch.Tensor,
+    format: LinearFormat,
+    matrix: torch.Tensor | None,
+    group: Group,
+) -> tuple[float, float, float]:
+    """Of this process's rows of a weight [N, K], sums over them: what their rounding loses by their `importance`, how far
+    their outputs are off with an input off by `difference`, and what their outputs are, squared."""
+    share = group.share(len(weight))
+    if not share.size:
+        return 0.0, 0.0, 0.0
+    base = transform_weight(weight[share.slice], format, matrix)
+    importance = importance if len(importance) == 1 else importance[share.slice]
+    of_weight = (x @ (_rounded_weight(base, format) - base).t()).square().sum(0)
+    noise = float((difference @ base.t()).square().sum() + of_weight.sum())
+    return float((of_weight * importance).sum()), noise, float((x @ base.t()).square().sum())
 
 
 def _rounded_inputs(x: torch.Tensor, format: LinearFormat) -> Iterator[torch.Tensor]:
@@ -151,19 +176,29 @@ def measure_sensitivity(
     activation_bits: Sequence[int],
     seed: int,
     progress: Progress,
+    group: Group | None = None,
 ) -> list[GroupSensitivity]:
     """Both passes of samples int64 [S, L]. `planned` says which linears there are, `transforms` and `activation_bits` what
-    they may have.
+    they may have. All processes of `group` have the same arguments, share the work, and get the same.
 
     Raises Apex4Error, naming linear or layer, for weights, inputs or gradients that are not finite.
     """
+    group = group or Group()
+    share = group.share(len(samples))
     runner.prepare(samples.shape[1])
     entering: list[torch.Tensor] = []
     with progress.stage("running", source.num_layers, " layers") as advance:
         gradients, size = gradients_of_predictions(
-            source, runner, samples, seed, lambda _, states: entering.append(in_memory(states)), advance
+            source,
+            runner,
+            samples[share.slice],
+            seed,
+            lambda _, states: entering.append(in_memory(states)),
+            advance,
+            group,
+            share,
         )
-    collector = Collector(runner, source.family, source.config, hessians=False, say=progress.line)
+    collector = Collector(runner, source.family, source.config, hessians=False, say=progress.line, group=group)
     found: list[GroupSensitivity] = []
     with progress.stage("measuring", sum(linear.elements for linear in planned), "w") as advance:
         for layer in reversed(range(source.num_layers)):
@@ -173,13 +208,13 @@ def measure_sensitivity(
             stored = source.read(source.layer_tensors(layer))
             module = runner.load_layer(layer, stored)
             readers = [tuple(name.removeprefix(prefix) for name in names) for names in _readers(of_layer).values()]
-            known, gradients = gradients_through(runner, layer, readers, hidden, gradients)
+            known, gradients = gradients_through(runner, layer, readers, hidden, gradients, group, share)
             measured = []
-            for group in collector.inputs_of(layer, module, of_layer, Streams(hidden)):
-                linears = [linear for part in group.parts for linear in part.planned]
+            for collected in collector.inputs_of(layer, module, of_layer, Streams(hidden, share=share)):
+                linears = [linear for part in collected.parts for linear in part.planned]
                 metric = _metric(linears, {prefix + name: gradient for name, gradient in known.items()}, prefix, size)
                 choices = choices_of(linears[0].format.in_features, transforms, activation_bits)
-                measured.append(_measure_group(group, linears, metric, stored, choices, runner.device))
+                measured.append(_measure_group(collected, linears, metric, stored, choices, group, runner.device))
                 advance(sum(n * measured[-1].in_features for n in measured[-1].outputs))
             found = measured + found
             runner.drop_layer(layer)
@@ -209,14 +244,15 @@ def _metric(linears: Sequence[PlannedLinear], known: dict[str, InputGradients], 
 
 
 def _measure_group(
-    group: CollectedInput,
+    collected: CollectedInput,
     linears: Sequence[PlannedLinear],
     metric: Metric,
     stored: dict[str, torch.Tensor],
     choices: Sequence[Choice],
+    group: Group,
     device: torch.device,
 ) -> GroupSensitivity:
-    rows, others = split_rows(group.statistics.inputs())
+    rows, others = split_rows(collected.statistics.inputs())
     weights = [stored[f"{linear.name}.weight"].to(device).float() for linear in linears]
     for linear, weight in zip(linears, weights, strict=True):
         require_quantizable(linear.name, weight)
@@ -225,8 +261,8 @@ def _measure_group(
     errors: dict[Choice, Errors] = {}
     for choice in choices:
         format = replace(first.format, **choice._asdict(), layout=get_layout("rowmajor"))
-        matrix = _quickly_learned(others, weights, format, metric)
-        errors[choice] = predict_errors(rows, weights, format, metric, matrix)
+        matrix = _quickly_learned(others, weights, format, metric, group)
+        errors[choice] = predict_errors(rows, weights, format, metric, matrix, group)
     return GroupSensitivity(
         first.layer,
         first.input_group,
@@ -257,7 +293,7 @@ def split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quickly_learned(
-    rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat, metric: Metric
+    rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat, metric: Metric, group: Group
 ) -> torch.Tensor | None:
     if not format.transform.is_learned:
         return None
@@ -266,7 +302,8 @@ def _quickly_learned(
         for weight, importance in zip(weights, metric.outputs, strict=True)
     )
     padded, gradients = (pad_input_features(matrix, format) for matrix in (rows, metric.rows))
-    return learn_transform(padded, weighed, LEARNING_STEPS, format.transform is TransformKind.SHARED, gradients)
+    shared = format.transform is TransformKind.SHARED
+    return learn_transform(padded, weighed, LEARNING_STEPS, shared, gradients, group=group)
 
 
 def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:

@@ -187,6 +187,54 @@ def choices_by_layer(checkpoint: CheckpointFolder) -> dict[str, dict[int, str]]:
     return found
 
 
+@dataclass(frozen=True)
+class Planned:
+    """How the plan of a checkpoint came about, as the planner wrote it down. Times are microseconds, losses and divergences
+    nats a token.
+
+    `predicted` is {} where nothing was predicted of what was quantized: the plan was edited, or linears were left out.
+    `front` has the time and loss of the plans that there were, `measured` the divergence on every text that was recorded.
+    """
+
+    origin: dict[str, Any]
+    predicted: dict[str, float]
+    front: list[tuple[float, float]]
+    measured: list[tuple[str, float]]
+
+    @property
+    def asked(self) -> str:
+        """For which GPU, and what else decides the times."""
+        tokens = self.origin.get("tokens")
+        return f"{self.origin.get('target')}, {tokens} token{'' if tokens == 1 else 's'} at once"
+
+    @property
+    def sentence(self) -> str:
+        said = f"Planned for {self.asked} (mode {self.origin.get('mode')}). "
+        if not self.predicted:
+            return f"{said}Nothing was predicted of it as it is: the plan was edited, or linears were left out."
+        found = self.predicted
+        return (
+            f"{said}Predicted for all quantized linears: {found['microseconds']:.1f} us, {found['of_fastest']:.2f} times the "
+            f"fastest plan, {found['speedup_over_fp16']:.2f} times as fast as FP16, and a KL divergence of "
+            f"{found['loss']:.5f} nats a token."
+        )
+
+
+def planned(checkpoint: CheckpointFolder, records: list[dict[str, Any]]) -> Planned | None:
+    """None for a checkpoint that was not made from a plan of the planner's."""
+    settings = checkpoint.report["settings"]
+    origin = settings.get("plan_origin")
+    if not origin:
+        return None
+    measured = [
+        (text_name(record["result"]["text"]), float(record["result"]["divergence"]))
+        for record in quality_records(records)
+        if record["result"].get("divergence") is not None
+    ]
+    predicted = {} if settings.get("ignore") else origin.get("predicted") or {}
+    return Planned(origin, predicted, [(time, loss) for time, loss in origin.get("front") or ()], measured)
+
+
 def errors(checkpoint: CheckpointFolder) -> list[float]:
     return [float(entry["error"]) for entry in checkpoint.report["quantized"] if entry.get("error") is not None]
 

@@ -29,12 +29,14 @@ def draw(checkpoint: CheckpointFolder) -> dict[str, str]:
         import matplotlib
     except ImportError as error:
         raise UsageError("pictures need matplotlib: pip install 'apex4-quant[plot]'") from error
+    records = read_records(checkpoint)
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         drawn = {
             "output_error": _errors(facts.errors_by_layer(checkpoint)),
             "size": _sizes(checkpoint),
             "plan": _plan(facts.choices_by_layer(checkpoint)),
-            "divergence": _divergences(read_records(checkpoint)),
+            "plan_front": _front(facts.planned(checkpoint, records)),
+            "divergence": _divergences(records),
         }
         return {name: _svg(figure) for name, figure in drawn.items() if figure is not None}
 
@@ -105,6 +107,32 @@ def _plan(found: dict[str, dict[int, str]]) -> Figure | None:
     bar = figure.colorbar(mesh, ax=axes, ticks=range(len(choices)))
     _draw_vectors(bar)
     bar.ax.set_yticklabels(choices)
+    return figure
+
+
+def _front(plan: facts.Planned | None) -> Figure | None:
+    """Predicted loss against predicted time of the plans that there were, and what was measured of the one that was taken."""
+    if plan is None or not plan.front:
+        return None
+    figure, axes = _figure(6.0, 3.2)
+    times, losses = zip(*((time, 1000 * loss) for time, loss in plan.front), strict=True)
+    axes.plot(times, losses, "o-", color="#9fb2bf", markersize=4, label="the best plans, predicted")
+    taken = plan.predicted.get("microseconds")
+    if taken is not None:
+        loss = 1000 * plan.predicted["loss"]
+        axes.plot([taken], [loss], "o", color="#2a7f9e", markersize=9, label="this plan, predicted")
+    markers = "Ds^vP*"
+    for number, (text, divergence) in enumerate(plan.measured):
+        label, marker = f"measured on {text}", markers[number % len(markers)]
+        if taken is None:
+            axes.axhline(1000 * divergence, color="#e0a030", linestyle="--", label=label)
+        else:
+            axes.plot([taken], [1000 * divergence], marker, color="#e0a030", markersize=7, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("us for all quantized linears")
+    axes.set_ylabel("KL divergence, 1/1000 nat a token")
+    axes.set_title(f"plans for {plan.asked}", loc="left")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

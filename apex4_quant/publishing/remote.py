@@ -12,6 +12,7 @@ parts where Xet is installed; `upload_large_folder` is no longer in huggingface_
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -44,13 +45,17 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]  # public, and not in __all__
 
 from ..errors import Apex4Error, UsageError
-from .folder import CONFIG_NAME, LocalFile
+from ..models.xet_failure import WITHOUT_XET, XetFailure, xet_failure
+from .folder import CONFIG_NAME, WEIGHTS_SUFFIX, LocalFile
 
 Result = TypeVar("Result")
 
 ATTEMPTS = 5
 LONGEST_WAIT = 300  # seconds that a server may ask for before the command gives up
 BATCH = 5  # files uploaded at once: what a kill loses is at most so many
+# hf_xet has up to 64 xorbs on their way, each with 128 MB of memory: 8 GB where the network is slower than the disk.
+XET_UPLOADS = ("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "8")
+XET_MORE = "HF_XET_HIGH_PERFORMANCE"  # with which a user asks for all there is
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _WRITING_ROLES = ("admin", "write", "contributor")
 
@@ -219,9 +224,10 @@ class Hub:
         advance: Callable[[int], None],
     ) -> list[CommitOperationAdd]:
         """Bring the content of large files to the Hub, where nobody sees it yet. What is there is not sent again."""
+        if XET_MORE not in os.environ:
+            os.environ.setdefault(*XET_UPLOADS)
         operations: list[CommitOperationAdd] = []
-        for start in range(0, len(files), BATCH):
-            batch = files[start : start + BATCH]
+        for batch in _batches(files):
             additions = [_Addition.of(folder, file, advance) for file in batch]
             self._call(
                 f"{batch[0].path} is uploaded",
@@ -315,6 +321,9 @@ class Hub:
         detail = f" ({_hidden(server)})" if server else ""
         name = self.repository
         again = "run the same command again, what is uploaded is kept"
+        failure = xet_failure(error)
+        if failure is not None and status not in (401, 403):
+            return self._xet_sentence(what, failure)
         if isinstance(error, OfflineModeIsEnabled):
             return UsageError("HF_HUB_OFFLINE is set, and publishing needs the Hub: unset it")
         if status == 401:
@@ -341,6 +350,34 @@ class Hub:
             return lost(f"the connection to {self.api.endpoint} failed while {what} ({_reason(error)}): {again}")
         text = _hidden((str(error).strip().splitlines() or [type(error).__name__])[-1])
         return Apex4Error(f"{name} could not be published: {text}, while {what}")
+
+    def _xet_sentence(self, what: str, failure: XetFailure) -> Apex4Error:
+        if failure.status == 404 and "/xet-write-token/" in str(failure.url):
+            return UsageError(
+                f"{self.api.endpoint} offers no Xet, over which huggingface_hub uploads where hf_xet is installed: set "
+                f"{WITHOUT_XET} and run the same command again"
+            )
+        if failure.errno is not None:
+            return Apex4Error(f"{os.strerror(failure.errno)}, while {what}: mend that and run the same command again")
+        return Apex4Error(
+            f"{failure.reason} while {what} over Xet: run the same command again, what is uploaded is kept; "
+            f"{WITHOUT_XET} uploads without Xet"
+        )
+
+
+def _batches(files: Sequence[LocalFile]) -> Iterator[list[LocalFile]]:
+    """BATCH files each. Over Xet a weight file is alone: hf_xet sends one file with several tasks, says nothing meanwhile, and
+    what it sent counts as uploaded only when the batch ends."""
+    alone = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+    batch: list[LocalFile] = []
+    for file in files:
+        apart = alone and any(one.path.endswith(WEIGHTS_SUFFIX) for one in (file, *batch[-1:]))
+        if batch and (apart or len(batch) == BATCH):
+            yield batch
+            batch = []
+        batch.append(file)
+    if batch:
+        yield batch
 
 
 class _Addition(CommitOperationAdd):
@@ -391,7 +428,10 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _status(error: BaseException) -> int | None:
-    return int(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, HfHubHTTPError):
+        return int(error.response.status_code)
+    failure = xet_failure(error)
+    return failure.status if failure is not None else None
 
 
 def _is_network(error: BaseException) -> bool:
@@ -408,8 +448,7 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     """Seconds until it is worth another attempt, None if it never is."""
     status = _status(error)
     if status in _TRANSIENT:
-        assert isinstance(error, HfHubHTTPError)
-        asked = error.response.headers.get("Retry-After", "")
+        asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
         return float(asked) if asked.isdigit() else float(2 ** (attempt - 1))
     passes = _is_network(error) and not isinstance(error, OfflineModeIsEnabled)
     return float(2 ** (attempt - 1)) if passes else None

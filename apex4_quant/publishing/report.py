@@ -68,6 +68,7 @@ def make_page(
         _table(("linears", "group size", "transform of the input"), facts.kinds(checkpoint)),
         "<h2>Kept as in the original</h2>",
         _table(("tensors", "size", "why"), facts.kept(checkpoint)),
+        *_planned(facts.planned(checkpoint, records)),
         "<h2>Messages of the run</h2>",
         *_messages(checkpoint),
         "<h2>Made with</h2>",
@@ -123,17 +124,34 @@ def _pictures(pictures: dict[str, str]) -> Iterable[str]:
         yield f"<p>{svg}</p>"
 
 
+def _planned(plan: facts.Planned | None) -> Iterable[str]:
+    if plan is None:
+        return
+    yield "<h2>Plan</h2>"
+    yield f"<p>{html.escape(plan.sentence)}</p>"
+    taken = plan.predicted.get("microseconds")
+    rows = [(f"{time:.2f}", f"{loss:.5f}", "") for time, loss in plan.front]
+    if taken is not None:
+        rows.append((f"{taken:.2f}", f"{plan.predicted['loss']:.5f}", "this plan"))
+    rows.sort(key=lambda row: float(row[0]))
+    yield _table(("us, predicted", "KL divergence, nats a token, predicted", ""), rows)
+    yield _table(None, [(f"measured on {text}", f"{divergence:.5f}") for text, divergence in plan.measured])
+
+
 def _messages(checkpoint: CheckpointFolder) -> Iterable[str]:
-    fallbacks = facts.fallbacks(checkpoint)
-    if not fallbacks:
+    fallbacks, messages = facts.fallbacks(checkpoint), checkpoint.report.get("messages") or []
+    if not fallbacks and not messages:
         yield "<p>No linear was quantized in another way than planned.</p>"
+    if messages:
+        yield f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in messages)}</ul>"
+    if not fallbacks:
         return
     yield f"<p>{len(fallbacks)} linears of experts had too few calibration tokens of their own.</p>"
     yield _table(("linear", "quantized with", "tokens of its own"), fallbacks)
 
 
 def _settings(checkpoint: CheckpointFolder) -> Iterable[str]:
-    settings = {name: value for name, value in checkpoint.report["settings"].items() if name != "plan"}
+    settings = {name: value for name, value in checkpoint.report["settings"].items() if not name.startswith("plan")}
     rows = [(name, _shown(value)) for name, value in settings.items()]
     rows += [(f"version of {name}", str(value)) for name, value in (checkpoint.report.get("versions") or {}).items()]
     if checkpoint.report.get("calibration_tokens") is not None:

@@ -11,6 +11,7 @@ from ..calib.errors import CalibrationError
 from ..calib.probes import PROBE_ROWS
 from ..calib.samples import draw_samples
 from ..calib.text import load_text
+from ..distributed.group import Group
 from ..errors import UsageError
 from ..models.source import ModelSource
 from ..models.tokenizers import beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
@@ -69,3 +70,11 @@ def draw_calibration(
             f"calibration text has {different} different tokens only: what is learned suits no other text, give a varied one"
         )
     return Calibration(samples, bool(beginning))
+
+
+def require_a_window_each(group: Group, windows: int) -> None:
+    """Raise UsageError where the processes of `group` cannot share so many windows."""
+    if windows < group.size:
+        raise UsageError(
+            f"{group.size} ranks have {windows} calibration windows to share: start fewer, or give more --samples"
+        )

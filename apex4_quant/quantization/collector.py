@@ -1,10 +1,13 @@
 """What linears are quantized with: inputs and Hessians, seen by running the calibration text through a layer.
 
-One pass over the calibration hidden states serves all input groups (the linears that read one tensor) of a stage. The experts of a layer see different
-tokens, so each has its own statistics, unless too few tokens reached it:
+One pass over the calibration hidden states serves all input groups (the linears that read one tensor) of a stage. The
+experts of a layer see different tokens, so each has its own statistics, unless too few tokens reached it:
 
     gate_proj, up_proj    the rows of the MLP's input that the router sends to the expert; else all rows
     down_proj             what the expert makes of those rows; else what it makes of all rows
+
+The statistics of all experts of a layer may be more than there is memory for. Then experts are collected in portions, with
+a pass for each: what reaches an expert does not depend on which others are quantized already, so the same is collected.
 
 For GPTAQ the original layer runs beside the one that is being quantized, on hidden states of its own, and both inputs of
 the same token are seen together. An expert's tokens are then those of the quantized model's router in both.
@@ -69,6 +72,10 @@ class Statistics:
                 self._drift = self._drift or HessianAccumulator()
                 self._drift.add(padded, pad_input_features(original, self._format) - padded)
         self.tokens += x.numel() // x.shape[-1]
+
+    def forget_moments(self) -> None:
+        """Those that nobody asks for."""
+        self._hessian = self._drift = None
 
     def combine_rows(self, group: Group, none: torch.Tensor) -> None:
         """Have the rows of all processes, and none but those that one process would keep. `none` [0, K]: if none came here."""
@@ -146,11 +153,14 @@ class Part:
 class CollectedInput:
     """What an input group reads: `statistics` of the tensor itself, and the parts that its linears fall into.
 
-    The part with the linear that stores the learned transform comes first: the others use it from there.
+    The part with the linear that stores the learned transform comes first: the others use it from there. `collect` sees to
+    it that a part's own statistics are there; it is called before the part is handed out.
     """
 
-    def __init__(self, statistics: Statistics, parts: list[Part]) -> None:
-        self.statistics = statistics
+    def __init__(
+        self, statistics: Statistics, parts: list[Part], collect: Callable[[Part], None] = lambda part: None
+    ) -> None:
+        self.statistics, self._collect = statistics, collect
         self.parts = sorted(parts, key=lambda part: part.planned[0].format.transform_from is not None)
 
     @property
@@ -166,12 +176,17 @@ class CollectedInput:
     def take_parts(self) -> Iterator[Part]:
         """The parts one after the other, each forgotten when the next is asked for."""
         while self.parts:
+            self._collect(self.parts[0])
             yield self.parts.pop(0)
 
 
 def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
     """The children of a decoder layer that hold the linears of these stages."""
     return {linear.partition(".")[0] for stage in stages for input_group in stage for linear in input_group.linears}
+
+
+def _of_part(part: Part) -> CollectedInput:
+    return CollectedInput(part.statistics, [part])
 
 
 def _expert(experts: nn.Module | None, number: int) -> Expert:
@@ -185,7 +200,8 @@ class Collector:
     """`hessians`: whether the recipe needs them. `say` is told of experts that fall back to shared statistics.
 
     `original` runs the layers as they were before quantization, if their inputs are to be compared. Each process of `group`
-    collects on its own windows, and has the statistics of all of them.
+    collects on its own windows, and has the statistics of all of them. Of so many experts of a layer statistics are there
+    `at_once`; None: of all. It must be the same in all processes.
     """
 
     def __init__(
@@ -197,7 +213,9 @@ class Collector:
         say: Callable[[str], None],
         original: LayerRunner | None = None,
         group: Group | None = None,
+        at_once: int | None = None,
     ) -> None:
+        self._at_once = at_once
         self._runner, self._family, self._config = runner, family, config
         self._hessians, self._say, self._original = hessians, say, original
         self._group = group or Group()
@@ -233,12 +251,13 @@ class Collector:
             if experts is not None and expert_of(stage[0].linears[0]) is not None:
                 unfused = module.get_submodule(experts.module)
                 assert isinstance(unfused, UnfusedExperts)
-                collect = self._entering if stage[0].norm is not None else self._inside
-                found = collect(layer, experts, unfused, [linear for linears in wanted for linear in linears], streams)
+                linears = [linear for linears in wanted for linear in linears]
+                if stage[0].norm is not None:
+                    yield self._entering(layer, experts, linears, streams)
+                else:
+                    yield from self._inside(layer, experts, unfused, linears, streams)
             else:
-                found = [self._dense(layer, stage[0], wanted[0], streams)]
-            while found:  # each is forgotten when the next is asked for
-                yield found.pop(0)
+                yield self._dense(layer, stage[0], wanted[0], streams)
 
     def _statistics(self, reader: str, probe: InputProbe, linear: PlannedLinear) -> Statistics:
         return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
@@ -267,29 +286,52 @@ class Collector:
         self._combine(statistics, planned[0])
         return CollectedInput(statistics, [Part(reader, planned, statistics)])
 
-    def _entering(
-        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
-    ) -> list[CollectedInput]:
-        """One input: that of the gate and up projections of all experts, with a part for each that saw enough tokens."""
+    def _entering(self, layer: int, experts: Experts, planned: list[PlannedLinear], streams: Streams) -> CollectedInput:
+        """That of the gate and up projections of all experts, with a part for each that saw enough tokens."""
         name = self._family.layer_prefix(layer) + experts.module
         everything = self._statistics(name, InputProbe(streams.tokens, before=streams.first_token), planned[0])
         own = self._own(name, planned, self._before(layer, experts, streams))
+        first = set(next(self._portions(list(own))))
+        counts = Counter(dict.fromkeys(own, 0))
         for (states, index, _), original in self._calls(layer, experts.module, streams):
             everything.add(states, original)
             for expert, tokens, _ in routed(index):
                 if expert in own:
+                    counts[expert] += len(tokens)
+                if expert in first:
                     own[expert].statistics.add(states[tokens], None if original is None else original[tokens])
-        fed, starved = self._split(own)
+        fed, starved = self._split(own, counts)
+        for expert, part in fed.items():
+            if expert in first:
+                self._combine(part.statistics, part.planned[0])
         self._combine(everything, planned[0], moments=bool(starved))
+        parts = list(fed.values())
         if starved:
-            linears = [linear for part in starved for linear in part.planned]
-            seen = {expert: n for part in starved for expert, n in part.tokens.items()}
-            fed.append(Part(name, linears, everything, seen, shared=True))
-        return [CollectedInput(everything, fed)]
+            linears = [linear for part in starved.values() for linear in part.planned]
+            seen = {expert: n for part in starved.values() for expert, n in part.tokens.items()}
+            parts.append(Part(name, linears, everything, seen, shared=True))
+        else:
+            everything.forget_moments()
+        waiting = {expert: part for expert, part in fed.items() if expert not in first}
+
+        def collect(part: Part) -> None:
+            (expert, *_) = part.tokens
+            if part.shared or expert not in waiting:
+                return
+            numbers = next(self._portions([expert, *(other for other in waiting if other != expert)]))
+            portion = {number: waiting.pop(number) for number in numbers}
+            for (states, index, _), original in self._calls(layer, experts.module, streams):
+                for expert, tokens, _ in routed(index):
+                    if expert in portion:
+                        portion[expert].statistics.add(states[tokens], None if original is None else original[tokens])
+            for each in portion.values():
+                self._combine(each.statistics, each.planned[0])
+
+        return CollectedInput(everything, parts, collect)
 
     def _inside(
         self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
-    ) -> list[CollectedInput]:
+    ) -> Iterator[CollectedInput]:
         """One input per expert: that of its down projection."""
         before_ours = self._before(layer, experts, streams)
         own = self._own(self._family.layer_prefix(layer) + experts.module, planned, before_ours)
@@ -299,23 +341,37 @@ class Collector:
             inner = None if original is None else _expert(before, number).inner(original)
             part.statistics.add(_expert(module, number).inner(states), inner)
 
-        for (states, index, _), original in self._calls(layer, experts.module, streams):
-            for expert, tokens, _ in routed(index):
-                if expert in own:
-                    add(own[expert], expert, states[tokens], None if original is None else original[tokens])
-        _, starved = self._split(own)
-        for part in starved:
-            probe = InputProbe(streams.tokens, EXPERT_ROWS, streams.first_token)
-            part.statistics = self._statistics(part.reader, probe, part.planned[0])
-            part.shared = True
-        if starved:  # a second pass, of these experts on all tokens
-            for (states, _, _), original in self._calls(layer, experts.module, streams):
-                for part in starved:
-                    (expert,) = part.tokens
-                    add(part, expert, states, original)
-            for part in starved:
+        def collect(portion: dict[int, Part]) -> None:
+            for (states, index, _), original in self._calls(layer, experts.module, streams):
+                for expert, tokens, _ in routed(index):
+                    if expert in portion:
+                        part = portion[expert]
+                        add(part, expert, states[tokens], None if original is None else original[tokens])
+            counts = Counter({expert: part.statistics.tokens for expert, part in portion.items()})
+            fed, starved = self._split(portion, counts)
+            for part in fed.values():
                 self._combine(part.statistics, part.planned[0])
-        return [CollectedInput(part.statistics, [part]) for part in own.values()]
+            for part in starved.values():
+                probe = InputProbe(streams.tokens, EXPERT_ROWS, streams.first_token)
+                part.statistics = self._statistics(part.reader, probe, part.planned[0])
+                part.shared = True
+            if starved:  # a second pass, of these experts on all tokens
+                for (states, _, _), original in self._calls(layer, experts.module, streams):
+                    for expert, part in starved.items():
+                        add(part, expert, states, original)
+            for part in starved.values():
+                self._combine(part.statistics, part.planned[0])
+
+        for numbers in self._portions(list(own)):
+            collect({number: own[number] for number in numbers})
+            for number in numbers:  # each is forgotten when the next is asked for
+                yield _of_part(own.pop(number))
+
+    def _portions(self, experts: list[int]) -> Iterator[list[int]]:
+        """The experts whose statistics are there together."""
+        size = len(experts) if self._at_once is None else self._at_once
+        for start in range(0, len(experts), size):
+            yield experts[start : start + size]
 
     def _combine(self, statistics: Statistics, linear: PlannedLinear, moments: bool = True) -> None:
         device = self._runner.device
@@ -355,19 +411,19 @@ class Collector:
             parts[expert] = Part(reader, of_expert, self._statistics(reader, probe, of_expert[0]))
         return parts
 
-    def _split(self, own: dict[int, Part]) -> tuple[list[Part], list[Part]]:
-        """The parts with enough tokens and those without, which are reported."""
-        fed, starved = [], []
-        counts = self._group.sum(torch.tensor([part.statistics.tokens for part in own.values()])).tolist()
-        for (expert, part), tokens in zip(own.items(), counts, strict=True):
+    def _split(self, parts: dict[int, Part], counts: Counter[int]) -> tuple[dict[int, Part], dict[int, Part]]:
+        """The parts with enough tokens and those without, which are reported. `counts`: of this process's tokens."""
+        fed: dict[int, Part] = {}
+        starved: dict[int, Part] = {}
+        everyones = self._group.sum(torch.tensor([counts[expert] for expert in parts])).tolist()
+        for (expert, part), tokens in zip(parts.items(), everyones, strict=True):
             part.tokens = {expert: tokens}
             # Rounding to nearest uses no statistics: there it takes a token to measure the error with, no more.
             needed = TOKENS_PER_FEATURE * part.planned[0].format.in_features if self._hessians else 1
             if tokens >= needed:
-                self._combine(part.statistics, part.planned[0])
-                fed.append(part)
+                fed[expert] = part
                 continue
-            starved.append(part)
+            starved[expert] = part
             seen = f"{tokens} calibration tokens" if tokens else "no calibration token"
             names = ", ".join(linear.name.rpartition(".")[2] for linear in part.planned)
             self._say(

@@ -22,7 +22,7 @@ from ..recipes import Importance, Rounding
 from ..rounding.nearest import search_scales
 from ..transforms.learned_transform import INPUT_ROWS_PER_STEP, WEIGHT_ROWS_PER_STEP
 from .calibration import windows_needed
-from .memory import MemoryEstimate, Windows, estimate_memory, fit
+from .memory import MemoryAccount, MemoryEstimate, Windows, fit
 from .plan import Plan, plan_as_dict, plan_of
 from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk
 from .settings import QuantizeSettings, ResolvedSettings
@@ -39,6 +39,7 @@ class Preview:
     resident: int  # what the program itself takes of the host, bytes
     budget: MemoryBudget
     states_on_disk: bool
+    experts_at_once: int | None  # None: all
     disk: int  # bytes, at most
     seconds: tuple[float, float]  # on a machine that does nothing else, and as busy as it was while it was timed
 
@@ -60,6 +61,7 @@ class Preview:
             "peak_gpu_memory_estimate": self.memory.gpu,
             "memory_budget": self.budget.as_dict(),
             "states_on_disk": self.states_on_disk,
+            "experts_at_once": self.experts_at_once,
             "disk_estimate": self.disk,
             "seconds_estimate": round(self.seconds[0], 1),
             "seconds_estimate_if_busy": round(self.seconds[1], 1),
@@ -78,11 +80,22 @@ def preview(settings: QuantizeSettings | ResolvedSettings, budget: MemoryBudget 
     tokens = count * resolved.seq_len
     seconds = estimate_seconds(source, plan, tokens, resolved.device)
     windows = Windows(count, resolved.seq_len, count)
-    memory = estimate_memory(source, plan, windows, dtype, resolved.device)
-    budget, resident = budget or MemoryBudget(), resident_now()
-    streamed = fit(memory, budget, resident, resolved.device).streamed
+    account, resident = MemoryAccount(source, plan, windows, dtype, resolved.device), resident_now()
+    kept_to = fit(account, budget or MemoryBudget(), resident, resolved.device)
+    at_once = kept_to.experts_at_once if kept_to.experts_at_once < account.experts else None
     disk = estimate_disk(source, plan, (count, resolved.seq_len), dtype)
-    return Preview(plan, source, resolved, memory, resident, budget, streamed, disk, seconds)
+    return Preview(
+        plan,
+        source,
+        resolved,
+        kept_to.expected,
+        resident,
+        kept_to.budget,
+        kept_to.streamed,
+        at_once,
+        disk,
+        seconds,
+    )
 
 
 def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype: torch.dtype) -> int:

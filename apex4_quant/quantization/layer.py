@@ -41,7 +41,7 @@ from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
 from ..recipes import Recipe, Rounding
 from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
-from ..rounding.gptq import drift_correction, inverse_factor, quantize_weight_gptq
+from ..rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
 from ..rounding.nearest import quantize_weight_rtn, require_quantizable
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
 from ..transforms.importance import scale_by_readers
@@ -109,7 +109,8 @@ class QuantizedLayer:
 
 
 class LayerQuantizer:
-    """Quantizes the layers of one run, one after the other. `say` is told what a user should know."""
+    """Quantizes the layers of one run, one after the other. `say` is told of every linear that is done, `note` of what was not
+    done as a reader of the plan expects."""
 
     def __init__(
         self,
@@ -120,15 +121,20 @@ class LayerQuantizer:
         rewriter: Rewriter,
         predictions: LeavingGradients | None,
         say: Say,
+        note: Say,
         group: Group | None = None,
+        experts_at_once: int | None = None,
     ) -> None:
-        """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients."""
+        """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients.
+        Of so many experts of a layer statistics are there `experts_at_once`; None: of all."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
-        self._say, self._group = say, group or Group()
+        self._say, self._note, self._group = say, note, group or Group()
         self._name_width = max(len(linear.name) for linear in plan.linears)
         hessians = self._recipe.rounding is Rounding.GPTQ
-        self._collector = Collector(runner, source.family, source.config, hessians, say, original, self._group)
+        self._collector = Collector(
+            runner, source.family, source.config, hessians, note, original, self._group, experts_at_once
+        )
 
     def quantize(self, layer: int, streams: Streams, advance: Callable[[int], None]) -> QuantizedLayer:
         """Quantize decoder layer `layer`, which `streams` enter. The runners hold it afterwards, until it is dropped.
@@ -143,7 +149,7 @@ class LayerQuantizer:
         records: dict[str, dict[str, Any]] = {}
         for collected in self._collector.inputs_of(layer, module, planned, streams):
             weighed = partial(self._weighed, layer, collected.linears, tensors, gradients)
-            decision = decide_input(collected, self._recipe, gradients, weighed, self._say, self._group)
+            decision = decide_input(collected, self._recipe, gradients, weighed, self._note, self._group)
             return_free_memory()
             readers = tuple(linear.name.removeprefix(prefix) for linear in collected.linears)
             owner: Apex4Linear | None = None  # of the transform that all use
@@ -178,7 +184,7 @@ class LayerQuantizer:
     ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
         """Round, pack, measure and replace the linears that are quantized with the same statistics."""
         inputs = part.statistics.inputs()
-        moments = gptq_moments(part, decision.matrix, self._recipe, self._say)
+        moments = gptq_moments(part, decision.matrix, self._recipe, self._note)
         for planned in part.planned:
             name, local = planned.name, planned.name.removeprefix(prefix)
             format = planned.format
@@ -240,7 +246,7 @@ class LayerQuantizer:
         found, _ = gradients_through(self._runner, layer, readers, hidden[windows], leaving, self._group, share)
         for names in readers:
             if names[0] not in found:
-                self._say(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")
+                self._note(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")
         return_free_memory()
         return {prefix + name: found[names[0]] for names in readers if names[0] in found for name in names}
 
@@ -296,6 +302,8 @@ def decide_input(
             format.transform is TransformKind.SHARED,
             None if found is None else pad_input_features(found.rows, format),
             format.activation_bits,
+            # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
+            DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
             warn=lambda text: say(f"{reader}: {text}"),
             group=group,
         )

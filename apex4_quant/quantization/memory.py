@@ -10,7 +10,8 @@ A run has one decoder layer in memory. The tensors of its worst moments, K the p
     rounding      a Hessian if codes are gone over, its factor, and some N x K
 
 Those stand on the device. On the host there are the layer as it is stored, and the calibration text's hidden states before
-and after it; where these are too many, they stay on the disk (models/states.py).
+and after it; where these are too many, they stay on the disk (models/states.py). Where the Hessians of all experts of a layer are
+too many, experts are collected in portions (collector.py).
 """
 
 from __future__ import annotations
@@ -62,24 +63,36 @@ class MemoryEstimate:
         return self.host + (self.streamed if streamed else self.states)
 
 
-def estimate_memory(
-    source: ModelSource, plan: Plan, windows: Windows, dtype: torch.dtype, device: str
-) -> MemoryEstimate:
-    """What a run has at most, of tensors: without what Python, torch and a GPU's driver take."""
-    account = _Account(source, plan, windows, dtype.itemsize, device.startswith("cuda"))
-    outer = max(source.infos[name].bytes for name in source.outer_tensors)
-    stream = windows.tokens * account.hidden * dtype.itemsize
-    remembered = 0 if account.on_gpu else min(max(KEPT_BYTES, stream), windows.tokens * account.widest * dtype.itemsize)
-    # Pinned memory comes in powers of two.
-    states = 2 * (1 << (stream - 1).bit_length()) if account.on_gpu else 3 * stream
-    streams = account.streams * (states + remembered)
-    at_once = 2 * account.streams * max(BATCH_TOKENS, windows.length) * account.hidden * dtype.itemsize
-    working = account.working()
-    if not account.on_gpu:
-        return MemoryEstimate(0, max(working, 2 * outer, distilling_bytes(plan)), streams, at_once)
-    # The layer as it is stored, the packed one on its way to the disk, or the embedding; gradients rest there in float32.
-    resting = account.layer + max(linear.format.stored_bytes for linear in plan.linears) + account.leaving
-    return MemoryEstimate(max(working, distilling_bytes(plan)), max(resting, 2 * outer), streams, at_once)
+class MemoryAccount:
+    """What a run has at most, of tensors: without what Python, torch and a GPU's driver take.
+
+    `experts`: how many a layer of the model has, 0 if it has none.
+    """
+
+    def __init__(self, source: ModelSource, plan: Plan, windows: Windows, dtype: torch.dtype, device: str) -> None:
+        self._source, self._plan, self._windows, self._dtype = source, plan, windows, dtype
+        self._account = _Account(source, plan, windows, dtype.itemsize, device.startswith("cuda"))
+        numbers = {expert_of(linear.name) for linear in plan.linears} - {None}
+        self.experts = len(numbers)
+
+    def estimate(self, experts_at_once: int | None = None) -> MemoryEstimate:
+        """Where statistics are there of so many experts of a layer together; None: of all."""
+        account, windows, itemsize = self._account, self._windows, self._dtype.itemsize
+        outer = max(self._source.infos[name].bytes for name in self._source.outer_tensors)
+        stream = windows.tokens * account.hidden * itemsize
+        widest = windows.tokens * account.widest * itemsize
+        remembered = 0 if account.on_gpu else min(max(KEPT_BYTES, stream), widest)
+        # Pinned memory comes in powers of two.
+        states = 2 * (1 << (stream - 1).bit_length()) if account.on_gpu else 3 * stream
+        streams = account.streams * (states + remembered)
+        at_once = 2 * account.streams * max(BATCH_TOKENS, windows.length) * account.hidden * itemsize
+        working, distilling = account.working(experts_at_once), distilling_bytes(self._plan)
+        if not account.on_gpu:
+            return MemoryEstimate(0, max(working, 2 * outer, distilling), streams, at_once)
+        # The layer as it is stored, the packed one on its way to the disk, or the embedding; gradients rest there in float32.
+        largest = max(linear.format.stored_bytes for linear in self._plan.linears)
+        resting = account.layer + largest + account.leaving
+        return MemoryEstimate(max(working, distilling), max(resting, 2 * outer), streams, at_once)
 
 
 class _Account:
@@ -101,15 +114,16 @@ class _Account:
         # As they are kept, in float32, and those by what enters the layer, piece by piece and as a whole.
         self.leaving = (2 + 4 + 8) * share * self.hidden if self.by_gradients else 0
 
-    def working(self) -> int:
-        moments = [self._collecting(), self._predicting()]
+    def working(self, experts_at_once: int | None) -> int:
+        stages = self._stages(experts_at_once)
+        moments = [self._collecting(stages), self._predicting()]
         if self.by_gradients:
             moments.append(self._gradients())
         if (
             self.recipe.rotation or self.recipe.diagonal
         ):  # the layer in float32, before anything is collected, and loaded
             moments.append(3 * max(self.layer, 1) * max(1, 4 // self.itemsize) // 2 + self._batch())
-        moments += [self._of_input(linears) for linears in self._inputs()]
+        moments += [self._of_input(linears, max(stages)) for linears in self._inputs()]
         return max(moments)
 
     def _inputs(self) -> list[list[PlannedLinear]]:
@@ -156,22 +170,23 @@ class _Account:
             most = max(most, 4 * min(self.windows.of_all * self.windows.length, PROBE_ROWS) * sum(inputs.values()))
         return most
 
-    def _collecting(self) -> int:
+    def _collecting(self, stages: list[int]) -> int:
         """Hessians, and rows kept, of the stage that has most."""
-        return self.streams * self.layer + self._batch() + self._gradient_rows() + max(self._stages())
+        return self.streams * self.layer + self._batch() + self._gradient_rows() + max(stages)
 
-    def _stages(self) -> list[int]:
+    def _stages(self, experts_at_once: int | None) -> list[int]:
+        """Of each stage of each layer, what is collected of it together."""
         return [
             sum(self._statistics(k, rows) for k, rows in stage)
             for layer in range(self.source.num_layers)
-            for stage in self._read_in(layer)
+            for stage in self._read_in(layer, experts_at_once)
         ]
 
     def _statistics(self, width: int, rows: int) -> int:
         matrices = self.streams if self.recipe.rounding is Rounding.GPTQ else 0
         return matrices * 4 * width**2 + rows * width * self.itemsize
 
-    def _read_in(self, layer: int) -> list[list[tuple[int, int]]]:
+    def _read_in(self, layer: int, experts_at_once: int | None) -> list[list[tuple[int, int]]]:
         """Of each stage of a layer, the widths of what is read and how many rows of it are kept."""
         readers: dict[tuple[int, int | None], PlannedLinear] = {}
         for linear in self.plan.of_layer(layer):
@@ -183,6 +198,8 @@ class _Account:
             first = last
             found = [(linear.format.padded_k, self._rows(linear)) for linear in here.values()]
             if any(expert is not None for _, expert in here):
+                if experts_at_once is not None and experts_at_once < len(found):
+                    found = sorted(found, reverse=True)[:experts_at_once]
                 found.append((max(width for width, _ in found), PROBE_ROWS))  # of all tokens
             stages.append(found)
         return stages
@@ -193,14 +210,15 @@ class _Account:
         most = rows_to_learn_from(linear.format.in_features) if linear.format.transform.is_learned else PROBE_ROWS
         return min(most, self.windows.of_all * self.windows.length)
 
-    def _of_input(self, linears: list[PlannedLinear]) -> int:
-        """Deciding, factoring, rounding. The layer is counted as it was before: what is rounded is small."""
+    def _of_input(self, linears: list[PlannedLinear], collected: int) -> int:
+        """Deciding, factoring, rounding. The layer is counted as it was before: what is rounded is small. `collected`: with
+        an expert, statistics of others are there."""
         width = linears[0].format.padded_k
         largest = max(linear.elements for linear in linears)
         square, rows = 4 * width**2, self._rows(linears[0])
         gptq = self.recipe.rounding is Rounding.GPTQ
         is_expert = expert_of(linears[0].name) is not None
-        hessians = max(self._stages()) if is_expert else self._statistics(width, rows)
+        hessians = collected if is_expert else self._statistics(width, rows)
         inputs = 4 * rows * width
         deciding = 12 * largest
         if linears[0].format.transform.is_learned:
@@ -216,25 +234,41 @@ class _Account:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run keeps to its budget: whether hidden states stay on the disk."""
+    """How a run keeps to its budget: whether hidden states stay on the disk, and of how many experts of a layer statistics
+    are there together (all, or fewer; 0 where there are none). `expected`: with that."""
 
     budget: MemoryBudget
     streamed: bool
+    experts_at_once: int
+    expected: MemoryEstimate
 
 
-def fit(estimate: MemoryEstimate, budget: MemoryBudget, resident: int, device: str) -> MemoryPlan:
-    """`resident` is what the process has before the run. Raises UsageError, with the numbers, where the budget is too small."""
-    if budget.gpu is not None and device.startswith("cuda") and estimate.gpu > budget.gpu:
+def fit(account: MemoryAccount, budget: MemoryBudget, resident: int, device: str) -> MemoryPlan:
+    """The way that takes the least time of those that keep to the budget: states on the disk cost less than a pass more over
+    the text for a portion of the experts. `resident` is what the process has before the run.
+
+    Raises UsageError, with the numbers, where the budget is too small.
+    """
+    experts = account.experts
+    sizes = sorted({-(-experts // passes) for passes in range(1, experts + 1)}, reverse=True) or [0]
+    for size in sizes:
+        expected = account.estimate(size or None)
+        if budget.gpu is not None and device.startswith("cuda") and expected.gpu > budget.gpu:
+            continue
+        for streamed in (False, True):
+            if budget.host is None or resident + expected.on_host(streamed) <= budget.host:
+                return MemoryPlan(budget, streamed, size, expected)
+    least = account.estimate(sizes[-1] or None)
+    portions = " one expert at a time and" if experts else ""
+    if budget.gpu is not None and device.startswith("cuda") and least.gpu > budget.gpu:
+        computed = " one expert at a time" if experts else ""
         raise UsageError(
-            f"--memory allows {format_bytes(budget.gpu)} of the GPU, and a layer with what is computed of it needs about "
-            f"{format_bytes(estimate.gpu)}: allow more, use --device cpu, or a recipe that needs less (rtn)"
+            f"--memory allows {format_bytes(budget.gpu)} of the GPU, and a layer with what is computed of it{computed} needs "
+            f"about {format_bytes(least.gpu)}: allow more, use --device cpu, or a recipe that needs less (rtn)"
         )
-    if budget.host is None:
-        return MemoryPlan(budget, False)
-    whole, streamed = (resident + estimate.on_host(streamed) for streamed in (False, True))
-    if streamed > budget.host:
-        raise UsageError(
-            f"--memory allows {format_bytes(budget.host)} of the host, and a run needs about {format_bytes(streamed)} "
-            f"({format_bytes(resident)} of them the program itself) with hidden states on the disk: allow more"
-        )
-    return MemoryPlan(budget, whole > budget.host)
+    assert budget.host is not None
+    raise UsageError(
+        f"--memory allows {format_bytes(budget.host)} of the host, and a run needs about "
+        f"{format_bytes(resident + least.on_host(True))} ({format_bytes(resident)} of them the program itself) with"
+        f"{portions} hidden states on the disk: allow more"
+    )

@@ -9,10 +9,14 @@
 YAML, or JSON if the name ends so (which is YAML too). `transform` and `activation_bits` may be left away: the run's are used
 then. Everything else at the top (model, target, mode, ...) says how the plan came about and binds nobody. Linears that read one
 input transform and quantize it once, so they must have one group size, one transform and one number of bits.
+
+A run records how its plan came about, for cards and reports. What was predicted of the plan is recorded only of the plan as
+it was made: `checksum` tells whether its linears were edited.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +34,8 @@ from ..models.source import ModelSource
 
 PLAN_VERSION = 1
 PLAN_SUFFIXES = (".yaml", ".yml", ".json")
-_INFORMATIVE = ("model", "recipe", "target", "mode", "mainloop", "tokens", "bos", "budget", "max_loss", "predicted")
+_RECORDED = ("recipe", "target", "mode", "mainloop", "tokens", "bos", "budget", "max_loss", "predicted", "front")
+_INFORMATIVE = ("model", "checksum", *_RECORDED)
 _ENTRY_KEYS = ("group_size", "transform", "activation_bits", "shape")
 
 
@@ -55,11 +60,16 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan file whose own form is right; `for_model` compares it with a model."""
+    """A plan file whose own form is right; `for_model` compares it with a model.
+
+    `origin` is what a run records of how the plan came about, None where the planner did not make it. It has "predicted"
+    (QuantizationPlan.predicted) only if nobody edited the linears.
+    """
 
     path: Path
     architecture: str | None
     linears: Mapping[str, PlanEntry]
+    origin: dict[str, Any] | None = None
 
     @property
     def names_transforms(self) -> bool:
@@ -147,7 +157,32 @@ def read_plan_file(path: Path) -> PlanFile:
             "make a new one with 'apex4 plan'"
         )
     linears = {str(name): _read_entry(path, str(name), entry) for name, entry in content["linears"].items()}
-    return PlanFile(path, content.get("architecture"), linears)
+    return PlanFile(path, content.get("architecture"), linears, _origin(path, content))
+
+
+def _origin(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
+    """Raises UsageError where what was predicted is not in the form in which it was written."""
+    predicted, front = content.get("predicted", {}), content.get("front", [])
+    if not isinstance(predicted, dict) or not all(map(_is_number, predicted.values())):
+        raise UsageError(f"plan {path} has predicted = {predicted!r}, which are no numbers by name: remove it")
+    if not isinstance(front, list) or not all(
+        isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in front
+    ):
+        raise UsageError(f"plan {path} has front = {front!r}, which are no pairs of time and loss: remove it")
+    if not predicted and not front:
+        return None
+    edited = content.get("checksum") != _checksum(content["linears"])
+    return {key: content[key] for key in _RECORDED if key in content and not (edited and key == "predicted")}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checksum(linears: Mapping[str, Any]) -> str:
+    """Of the entries by name, in any order."""
+    named = {str(name): entry for name, entry in linears.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
@@ -203,10 +238,11 @@ def plan_file_text(
     header: dict[str, Any], groups: list[dict[str, dict[str, Any]]], comments: list[str], notes: dict[str, str]
 ) -> str:
     """The YAML of a plan. `groups`: for every shared input, entries by name; `comments`: on each; `notes`: by name."""
+    header = header | {"checksum": _checksum(_linears(groups))}
     lines = [
-        "# Change group_size to 128, 256, 512, ... or channel, and transform to hadamard128, none or dense128 (learned,",
-        "# with group_size 128 only), then: apex4 quantize MODEL -o OUT --plan THIS_FILE",
-        "# Linears that read the same input (no empty line between them) must have the same group_size and transform.",
+        "# Change group_size to 128, 256, 512, ... or channel, transform to hadamard128, none or dense128 (learned, with",
+        "# group_size 128 only), activation_bits to 4 (if it is not there) or 8: apex4 quantize MODEL -o OUT --plan THIS_FILE",
+        "# Linears that read the same input (no empty line between them) must have the same of all three.",
         "# Predicted: loss of the input in 1/1000 nat a token (divergence from the original), relative error of the linear.",
         f"apex4_plan: {PLAN_VERSION}",
         *(f"{key}: {_flow(value)}" for key, value in header.items()),
@@ -221,8 +257,13 @@ def plan_file_text(
 
 def plan_file_json(header: dict[str, Any], groups: list[dict[str, dict[str, Any]]]) -> str:
     """The same as JSON, which has no comments."""
-    linears = {name: entry for group in groups for name, entry in group.items()}
-    return json.dumps({"apex4_plan": PLAN_VERSION, **header, "linears": linears}, indent=2) + "\n"
+    linears = _linears(groups)
+    content = {"apex4_plan": PLAN_VERSION, **header, "checksum": _checksum(linears), "linears": linears}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _linears(groups: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {name: entry for group in groups for name, entry in group.items()}
 
 
 class _Dumper(yaml.SafeDumper):

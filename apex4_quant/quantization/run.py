@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..distributed.agreement import settings_here, versions_here
 from ..distributed.group import Group
 from ..distributed.shares import Share
 from ..errors import Apex4Error, Stopped, UsageError
@@ -52,11 +52,11 @@ from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
-from .calibration import draw_calibration, windows_needed
+from .calibration import draw_calibration, require_a_window_each, windows_needed
 from .distilling import distill, require_distillable, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
-from .memory import Windows, estimate_memory, fit
+from .memory import MemoryAccount, Windows, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
 from .run_state import OutputFolder, RunState, Streams, stored_settings
@@ -79,6 +79,7 @@ class QuantizeResult:
     memory: MemoryUse | None = None  # at most, of this run
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     states_on_disk: bool = False  # because of the budget
+    experts_at_once: int | None = None  # of a layer, because of the budget; None: all
     left_behind: list[str] = field(default_factory=list)  # of the original's folder: what nobody reads who loads OUT
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,6 +98,7 @@ class QuantizeResult:
             "peak_memory": None if self.memory is None else self.memory.as_dict(),
             "memory_budget": self.budget.as_dict(),
             "states_on_disk": self.states_on_disk,
+            "experts_at_once": self.experts_at_once,
             "left_behind": self.left_behind,
         }
 
@@ -184,17 +186,15 @@ def quantize(
         )
     samples, bos = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
-    if len(samples) < group.size:
-        raise UsageError(
-            f"{group.size} ranks have {len(samples)} calibration windows to share: start fewer, or give more --samples"
-        )
+    require_a_window_each(group, len(samples))
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
     runner = LayerRunner(source, resolved.device, dtype)
     begin_counting(resolved.device)
     here = Windows(group.share(len(samples)).size, samples.shape[1], len(samples))
-    expected = estimate_memory(source, plan, here, dtype, resolved.device)
-    kept_to = fit(expected, memory or MemoryBudget(), resident_now(), resolved.device)
+    account = MemoryAccount(source, plan, here, dtype, resolved.device)
+    kept_to = fit(account, memory or MemoryBudget(), resident_now(), resolved.device)
+    experts_at_once = min(group.gather(kept_to.experts_at_once))  # a portion is collected by all processes together
     with progress.stage("checking weights", source.total_bytes, "B") as advance:
         digests = source.verify(advance)
     recorded = resolved.as_dict() | {
@@ -210,7 +210,20 @@ def quantize(
     group.require_equal(_seen_here(recorded, found, runner))
     state = _state(out, recorded, found, group)
     try:
-        run = _Run(source, resolved, plan, samples, bos, runner, state, progress, should_stop, group, kept_to.streamed)
+        run = _Run(
+            source,
+            resolved,
+            plan,
+            samples,
+            bos,
+            runner,
+            state,
+            progress,
+            should_stop,
+            group,
+            kept_to.streamed,
+            experts_at_once,
+        )
         with held_to(kept_to.budget.gpu, resolved.device):
             result = run.execute()
     except torch.OutOfMemoryError as error:
@@ -226,24 +239,17 @@ def quantize(
         state.finish()
     result.seconds = time.perf_counter() - started
     result.memory, result.budget, result.states_on_disk = memory_used(resolved.device), kept_to.budget, kept_to.streamed
+    result.experts_at_once = experts_at_once if experts_at_once < account.experts else None
     return result
 
 
 def _seen_here(recorded: Mapping[str, Any], found: OutputFolder, runner: LayerRunner) -> dict[str, Any]:
     """What must be the same for all processes of a run, by what a user calls it."""
-    import transformers
-
-    on_gpu = runner.device.type == "cuda"
     return {
-        "apex4_quant": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "Python": platform.python_version(),
-        "kind of GPU": torch.cuda.get_device_name() if on_gpu else "none",
-        "number of threads": torch.get_num_threads(),
+        **versions_here(runner.device),
         "content of the output folder": str(found),
         **{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in recorded["inputs"].items()},
-        **{f"setting {name}": value for name, value in recorded.items() if name not in ("inputs", "apex4_version")},
+        **settings_here({name: value for name, value in recorded.items() if name not in ("inputs", "apex4_version")}),
     }
 
 
@@ -294,6 +300,7 @@ class _Run:
     should_stop: Callable[[], bool]
     group: Group
     streamed: bool = False  # hidden states stay on the disk
+    experts_at_once: int | None = None  # of a layer, of which there are statistics
     original: LayerRunner | None = field(
         init=False
     )  # for GPTAQ: the layers before quantization, on states of their own
@@ -301,11 +308,12 @@ class _Run:
     predictions: LeavingGradients | None = field(init=False)
     share: Share = field(init=False)  # of the windows
     finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
+    notes: list[str] = field(init=False, default_factory=list)  # since the last commit
 
     def __post_init__(self) -> None:
         recipe, source, runner = self.plan.recipe, self.source, self.runner
         self.original = LayerRunner(source, self.settings.device, runner.dtype) if recipe.gptaq else None
-        self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self.progress.line, self.group)
+        self.rewriter = Rewriter(source, runner, recipe, self.settings.seed, self._note, self.group)
         if self.streamed:
             for each in self._runners:
                 each.keep_states_in(self.state.folder)
@@ -317,6 +325,11 @@ class _Run:
         # None of the layers that are finished now is begun again, and one that is finished later is not asked about.
         finished = self.group.from_first(lambda: sorted(self.state.records()))
         self.finished = frozenset(finished)
+
+    def _note(self, text: str) -> None:
+        """Say what a reader of the checkpoint should know, too: it is recorded with the shard that is worked on."""
+        self.progress.line(text)
+        self.notes.append(text)
 
     @property
     def _runners(self) -> list[LayerRunner]:
@@ -373,7 +386,9 @@ class _Run:
             self.rewriter,
             self.predictions,
             self.progress.line,
+            self._note,
             self.group,
+            self.experts_at_once or None,
         )
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:
@@ -436,8 +451,10 @@ class _Run:
                 "sha256": sha256(path),
                 "tensors": tensors,
                 "linears": records,
+                "messages": self.notes,
             },
         )
+        self.notes = []
 
     def _finish(self) -> QuantizeResult:
         """config.json and what belongs to it; the result is known to all processes."""
@@ -467,14 +484,14 @@ class _Run:
         write_json(out / REPORT_NAME, report)
         # Last: without config.json no reader takes the folder for a model.
         section = {"quantization_config": self._config(records).to_dict()}
-        config = {name: value for name, value in self.source.config.items() if name != NAMED_IN_CONFIG}
+        config = {name: value for name, value in self.source.stored_config.items() if name != NAMED_IN_CONFIG}
         named = {"architectures": [self.source.family.architecture]}  # vLLM asks for it; not every original has it
         write_json(out / "config.json", named | config | self._dtype() | self.rewriter.config_changes() | section)
         return replace(QuantizeResult.of(out, report, total), left_behind=left_behind)
 
     def _dtype(self) -> dict[str, str]:
         """What config.json says of a float16 original that was run in a dtype of larger range: in its own it overflows."""
-        keys = [key for key in ("dtype", "torch_dtype") if self.source.config.get(key) == "float16"]
+        keys = [key for key in ("dtype", "torch_dtype") if self.source.stored_config.get(key) == "float16"]
         return dict.fromkeys(keys, self.settings.dtype)
 
     def _config(self, records: list[dict[str, Any]]) -> QuantConfig:
@@ -494,6 +511,8 @@ class _Run:
         found_on_the_way = ("error", "activation_clip", "calibration_tokens", "fallback")
         for entry, record in zip(plan["quantized"], records, strict=True):
             entry |= {key: record[key] for key in found_on_the_way if key in record}
+        messages = [text for shard in shards for text in shard.get("messages", ())]
+        plan |= {"messages": messages} if messages else {}
         revision = hub_revision(self.source.folder)
         plan |= {"model_revision": revision} if revision else {}
         return plan | {

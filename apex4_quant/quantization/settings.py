@@ -25,7 +25,7 @@ from ..models.source import DEMO, DEMO_PATH, ModelSource
 from ..models.tokenizers import Bos
 from ..recipes import DEFAULT_RECIPE, get_recipe, named_recipes
 from ..transforms.rewriter import require_rotatable
-from .plan_file import PlanEntry, plan_given, read_plan_file
+from .plan_file import PlanEntry, PlanFile, plan_given, read_plan_file
 
 LARGEST_COUNT = 2**31 - 1  # of windows, and of tokens a window
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
@@ -83,12 +83,14 @@ class QuantizeSettings:
             raise UsageError("--plan decides every group size: leave --group-size away")
         bits = BITS if self.activation_bits is None else parse_activation_bits(self.activation_bits)
         context = source.config.get("max_position_embeddings") or self.seq_len
+        plan = self._plan()
         return ResolvedSettings(
             model=self.model,
             # A file may change before a resume: its content is what is recorded.
             recipe=self.recipe if self.recipe in list(named_recipes()) else recipe.as_dict(),
             group_size=group_size,
-            plan=self._resolved_plan(source, TransformKind(transform), bits),
+            plan=None if plan is None else plan.for_model(source, TransformKind(transform), bits),
+            plan_origin=None if plan is None else plan.origin,
             target=target.gpu or target.arch or "none",
             layout=get_layout(self.layout or target.layout).name,
             transform=TransformKind(transform),
@@ -103,9 +105,7 @@ class QuantizeSettings:
             ignore=tuple(self.ignore),
         )
 
-    def _resolved_plan(
-        self, source: ModelSource, transform: TransformKind, activation_bits: int
-    ) -> dict[str, PlanEntry] | None:
+    def _plan(self) -> PlanFile | None:
         if self.plan is None:
             return None
         plan = read_plan_file(Path(self.plan).expanduser()) if isinstance(self.plan, str) else plan_given(self.plan)
@@ -117,7 +117,7 @@ class QuantizeSettings:
             raise UsageError(
                 f"plan {plan.path} decides activation bits: leave --activation-bits away, or remove them from the plan"
             )
-        return plan.for_model(source, transform, activation_bits)
+        return plan
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,15 @@ class ResolvedSettings:
     """What a run does, every field decided. `recipe` is a named recipe's name or the content of a file.
 
     `transform` and `activation_bits` are those of linears for which `plan`, by full module name, has none. `seq_len` is within the model's context.
-    `target` is a GPU of the table, sm_XX or none.
+    `target` is a GPU of the table, sm_XX or none. `plan_origin` says how the plan came about (PlanFile.origin) and decides
+    nothing: it is recorded for cards and reports.
     """
 
     model: str
     recipe: str | dict[str, Any]
     group_size: GroupSize
     plan: dict[str, PlanEntry] | None
+    plan_origin: dict[str, Any] | None
     target: str
     layout: str
     transform: TransformKind
@@ -154,10 +156,13 @@ class ResolvedSettings:
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object that is recorded. Where activations have 4 bits nothing is said of them, as ever."""
+        """The JSON object that is recorded. Nothing is said of activations of 4 bits, nor of a plan that the planner did not
+        make."""
         values = self._values()
         if self.activation_bits == BITS:
             del values["activation_bits"]
+        if self.plan_origin is None:
+            del values["plan_origin"]
         return values
 
     def _values(self) -> dict[str, Any]:
@@ -172,7 +177,7 @@ class ResolvedSettings:
     def from_dict(cls, values: Mapping[str, Any], where: Path) -> ResolvedSettings:
         """What `as_dict` wrote into the file `where`, which may hold more beside it. Raises Apex4Error if it is damaged."""
         try:
-            values = {"activation_bits": BITS, **values}
+            values = {"activation_bits": BITS, "plan_origin": None, **values}
             known = {field.name: values[field.name] for field in fields(cls)}
             parse_activation_bits(known["activation_bits"])
             plan = known["plan"]
@@ -189,7 +194,7 @@ class ResolvedSettings:
 
     def changed(self, asked: Mapping[str, Any]) -> QuantizeSettings:
         """The same settings, as a user would give them, but for what is `asked`, by field."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(QuantizeSettings)}
         if self.plan is not None:
             values["plan"] = {name: entry.as_dict() for name, entry in self.plan.items()}
         # Beside a plan that decides transforms, or another plan, the transform is an option only if it is asked for.

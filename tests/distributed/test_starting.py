@@ -37,6 +37,7 @@ def test_more_gpus_than_there_are_is_refused(
     invoke: Callable[..., Result], one_sentence: Callable[..., str], tmp_path: Path
 ) -> None:
     one_sentence(invoke("quantize", "demo", "-o", tmp_path / "out", "--gpus", 3), 2, "--gpus is 3", "--device cpu")
+    one_sentence(invoke("plan", "demo", "--gpus", 3), 2, "--gpus is 3", "--device cpu")
     one_sentence(invoke("quantize", "demo", "-o", tmp_path / "out", "--gpus", 0), 2, "--gpus is 0")
     one_sentence(invoke("quantize", "demo", "--dry-run", "--gpus", 2), 2, "--dry-run is for one process")
 

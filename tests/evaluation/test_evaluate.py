@@ -114,3 +114,37 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     one_sentence(invoke("eval", model, "--text", text, "--seq-len", 64, "--json"), 1, str(model), *said)
     one_sentence(invoke("eval", "demo", "--baseline", model, "--text", text, "--json"), 1, str(model), *said)
     one_sentence(invoke("eval", model, "--tasks", "apex4_choice", "--seq-len", 64, "--json"), 1, *said)
+
+
+def test_a_model_that_is_spread_predicts_the_same(
+    demo_checkpoint: Path, invoke: Call, one_sentence: Call, tmp_path: Path
+) -> None:
+    """By accelerate, here over the CPU and the disk, the embedding that is the head too among what is on the disk."""
+    places = {"model.embed_tokens": "disk", "lm_head": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(6)}
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(places))
+    command = ("eval", demo_checkpoint, "--baseline", "demo", "--limit", 1, "--seq-len", 64, "--json")
+    whole = json.loads(invoke(*command, "--device", "cpu").stdout)
+    spread = json.loads(invoke(*command, "--device-map", path).stdout)
+    assert (spread["device"], whole["device"]) == ("disk, cpu", "cpu")
+    for name in ("perplexity", "baseline_perplexity", "divergence", "top1_agreement"):
+        assert spread[name] == whole[name], name
+    path.write_text(json.dumps(places | {"model.layers.6": "disk"}))
+    one_sentence(invoke(*command, "--device-map", path), USAGE, "--device-map cannot be followed", "model.layers.6")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--device-map", "even"), ("--device-map 'even' is not known", "balanced_low_0")),
+        (("--device-map", "auto", "--device", "cpu"), ("--device-map", "--device is cpu", "one of the two")),
+        (("--device-map", "auto", "--gpus", 2), ("--device-map", "--gpus")),
+        (("--device-map", "auto", "--throughput"), ("--device-map", "--throughput")),
+        (("--device-map", "auto", "--engine", "vllm"), ("--device-map", "tensor parallelism")),
+    ],
+)
+def test_what_a_device_map_cannot_go_with(
+    options: tuple[object, ...], words: tuple[str, ...], invoke: Call, one_sentence: Call
+) -> None:
+    one_sentence(invoke("eval", "demo", *options), USAGE, *words)

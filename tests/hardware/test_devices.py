@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,36 @@ import torch
 from torch import nn
 
 from apex4_quant.checkpoint import load as loading
+from apex4_quant.errors import UsageError
 from apex4_quant.evaluation import throughput, transformers_engine
 from apex4_quant.hardware import devices
-from apex4_quant.hardware.devices import multiplies_fast, multiply_in_float32
+from apex4_quant.hardware.devices import multiplies_fast, multiply_in_float32, read_device_map
 from apex4_quant.models import layer_runner
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import ModelSource
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
+
+
+def test_a_device_map_is_a_name_or_a_file(tmp_path: Path) -> None:
+    for name in ("auto", "balanced", "balanced_low_0", "sequential"):
+        assert read_device_map(name) == name
+    path = tmp_path / "map.json"
+
+    def refused(text: str) -> str:
+        path.write_text(text)
+        with pytest.raises(UsageError) as refusal:
+            read_device_map(str(path))
+        return str(refusal.value)
+
+    path.write_text('{"model": "cpu", "lm_head": "disk"}')
+    assert read_device_map(str(path)) == {"model": "cpu", "lm_head": "disk"}
+    assert "is no JSON file" in refused("model: cpu")
+    for text in ("[]", "{}", '{"model": 0}'):
+        assert "is no map of modules to devices" in refused(text)
+    assert "'auto' for 'model': give cuda:N" in refused('{"model": "auto"}')
+    assert "device 'gpu' is not known" in refused('{"model": "gpu"}')
+    assert "cuda:99" in refused('{"model": "cuda:99"}')
 
 
 def test_float32_and_gpus_multiply_fast() -> None:

@@ -1,11 +1,11 @@
 """The HTTP side: what huggingface_hub asks for, answered from a `Store`, and faults where a test wants them.
 
     with HubServer(folder) as hub:
-        HF_ENDPOINT=hub.url HF_TOKEN=WRITER HF_HUB_DISABLE_XET=1 ...
+        HF_ENDPOINT=hub.url HF_TOKEN=WRITER ...
 
 Large files are downloaded from another host name (`localhost`, where the API is `127.0.0.1`), as the Hub redirects to a
-CDN: a client that sends its token there is answered with 400. Xet is not spoken: uploads are LFS, in one part or, above
-`PART`, in several.
+CDN: a client that sends its token there is answered with 400. Uploads are LFS, in one part or, above `PART`, in several,
+or Xet (cas.py), as the client likes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
-from .store import LFS_SUFFIXES, REGULAR_LIMIT, Conflict, Missing, Repository, Store
+from .cas import CAS_ROUTES, Cas, CasRoutes
+from .store import LFS_SUFFIXES, REGULAR_LIMIT, Conflict, Missing, Refused, Repository, Store
 
 WRITER, READER, STRANGER = "hf_writeWriteWriteWriteWrite", "hf_readReadReadReadReadRead", "hf_strangerStrangerStranger"
 PART = 512 * 1024 * 1024
@@ -96,8 +97,9 @@ class HubServer:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
+        self.cas = Cas(self.store)
         self.requests: list[str] = []
-        self.received = 0  # bytes of LFS content
+        self.received = 0  # bytes of content, over LFS or Xet
         self.faults: list[Fault] = []
         self.released = threading.Event()
         hub = self
@@ -149,7 +151,7 @@ class _Http(ThreadingHTTPServer):
             self.errors.append(traceback.format_exc())
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(CasRoutes, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: HubServer
     fault: Fault | None = None
@@ -396,6 +398,7 @@ class _Handler(BaseHTTPRequestHandler):
             "oid": hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest(),
             "size": entry["size"],
             "lfs": {"oid": oid, "size": entry["size"], "pointerSize": len(pointer)},
+            "xetHash": self.server_state.cas.hash_of(oid),
         }
 
     def refs(self, name: str) -> Any:
@@ -557,16 +560,17 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": oid, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
         if entry["lfs"]:
             headers |= {"X-Linked-Etag": f'"{entry["oid"]}"', "X-Linked-Size": str(entry["size"])}
+            if (xet := self.server_state.cas.hash_of(entry["oid"])) is not None:
+                route = f"{self.server_state.url}/api/models/{name}/xet-read-token/{oid}"
+                headers |= {"X-Xet-Hash": xet, "X-Xet-Refresh-Route": route, "Link": f'<{route}>; rel="xet-auth"'}
             return 302, b"", headers | {"Location": f"{self.server_state.cdn}/cdn/{entry['oid']}"}
-        return self._content(entry["oid"], headers)
+        return self._content(self.server_state.store.object(entry["oid"]), headers)
 
     def cdn(self, oid: str) -> Any:
-        if self.headers.get("Authorization"):
-            raise Refused(400, "Only one auth mechanism allowed")
-        return self._content(oid, {"Accept-Ranges": "bytes"})
+        self._without_token()
+        return self._content(self.server_state.store.object(oid), {"Accept-Ranges": "bytes"})
 
-    def _content(self, oid: str, headers: dict[str, str]) -> tuple[int, Any, dict[str, str]]:
-        path = self.server_state.store.object(oid)
+    def _content(self, path: Path, headers: dict[str, str]) -> tuple[int, Any, dict[str, str]]:
         size = path.stat().st_size
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         # A range may end behind the file: readers of headers ask for the first 100 kB of whatever there is.
@@ -576,12 +580,6 @@ class _Handler(BaseHTTPRequestHandler):
         if asked:
             return 206, path, headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"}
         return 200, path, headers
-
-
-class Refused(Exception):
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
 
 
 NAME, REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
@@ -605,6 +603,7 @@ ROUTES = [
     (("POST",), r"/lfs/([0-9a-f]{64})/verify", "lfs_verify"),
     (("GET", "HEAD"), f"/{NAME}/resolve/{REVISION}/(.+)", "resolve"),
     (("GET", "HEAD"), r"/cdn/([0-9a-f]+)", "cdn"),
+    *CAS_ROUTES,
 ]
 
 LICENSES = {

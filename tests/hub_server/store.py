@@ -35,6 +35,14 @@ class Conflict(Exception):
         self.status = status
 
 
+class Refused(Exception):
+    """What the Hub answers with any other status, and says why."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+
+
 def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

@@ -229,8 +229,8 @@ def test_experts_without_tokens_are_quantized_reported_and_inspected(
     result = quantize(settings, tmp_path / "out", progress=progress)
     records = {record["name"]: record for record in result.records}
     assert len(records) == 7 + 4 + 6 * 3
-    reported = json.loads((tmp_path / "out" / "apex4_report.json").read_text())["quantized"]
-    for entry in reported:
+    report = json.loads((tmp_path / "out" / "apex4_report.json").read_text())
+    for entry in report["quantized"]:
         record = records[entry["name"]]
         assert 0 < record["error"] < 0.5 and record["error"] == entry["error"]
         if ".experts." not in record["name"]:
@@ -246,6 +246,8 @@ def test_experts_without_tokens_are_quantized_reported_and_inspected(
     said = [line for line in progress.said if "no calibration token reached" in line]
     assert [line.partition(":")[0][-1] for line in said] == ["4", "5", "4", "5"]
     assert "gate_proj, up_proj use shared statistics" in said[0] and "down_proj use" in said[2]
+    assert [message for message in report["messages"] if message in said] == said
+    assert not any("output error" in message for message in report["messages"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(model.model.layers[1].mlp.experts[5].up_proj, Apex4Linear)
 

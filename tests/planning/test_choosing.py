@@ -10,7 +10,7 @@ import pytest
 
 from apex4_quant.errors import UsageError
 from apex4_quant.format.transform_kind import TransformKind
-from apex4_quant.planning.choosing import choose
+from apex4_quant.planning.choosing import FRONT_POINTS, choose, front
 from apex4_quant.planning.options import Choice, GroupOptions, Mode, Option
 
 DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
@@ -55,6 +55,22 @@ def test_auto_is_the_optimum_of_brute_force(seed: int) -> None:
         seconds, loss = totals(choose(groups, max_loss=factor))
         assert loss <= least * factor * (1 + 1e-6)
         assert seconds == pytest.approx(min(s for s, loss in every if loss <= least * factor * (1 + 1e-9)))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_front_is_that_of_all_plans(seed: int) -> None:
+    """No plan is better in both than a point, the ends are the fastest and the best plan, and each is what choose finds."""
+    groups = random_groups(seed, 2 + seed % 4)
+    every = [totals(selection) for selection in itertools.product(*(group.options for group in groups))]
+    fastest, least = min(seconds for seconds, _ in every), min(loss for _, loss in every)
+    points = front(groups)
+    assert 1 <= len(points) <= FRONT_POINTS
+    assert points[0][0] == pytest.approx(fastest) and points[-1][1] == pytest.approx(least)
+    assert points == sorted(points) and all(loss > after for (_, loss), (_, after) in itertools.pairwise(points))
+    for seconds, loss in points:
+        assert not any(s < seconds * (1 - 1e-6) and other < loss * (1 - 1e-6) for s, other in every)
+    pure = front(groups, Mode.W4A4)
+    assert all(totals(choose(groups, Mode.W4A4, budget=9))[1] <= loss * (1 + 1e-9) for _, loss in pure)
 
 
 def test_auto_gives_g128_where_it_costs_nothing() -> None:

@@ -312,10 +312,9 @@ def test_quantize_with_mixed_sizes_loads_and_computes(
     assert modules[DOWN.format(1)] == {"group_size": "channel", "shape": [128, 600]}
     assert modules["model.layers.0.mlp.up_proj"] == {"group_size": 256, "shape": [600, 128]}
     assert "model.layers.1.mlp.up_proj" not in modules
-    assert json.loads((out / "apex4_report.json").read_text())["settings"]["plan"][DOWN.format(0)] == {
-        "group_size": 512,
-        "transform": HADAMARD,
-    }
+    settings = json.loads((out / "apex4_report.json").read_text())["settings"]
+    assert settings["plan"][DOWN.format(0)] == {"group_size": 512, "transform": HADAMARD}
+    assert settings["plan_origin"]["front"] and "predicted" not in settings["plan_origin"], "it was edited"
     assert invoke("check", out, "--json").exit_code == 0
     loaded, original = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (out, model))
     down = loaded.get_submodule(DOWN.format(0))
@@ -350,6 +349,10 @@ def test_resume_refuses_another_plan(
     copy = tmp_path / "copy.yaml"
     first.rename(copy)
     assert invoke(*resume, "--plan", copy).exit_code == 0
+    origin = json.loads((out / "apex4_report.json").read_text())["settings"]["plan_origin"]
+    planned = yaml.safe_load(copy.read_text())
+    assert origin["target"] == "A100" and "model" not in origin
+    assert (origin["predicted"], origin["front"]) == (planned["predicted"], planned["front"])
     modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
     assert modules[DOWN.format(1)]["group_size"] == "channel"
 

@@ -59,6 +59,39 @@ def at_hub(hub: HubServer, hub_environment: dict[str, str], monkeypatch: pytest.
 
 
 @pytest.fixture
+def over_xet(
+    at_hub: HubServer, hub_environment: dict[str, str], forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are carried by hf_xet, here and in new processes. It waits for nothing between its attempts."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    hub_environment |= {
+        "HF_HUB_DISABLE_XET": "", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3",
+    }  # fmt: skip
+    for name, value in hub_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    forget()
+
+
+@pytest.fixture
+def forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], None]:
+    """forget() makes hf_xet begin as a new process on a new machine does: what it uploaded and fetched it keeps otherwise."""
+    from huggingface_hub.utils import _xet
+
+    caches = iter(range(100))
+
+    def begin() -> None:
+        monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / f"xet-{next(caches)}"))
+        monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+        _xet.XET_CONNECTION_INFO_CACHE.clear()
+        shutil.rmtree(tmp_path / "hf" / "hub", ignore_errors=True)
+
+    return begin
+
+
+@pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """checkpoint(name="model", model="meta/Tiny", seed=0, shards=3, licence="mit", **report) -> a folder with all the
     files of a checkpoint and bytes in the place of weights: what publishing reads of it, not what a model loads.

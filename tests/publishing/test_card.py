@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load, metadata_update
 
 from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES, FAMILIES, gains_by_eight_bits
 from apex4_quant.publishing.base_model import base_model_of
 from apex4_quant.publishing.card import make_card, write_card
 from apex4_quant.publishing.folder import CheckpointFolder
@@ -98,6 +99,23 @@ def test_every_number_is_a_recorded_one(checkpoint: Callable[..., Path]) -> None
         digits = len(number.partition(".")[2])
         shown = [round(value / scale, digits) for value in recorded for scale in (1, 1e3, 1e6, 1e9)]
         assert float(number) in shown, f"{number} of the card was not recorded"
+
+
+def test_the_data_set_of_calibration_is_in_the_metadata(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    report = json.loads((folder / "apex4_report.json").read_text())
+    for calib, datasets in (
+        ("wikitext2", ["Salesforce/wikitext"]),
+        ("org/data:train", ["org/data"]),
+        ("bundled", None),
+    ):
+        report["settings"]["calib"] = calib
+        (folder / "apex4_report.json").write_text(json.dumps(report))
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+        write_card(folder)
+        card = ModelCard.load(folder / "README.md")
+        card.validate()
+        assert card.data.datasets == datasets
 
 
 def test_handwritten_text_and_metadata_survive(checkpoint: Callable[..., Path]) -> None:
@@ -255,6 +273,14 @@ def test_an_edited_recipe_and_a_plan_are_in_the_command(checkpoint: Callable[...
     card = card_of(folder)
     assert '{"name": "mine", "rounding": "gptq"}' in card and "--recipe recipe.json --plan plan.json" in card
     assert "--group-size" not in card and "--ignore '*.down_proj'" in card
+
+
+def test_the_card_names_every_gpu_that_there_are_kernels_for(checkpoint: Callable[..., Path]) -> None:
+    (kernels,) = re.findall(r"apex4 has kernels of .*", card_of(checkpoint()))
+    both, _, eight = kernels.partition("8-bit activations alone")
+    assert {int(sm) for sm in re.findall(r"sm_(\d+)", both)} == set(FAMILIES)
+    assert {int(sm) for sm in re.findall(r"sm_(\d+)", eight)} == set(EIGHT_BIT_FAMILIES) - set(FAMILIES)
+    assert all(gains_by_eight_bits(sm) for sm in (75, 90, 100, 120)) and not any(map(gains_by_eight_bits, (80, 86, 89)))
 
 
 DATA = Path(__file__).parent / "data" / "demo-w4a4"

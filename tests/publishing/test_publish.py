@@ -43,9 +43,10 @@ def test_everything_arrives_and_a_second_time_nothing_is_sent(
 
 
 def test_one_commit_brings_everything(at_hub: HubServer, checkpoint: Callable[..., Path]) -> None:
-    send(checkpoint())
+    send(checkpoint(), message="The first of them")
     commits = at_hub.store.load(NAME).commits
     assert len(commits) == 2 and [len(one["files"]) for one in commits.values()] == [1, 9]
+    assert [one["title"] for one in commits.values()] == ["initial commit", "The first of them"]
 
 
 def test_a_change_sends_what_changed_and_removes_what_is_stale(

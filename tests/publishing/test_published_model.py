@@ -1,10 +1,11 @@
-"""The demo, from `apex4 eval --record` to a process that loads it by its name, as the README has it."""
+"""The demo, from `apex4 eval --record` to a process that loads it by its name, as the README has it, over Xet."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def python_block(card: str) -> str:
 
 def test_from_a_measurement_to_a_process_that_loads_it_by_name(
     at_hub: HubServer,
+    over_xet: None,
     published_demo: Path,
     invoke: Callable[..., Result],
     python: Callable[..., subprocess.Popen[str]],
@@ -73,6 +75,9 @@ def test_from_a_measurement_to_a_process_that_loads_it_by_name(
     checked = invoke("check", f"{NAME}@v1")
     assert checked.exit_code == 0 and f"{NAME}@v1 is whole" in checked.stdout
     assert json.loads(invoke("inspect", f"{NAME}@{published['commit']}", "--json").stdout)["bytes"] > 0
+    scored = invoke("eval", f"{NAME}@v1", "--limit", "1", "--seq-len", "32", "--device", "cpu", "--json")
+    assert scored.exit_code == 0 and json.loads(scored.stdout)["perplexity"] > 1, scored.stderr
+    assert not [request for request in at_hub.requests if "/lfs/" in request or "/cdn/" in request], "all over Xet"
     missing = invoke("check", f"{NAME}@v9")
     assert missing.exit_code == 2 and f"model '{NAME}' has no revision 'v9'" in missing.stderr
 
@@ -155,3 +160,46 @@ def test_the_revision_of_the_original_is_recorded(
     assert card["metadata"]["license_link"] == f"https://huggingface.co/acme/tiny/blob/{commit}/LICENSE.txt"
     assert (card["license"], card["metadata"]["language"]) == ("other", ["no"])
     assert f"apex4 quantize acme/tiny@{commit}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_s_command_makes_the_same_weights(
+    at_hub: HubServer,
+    tiny_model: Callable[..., Path],
+    calib: Path,
+    invoke: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a reader runs it, who has the repository and the original: with a recipe and a plan that are files, and without."""
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    original = tiny_model()
+    for path in (original, calib):
+        (there / path.name).symlink_to(path)
+    (there / "mine.yaml").write_text("rounding: gptq\nactivation_clip: 0.9\n")
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    entries = {name: {"group_size": "channel", "transform": "none"} for name in names}
+    (there / "some.json").write_text(json.dumps({"apex4_plan": 1, "linears": entries}))
+    small = ("--calib", calib.name, "--samples", "2", "--seq-len", "32", "--target", "none", "--device", "cpu")
+    kept = ("--ignore", "self_attn.*_proj", "--ignore", "mlp.gate_proj", "--ignore", "mlp.up_proj")
+    for number, options in enumerate(
+        (("--recipe", "rtn", "--group-size", "256"), ("--recipe", "mine.yaml", "--plan", "some.json", *kept))
+    ):
+        out = there / f"out{number}"
+        made = invoke("quantize", original.name, "-o", out, *small, *options)
+        assert made.exit_code == 0, made.stderr
+        assert invoke("card", out).exit_code == 0
+        (block,) = re.findall(r"## Made with\n\n```\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+        shutil.copy(out / "apex4_report.json", there)
+        *before, command = block.strip().splitlines()
+        subprocess.run(["bash", "-ec", "\n".join(before)], check=True)
+        words = [f"again{number}" if word == "OUT" else word for word in shlex.split(command)]
+        assert words[:2] == ["apex4", "quantize"]
+        again = invoke(*words[1:], "--device", "cpu")
+        assert again.exit_code == 0, again.stderr
+        files = [
+            json.loads((folder / "apex4_report.json").read_text())["files"]
+            for folder in (out, there / f"again{number}")
+        ]
+        assert files[0] == files[1]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -60,6 +61,7 @@ def measured(folder: Path) -> Path:
 def with_plan(folder: Path) -> Path:
     report = json.loads((folder / "apex4_report.json").read_text())
     report["quantized"][0] |= {"group_size": 256, "fallback": "shared statistics", "calibration_tokens": 17}
+    report["messages"] = ["layer 1: a <strange> weight"]
     (folder / "apex4_report.json").write_text(json.dumps(report))
     return folder
 
@@ -75,9 +77,51 @@ def test_one_page_with_everything(checkpoint: Callable[..., Path], tmp_path: Pat
     assert parser.count["svg"] == 4 and "<h1>model&lt;b&gt;</h1>" in page
     for shown in (
         "12.3457", "+1.0957 (+9.74 %)", "0.01562", "0.8750", "4321.5", "model.layers.1.self_attn.v_proj", "0.0600",
-        "shared statistics", "17", "4.250",
+        "shared statistics", "17", "4.250", "<li>layer 1: a &lt;strange&gt; weight</li>",
     ):  # fmt: skip
         assert shown in page, shown
+
+
+ORIGIN = {
+    "target": "A100", "tokens": 2048, "mode": "auto", "front": [[10.5, 0.04], [11, 0.02], [12.25, 0.0175]],
+    "predicted": {"microseconds": 11.125, "of_fastest": 1.0595, "speedup_over_fp16": 1.56, "loss": 0.01875},
+}  # fmt: skip
+
+
+def of_a_plan(folder: Path, origin: dict[str, Any] = ORIGIN, **settings: Any) -> Path:
+    report = json.loads((folder / "apex4_report.json").read_text())
+    report["settings"] |= {"plan": {}, "plan_origin": origin} | settings
+    (folder / "apex4_report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_a_plan_with_what_was_predicted_and_measured(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = of_a_plan(measured(checkpoint()))
+    said = (
+        "Planned for A100, 2048 tokens at once (mode auto). Predicted for all quantized linears: 11.1 us, 1.06 times the "
+        "fastest plan, 1.56 times as fast as FP16, and a KL divergence of 0.01875 nats a token."
+    )
+    assert said in card_of(folder, pictures=True) and "(apex4_pictures/plan_front.svg)" in card_of(folder)
+    write_report(folder, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    Balanced().feed(page)
+    assert said in page and "plan_origin" not in page
+    for row in (("10.50", "0.04000", ""), ("11.12", "0.01875", "this plan"), ("12.25", "0.01750", "")):
+        cells = f"<td>{row[0]}</td><td class='n'>{row[1]}</td><td class='n'>{row[2]}</td>"
+        assert cells in page, row
+    assert "<td>measured on apex4&#x27;s bundled held-out text</td><td>0.03125</td>" in page
+
+
+def test_a_plan_that_was_edited_shows_no_prediction_of_it(checkpoint: Callable[..., Path]) -> None:
+    """Neither of one of which linears were left out. The front of all plans stays, and what was measured."""
+    edited = of_a_plan(measured(checkpoint("edited")), {key: ORIGIN[key] for key in ORIGIN if key != "predicted"})
+    partial = of_a_plan(measured(checkpoint("partial")), ignore=["*.q_proj"])
+    drawn = draw(CheckpointFolder(of_a_plan(measured(checkpoint("whole")))))["plan_front"]
+    for folder in (edited, partial):
+        assert "Nothing was predicted of it as it is" in card_of(folder) and "11.1 us" not in card_of(folder)
+        assert draw(CheckpointFolder(folder))["plan_front"] != drawn
+    unmeasured = draw(CheckpointFolder(of_a_plan(checkpoint("unmeasured"))))["plan_front"]
+    assert unmeasured != drawn, "what was measured is in the picture"
 
 
 def test_nothing_measured(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

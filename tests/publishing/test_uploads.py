@@ -1,8 +1,7 @@
-"""Large files in several parts, and a server that offers no Xet to a client that speaks it."""
+"""Large files in several parts, and the README's block of commands."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-
-from apex4_quant.errors import Apex4Error
 
 from ..hub_server import server
 from ..hub_server.server import HubServer
@@ -46,23 +43,6 @@ def test_a_part_that_is_lost_is_sent_again(
     send(folder)
     assert lost.times <= 0 or lost.status == 500
     assert same_files(at_hub, NAME, folder)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="hf_xet is not installed")
-def test_a_client_with_xet_and_a_server_without(
-    at_hub: HubServer, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """huggingface_hub 2 takes Xet without asking: the sentence names it, and HF_HUB_DISABLE_XET=1 goes on over LFS."""
-    folder = checkpoint()
-    with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-        patch.delenv("HF_HUB_DISABLE_XET")
-        with pytest.raises(Apex4Error, match=r"the connection to .* failed .*xet-write-token"):
-            send(folder)
-    assert "config.json" not in at_hub.files(NAME)
-    send(folder)
-    assert same_files(at_hub, NAME, folder)
-    assert sum(request.startswith("PUT /lfs/") for request in at_hub.requests) == 3
 
 
 def test_the_block_of_the_readme(

@@ -16,10 +16,11 @@ from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.hardware.memory import MemoryBudget, resident_now
 from apex4_quant.models.source import ModelSource
 from apex4_quant.quantization import run
-from apex4_quant.quantization.memory import MemoryEstimate, MemoryPlan, Windows, estimate_memory, fit
+from apex4_quant.quantization.memory import MemoryAccount, MemoryEstimate, MemoryPlan, Windows, fit
 from apex4_quant.quantization.plan import plan_of
 
 from ..conftest import stop_after
+from .test_ranks import settings_of, write_moe
 
 Call = Callable[..., Any]
 
@@ -29,7 +30,7 @@ def streaming(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """streaming(yes): what the next runs do with their states, whatever the budget."""
 
     def set_to(yes: bool) -> None:
-        monkeypatch.setattr(run, "fit", lambda *_: MemoryPlan(MemoryBudget(), yes))
+        monkeypatch.setattr(run, "fit", lambda *_: MemoryPlan(MemoryBudget(), yes, 0, MemoryEstimate(0, 0, 0, 0)))
 
     return set_to
 
@@ -62,8 +63,19 @@ def test_states_on_the_disk_change_no_byte(
         assert same_files(tmp_path / "whole", out)
 
 
-def test_a_budget_is_kept_by_states_on_the_disk_or_refused(tiny_model: Call) -> None:
-    estimate = MemoryEstimate(gpu=20, host=50, states=100, streamed=10)
+class Shapes(MemoryAccount):
+    """An account of invented numbers: so many bytes, and 5 on the GPU and 10 on the host for every expert at once."""
+
+    def __init__(self, experts: int = 0) -> None:
+        self.experts = experts
+
+    def estimate(self, experts_at_once: int | None = None) -> MemoryEstimate:
+        count = self.experts if experts_at_once is None else experts_at_once
+        return MemoryEstimate(gpu=20 + 5 * count, host=50 + 10 * count, states=100, streamed=10)
+
+
+def test_a_budget_is_kept_by_states_on_the_disk_or_refused() -> None:
+    estimate = Shapes()
     assert not fit(estimate, MemoryBudget(), 30, "cpu").streamed
     assert not fit(estimate, MemoryBudget(host=180), 30, "cpu").streamed
     assert fit(estimate, MemoryBudget(host=179), 30, "cpu").streamed
@@ -73,6 +85,67 @@ def test_a_budget_is_kept_by_states_on_the_disk_or_refused(tiny_model: Call) -> 
     with pytest.raises(UsageError, match=r"allows 19 B of the GPU.* about 20 B"):
         fit(estimate, MemoryBudget(gpu=19), 30, "cuda:0")
     fit(estimate, MemoryBudget(gpu=19), 30, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("budget", "device", "at_once", "streamed"),
+    [
+        (MemoryBudget(), "cpu", 10, False),
+        (MemoryBudget(host=280), "cpu", 10, False),
+        (MemoryBudget(host=279), "cpu", 10, True),  # before a pass more for half of the experts
+        (MemoryBudget(host=189), "cpu", 5, True),
+        (MemoryBudget(host=139), "cpu", 4, True),
+        (MemoryBudget(host=100), "cpu", 1, True),
+        (MemoryBudget(gpu=70), "cuda", 10, False),
+        (MemoryBudget(gpu=44), "cuda", 4, False),
+        (MemoryBudget(gpu=25, host=100), "cuda", 1, True),
+    ],
+)
+def test_experts_are_collected_in_as_few_portions_as_a_budget_lets(
+    budget: MemoryBudget, device: str, at_once: int, streamed: bool
+) -> None:
+    found = fit(Shapes(10), budget, 30, device)
+    assert (found.experts_at_once, found.streamed) == (at_once, streamed)
+    assert found.expected == Shapes(10).estimate(at_once)
+
+
+def test_one_expert_at_a_time_is_the_least() -> None:
+    with pytest.raises(UsageError, match=r"allows 24 B of the GPU.* one expert at a time needs about 25 B"):
+        fit(Shapes(10), MemoryBudget(gpu=24), 30, "cuda")
+    with pytest.raises(
+        UsageError, match=r"needs about 100 B .* with one expert at a time and hidden states on the disk"
+    ):
+        fit(Shapes(10), MemoryBudget(host=99), 30, "cpu")
+
+
+# Both streams of GPTAQ; learned transforms and gradients.
+@pytest.mark.parametrize(
+    ("recipe", "at_once"),
+    [("apex4-gptaq", 2), pytest.param("apex4", 1, marks=pytest.mark.slow("the same with another recipe"))],
+)
+def test_portions_of_experts_change_no_byte(
+    recipe: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six experts, of which one is sent no token; hidden states are on the disk too."""
+    monkeypatch.setattr(run, "resident_now", lambda: 0)
+    monkeypatch.setattr(MemoryAccount, "estimate", Shapes.estimate)
+    settings = settings_of(tmp_path, write_moe(tmp_path / "moe"), recipe)
+    assert quantize(settings, tmp_path / "whole").experts_at_once is None
+    budget = MemoryBudget(host=Shapes(6).estimate(at_once).on_host(True))
+    portions = quantize(settings, tmp_path / "portions", memory=budget)
+    assert portions.as_dict()["experts_at_once"] == at_once
+    assert same_files(tmp_path / "whole", tmp_path / "portions")
+
+
+def test_the_account_of_portions_is_that_of_their_statistics(tmp_path: Path) -> None:
+    source = ModelSource(str(write_moe(tmp_path / "moe", hidden_size=1024, num_hidden_layers=1)))
+    settings = QuantizeSettings(source.name, "gptq", samples=64, seq_len=64, target="none", device="cpu")
+    plan = plan_of(source, settings.resolve(source))
+    account = MemoryAccount(source, plan, Windows(64, 64, 64), torch.bfloat16, "cuda")
+    of_one = 4 * 1024**2 + 2048 * 1024 * 2  # a Hessian, and the rows kept
+    assert account.experts == 6
+    assert account.estimate().gpu - account.estimate(1).gpu == 5 * of_one
+    assert account.estimate(6) == account.estimate()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +201,7 @@ def test_an_account_of_shapes(tiny_model: Call) -> None:
     def of(count: int, length: int, recipe: str = "gptq", device: str = "cuda") -> MemoryEstimate:
         settings = QuantizeSettings(source.name, recipe, samples=count, seq_len=length, target="none", device="cpu")
         plan = plan_of(source, settings.resolve(source))
-        return estimate_memory(source, plan, Windows(count, length, count), torch.bfloat16, device)
+        return MemoryAccount(source, plan, Windows(count, length, count), torch.bfloat16, device).estimate()
 
     one, many = of(8, 64), of(800, 64)
     assert (one.states, many.states) == (2 * 2**17, 2 * 2**24)  # pinned: 131,072 and 13,107,200 bytes, each twice

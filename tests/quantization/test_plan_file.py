@@ -48,6 +48,38 @@ def test_what_is_written_is_read(suffix: str, tmp_path: Path) -> None:
     assert plan.linears[UP].as_dict() == {"group_size": "channel"}
 
 
+PREDICTED = {"microseconds": 1.5, "loss": 0.25}
+FRONT = [[1.0, 0.5], [2, 0.125]]
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_what_was_predicted_is_kept_of_the_plan_as_it_was_made(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"plan{suffix}"
+    header = {"model": "/home/someone/m", "target": "A100", "tokens": 1, "predicted": PREDICTED, "front": FRONT}
+    groups = [{n: e} for n, e in ENTRIES.items()]
+    notes = dict.fromkeys(ENTRIES, "")
+    write = plan_file_json if suffix == ".json" else lambda *given: plan_file_text(*given, ["", ""], notes)
+    path.write_text(write(header, groups))
+    made = {key: value for key, value in header.items() if key != "model"}
+    assert read_plan_file(path).origin == made
+    path.write_text(path.read_text().replace("256, 128", "256,128"))  # spaces are no edit
+    assert read_plan_file(path).origin == made
+    path.write_text(path.read_text().replace("channel", "512"))
+    assert read_plan_file(path).origin == {key: value for key, value in made.items() if key != "predicted"}
+    path.write_text(json.dumps({"apex4_plan": 1, "linears": ENTRIES}))
+    assert read_plan_file(path).origin is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("predicted", [1]), ("predicted", {"loss": "small"}), ("front", 3), ("front", [[1, "a"]])]
+)
+def test_predictions_that_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"apex4_plan": 1, "linears": ENTRIES, key: value}))
+    with pytest.raises(UsageError, match=rf"plan .*plan\.json has {key} = .*: remove it"):
+        read_plan_file(path)
+
+
 @pytest.mark.parametrize(
     ("entry", "noun"),
     [

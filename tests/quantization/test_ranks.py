@@ -20,6 +20,7 @@ from apex4_quant.distributed.group import Group
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
 from apex4_quant.format.storage import RUN_FOLDER, sha256
 from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.quantization import run
 from apex4_quant.recipes import named_recipes
 
 from ..conftest import TOKENIZER_FILES, write_calibration, write_tiny_model
@@ -36,26 +37,27 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def write_moe(folder: Path) -> Path:
-    """Of Qwen3's architecture: six experts, of which the last is sent no token."""
+def write_moe(folder: Path, **changes: Any) -> Path:
+    """Of Qwen3's architecture: six experts, of which the last is sent no token; with `changes` of its configuration."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=4096,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        num_experts=6,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    config = Qwen3MoeConfig(**sizes | changes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = Qwen3MoeForCausalLM(config)
@@ -165,6 +167,22 @@ def test_checkpoint_is_that_of_one_process_but_for_the_order_of_sums(
     print("", *(f"{100 * differing(one, two, layer):.1f} %" for layer in range(2)))
     found = [evaluate(EvalSettings(str(out), str(path), limit=4, seq_len=64, device="cpu")) for out in (one, two)]
     assert found[0]["divergence"] == pytest.approx(found[1]["divergence"], rel=0.1)
+
+
+@pytest.mark.slow("portions are tested with one process")
+def test_ranks_collect_portions_of_experts_together(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of them would have memory for more."""
+    settings, kept_to = settings_of(folder, write_moe(tmp_path / "moe"), "apex4-gptaq"), run.fit
+    whole(by_ranks(2, settings, tmp_path / "whole"))
+
+    def work(group: Group) -> None:
+        monkeypatch.setattr(run, "fit", lambda *words: replace(kept_to(*words), experts_at_once=2 + group.rank))
+        assert quantize(settings, tmp_path / "portions", group=group).experts_at_once == 2
+
+    whole(Several(2, tmp_path / "said", work).wait())
+    assert contents(tmp_path / "whole") == contents(tmp_path / "portions")
 
 
 def killed_and_resumed(

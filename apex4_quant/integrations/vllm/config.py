@@ -92,7 +92,13 @@ class Apex4Config(QuantizationConfig):
             raise Apex4Error(
                 f"vLLM runs {plain[0]}, which is not quantized, and {other}, which is, in one layer: quantize both or neither"
             )
-        install(get_current_vllm_config())
+        vllm = get_current_vllm_config()
+        if prefix.endswith(names.LATENT) and vllm.model_config is not None and vllm.model_config.use_mla:
+            raise Apex4Error(
+                f"vLLM computes with the weights of {prefix} within latent attention, not as a linear, and that one is quantized: "
+                f"quantize with --ignore '*{names.LATENT}', or serve with VLLM_MLA_DISABLE=1"
+            )
+        install(vllm)
         return Apex4LinearMethod(self.fields, self.budget, members)
 
     def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:

@@ -15,7 +15,7 @@ launch 3 to 4 kernels an expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from .stored import Member, StoredLinears
 logger = init_logger("vllm.apex4")
 
 PARTS = ("weight_packed", "weight_scale", "input_transform")
+PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # by vLLM's names of an expert's linears
 
 
 class ExpertProducts:
@@ -219,8 +220,16 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.fields, self.budget, self.prefix = fields, budget, names.stored_name(prefix)
         self.is_cached = False
-        if layer.moe_config.activation != MoEActivation.SILU or layer.apply_router_weight_on_input:
-            raise Apex4Error(f"the experts of {self.prefix} are of a kind that apex4 does not know: use a newer apex4")
+        if layer.apply_router_weight_on_input:
+            raise Apex4Error(
+                f"the experts of {self.prefix} weigh their inputs, and apex4's plugin weighs outputs only: load the checkpoint with "
+                "transformers"
+            )
+        if layer.moe_config.activation != MoEActivation.SILU:
+            raise Apex4Error(
+                f"the experts of {self.prefix} join gate and up by {layer.moe_config.activation.value}, and apex4's plugin computes "
+                "SiLU(gate) * up only: load the checkpoint with transformers"
+            )
 
     def create_weights(
         self,
@@ -256,7 +265,7 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         def entering(expert: int) -> list[Member]:
             return [
                 member(expert, name, shard, inner, hidden_size, False)
-                for name, shard in (("gate_proj", "w1"), ("up_proj", "w3"))
+                for name, shard in ((PROJECTIONS[one], one) for one in ("w1", "w3"))
             ]
 
         ours = [
@@ -281,8 +290,8 @@ class Apex4MoEMethod(FusedMoEMethodBase):
             "w2", [[member(expert, "down_proj", "w2", hidden_size, inner, True)] for expert in ours], None
         )
         for product in (self.gate_up, self.down):
-            product.register(layer, extra_weight_attrs.get("weight_loader"))
-        # vLLM's own loader takes a tensor of three dimensions for one of all experts.
+            product.register(layer, self._loader(layer))
+        # vLLM's own loaders take a tensor of three dimensions for one of all experts, and know their own quantizations.
         layer.load_weights = lambda weights: self._load(layer, weights)
 
     def _require_one_input(self, experts: list[list[Member]], owner: Member | None) -> None:
@@ -310,22 +319,44 @@ class Apex4MoEMethod(FusedMoEMethodBase):
         for name, loaded in weights:
             index, projection, part = name.split(".")
             shard = shards[projection]
-            product = self.down if shard == "w2" else self.gate_up
-            if part not in PARTS:
-                raise Apex4Error(f"{self.prefix}.{name} is not quantized and config.json says that it is: get it again")
-            if part == "input_transform" and product.shared_owner is not None:
-                if product.shared_owner.name.endswith(f".{index}.gate_proj" if shard == "w1" else f".{index}.up_proj"):
-                    product.load_shared_transform(layer, loaded)
-                    yield f"{product.stem}_{part}"
-                    continue
+            self._load_one(layer, int(index), shard, part, loaded)
+            yield f"{'w2' if shard == 'w2' else 'w13'}_{part}"
+
+    def _load_one(self, layer: RoutedExperts, expert: int, shard: str, part: str, loaded: torch.Tensor) -> bool:
+        """A tensor of the linear `shard` ("w1": gate, "w3": up, "w2": down) of an expert; False: another rank's."""
+        product = self.down if shard == "w2" else self.gate_up
+        linear = f"{self.prefix}.{expert}.{PROJECTIONS[shard]}"
+        if part not in PARTS:
+            raise Apex4Error(f"{linear}.{part} is not quantized and config.json says that it is: get it again")
+        if part == "input_transform" and product.shared_owner is not None:
+            if product.shared_owner.name != linear:
                 raise Apex4Error(
-                    f"{self.prefix}.{name} is in the checkpoint and config.json gives the linear none: they do not belong "
-                    "together"
+                    f"{linear}.{part} is in the checkpoint and config.json gives the linear none: they do not belong together"
                 )
-            local = layer._map_global_expert_id_to_local_expert_id(int(index))
-            if local >= 0:
-                product.load(layer, part, local, shard, loaded)
-            yield f"{product.stem}_{part}"
+            product.load_shared_transform(layer, loaded)
+            return True
+        local = layer._map_global_expert_id_to_local_expert_id(expert)
+        if local < 0:
+            return False
+        product.load(layer, part, local, shard, loaded)
+        return True
+
+    def _loader(self, layer: RoutedExperts) -> Callable[..., bool | None]:
+        """What models of vLLM call that load experts tensor by tensor (DeepSeek's), for a parameter of `_register`."""
+
+        def load(
+            parameter: torch.nn.Parameter,
+            loaded: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            part = weight_name.rpartition(".")[2].removeprefix("w13_").removeprefix("w2_")
+            found = self._load_one(layer, expert_id, shard_id, part, loaded)
+            return found if return_success else None
+
+        return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded and make it what the device computes with. Raises Apex4Error."""

@@ -8,6 +8,9 @@ from ...models.families import FAMILIES, MIXTRAL_NAMES
 
 # What vLLM's layers of these names are where a model class does not say otherwise (Qwen3-MoE has dense layers and says nothing).
 USUAL_MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# vLLM's latent attention (DeepSeek) takes this linear apart and multiplies by its weights itself, without quantizing what they
+# are multiplied by.
+LATENT = ".kv_b_proj"
 ROUTERS = tuple({f".{family.experts.router}" for family in FAMILIES.values() if family.experts is not None})
 
 

@@ -26,16 +26,24 @@ WITHIN = {4: 1e-3, 8: 0.1}  # logprobs, by activation bits
 
 def _models() -> dict[str, Callable[[], Any]]:
     from transformers import (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
         Gemma2Config,
         Gemma2ForCausalLM,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
+        GptOssConfig,
+        GptOssForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         MixtralConfig,
         MixtralForCausalLM,
         Phi3Config,
         Phi3ForCausalLM,
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
         Qwen3MoeConfig,
@@ -43,6 +51,17 @@ def _models() -> dict[str, Callable[[], Any]]:
     )
 
     window = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    plain = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    multipliers = {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.4}
+    latent = {
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "q_lora_rank": None,
+        "num_key_value_heads": 4,
+    }
     sparse = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
     return {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -51,6 +70,14 @@ def _models() -> dict[str, Callable[[], Any]]:
         "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **window)),
         "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **window)),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
+        "granite": lambda: GraniteForCausalLM(GraniteConfig(**plain, **multipliers, attention_multiplier=0.1)),
+        "qwen2moe": lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**plain, **few, shared_expert_intermediate_size=256, mlp_only_layers=[0])
+        ),
+        "deepseek2": lambda: DeepseekV2ForCausalLM(
+            DeepseekV2Config(**plain | latent, n_routed_experts=4, moe_intermediate_size=128, num_experts_per_tok=2)
+        ),
+        "gptoss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "qwen3moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sparse)),
     }

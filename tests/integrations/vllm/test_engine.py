@@ -22,7 +22,6 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "options"),
     [
-        ("demo", "gptq", {}, {}),
         ("demo", "apex4-fast", {}, {}),
         # torch.compile, and prompts in chunks
         ("qwen3", "apex4-fast", {}, {"enforce_eager": False, "max_num_batched_tokens": 32, "max_num_seqs": 4}),
@@ -32,6 +31,8 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
         ("phi3", "apex4-fast", {}, {}),  # q, k and v in one linear
         ("mixtral", "apex4-fast", {}, {}),
         ("qwen3moe", "rtn", {}, {}),
+        ("qwen2moe", "apex4-fast", {}, {}),  # with an expert that every token goes to
+        ("granite", "gptq", {}, {}),
         ("ragged", "apex4-fast", {"layout": "sm90"}, {}),
         ("ragged", "rtn", {"layout": "sm80", "group_size": 256}, {}),
         ("ragged", "rtn", {"group_size": "channel"}, {}),
@@ -177,6 +178,20 @@ def test_what_config_json_says_and_vllm_cannot_run(
 ) -> None:
     with pytest.raises(Apex4Error, match=message):
         serve_here(rewritten(quantized("llama"), tmp_path / "changed", **fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepseek2", r"self_attn.kv_b_proj within latent attention.* --ignore '\*.kv_b_proj'"),
+        ("gptoss", "experts join gate and up by swigluoai, .* load the checkpoint with transformers"),
+    ],
+)
+def test_what_the_plugin_does_not_compute(
+    name: str, message: str, quantized: Callable[..., Path], serve_here: Callable[..., Any]
+) -> None:
+    with pytest.raises(Apex4Error, match=message):
+        serve_here(quantized(name))
 
 
 def test_another_method_asked_for(quantized: Callable[..., Path], serve_here: Callable[..., Any]) -> None:
