@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..format.storage import format_bytes, write_bytes
+from ..models.families import auto_class_of
 from . import facts
 from .base_model import INHERITED, LICENCE, BaseModel, base_model_of
 from .facts import Row
@@ -233,7 +234,7 @@ def _text(
         "```",
         "",
         "```python",
-        *load_block(place),
+        *load_block(place, auto_class_of(checkpoint.config)),
         "```",
         "",
         "In vLLM, with apex4-quant installed beside it:",
@@ -285,13 +286,13 @@ def _text(
     return [*lines, *_citation(base), ""]
 
 
-def load_block(place: str) -> list[str]:
+def load_block(place: str, auto_class: str = "AutoModelForCausalLM") -> list[str]:
     """The Python that loads a model by its name, or from its folder."""
     return [
         "import apex4_quant  # registers the format: without it transformers warns, and loads random linears",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")',
+        f'model = {auto_class}.from_pretrained("{place}", device_map="auto")',
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
         'inputs = tokenizer("The old house stood", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
