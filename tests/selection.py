@@ -84,6 +84,7 @@ SLOW: dict[str, tuple[str, ...]] = {
 
 # Files that take longest: they start first, so that no worker has one left when the others are done.
 LONG: tuple[str, ...] = (
+    "integrations/vllm/test_engine.py",
     "models/test_families.py",
     "kernels/quantize/test_quantize_kernels.py",
     "kernels/gemm/test_gemm_kernels.py",
