@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Apex4Error, UsageError
+from ..errors import Apex4Error, UsageError, shown
 from ..format.quant_config import QUANT_METHOD, QuantConfig
 from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import DISK, DeviceMap, multiplies_fast, multiply_in_float32
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:
     """The checked apex4 section of a config.json, or None for a model that is not quantized. Raises Apex4Error."""
     section = config.get("quantization_config")
-    if section is None:
+    if not section:  # an empty one is what some tools leave of a model that they made whole again
         return None
     if section.get("quant_method") != QUANT_METHOD:
-        raise UsageError(f"the model is quantized by {section.get('quant_method')!r}, not by apex4")
+        method = shown(section.get("quant_method"))
+        raise UsageError(f"the model is quantized by {method}, not by apex4: give its original, or quantize that")
     return QuantConfig.from_dict(section)
 
 

@@ -107,6 +107,8 @@ def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
     dtype = resolve_dtype(settings.dtype, config)
     tokenizer = load_tokenizer(folder)
     seq_len = min(settings.seq_len, config.get("max_position_embeddings") or settings.seq_len)
+    if seq_len < 2:
+        raise UsageError(f"{name} has a context of {seq_len} token by its config.json, and predicting one takes two")
     if seq_len < settings.seq_len:
         progress.line(f"{name}: windows are {seq_len} tokens, the model's context ({settings.seq_len} asked)")
     beginning = beginning_of(tokenizer, settings.bos)

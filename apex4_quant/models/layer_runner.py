@@ -66,7 +66,9 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedM
         model.eval()
     except Exception as error:  # transformers raises whatever the missing or odd field leads to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Apex4Error(f"{source.folder / 'config.json'} does not describe a model ({reason})") from error
+        raise Apex4Error(
+            f"{source.folder / 'config.json'} does not describe a model ({type(error).__name__}: {reason}): get it again"
+        ) from error
     family = source.family
     # What stands beside the language model goes from file to file, under whichever names.
     expected = {name: tensor for name, tensor in model.state_dict().items() if not source.is_beside(name)}

@@ -147,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise Apex4Error(f"{folder / 'config.json'} is not a JSON object: the file is damaged, get it again")
     if (folder / ADAPTER_NAME).is_file():
         raise UsageError(_adapter_sentence(folder))
-    if not isinstance(config.get("quantization_config") or {}, dict):
+    if not isinstance(config.get("quantization_config"), dict | None):
         raise Apex4Error(f"quantization_config in {folder / 'config.json'} is not a JSON object: get the file again")
     context = config.get("max_position_embeddings")
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
@@ -268,8 +268,7 @@ class ModelSource:
             for linear in (prefix + part for part in self.family.linears(self.config, index)):
                 info = self.infos.get(linear + ".weight")
                 if info is None:
-                    name = published_name(linear + ".weight", stored, self.family)
-                    raise Apex4Error(f"{model} has no tensor {name}: the checkpoint is incomplete")
+                    raise self._missing(published_name(linear + ".weight", stored, self.family))
                 if len(info.shape) != 2:
                     raise Apex4Error(
                         f"{linear}.weight in {info.file} has shape {list(info.shape)} and must be a matrix"
@@ -282,6 +281,17 @@ class ModelSource:
             raise Apex4Error(
                 f"{model} holds tensors of layer {self.num_layers}, but its config says {self.num_layers} layers"
             )
+
+    def _missing(self, name: str) -> Apex4Error:
+        """The error for a linear that is not there; another class of transformers names it otherwise."""
+        tail = name.removeprefix(f"{self.family.layers.partition('.')[0]}.")
+        others = (other for other in self.stored_names if other == tail or other.endswith(f".{tail}"))
+        if (other := next(others, None)) is not None:
+            return Apex4Error(
+                f"{self.name} has no tensor {name}, but {other}: another class saved it, load it as "
+                f"{self.family.architecture} and save it again"
+            )
+        return Apex4Error(f"{self.name} has no tensor {name}: the checkpoint is incomplete")
 
     @property
     def total_bytes(self) -> int:

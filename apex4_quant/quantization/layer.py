@@ -41,7 +41,7 @@ from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
 from ..recipes import Recipe, Rounding
 from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
-from ..rounding.gptq import drift_correction, inverse_factor, quantize_weight_gptq
+from ..rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
 from ..rounding.nearest import quantize_weight_rtn, require_quantizable
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
 from ..transforms.importance import scale_by_readers
@@ -302,6 +302,8 @@ def decide_input(
             format.transform is TransformKind.SHARED,
             None if found is None else pad_input_features(found.rows, format),
             format.activation_bits,
+            # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
+            DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
             warn=lambda text: say(f"{reader}: {text}"),
             group=group,
         )

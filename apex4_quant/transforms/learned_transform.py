@@ -11,12 +11,22 @@ arXiv 2512.00956) and makes both sides equally spread; here the largest values a
 rarer than a Gaussian's. Where gradients of the model's predictions are known (gradients.py), B = E[g^T g] of the input's
 and rows of W scaled by their outputs' say the same of these predictions instead of the linears' own outputs.
 
+That is for weights that are rounded to nearest. GPTQ lets the columns to come make up for the error of one, and of an error
+of variance e in every column it leaves e sum_k 1/U_kk^2 (rounding/gptq.py), not e tr(A'), A' = T^T A T. The product of
+the 1/U_kk^2 is det A', which T changes by its own determinant only, and near the optimum they are alike. So in the place of
+tr(A') there is then
+
+    C = 128 det(A' + delta I)^(1/128),      delta = GPTQ's damping of the mean of the diagonal of A'
+
+and a transform no longer has to spread what is in A, which the feedback does: it can make the weights easier to round.
+
 The minimum is found by Adam from the balanced diagonal times a Hadamard matrix, with the gradient written out. A step
 is T <- T (I + S), and gradients are by S: with y = x T and v = w T^-T, of the logarithm of the error above,
 
     y^T dx tr(B') - dw^T v tr(A') + 2 max_w A' - 2 max_x B',     A' = T^T A T,  B' = T^-1 B T^-T
 
-over the error, where dx holds twice the largest value of each row of y over the number of rows, dw that of v, and max_x
+(with GPTQ's rounding C in place of tr(A'), and for A' the matrix `after_feedback`, whose trace is C) over the error, where dx
+holds twice the largest value of each row of y over the number of rows, dw that of v, and max_x
 and max_w are the two means of largest squares. So coordinates are always those of the codes, and the inverse can follow:
 (I + S)^-1 = I - S + S^2. Of a row only one value has a slope, so going back costs an addition of rows where the usual
 chain rule would take a product. What is left of the noise is that of the rows looked at: twice as many of them for half as
@@ -84,6 +94,7 @@ class BlockStatistics:
     a: torch.Tensor
     b: torch.Tensor
     input_weight: float = 1.0  # of what errors of the input add
+    damping: float | None = None  # of GPTQ; None: weights are rounded to nearest
 
     @classmethod
     def of(
@@ -170,6 +181,7 @@ def learn_transform(
     shared: bool = False,
     gradients: torch.Tensor | None = None,
     activation_bits: int = BITS,
+    damping: float | None = None,
     warn: Callable[[str], None] = lambda text: None,
     group: Group | None = None,
 ) -> torch.Tensor:
@@ -181,6 +193,7 @@ def learn_transform(
     equal. The same arguments give the same result.
     `gradients` float32 [R, K], if known, say what errors of the input do (gradients.py): B is then theirs, g^T g, and not
     that of the weights, whose rows have to be scaled by how much their errors matter. `activation_bits`: of the inputs.
+    `damping` of GPTQ, if it rounds the weights; None if they are rounded to nearest.
     Each process of the `group`, which have the same arguments, learns the matrices of a share of the blocks; a shared one
     is learned by all alike.
     """
@@ -195,6 +208,7 @@ def learn_transform(
             shared,
             None if gradients is None else gradients[:, columns],
             activation_bits,
+            damping,
         )
     else:
         own, lost = torch.empty(0, BLOCK, BLOCK, dtype=torch.float16, device=inputs.device), 0
@@ -214,10 +228,11 @@ def _learn(
     shared: bool,
     gradients: torch.Tensor | None,
     activation_bits: int,
+    damping: float | None,
 ) -> tuple[torch.Tensor, int]:
     """What `learn_transform` returns for these columns, [G, 128, 128] or [1, 128, 128], and how many cannot be stored."""
     blocks = BlockStatistics.of(inputs, weights, gradients, shared)
-    blocks.input_weight = INPUT_WEIGHT[activation_bits]
+    blocks.input_weight, blocks.damping = INPUT_WEIGHT[activation_bits], damping
     with few_threads(2 * INPUT_ROWS_PER_STEP * BLOCK * inputs.shape[1]):
         hadamard = apply_block_hadamard(torch.eye(BLOCK, device=inputs.device))[None]
         start = hadamard if shared else balanced_hadamard(blocks)
@@ -336,8 +351,28 @@ def peaks_and_slopes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def moments_in_basis(
     blocks: BlockStatistics, transform: torch.Tensor, inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A' and B', [G, 128, 128]."""
-    return transform.transpose(1, 2) @ (blocks.a @ transform), inverse @ blocks.b @ inverse.transpose(1, 2)
+    """A' or, with GPTQ, what takes its place, and B', [G, 128, 128]."""
+    a = transform.transpose(1, 2) @ (blocks.a @ transform)
+    if blocks.damping is not None:
+        a = after_feedback(a, blocks.damping)
+    return a, inverse @ blocks.b @ inverse.transpose(1, 2)
+
+
+def after_feedback(a: torch.Tensor, damping: float) -> torch.Tensor:
+    """A' [G, 128, 128] -> M of trace C = 128 det(A' + delta I)^(1/128), delta = damping tr(A') / 128, that has C's slope: in
+    T (I + S), C changes by 2 tr(S M) to first order.
+
+    With D = A' + delta I the slope of log det D is 2 tr(S A' D^-1) + tr(D^-1) 2 damping tr(S A') / 128.
+    """
+    delta = a.diagonal(dim1=1, dim2=2).mean(1) * damping
+    damped = a.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(delta[:, None])
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    level = lower.diagonal(dim1=1, dim2=2).log().mean(1).mul_(2).exp_()  # C / 128
+    inverse = torch.cholesky_inverse(lower)
+    kept = inverse @ a + a * (_trace(inverse) * (damping / BLOCK))[:, None, None]
+    # A block that is all zeros, or as good as that, has no slope.
+    return torch.where(((failed == 0) & (delta > 0))[:, None, None], kept * level[:, None, None], a)
 
 
 def slope_of_log_error(
@@ -373,8 +408,7 @@ def block_errors(blocks: BlockStatistics, transform: torch.Tensor) -> torch.Tens
     inverse = _inverse(transform)
     x_peak = _mean_peak(rows_of_step(blocks.x, COMPARED_ROWS, 0) @ transform)
     w_peak = _mean_peak(blocks.w @ inverse.transpose(1, 2))
-    b_trace = ((inverse @ blocks.b) * inverse).sum((1, 2))
-    a_trace = ((blocks.a @ transform) * transform).sum((1, 2))
+    a_trace, b_trace = (_trace(moments) for moments in moments_in_basis(blocks, transform, inverse))
     error = blocks.input_weight * x_peak * b_trace + w_peak * blocks.weight_rows * a_trace
     return error.sum(0, keepdim=True) if len(transform) == 1 else error
 

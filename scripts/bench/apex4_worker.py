@@ -1,6 +1,7 @@
 """One run of apex4's quantizer in a process of its own; what it took is JSON in the last line.
 
     apex4_worker.py RECIPE MODEL OUT [--device cuda] [--samples 128] [--seq-len 2048] [--calib bundled] [--seed 0]
+                    [--activation-bits 4]
 
 scripts/bench/quantize and scripts/bench/real_models start it: `apex4 quantize` does not tell its peak of GPU memory.
 """
@@ -53,10 +54,11 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--calib", default="bundled")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--activation-bits", type=int, choices=(4, 8), default=4)
     args = parser.parse_args()
     settings = QuantizeSettings(
         model=args.model, recipe=args.recipe, device=args.device, samples=args.samples, seq_len=args.seq_len,
-        calib=args.calib, seed=args.seed,
+        calib=args.calib, seed=args.seed, activation_bits=args.activation_bits,
     )  # fmt: skip
     on_gpu = args.device == "cuda"
     layers = json.loads((Path(args.model) / "config.json").read_text())["num_hidden_layers"]

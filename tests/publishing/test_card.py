@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load, metadata_update
 
 from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES, FAMILIES, gains_by_eight_bits
 from apex4_quant.publishing.base_model import base_model_of
 from apex4_quant.publishing.card import make_card, write_card
 from apex4_quant.publishing.folder import CheckpointFolder
@@ -272,6 +273,14 @@ def test_an_edited_recipe_and_a_plan_are_in_the_command(checkpoint: Callable[...
     card = card_of(folder)
     assert '{"name": "mine", "rounding": "gptq"}' in card and "--recipe recipe.json --plan plan.json" in card
     assert "--group-size" not in card and "--ignore '*.down_proj'" in card
+
+
+def test_the_card_names_every_gpu_that_there_are_kernels_for(checkpoint: Callable[..., Path]) -> None:
+    (kernels,) = re.findall(r"apex4 has kernels of .*", card_of(checkpoint()))
+    both, _, eight = kernels.partition("8-bit activations alone")
+    assert {int(sm) for sm in re.findall(r"sm_(\d+)", both)} == set(FAMILIES)
+    assert {int(sm) for sm in re.findall(r"sm_(\d+)", eight)} == set(EIGHT_BIT_FAMILIES) - set(FAMILIES)
+    assert all(gains_by_eight_bits(sm) for sm in (75, 90, 100, 120)) and not any(map(gains_by_eight_bits, (80, 86, 89)))
 
 
 DATA = Path(__file__).parent / "data" / "demo-w4a4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from apex4_quant.quantization.layer import (
 )
 from apex4_quant.quantization.plan import PlannedLinear
 from apex4_quant.recipes import Recipe, Rounding
+from apex4_quant.rounding.gptq import DAMPING
 from apex4_quant.transforms.block_transforms import transform_weight
+from apex4_quant.transforms.learned_transform import learn_transform
 
 N, K = 32, 256
 
@@ -83,6 +86,20 @@ def test_decisions_are_the_recipes() -> None:
     told = decide_input(collected(TransformKind.DENSE), recipe, gradients, weighed, lines.append)
     assert told.matrix is not None and not torch.equal(told.matrix, both.matrix)
     assert not lines
+
+
+@pytest.mark.parametrize(
+    "bits, rounding, damping",
+    [(8, Rounding.GPTQ, DAMPING), (8, Rounding.NEAREST, None), (4, Rounding.GPTQ, None)],
+)
+def test_with_eight_bits_a_transform_is_learned_for_gptq(bits: int, rounding: Rounding, damping: float | None) -> None:
+    found = collected(TransformKind.DENSE)
+    for part in found.parts:
+        part.planned = [replace(each, format=replace(each.format, activation_bits=bits)) for each in part.planned]
+    decided = decide_input(found, Recipe("x", rounding=rounding, transform_steps=3), {}, weighed, print).matrix
+    rows = found.statistics.inputs()
+    assert decided is not None
+    assert torch.equal(decided, learn_transform(rows, weighed(), 3, activation_bits=bits, damping=damping))
 
 
 @pytest.mark.parametrize("refinement", [0, 2])

@@ -24,6 +24,7 @@ from apex4_quant.kernels import reference, torch_backend
 from apex4_quant.kernels.hadamard import apply_block_matrix
 from apex4_quant.models.families import Producer
 from apex4_quant.nn.linear import Apex4Linear
+from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.rounding.nearest import quantize_weight_rtn
 from apex4_quant.transforms import learned_transform
 from apex4_quant.transforms.block_transforms import (
@@ -75,11 +76,13 @@ def output_error(x: torch.Tensor, w: torch.Tensor, format: LinearFormat, matrix:
     return float((y - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("damping", [None, 0.01])
 @pytest.mark.parametrize("input_weight", [1.0, 0.003])
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradient_is_that_of_the_objective(shared: bool, input_weight: float) -> None:
+def test_gradient_is_that_of_the_objective(shared: bool, input_weight: float, damping: float | None) -> None:
     x, w = inputs_and_weight(48, 256, tokens=64)
     blocks = BlockStatistics.of(x, [w])
+    blocks.damping = damping
     torch.manual_seed(0)
     start = balanced_hadamard(blocks)[: 1 if shared else None]
     transform = start + 0.01 * torch.randn_like(start)
@@ -88,7 +91,7 @@ def test_gradient_is_that_of_the_objective(shared: bool, input_weight: float) ->
     rows = blocks.weight_rows, blocks.x @ transform, blocks.w @ inverse.transpose(1, 2)
     slope = slope_of_log_error(*rows, *moments_in_basis(blocks, transform, inverse), shared, input_weight)
     exact = BlockStatistics.of(x.double(), [w.double()])
-    exact.input_weight = input_weight
+    exact.input_weight, exact.damping = input_weight, damping
     at, step = transform.double(), 1e-6
     up, down = (block_errors(exact, at + s * at @ direction.double()).log() for s in (step, -step))
     torch.testing.assert_close((slope * direction).sum((1, 2)).double(), (up - down) / (2 * step), rtol=1e-3, atol=1e-4)
@@ -137,6 +140,27 @@ def test_a_transform_for_eight_bits_is_for_the_weights() -> None:
 
     of_four, of_eight = (learn_transform(x, [w], activation_bits=bits) for bits in (4, 8))
     assert error(of_eight) < 0.97 * error(of_four), (error(of_eight), error(of_four))
+
+
+def test_a_transform_for_gptq_leaves_to_it_what_it_does() -> None:
+    """Of inputs with a steep spectrum, which feedback gains from."""
+    n, k = 192, 256
+    x, w = inputs_and_weight(n, k)
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(k, k, generator=generator) * torch.logspace(0, -2, k) @ torch.randn(k, k, generator=generator) / k
+    x, fresh = (rows @ mix for rows in (x, inputs_and_weight(n, k, tokens=1024)[0]))
+    format = replace(dense_format(n, k), activation_bits=8)
+
+    def error(matrix: torch.Tensor) -> float:
+        factor = inverse_factor("w", transform_hessian(x.t() @ x / len(x), format, matrix))
+        codes, scales = quantize_weight_gptq("w", w, format, factor, matrix)
+        y = torch_backend.linear(fresh, codes, scales, hadamard=False, matrix=matrix, activation_bits=8)
+        return float((y - fresh @ w.t()).norm() / (fresh @ w.t()).norm())
+
+    nearest, feedback = (
+        error(learn_transform(x, [w], 40, activation_bits=8, damping=damping)) for damping in (None, DAMPING)
+    )
+    assert feedback < 0.96 * nearest, (feedback, nearest)
 
 
 def test_blocks_of_a_token_are_made_of_one_size_for_eight_bits() -> None:
