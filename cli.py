@@ -381,8 +381,10 @@ def evaluate(
         common = {name: asked[name] for name in ("baseline", "device", "dtype", "engine")}
         settings = speed.ThroughputSettings(model=path, batch=batch, prompt_len=prompt_len, gen_len=gen_len, **common)
         measured = speed.throughput(settings, _progress(as_json))
-        keep(measured)
-        _print(as_json, measured, lambda: speed.throughput_as_text(measured))
+        try:
+            keep(measured)
+        finally:  # a disk that is full costs nobody what was measured for hours
+            _print(as_json, measured, lambda: speed.throughput_as_text(measured))
         return
     from apex4_quant.evaluation import evaluate as quality
 
@@ -392,9 +394,11 @@ def evaluate(
     with ranks(asked["device"]) as group:
         settings_of_quality = quality.EvalSettings(model=path, tasks=names, **asked)
         result = quality.evaluate(settings_of_quality, _progress(as_json), group)
-        if group.is_first:
-            keep(result)
-        _print(as_json, result, lambda: quality.evaluation_as_text(result))
+        try:
+            if group.is_first:
+                keep(result)
+        finally:
+            _print(as_json, result, lambda: quality.evaluation_as_text(result))
 
 
 @cli.command()

@@ -49,6 +49,7 @@ def _refuse(sentence: str, exit_code: int) -> NoReturn:
 
 
 _LONGEST_NAME = 200
+BARS_OFF = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 @contextmanager
@@ -90,6 +91,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         for library in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
             os.environ.setdefault(library, "error")
+        if not sys.stderr.isatty():  # bars of other libraries: tqdm and the Hub's read this when they are imported
+            for name in BARS_OFF:
+                os.environ.setdefault(name, "1")
         with _in_one_sentence():
             return super().invoke(ctx)
 

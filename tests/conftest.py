@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 
 import apex4_quant
 from apex4_quant.cli import cli
+from apex4_quant.command_options import BARS_OFF
 from apex4_quant.models.source import DEMO_PATH
 from apex4_quant.recipes import named_recipes
 
@@ -108,7 +109,7 @@ def demo_checkpoint(run_folder: Path, quickly_learned: None) -> Path:
 @pytest.fixture
 def cli_environment() -> dict[str, str]:
     """The environment of subprocesses: the user's, without what forbids the network, and one thread as above."""
-    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "FORCE_COLOR")
+    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "FORCE_COLOR", *BARS_OFF)
     return {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
 
 

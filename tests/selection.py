@@ -47,6 +47,36 @@ SLOW: dict[str, tuple[str, ...]] = {
     "a whole demo model, quantized with the full recipe, evaluated and published: its parts are tested one by one": (
         "publishing/test_uploads.py::test_the_block_of_the_readme",
     ),
+    "one more engine of vLLM, for a model, a format or a fault of a kind that a quick test has": (
+        *(
+            f"integrations/vllm/test_engine.py::test_the_same_tokens_as_transformers[{case}*]"
+            for case in (
+                "demo-apex4-fast-8",
+                "gemma3",
+                "granite",
+                "llama",
+                "mixtral-rtn-8",
+                "phi3",
+                "qwen3moe",
+                "ragged-rtn-sm80",
+            )
+        ),
+        "integrations/vllm/test_engine.py::test_two_ranks[tensor*]",
+        "integrations/vllm/test_engine.py::test_weights_that_have_no_room_as_floats_are_unpacked_at_every_call",
+        "integrations/vllm/test_engine.py::test_linears_of_four_bits_compute_with_eight_where_that_is_asked_for",
+        "integrations/vllm/test_engine.py::test_dummy_weights_run",
+        "integrations/vllm/test_engine.py::test_a_damaged_checkpoint_never_loads[missing transform]",
+        "integrations/vllm/test_engine.py::test_a_damaged_checkpoint_never_loads[zero scale]",
+        "integrations/vllm/test_engine.py::test_a_damaged_checkpoint_never_loads[NaN*",
+        "integrations/vllm/test_fusion.py::test_norms_and_activations_of_every_layer_are_fused_and_the_switch_turns_it_off",
+        "integrations/vllm/test_humming.py::test_stock_vllm_runs_it[demo*",
+        "integrations/vllm/test_humming.py::test_stock_vllm_runs_it[phi3*",
+        "integrations/vllm/test_humming.py::test_stock_vllm_runs_it[qwen3*",
+        "integrations/vllm/test_published_model.py::*",
+        "integrations/vllm/test_ties.py::test_codes_differ_at_ties_only[gemma*",
+        "integrations/vllm/test_ties.py::test_codes_differ_at_ties_only[qwen3*",
+        "evaluation/test_vllm_engine.py::test_throughput",
+    ),
     "a process that imports everything, for one more order of imports": (
         "integrations/test_transformers.py::test_registration_works_in_any_import_order[transformers.quantizers.auto]",
     ),
@@ -54,6 +84,7 @@ SLOW: dict[str, tuple[str, ...]] = {
 
 # Files that take longest: they start first, so that no worker has one left when the others are done.
 LONG: tuple[str, ...] = (
+    "integrations/vllm/test_engine.py",
     "models/test_families.py",
     "kernels/quantize/test_quantize_kernels.py",
     "kernels/gemm/test_gemm_kernels.py",

@@ -99,6 +99,9 @@ CONFIGS: dict[str, tuple[Change, int, tuple[str, ...]]] = {
     "architectures is a number": (edit_config(architectures=3), FAILED, ("architectures", "no list")),
     "no model type": (edit_config(model_type=...), FAILED, ("config.json", "model_type")),
     "unknown model type": (edit_config(model_type="nonsense"), FAILED, ("config.json", "nonsense")),
+    "heads that do not divide": (edit_config(num_attention_heads=3), FAILED, ("config.json", "attention heads")),
+    "no heads": (edit_config(num_attention_heads=0), FAILED, ("config.json", "does not describe a model")),
+    "unknown activation": (edit_config(hidden_act="wild"), FAILED, ("config.json", "KeyError: 'wild'", "get it again")),
     "float64": (edit_config(dtype="float64"), USAGE, ("float64", "bfloat16")),
 }
 
@@ -125,6 +128,7 @@ CHECKPOINTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "report is a list": (lambda f: (f / "apex4_report.json").write_text("[]"), ("apex4_report.json",)),
     "report is cut off": (lambda f: (f / "apex4_report.json").write_text('{"files"'), ("apex4_report.json", "JSON")),
     "quantization_config is text": (edit_config(quantization_config="apex4"), ("quantization_config",)),
+    "quantization_config is an empty list": (edit_config(quantization_config=[]), ("quantization_config",)),
     "newer format": (edit_quantization(format_version=3), ("format version 3", "versions 1 and 2")),
     "8 bits in a file of version 1": (edit_quantization(activation_bits=8), ("activation_bits", "8", "version 1")),
     "5-bit activations": (edit_quantization(activation_bits=5), ("activation_bits", "5", "4 or 8")),
@@ -178,6 +182,17 @@ WEIGHTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("model.norm.weight", "infinity", "model.safetensors"),
     ),
     "no linear": (edit_tensors(lambda t: t.pop(LAYER_1_Q)), (LAYER_1_Q, "incomplete")),
+    "names of another class": (
+        edit_tensors(
+            lambda t: [t.update({f"language_model.{name}": t.pop(name)}) for name in list(t) if "layers" in name]
+        ),
+        (
+            LAYER_1_Q.replace("1", "0"),
+            f"language_model.{LAYER_1_Q.replace('1', '0')}",
+            "LlamaForCausalLM",
+            "save it again",
+        ),
+    ),
     "no embedding": (edit_tensors(lambda t: t.pop("model.embed_tokens.weight")), ("model.embed_tokens.weight",)),
     "no final norm": (edit_tensors(lambda t: t.pop("model.norm.weight")), ("model.norm.weight",)),
     "no head": (edit_tensors(lambda t: t.pop("lm_head.weight")), ("lm_head.weight",)),
@@ -261,6 +276,12 @@ def test_bit_flip_in_a_model_with_checksums(one_sentence: Call, quantize_badly: 
     flip_bit(model / "model.safetensors")
     one_sentence(quantize_badly(model), FAILED, str(model / "model.safetensors"), "checksum")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_context_in_which_nothing_is_predicted(one_sentence: Call, invoke: Call, tiny_model: Call) -> None:
+    model = tiny_model()
+    edit_config(max_position_embeddings=1)(model)
+    one_sentence(invoke("eval", model, "--json"), USAGE, str(model), "a context of 1 token")
 
 
 def test_eval_compares_the_checksums_published_with_an_original(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from apex4_quant import progress
+from apex4_quant.command_options import BARS_OFF
 from apex4_quant.progress import TerminalProgress
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -47,6 +48,22 @@ def test_a_terminal_has_a_bar(cli_environment: dict[str, str]) -> None:
     )
     shown = os.read(ours, 100_000).decode()
     assert "working: 100%" in shown and "a finding\r\n" in shown and done.stdout == b"the result\n"
+
+
+def test_libraries_show_no_bars_in_a_log_file(
+    invoke: Call, monkeypatch: pytest.MonkeyPatch, cli_environment: dict[str, str]
+) -> None:
+    """lm-eval's would be written over and over: a command turns those of all libraries off before they are imported."""
+    for name in BARS_OFF:
+        monkeypatch.delenv(name, raising=False)
+    assert invoke("gpus").exit_code == 0
+    off = {name: os.environ.pop(name) for name in BARS_OFF}
+    code = "from tqdm import tqdm; list(tqdm(range(3), desc='a bar'))"
+    shown = [
+        subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, env=cli_environment | more, check=True)
+        for more in ({}, off)
+    ]
+    assert b"a bar" in shown[0].stderr and shown[1].stderr == b""
 
 
 def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

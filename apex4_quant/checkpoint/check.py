@@ -118,14 +118,15 @@ def _config_of_report(checkpoint: Checkpoint) -> str:
 
 def stored_formats(checkpoint: Checkpoint) -> Iterator[tuple[str, LinearFormat]]:
     """Every quantized linear with the format its true shape implies; true shapes come from the model's class."""
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         del config.quantization_config
         with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = getattr(transformers, checkpoint.family.auto_class).from_config(config)
         unfuse_experts(skeleton)
         linears = {
             name: skeleton.get_submodule(name)

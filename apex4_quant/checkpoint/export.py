@@ -88,7 +88,7 @@ def _write(
     copy_companions(checkpoint.folder, companions, out)
     if (checkpoint.folder / INDEX_NAME).is_file():
         write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
-    write_json(out / "config.json", checkpoint.config | {"quantization_config": section})
+    write_json(out / "config.json", checkpoint.stored_config | {"quantization_config": section})
     return total
 
 

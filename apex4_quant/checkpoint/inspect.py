@@ -12,7 +12,7 @@ from ..format.storage import format_bytes
 from ..format.tensor_info import TensorInfo
 from ..models.families import Family, family_of
 from ..models.foreign_formats import foreign_format
-from ..models.source import read_config, require_sizes, resolve_model
+from ..models.source import language_settings, read_config, require_sizes, resolve_model
 from ..models.weight_files import read_tensor_infos
 from .load import quant_config_of, read_report
 
@@ -25,15 +25,16 @@ class Checkpoint:
 
     def __init__(self, path: str) -> None:
         self.folder: Path = resolve_model(path)
-        self.config = read_config(self.folder)
-        quant = quant_config_of(self.config)
+        self.stored_config = read_config(self.folder)
+        quant = quant_config_of(self.stored_config)
         if quant is None:
-            other = foreign_format(self.folder, self.config, read_tensor_infos(self.folder))
+            other = foreign_format(self.folder, self.stored_config, read_tensor_infos(self.folder))
             if other is not None:
                 raise UsageError(f"{path} is quantized ({other}), and its config.json does not say so: get it again")
             raise UsageError(f"{path} is not quantized: give a folder that 'apex4 quantize' wrote")
         self.quant: QuantConfig = quant
-        self.family: Family = family_of(self.config, path)
+        self.family: Family = family_of(self.stored_config, path)
+        self.config = language_settings(self.folder, self.stored_config)
         require_sizes(self.config, self.folder)
         self.infos: dict[str, TensorInfo] = read_tensor_infos(self.folder)
         self.report = read_report(self.folder)

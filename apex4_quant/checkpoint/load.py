@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Apex4Error, UsageError
+from ..errors import Apex4Error, UsageError, shown
 from ..format.quant_config import QUANT_METHOD, QuantConfig
 from ..format.storage import REPORT_NAME, read_json, sha256
 from ..hardware.devices import DISK, DeviceMap, multiplies_fast, multiply_in_float32
+from ..models.families import auto_class_of
 from ..models.foreign_formats import foreign_format
 from ..models.source import read_config, verify_listed
 from ..models.weight_files import read_tensor_infos
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 def quant_config_of(config: dict[str, Any]) -> QuantConfig | None:
     """The checked apex4 section of a config.json, or None for a model that is not quantized. Raises Apex4Error."""
     section = config.get("quantization_config")
-    if section is None:
+    if not section:  # an empty one is what some tools leave of a model that they made whole again
         return None
     if section.get("quant_method") != QUANT_METHOD:
-        raise UsageError(f"the model is quantized by {section.get('quant_method')!r}, not by apex4")
+        method = shown(section.get("quant_method"))
+        raise UsageError(f"the model is quantized by {method}, not by apex4: give its original, or quantize that")
     return QuantConfig.from_dict(section)
 
 
@@ -89,7 +91,8 @@ def load_model(
     needs to where it is computed.
     On a CPU without 16-bit products its 16-bit linears multiply in float32 (devices.py), unless it is wanted `as_it_is`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     config = read_config(folder)
@@ -115,7 +118,7 @@ def load_model(
             if device_map is not None:  # accelerate only warns of names that the model does not have
                 warnings.filterwarnings("error", "The following device_map keys")
             # A pair with output_loading_info, which the annotation of from_pretrained does not say.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, auto_class_of(config)).from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map={"": device} if device_map is None else device_map,
@@ -142,6 +145,7 @@ def load_model(
     model: PreTrainedModel = loaded[0]
     if offloaded is not None:
         weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
+        _require_tied_together(model, folder)
     info: dict[str, Any] = loaded[1]
     for name, stored, needed in sorted(info["mismatched_keys"]):
         raise Apex4Error(f"{name} in {folder} has shape {list(stored)} and config.json implies {list(needed)}")
@@ -153,6 +157,25 @@ def load_model(
         multiply_in_float32(model)
     model.eval()
     return model
+
+
+def _require_tied_together(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UsageError where the map tears apart two names of one tensor: accelerate would not find the other."""
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+
+    def place(name: str) -> Any:
+        return next((places[part] for part in _and_parents(name) if part in places), None)
+
+    for one, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if place(one) != place(other):
+            raise UsageError(
+                f"--device-map cannot be followed for {folder}: {one} and {other} are one tensor, place them together"
+            )
+
+
+def _and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 def places_of(model: PreTrainedModel) -> list[str]:

@@ -90,7 +90,7 @@ def _write(
             f"  {MEASUREMENTS_NAME} stays behind, it is of the old files: measure again with 'apex4 eval --record'"
         )
     copy_companions(checkpoint.folder, companions, out)
-    config = dict(checkpoint.config)
+    config = dict(checkpoint.stored_config)
     if index_of(checkpoint.folder) is not None:
         config.pop(NAMED_IN_CONFIG, None)
         weight_map = {name: info.file.name for name, info in checkpoint.infos.items()}

@@ -15,7 +15,7 @@ from ..distributed.group import Group
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import read_config, resolve_model
+from ..models.source import language_settings, read_config, resolve_model
 from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
 from ..progress import Progress
 from .engine import EngineName, Subject, Tasks, where
@@ -103,10 +103,12 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Gr
 def _prepare(name: str, settings: EvalSettings, progress: Progress) -> Subject:
     folder = resolve_model(name)
     config = read_config(folder)
-    quantized = quant_config_of(config)
+    quantized, config = quant_config_of(config), language_settings(folder, config)
     dtype = resolve_dtype(settings.dtype, config)
     tokenizer = load_tokenizer(folder)
     seq_len = min(settings.seq_len, config.get("max_position_embeddings") or settings.seq_len)
+    if seq_len < 2:
+        raise UsageError(f"{name} has a context of {seq_len} token by its config.json, and predicting one takes two")
     if seq_len < settings.seq_len:
         progress.line(f"{name}: windows are {seq_len} tokens, the model's context ({settings.seq_len} asked)")
     beginning = beginning_of(tokenizer, settings.bos)

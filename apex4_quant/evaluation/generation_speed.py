@@ -30,7 +30,9 @@ def measure(model: PreTrainedModel, load: Load) -> dict[str, Any]:
     """What `Engine.speed` returns. `peak_memory_bytes` has the weights in it; on a CPU it is that of the process."""
     device = model.device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (load.batch, load.prompt_len), generator=generator).to(device)
+    ids = torch.randint(
+        0, model.config.get_text_config().vocab_size, (load.batch, load.prompt_len), generator=generator
+    ).to(device)
     _reset_peak(device)
     run = _Run(model, ids, load.gen_len)
     for _ in range(WARM_UP):

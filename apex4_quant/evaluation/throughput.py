@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..format.storage import format_bytes
 from ..hardware.devices import resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import read_config, resolve_model
+from ..models.source import language_settings, read_config, resolve_model
 from ..progress import Progress
 from .engine import RUNS, EngineName, Load, where
 from .engines import open_engine
@@ -74,7 +74,7 @@ def throughput(settings: ThroughputSettings, progress: Progress | None = None) -
 def _prepare(name: str, settings: ThroughputSettings) -> tuple[Path, str, str]:
     folder = resolve_model(name)
     config = read_config(folder)
-    quantized = quant_config_of(config)
+    quantized, config = quant_config_of(config), language_settings(folder, config)
     dtype = resolve_dtype(settings.dtype, config)
     context = config.get("max_position_embeddings")
     if context and settings.prompt_len + settings.gen_len > context:

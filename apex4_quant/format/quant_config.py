@@ -133,6 +133,11 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def keeps(self, name: str) -> bool:
+        """Whether the linear `name` is stored as it was: it, or a module that it is in, is named."""
+        parts = name.split(".")
+        return any(".".join(parts[:count]) in self.modules_to_not_convert for count in range(1, len(parts) + 1))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """Read and check. Raises Apex4Error for a version, key or value this release does not understand."""

@@ -128,7 +128,7 @@ def say_of_eight_bits(device: torch.device) -> None:
     what = "linears quantized for 4-bit activations compute with 8 bits, which is"
     if asked == AUTO:
         name = torch.cuda.get_device_name(device)
-        text = f"on {name} {what} faster there and more exact; set {ACTIVATIONS}=4 to compute with 4"
+        text = f"on {name} {what} faster there for many tokens and more exact; set {ACTIVATIONS}=4 to compute with 4"
     else:
         text = f"{ACTIVATIONS}={asked}: {what} more exact"
     warnings.warn(f"apex4: {text}", UserWarning, stacklevel=2)

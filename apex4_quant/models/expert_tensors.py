@@ -20,6 +20,22 @@ from ..format.tensor_info import TensorInfo
 from .families import Family
 
 
+def in_model(infos: dict[str, TensorInfo], family: Family) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint under the names that the language model has inside a larger one; others as they are.
+
+    Raises Apex4Error if a tensor is there twice.
+    """
+    result: dict[str, TensorInfo] = {}
+    for stored, info in infos.items():
+        name = family.name_in_model(stored)
+        if name in result:
+            raise Apex4Error(
+                f"{name} is stored both as {result[name].stored or name} and as {stored}: keep one of them"
+            )
+        result[name] = info if name == stored else replace(info, stored=stored)
+    return result
+
+
 def unfused(infos: dict[str, TensorInfo], family: Family) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint under the names of the model with unfused experts.
 
@@ -38,6 +54,8 @@ def unfused(infos: dict[str, TensorInfo], family: Family) -> dict[str, TensorInf
 
 def published_name(name: str, stored: Iterable[str], family: Family) -> str:
     """The name that `name` has in a checkpoint with these stored names: for messages about what is not there."""
+    if family.prefixes and any(family.name_in_model(other) != other for other in stored):
+        return family.published_name(name)
     if family.experts is None or all(_renamed(other, family) == other for other in stored):
         return name
     for there, here in family.experts.renames:

@@ -208,8 +208,11 @@ class Family:
     does not load them, and they are left away.
     `norm_offset` is added to the stored gain of an RMSNorm (1 in Gemma). `norm_rounds_once`: a norm without an offset
     multiplies by its gain in float32 all the same, which the kernels for norms do not, so that it is left to the model. `rotatable` is False where a norm stands
-    between a residual writer and the stream: its gain cannot be rotated. `scaled_embedding`: what enters layer 0 is the
-    embedding times the root of its width.
+    between a residual writer and the stream: its gain cannot be rotated, nor can the stream where others write to it.
+    `scaled_embedding`: what enters layer 0 is the embedding times the root of its width.
+    `beside` names modules that stand beside the language model (one that sees pictures), none of whose linears is
+    quantized and whose tensors are copied. Then config.json has the language model's settings in `text_config`,
+    `text_types` are the language models that may stand there, by their model_type, and `prefixes` are pairs (published, in the model) of how names of its tensors begin.
     """
 
     architecture: str
@@ -223,11 +226,37 @@ class Family:
     norm_rounds_once: bool = False
     rotatable: bool = True
     scaled_embedding: bool = False
+    beside: tuple[str, ...] = ()
+    text_types: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     rotary: str = "model.rotary_emb"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+    @property
+    def language_model(self) -> str:
+        """The module that has the embedding, the layers and the norm behind them."""
+        return self.layers.rpartition(".")[0]
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads such a model."""
+        return "AutoModelForImageTextToText" if self.beside else "AutoModelForCausalLM"
+
+    def name_in_model(self, stored: str) -> str:
+        """Of a tensor of the language model, from that in a checkpoint."""
+        for published, here in self.prefixes:
+            if stored.startswith(published):
+                return here + stored.removeprefix(published)
+        return stored
+
+    def published_name(self, name: str) -> str:
+        for published, here in self.prefixes:
+            if name.startswith(here):
+                return published + name.removeprefix(here)
+        return name
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers}.{index}."
@@ -291,6 +320,17 @@ def _is_linear_attention(config: dict[str, Any], layer: int) -> bool:
 
 
 GEMMA: dict[str, Any] = {"mlp": GEMMA_MLP, "norm_offset": 1.0, "rotatable": False, "scaled_embedding": True}
+# A language model and one that sees pictures, whose features stand in for embeddings of some tokens: so the residual
+# stream cannot be rotated.
+WITH_VISION: dict[str, Any] = {
+    "rotatable": False,
+    "beside": ("model.vision_tower", "model.multi_modal_projector"),
+    "prefixes": (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")),
+    "layers": "model.language_model.layers",
+    "embedding": "model.language_model.embed_tokens",
+    "rotary": "model.language_model.rotary_emb",
+    "final_norm": "model.language_model.norm",
+}
 MIXTRAL_NAMES = (
     (".block_sparse_moe.", ".mlp."),
     (".w1.weight", ".gate_proj.weight"),
@@ -335,11 +375,37 @@ FAMILIES: dict[str, Family] = {
         Family("Phi3ForCausalLM", "phi3", attention=FUSED_ATTENTION, mlp=FUSED_MLP),
         Family("Gemma2ForCausalLM", "gemma2", **GEMMA),
         Family("Gemma3ForCausalLM", "gemma3_text", **GEMMA),
+        Family("Mistral3ForConditionalGeneration", "mistral3", text_types=("mistral", "ministral3"), **WITH_VISION),
+        Family("Gemma3ForConditionalGeneration", "gemma3", text_types=("gemma3_text",), **GEMMA | WITH_VISION),
     )
 }
 
 # Buffers that old checkpoints carry and every current model computes itself.
 RECOMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+_LLAMA4 = (
+    "whose experts read their input times the router's weight, which apex4 does not quantize: give another model, such as a "
+    "Llama 3 or a Qwen3-MoE"
+)
+# Architectures that are asked for and cannot be had, by the reason and what to do.
+REFUSED = {"Llama4ForConditionalGeneration": _LLAMA4, "Llama4ForCausalLM": _LLAMA4}
+
+
+def _with_known_text(family: Family, config: dict[str, Any], where: str) -> Family:
+    """Raise UsageError if the language model inside is not one that stands there usually."""
+    inside = config.get("text_config")
+    if not family.beside:
+        return family
+    if not isinstance(inside, dict):
+        raise Apex4Error(f"config.json of {where} has no text_config: the file is damaged, get it again")
+    found = inside.get("model_type", family.text_types[0])
+    if found not in family.text_types:
+        raise UsageError(
+            f"{where} has the architecture {family.architecture} with a language model of type {found!r}, which is not "
+            f"supported there: apex4 quantizes {' and '.join(family.text_types)}"
+        )
+    return family
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -358,10 +424,12 @@ def family_of(config: dict[str, Any], where: str) -> Family:
                 f"config.json of {where} says architecture {family.architecture} and model_type {model_type!r}, of which "
                 f"transformers makes {by_type.architecture}: correct the one that is wrong"
             )
-        return family
+        return _with_known_text(family, config, where)
     if by_type is not None and not architectures:
-        return by_type
+        return _with_known_text(by_type, config, where)
     given = ", ".join(architectures) or f"model_type {model_type!r}"
+    if refused := next((REFUSED[name] for name in architectures if name in REFUSED), None):
+        raise UsageError(f"{where} has the architecture {given}, {refused}")
     inside = config.get("text_config")
     if isinstance(inside, dict):
         raise UsageError(
@@ -371,3 +439,9 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     raise UsageError(
         f"{where} has the architecture {given}, which is not supported: apex4 quantizes {', '.join(FAMILIES)}"
     )
+
+
+def auto_class_of(config: dict[str, Any]) -> str:
+    """The class of transformers that loads the model of a config.json, supported here or not."""
+    by_type = next((family for family in FAMILIES.values() if family.model_type == config.get("model_type")), None)
+    return "AutoModelForCausalLM" if by_type is None else by_type.auto_class

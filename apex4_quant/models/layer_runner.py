@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import Apex4Error
 from ..hardware.devices import multiplies_fast, multiply_in_float32
@@ -60,13 +61,17 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedM
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = getattr(transformers, source.family.auto_class).from_config(config, dtype=dtype)
         unfuse_experts(model)
         model.eval()
     except Exception as error:  # transformers raises whatever the missing or odd field leads to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Apex4Error(f"{source.folder / 'config.json'} does not describe a model ({reason})") from error
-    family, expected = source.family, model.state_dict()
+        raise Apex4Error(
+            f"{source.folder / 'config.json'} does not describe a model ({type(error).__name__}: {reason}): get it again"
+        ) from error
+    family = source.family
+    # What stands beside the language model goes from file to file, under whichever names.
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not source.is_beside(name)}
     if config.tie_word_embeddings and f"{family.head}.weight" not in source.infos:
         del expected[f"{family.head}.weight"]
     for name, tensor in expected.items():
@@ -82,7 +87,7 @@ def _skeleton(source: ModelSource, dtype: torch.dtype) -> tuple[Any, PreTrainedM
     for name, info in source.infos.items():
         if name.startswith(f"{family.layers}.") and name not in expected:
             raise Apex4Error(f"{info.stored or name} in {info.file} is not of the model that config.json describes")
-    return config, model
+    return config.get_text_config(), model
 
 
 class LayerRunner:
@@ -150,7 +155,7 @@ class LayerRunner:
         self._set(self._family.layers, nn.ModuleList(recorders))
         self._set(self._family.final_norm, nn.Identity())
         try:
-            self.model.base_model(inputs_embeds=embeddings, use_cache=False)
+            self._get(self._family.language_model)(inputs_embeds=embeddings, use_cache=False)
         finally:
             self._set(self._family.layers, self._layers)
             self._set(self._family.final_norm, norm)

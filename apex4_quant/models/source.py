@@ -21,8 +21,8 @@ from ..calib.finite import all_finite
 from ..errors import Apex4Error, UsageError
 from ..format.storage import format_bytes, read_json, sha256
 from ..format.tensor_info import TensorInfo
-from .expert_tensors import published_name, unfused
-from .families import RECOMPUTED_SUFFIXES, Family, family_of
+from .expert_tensors import in_model, published_name, unfused
+from .families import FAMILIES, RECOMPUTED_SUFFIXES, Family, family_of
 from .foreign_formats import foreign_format
 from .weight_files import read_tensor_infos
 from .xet_failure import WITHOUT_XET, xet_failure
@@ -147,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise Apex4Error(f"{folder / 'config.json'} is not a JSON object: the file is damaged, get it again")
     if (folder / ADAPTER_NAME).is_file():
         raise UsageError(_adapter_sentence(folder))
-    if not isinstance(config.get("quantization_config") or {}, dict):
+    if not isinstance(config.get("quantization_config"), dict | None):
         raise Apex4Error(f"quantization_config in {folder / 'config.json'} is not a JSON object: get the file again")
     context = config.get("max_position_embeddings")
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
@@ -164,6 +164,27 @@ def _adapter_sentence(folder: Path) -> str:
         f"{folder} holds a LoRA adapter ({ADAPTER_NAME}), which transformers adds to the weights: merge it first "
         "(peft: model.merge_and_unload().save_pretrained(FOLDER)) and give that folder"
     )
+
+
+def language_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the language model: itself or, where others stand beside that, also what it has in
+    `text_config`, and what transformers' class fills in there. Raises Apex4Error if there is nothing of use.
+    """
+    family = next((f for f in FAMILIES.values() if f.beside and f.model_type == config.get("model_type")), None)
+    if family is None:
+        return config
+    from transformers import AutoConfig
+
+    try:
+        inside = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    except Exception as error:  # transformers raises whatever the missing or odd field leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Apex4Error(f"{folder / 'config.json'} does not describe a model ({reason})") from error
+    settings = {name: value for name, value in inside.to_dict().items() if value is not None or name not in config}
+    return config | settings | {name: config[name] for name in _OF_THE_WHOLE if config.get(name) is not None}
+
+
+_OF_THE_WHOLE = ("architectures", "model_type", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
 
 def require_sizes(config: dict[str, Any], folder: Path) -> None:
@@ -218,15 +239,17 @@ class ModelSource:
     """An unquantized checkpoint, opened and checked as far as its headers go. Raises UsageError or Apex4Error.
 
     `infos` has the tensors under the names of the model with its experts unfused, however they are stored; `left_away`
-    those that transformers does not load and that are not written either.
+    those that transformers does not load and that are not written either. `config` has the language model's settings,
+    `stored_config` is config.json.
     """
 
     def __init__(self, model: str) -> None:
         self.name = model
         self.folder = resolve_model(model)
-        self.config = read_config(self.folder)
-        _require_original(model, foreign_format(self.folder, self.config, {}))
-        self.family: Family = family_of(self.config, model)
+        self.stored_config = read_config(self.folder)
+        _require_original(model, foreign_format(self.folder, self.stored_config, {}))
+        self.family: Family = family_of(self.stored_config, model)
+        self.config = language_settings(self.folder, self.stored_config)
         require_sizes(self.config, self.folder)
         found = read_tensor_infos(self.folder)
         _require_original(model, foreign_format(self.folder, self.config, found))
@@ -238,15 +261,14 @@ class ModelSource:
             if name not in self.left_away and not name.endswith(RECOMPUTED_SUFFIXES)
         }
         self.stored_names = list(stored)
-        self.infos = unfused(stored, self.family)
+        self.infos = unfused(in_model(stored, self.family), self.family)
         self.num_layers = int(self.config["num_hidden_layers"])
         for index in range(self.num_layers):
             prefix = self.family.layer_prefix(index)
             for linear in (prefix + part for part in self.family.linears(self.config, index)):
                 info = self.infos.get(linear + ".weight")
                 if info is None:
-                    name = published_name(linear + ".weight", stored, self.family)
-                    raise Apex4Error(f"{model} has no tensor {name}: the checkpoint is incomplete")
+                    raise self._missing(published_name(linear + ".weight", stored, self.family))
                 if len(info.shape) != 2:
                     raise Apex4Error(
                         f"{linear}.weight in {info.file} has shape {list(info.shape)} and must be a matrix"
@@ -260,6 +282,17 @@ class ModelSource:
                 f"{model} holds tensors of layer {self.num_layers}, but its config says {self.num_layers} layers"
             )
 
+    def _missing(self, name: str) -> Apex4Error:
+        """The error for a linear that is not there; another class of transformers names it otherwise."""
+        tail = name.removeprefix(f"{self.family.layers.partition('.')[0]}.")
+        others = (other for other in self.stored_names if other == tail or other.endswith(f".{tail}"))
+        if (other := next(others, None)) is not None:
+            return Apex4Error(
+                f"{self.name} has no tensor {name}, but {other}: another class saved it, load it as "
+                f"{self.family.architecture} and save it again"
+            )
+        return Apex4Error(f"{self.name} has no tensor {name}: the checkpoint is incomplete")
+
     @property
     def total_bytes(self) -> int:
         return sum(info.bytes for info in self.infos.values())
@@ -272,6 +305,18 @@ class ModelSource:
     def outer_tensors(self) -> list[str]:
         """Everything outside the decoder layers."""
         return [name for name in self.infos if not name.startswith(self.family.layers + ".")]
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor outside the decoder layers is of a model beside the language model."""
+        family = self.family
+        return bool(family.beside) and not name.startswith((f"{family.language_model}.", f"{family.head}."))
+
+    @property
+    def head_tensors(self) -> list[str]:
+        """What stands behind the layers; the embedding where it is the head too."""
+        head, embedding = f"{self.family.head}.weight", f"{self.family.embedding}.weight"
+        left = {embedding} if head in self.infos else set()
+        return [name for name in self.outer_tensors if name not in left and not self.is_beside(name)]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self.infos, names)

@@ -59,11 +59,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise UsageError(
                 f"the tokenizer in {folder} is made by code of its own, which apex4 does not run: add a tokenizer.json"
             ) from error
+        _require_config(folder)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"the tokenizer in {folder} cannot be loaded ({reason}): get its files again") from error
     # Long texts are cut into windows by us; the length warning would be noise.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _require_config(folder: Path) -> None:
+    """transformers looks into config.json for the tokenizer too: Apex4Error where that is what cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise Apex4Error(
+            f"{folder / 'config.json'} does not describe a model ({type(error).__name__}: {reason}): get it again"
+        ) from error
 
 
 def beginning_of(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:

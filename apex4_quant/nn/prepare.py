@@ -66,7 +66,7 @@ def prepare_model(
         dispatch.warn_of_wide_groups([name for name, _ in by_torch], by_torch[0][1].format.group_length)
     if family is None or not fuse:
         return
-    config = model.config.to_dict()
+    config = model.config.get_text_config().to_dict()
     prefix = family.layers
     if model.base_model is model:  # a bare base model's names lack the first part
         prefix = prefix.removeprefix(f"{model.base_model_prefix}.")

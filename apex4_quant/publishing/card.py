@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..format.storage import format_bytes, write_bytes
+from ..models.families import auto_class_of
 from . import facts
 from .base_model import INHERITED, LICENCE, BaseModel, base_model_of
 from .facts import Row
@@ -27,7 +28,8 @@ END = "<!-- apex4: end -->"
 _BLOCK = re.compile(r"<!-- apex4: made by .*?-->.*?<!-- apex4: end -->", re.DOTALL)
 TAGS = ("apex4", "w4a4", "int4")
 PAPER = "https://arxiv.org/abs/2606.08761"
-_KERNELS_FOR = "sm_80, sm_86 and sm_89 (Ampere, Ada) and sm_90 (Hopper)"
+_FOUR_BITS_ON = "sm_80, sm_86 and sm_89 (Ampere, Ada) and sm_90 (Hopper)"
+_EIGHT_BITS_ON = "sm_75, sm_100 and sm_120 (Turing, Blackwell)"
 
 
 def make_card(
@@ -232,7 +234,7 @@ def _text(
         "```",
         "",
         "```python",
-        *load_block(place),
+        *load_block(place, auto_class_of(checkpoint.config)),
         "```",
         "",
         "In vLLM, with apex4-quant installed beside it:",
@@ -284,13 +286,13 @@ def _text(
     return [*lines, *_citation(base), ""]
 
 
-def load_block(place: str) -> list[str]:
+def load_block(place: str, auto_class: str = "AutoModelForCausalLM") -> list[str]:
     """The Python that loads a model by its name, or from its folder."""
     return [
         "import apex4_quant  # registers the format: without it transformers warns, and loads random linears",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")',
+        f'model = {auto_class}.from_pretrained("{place}", device_map="auto")',
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
         'inputs = tokenizer("The old house stood", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
@@ -356,8 +358,11 @@ def _gpus(checkpoint: CheckpointFolder) -> list[str]:
     quant = checkpoint.quantization
     return [
         f"The codes are stored in the order `{quant.get('layout')}`, for {facts.packed_for(checkpoint)}.",
-        f"apex4 has kernels for {_KERNELS_FOR}: on each of them the model is put into its order while it loads.",
+        f"apex4 has kernels of 4-bit and 8-bit activations for {_FOUR_BITS_ON}, and of 8-bit activations alone for "
+        f"{_EIGHT_BITS_ON}: on each of them the model is put into its order while it loads.",
         "`apex4 repack` makes that permanent.",
+        "They were run on Hopper alone, where those for the other GPUs were checked, too.",
+        "Hopper, Turing and Blackwell take 8 bits for 4-bit activations, unless `APEX4_ACTIVATIONS=4` is set.",
         "On any other GPU, and on a CPU, the model computes the same through PyTorch operations, slowly.",
     ]
 

@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,13 +136,16 @@ def _versions(result: dict[str, Any]) -> dict[str, str]:
 
 
 def describe_device(device: str) -> dict[str, str]:
-    """Name, and for a GPU its driver, of the `device` that measured: "cpu", "cuda" or "cuda:N"."""
-    if not device.startswith("cuda"):
+    """Name, and for GPUs their driver, of the `device` that measured: "cpu", "cuda", "cuda:N", or several of them and "disk", as
+    "cuda:0, cuda:1, disk"."""
+    gpus = [place for place in device.split(", ") if place.startswith("cuda")]
+    if not gpus:
         return {"device": device, "name": _processor()}
     import torch
 
-    index = torch.device(device).index or 0
-    found = {"device": device, "name": torch.cuda.get_device_name(index)}
+    names = Counter(torch.cuda.get_device_name(torch.device(gpu).index or 0) for gpu in gpus)
+    described = (name if count == 1 else f"{count} x {name}" for name, count in names.items())
+    found = {"device": device, "name": " and ".join(described)}
     try:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout

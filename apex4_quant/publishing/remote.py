@@ -53,6 +53,9 @@ Result = TypeVar("Result")
 ATTEMPTS = 5
 LONGEST_WAIT = 300  # seconds that a server may ask for before the command gives up
 BATCH = 5  # files uploaded at once: what a kill loses is at most so many
+# hf_xet has up to 64 xorbs on their way, each with 128 MB of memory: 8 GB where the network is slower than the disk.
+XET_UPLOADS = ("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "8")
+XET_MORE = "HF_XET_HIGH_PERFORMANCE"  # with which a user asks for all there is
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _WRITING_ROLES = ("admin", "write", "contributor")
 
@@ -221,6 +224,8 @@ class Hub:
         advance: Callable[[int], None],
     ) -> list[CommitOperationAdd]:
         """Bring the content of large files to the Hub, where nobody sees it yet. What is there is not sent again."""
+        if XET_MORE not in os.environ:
+            os.environ.setdefault(*XET_UPLOADS)
         operations: list[CommitOperationAdd] = []
         for batch in _batches(files):
             additions = [_Addition.of(folder, file, advance) for file in batch]

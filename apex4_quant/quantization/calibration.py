@@ -19,6 +19,8 @@ from ..progress import Progress
 from .plan import Plan
 from .settings import ResolvedSettings
 
+FEW_TOKENS = 64  # of a vocabulary: fewer are no language, but one phrase again and again
+
 
 class Calibration(NamedTuple):
     """Token windows int64 [S, L], and whether each begins with BOS."""
@@ -62,6 +64,11 @@ def draw_calibration(
             f"calibration text has {len(samples)} windows of {settings.seq_len} tokens ({settings.samples} asked)"
         )
     require_known(int(samples.max()), source.config, source.name)
+    different = samples.unique().numel()
+    if different < FEW_TOKENS:
+        progress.line(
+            f"calibration text has {different} different tokens only: what is learned suits no other text, give a varied one"
+        )
     return Calibration(samples, bool(beginning))
 
 

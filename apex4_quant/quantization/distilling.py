@@ -38,6 +38,11 @@ def require_distillable(source: ModelSource, plan: Plan, group: Group | None = N
         raise UsageError(
             f"recipe {plan.recipe.name!r} distills, which models with experts cannot be: give --recipe apex4"
         )
+    if plan.recipe.distill_steps and source.family.beside:
+        raise UsageError(
+            f"recipe {plan.recipe.name!r} distills, which a language model inside {source.family.architecture} cannot be: "
+            "give --recipe apex4"
+        )
 
 
 def distilling_bytes(plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""What a run will take, from shapes alone and two short timings: memory, seconds, room on the disk. `preview` is --dry-run."""
+"""What a run will take, from shapes alone and some short timings: memory, seconds, room on the disk. `preview` is --dry-run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from ..calib.probes import PROBE_ROWS
 from ..distillation.distill import STEP_TOKENS
-from ..format.number_format import BLOCK
+from ..format.layout_name import LayoutName
+from ..format.layouts import get_layout
+from ..format.number_format import BITS, BLOCK
+from ..format.quant_config import LinearFormat
+from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES
 from ..hardware.memory import MemoryBudget, resident_now
 from ..kernels import torch_backend
@@ -19,9 +25,12 @@ from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
 from ..recipes import Importance, Rounding
+from ..rounding.activation_clip import ACTIVATION_CLIP_RATIOS, CLIP_SEARCH_ROWS
+from ..rounding.gptq import quantize_weight_gptq
 from ..rounding.nearest import search_scales
-from ..transforms.learned_transform import INPUT_ROWS_PER_STEP, WEIGHT_ROWS_PER_STEP
+from ..transforms.learned_transform import learn_transform
 from .calibration import windows_needed
+from .layer import MEASURED_ROWS
 from .memory import MemoryAccount, MemoryEstimate, Windows, fit
 from .plan import Plan, plan_as_dict, plan_of
 from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk
@@ -69,7 +78,7 @@ class Preview:
 
 
 def preview(settings: QuantizeSettings | ResolvedSettings, budget: MemoryBudget | None = None) -> Preview:
-    """Everything --dry-run shows, from headers alone (and two short timings). Raises UsageError, also where the `budget` of
+    """Everything --dry-run shows, from headers alone (and some short timings). Raises UsageError, also where the `budget` of
     memory is too small, or Apex4Error."""
     source = ModelSource(settings.model)
     resolved = settings.resolve(source)
@@ -77,12 +86,11 @@ def preview(settings: QuantizeSettings | ResolvedSettings, budget: MemoryBudget 
     dtype = DTYPES[resolved.dtype]
     LayerRunner(source, resolved.device, dtype)  # refuses tensors that are not those of the model
     count = windows_needed(plan, resolved)
-    tokens = count * resolved.seq_len
-    seconds = estimate_seconds(source, plan, tokens, resolved.device)
     windows = Windows(count, resolved.seq_len, count)
     account, resident = MemoryAccount(source, plan, windows, dtype, resolved.device), resident_now()
     kept_to = fit(account, budget or MemoryBudget(), resident, resolved.device)
     at_once = kept_to.experts_at_once if kept_to.experts_at_once < account.experts else None
+    seconds = estimate_seconds(source, plan, count * resolved.seq_len, resolved.device, at_once)
     disk = estimate_disk(source, plan, (count, resolved.seq_len), dtype)
     return Preview(
         plan,
@@ -110,11 +118,27 @@ def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype
     return plan.bytes_after + 2 * streams * hidden + kept + distilling
 
 
-def estimate_seconds(source: ModelSource, plan: Plan, tokens: int, device: str) -> tuple[float, float]:
-    """(least, most), from short measurements on this machine: of a quantized linear, and of the scale search."""
-    elements = sum(linear.elements for linear in plan.linears)
-    multiplies = _multiplies(source, plan, tokens, device)
-    least, most = (elements * per_element + multiplies * per_multiply for per_multiply, per_element in _rates(device))
+@dataclass(frozen=True)
+class Rates:
+    """Seconds, on this machine: of a multiply-add of a quantized linear and of a float32 product, of an element whose scale
+    is searched, of a block in a step of learning its transform, and of a column that is rounded once those before it are.
+    """
+
+    linear: float
+    product: float
+    scale: float
+    step: float
+    column: float
+
+
+def estimate_seconds(
+    source: ModelSource, plan: Plan, tokens: int, device: str, experts_at_once: int | None = None
+) -> tuple[float, float]:
+    """(least, most), from short measurements on this machine."""
+    least, most = (
+        sum(seconds_by_part(source, plan, tokens, device, rates, experts_at_once).values())
+        for rates in _rates_here(device, torch.get_num_threads())
+    )
     return least, most
 
 
@@ -125,8 +149,11 @@ class Timing:
     least: float
     typical: float
 
+    def per(self, count: float) -> Timing:
+        return Timing(self.least / count, self.typical / count)
 
-TIMED_CALLS = 7
+
+TIMED_CALLS = 3
 # A machine so busy that a call takes longer than this many times its best says nothing about a run of minutes.
 MOST_BUSY = 4.0
 
@@ -141,34 +168,70 @@ def timing_of(walls: Sequence[float], computing: Sequence[float] | None = None) 
     return Timing(least, min(max(least, statistics.median(walls)), MOST_BUSY * least))
 
 
-def _rates(device: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Seconds a multiply-add of a quantized linear and an element of the scale search: the least, and as it was."""
-    size = 1024
-    weight = torch.randn(size, size, device=device)
-    codes, scales = torch.ones(size, size, dtype=torch.int8, device=device), torch.ones(size, 8, device=device).half()
+@dataclass(frozen=True)
+class Clock:
+    """What times calls: the wall's seconds, and those that this process's threads computed together."""
 
-    def timed(function: Callable[[], Any]) -> Timing:
+    wall: Callable[[], float] = time.perf_counter
+    computed: Callable[[], float] = time.process_time
+
+    def timing(self, device: str, function: Callable[[], Any]) -> Timing:
         walls, computing = [], []
         function()  # allocates, and starts the threads
         for _ in range(TIMED_CALLS):
-            started, computed = time.perf_counter(), time.process_time()
+            started, computed = self.wall(), self.computed()
             function()
             if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            walls.append(time.perf_counter() - started)
-            computing.append((time.process_time() - computed) / torch.get_num_threads())
+                torch.cuda.synchronize(device)
+            walls.append(self.wall() - started)
+            computing.append((self.computed() - computed) / torch.get_num_threads())
         return timing_of(walls, None if device.startswith("cuda") else computing)
 
-    product = timed(lambda: torch_backend.linear(weight, codes, scales))
-    search = timed(lambda: search_scales(weight, 128))
+
+STEPS_TIMED = (2, 8)  # of learning: what is done once is the same in both
+
+
+def measured_rates(device: str, clock: Clock | None = None) -> tuple[Rates, Rates]:
+    """The least, and as the machine was."""
+    size, clock = 1024, clock or Clock()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator).to(device)
+    codes, scales = torch.ones(size, size, dtype=torch.int8, device=device), torch.ones(size, 8, device=device).half()
+    blocks, square = weight[:, : 2 * BLOCK], weight[:BLOCK, :BLOCK]
+    format = LinearFormat(BLOCK, BLOCK, BLOCK, get_layout(LayoutName.ROWMAJOR), TransformKind.NONE, 1.0)
+    factor = torch.eye(BLOCK, device=device)
+    once, more = (clock.timing(device, partial(learn_transform, blocks, [blocks], steps)) for steps in STEPS_TIMED)
+    steps = STEPS_TIMED[1] - STEPS_TIMED[0]
+    learning = Timing(  # not below what the longer one would be if nothing were done once
+        max(more.least - once.least, more.least / 2), max(more.typical - once.typical, more.typical / 2)
+    ).per(2 * steps)
+    timings = {
+        "linear": clock.timing(device, lambda: torch_backend.linear(weight, codes, scales)).per(size**3),
+        "product": clock.timing(device, lambda: weight @ weight).per(size**3),
+        "scale": clock.timing(device, lambda: search_scales(weight, BLOCK)).per(size**2),
+        "step": learning,
+        "column": clock.timing(device, lambda: quantize_weight_gptq("", square, format, factor)).per(BLOCK),
+    }
     return (
-        (product.least / size**3, search.least / size**2),
-        (product.typical / size**3, search.typical / size**2),
+        Rates(**{name: timing.least for name, timing in timings.items()}),
+        Rates(**{name: timing.typical for name, timing in timings.items()}),
     )
 
 
-def _multiplies(source: ModelSource, plan: Plan, tokens: int, device: str) -> float:
-    """Multiply-adds of a run but for the scale search, which is counted by elements."""
+@cache
+def _rates_here(device: str, threads: int) -> tuple[Rates, Rates]:
+    """Once a process: more than one preview is asked for by programs only."""
+    return measured_rates(device)
+
+
+BEGINNING = 1.5  # seconds: the model without weights, the text as tokens
+READING = 2e-9  # seconds a byte of weights: checksums, NaN, and once more layer by layer
+
+
+def seconds_by_part(
+    source: ModelSource, plan: Plan, tokens: int, device: str, rates: Rates, experts_at_once: int | None = None
+) -> dict[str, float]:
+    """Of a run on so many tokens, what each kind of work takes. K are inputs, N outputs of a linear, T tokens."""
     recipe, linears = plan.recipe, plan.linears
     experts = source.family.experts
     share = 1.0 if experts is None else experts.token_share(source.config)
@@ -181,21 +244,40 @@ def _multiplies(source: ModelSource, plan: Plan, tokens: int, device: str) -> fl
     of_columns = sum(linear.elements * linear.format.padded_k for linear in linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in linears}
     learned = {(p.layer, p.input_group): p.format.padded_k for p in linears if p.format.transform.is_learned}
+    searched = {
+        (p.layer, p.input_group): p.format.padded_k for p in linears if p.format.activation_bits == BITS
+    } if recipe.search_clip else {}  # fmt: skip
+    by_gradients, gptq = recipe.importance is Importance.GRADIENTS, recipe.rounding is Rounding.GPTQ
     # A GPU runs a linear again for every later input of its layer and once at the end; a CPU remembers most of it.
-    multiplies = (1.25 if device == "cpu" else 3) * of_tokens
-    rows = 2 * INPUT_ROWS_PER_STEP + 2 * WEIGHT_ROWS_PER_STEP + 5 * BLOCK
-    multiplies += recipe.transform_steps * BLOCK * rows * sum(learned.values())
-    if recipe.importance is Importance.GRADIENTS:
+    parts = {"passes": rates.linear * (1.25 if device == "cpu" else 3) * of_tokens}
+    parts["transforms"] = rates.step * recipe.transform_steps * sum(learned.values()) / BLOCK
+    # W^T W or g^T g, and an error for each ratio.
+    clips = sum(k * k * (PROBE_ROWS + len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS) for k in searched.values())
+    parts["clips"] = rates.product * clips
+    parts["scales"] = rates.scale * elements
+    # Exact, and as it is quantized.
+    parts["errors"] = (rates.product + rates.linear) * MEASURED_ROWS * elements
+    parts["files"] = BEGINNING + READING * source.total_bytes
+    if by_gradients:
         # Forwards; back through every layer, for what enters it and for its linears: each again forwards, and two products.
-        multiplies += 7 * min(tokens, GRADIENT_TOKENS) * elements
-    if (
-        recipe.rounding is Rounding.GPTQ
-    ):  # a good half of K^2 a token and input for the Hessian, N K^2 a linear for GPTQ
-        multiplies += 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
-        multiplies += (1 + recipe.refinement) * of_columns
-    # Forwards of both models, and back through one: of every step.
-    multiplies += 4 * recipe.distill_steps * STEP_TOKENS * elements
+        head = int(source.config["vocab_size"]) * int(source.config["hidden_size"])
+        parts["gradients"] = rates.product * min(tokens, GRADIENT_TOKENS) * (7 * elements + 3 * head)
+    if gptq:
+        # A good half of K^2 a token and input for the Hessian; Cholesky, its inverse; N K^2 a linear, column by column.
+        parts["Hessians"] = rates.product * 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
+        parts["factors"] = rates.product * sum(k**3 for k in inputs.values())
+        columns = sum(linear.format.padded_k for linear in linears)
+        parts["rounding"] = (1 + recipe.refinement) * (rates.product * of_columns + rates.column * columns)
+    if recipe.distill_steps:  # forwards of both models, and back through one: of every step
+        parts["distilling"] = rates.linear * 4 * recipe.distill_steps * STEP_TOKENS * elements
     if recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
-        multiplies += 3 * of_tokens + of_columns
-        multiplies += sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())
-    return multiplies
+        parts["original"] = rates.product * (
+            3 * of_tokens + of_columns + sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())
+        )
+    if (
+        experts is not None and experts_at_once is not None
+    ):  # both stages of a layer, up to the router, once more for each
+        dense = sum(linear.elements for linear in linears if expert_of(linear.name) is None)
+        portions = -(-experts.count(source.config) // experts_at_once)
+        parts["portions"] = rates.linear * 2 * (portions - 1) * tokens * dense
+    return parts

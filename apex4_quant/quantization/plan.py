@@ -204,7 +204,7 @@ def build_plan(
         ),
         target=target,
         modules={linear.name: changed for linear in linears if (changed := _override(linear.format, base))},
-        modules_to_not_convert=[family.head, *gates, *ignored],
+        modules_to_not_convert=[family.head, *family.beside, *gates, *ignored],
         recipe=asked.name,
     )
     return Plan(tuple(linears), kept, config, asked)

@@ -47,7 +47,7 @@ def gradients_of_predictions(
     be none.
     """
     group, share = group or Group(), share or Share.whole(len(samples))
-    embedding, head = f"{source.family.embedding}.weight", f"{source.family.head}.weight"
+    embedding = f"{source.family.embedding}.weight"
     hidden = runner.embed(samples, source.read([embedding])[embedding])
     for layer in range(source.num_layers):
         keep(layer, hidden)
@@ -56,10 +56,8 @@ def gradients_of_predictions(
         runner.drop_layer(layer)
         advance(1)
     # Neither matrix is there while the layers run, and the embedding only where it is the head too.
-    outer = source.read(
-        [name for name in source.outer_tensors if name != embedding or head not in source.outer_tensors]
-    )
-    gradients = runner.output_gradients(in_memory(hidden), outer, seed, share.first * samples.shape[1])
+    behind = source.read(source.head_tensors)
+    gradients = runner.output_gradients(in_memory(hidden), behind, seed, share.first * samples.shape[1])
     return _normalized(gradients, source.name, runner.dtype, group)
 
 

@@ -484,14 +484,14 @@ class _Run:
         write_json(out / REPORT_NAME, report)
         # Last: without config.json no reader takes the folder for a model.
         section = {"quantization_config": self._config(records).to_dict()}
-        config = {name: value for name, value in self.source.config.items() if name != NAMED_IN_CONFIG}
+        config = {name: value for name, value in self.source.stored_config.items() if name != NAMED_IN_CONFIG}
         named = {"architectures": [self.source.family.architecture]}  # vLLM asks for it; not every original has it
         write_json(out / "config.json", named | config | self._dtype() | self.rewriter.config_changes() | section)
         return replace(QuantizeResult.of(out, report, total), left_behind=left_behind)
 
     def _dtype(self) -> dict[str, str]:
         """What config.json says of a float16 original that was run in a dtype of larger range: in its own it overflows."""
-        keys = [key for key in ("dtype", "torch_dtype") if self.source.config.get(key) == "float16"]
+        keys = [key for key in ("dtype", "torch_dtype") if self.source.stored_config.get(key) == "float16"]
         return dict.fromkeys(keys, self.settings.dtype)
 
     def _config(self, records: list[dict[str, Any]]) -> QuantConfig:

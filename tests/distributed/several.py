@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,6 +67,14 @@ class Several:
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.pids[rank], number)
+
+    def wait_for(self, ranks: Sequence[int], seconds: float = 60) -> None:
+        """Until these have ended, or so many seconds."""
+        until = time.monotonic() + seconds
+        for rank in ranks:
+            look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while os.waitid(os.P_PID, self.pids[rank], look) is None and time.monotonic() < until:
+                time.sleep(0.02)
 
     def lose_store(self) -> None:
         self._store = None

@@ -13,14 +13,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from apex4_quant import quantize
-from apex4_quant.distributed.group import Group
 from apex4_quant.distributed.starting import launch
 from apex4_quant.format.storage import RUN_FOLDER, read_json
 
 from ..conftest import write_tiny_model
-from ..quantization.test_ranks import by_ranks, contents, settings_of, whole
-from .several import Several
+from ..quantization.test_ranks import settings_of
 
 
 @pytest.fixture
@@ -59,8 +56,9 @@ def children(pid: int) -> dict[int, int]:
     return found
 
 
-def test_a_kill_a_stop_and_the_rest(tmp_path: Path, cli_environment: dict[str, str]) -> None:
-    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=5)
+def test_a_kill_and_a_stop(tmp_path: Path, cli_environment: dict[str, str]) -> None:
+    """That the same bytes come of what they leave is shown in tests/quantization/test_ranks.py, without the start of processes."""
+    model = write_tiny_model(tmp_path / "tiny", num_hidden_layers=3)
     settings, out = settings_of(tmp_path, model), tmp_path / "out"
     words = ["quantize", str(model), "-o", out, "--recipe", settings.recipe, "--calib", settings.calib, "--samples", 7]
     words += ["--seq-len", 64, "--target", "none", "--device", "cpu", "--gpus", 2, "--json"]
@@ -80,7 +78,7 @@ def test_a_kill_a_stop_and_the_rest(tmp_path: Path, cli_environment: dict[str, s
         return subprocess.Popen([*command, *more], stdout=pipe, stderr=pipe, text=True, env=cli_environment)
 
     killed = start()
-    until(lambda: shards() > 1, killed)
+    until(lambda: shards() > 0, killed)
     os.kill(children(killed.pid)[1], signal.SIGKILL)
     began = time.monotonic()
     stdout, stderr = killed.communicate(timeout=60)
@@ -97,12 +95,3 @@ def test_a_kill_a_stop_and_the_rest(tmp_path: Path, cli_environment: dict[str, s
     assert (stopped.returncode, stdout) == (75, "") and len(lines) == 2, stderr
     assert lines[0].startswith("apex4: stopping after the layer in flight") and "nothing is lost" in lines[1]
     assert read_json(out / RUN_FOLDER / "settings.json")["device"] == "cpu"
-
-    whole(by_ranks(2, settings, out, resume=True))
-    again = tmp_path / "again"
-
-    def work(group: Group) -> None:
-        quantize(settings, again, group=group)
-
-    whole(Several(2, tmp_path / "said", work).wait())
-    assert contents(out) == contents(again)

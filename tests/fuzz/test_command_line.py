@@ -49,6 +49,7 @@ def base(small_model: Path, small_text: Path, tmp_path: Path) -> dict[str, list[
         "inspect": ["inspect", absent],
         "check": ["check", absent],
         "repack": ["repack", absent, "-o", str(tmp_path / "out"), "--target", "none"],
+        "export": ["export", absent, "-o", str(tmp_path / "out"), "--to", "vllm-humming"],
         "card": ["card", absent],
         "report": ["report", absent, "-o", str(tmp_path / "report.html")],
         "publish": ["publish", absent, "org/name"],
@@ -67,9 +68,9 @@ def test_every_option(
         (words, command, parameter)
         for words, command in commands()
         for parameter in command.params
-        if " ".join(words) in base and not (isinstance(parameter, click.Option) and parameter.is_flag)
+        if not (isinstance(parameter, click.Option) and parameter.is_flag)
     ]
-    assert {" ".join(words) for words, _, _ in every} == set(base), "a command has no base line"
+    assert {" ".join(words) for words, _ in commands()} == set(base), "a command has no base line"
     wanted = [(choice, value) for choice in every for value in VALUES]
     drawn.shuffle(wanted)
     for (words, _, parameter), value in wanted[: drawn.count]:  # type: ignore[attr-defined]

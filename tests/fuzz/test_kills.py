@@ -102,6 +102,7 @@ def test_quantize_killed(
         assert in_a_fork(lambda out=out: quantize(settings_of(recipe), out, resume=True))  # type: ignore[misc]
         assert contents(out) == expected
         shutil.rmtree(out)
+    print(f"{kills} kills")
     assert kills, "no run was killed"
 
 
@@ -110,13 +111,14 @@ def test_repack_killed(whole: dict[str, tuple[Path, float]], moments: Moments, t
     started = time.monotonic()
     in_a_fork(lambda: repack(source, direct, "H200"))
     seconds, expected = time.monotonic() - started, contents(direct)
-    drawn = moments(8)
+    drawn, kills = moments(8), 0
     for number in range(drawn.count):  # type: ignore[attr-defined]
         out = tmp_path / str(number)
-        in_a_fork(lambda out=out: repack(source, out, "H200"), drawn.uniform(0, seconds))  # type: ignore[misc]
+        kills += not in_a_fork(lambda out=out: repack(source, out, "H200"), drawn.uniform(0, seconds))  # type: ignore[misc]
         if (out / "config.json").exists():
             assert contents(out) == expected, "it looks whole and is not"
         shutil.rmtree(out, ignore_errors=True)
+    print(f"{kills} kills")
     assert in_a_fork(lambda: repack(source, tmp_path / "again", "H200")) and contents(tmp_path / "again") == expected
 
 

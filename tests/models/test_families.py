@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +22,9 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
@@ -28,6 +32,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -52,10 +58,13 @@ from transformers import (
 
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.calib.text import load_text
+from apex4_quant.checkpoint.check import check
+from apex4_quant.checkpoint.inspect import inspect
+from apex4_quant.errors import UsageError
 from apex4_quant.format.number_format import padded_in_features
 from apex4_quant.kernels import reference
 from apex4_quant.models.experts import UnfusedExperts
-from apex4_quant.models.families import FAMILIES, family_of
+from apex4_quant.models.families import FAMILIES, auto_class_of, family_of
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import DEMO_PATH, ModelSource
 from apex4_quant.nn.deferring import Deferring
@@ -79,6 +88,10 @@ EXPERTS = {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 96, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 48}
 LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 4, "first_k_dense_replace": 1}
 RAGGED = {"hidden_size": 192, "intermediate_size": 328, "head_dim": 48}
+
+# Beside a language model: no width of it is a multiple of 128.
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 56, "patch_size": 14}
 
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
@@ -135,6 +148,15 @@ MODELS = {
     ),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=1.0)),
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
+    "mistral3": lambda: Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={"model_type": "mistral", "head_dim": 64, **SIZES},
+            vision_config={"model_type": "pixtral", "head_dim": 32, **VISION},
+        )
+    ),
+    "gemma3 vision": lambda: Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config={**SIZES, "head_dim": 64}, vision_config=VISION, mm_tokens_per_image=4)
+    ),
     "granite": lambda: GraniteForCausalLM(
         GraniteConfig(
             **SIZES,
@@ -164,6 +186,7 @@ DEFERRED = {
     "phi3 partial rotary": (4, 0),
     "gemma2": (4, 0),
     "gemma3": (4, 0),
+    "gemma3 vision": (4, 0),
     "mixtral": (2, 2),
     "mixtral tied ragged": (2, 2),
     "qwen3moe": (3, 2),
@@ -215,6 +238,12 @@ def write_model(folder: Path, name: str, **save: Any) -> nn.Module:
     return model
 
 
+def loaded(folder: Path, **options: Any) -> Any:
+    """By the class of transformers that the family is loaded by."""
+    config = json.loads((folder / "config.json").read_text())
+    return getattr(transformers, auto_class_of(config)).from_pretrained(folder, **options)
+
+
 class ReferenceLinear(nn.Module):
     """The format in float64, from the packed tensors of a loaded layer: the fake-quantized oracle."""
 
@@ -259,6 +288,8 @@ PAIRS = [
     ("gptoss ragged", "sm80", "apex4-fast"),
     ("olmoe", "rowmajor", "gptq"),
     ("olmo2", "rowmajor", "apex4-hadamard"),
+    ("mistral3", "rowmajor", "apex4"),
+    ("gemma3 vision", "rowmajor", "apex4-fast"),
     ("granite", "rowmajor", "apex4-fast"),
 ]
 MORE_PAIRS = [
@@ -295,7 +326,7 @@ def test_quantize_and_load(name: str, layout: str, recipe: str, text: str, tmp_p
     assert len(result.records) == COUNTS.get(name, 14)
     assert max(record["error"] for record in result.records) < 0.25
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    model = loaded(tmp_path / "out", dtype=torch.float32)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, Apex4Linear)}
     assert sorted(packed) == sorted(record["name"] for record in result.records)
 
@@ -320,7 +351,7 @@ def test_the_kernels_operators_give_the_same_model(name: str, text: str, tmp_pat
     write_model(tmp_path / "model", name)
     settings = QuantizeSettings(str(tmp_path / "model"), recipe="rtn", target="none", samples=2, seq_len=64, calib=text)
     quantize(settings, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = loaded(tmp_path / "out")
     ids = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = model(ids, use_cache=False).logits
     for kernel in ("sm80", "sm90"):
@@ -342,10 +373,11 @@ def test_the_kernels_operators_give_the_same_model(name: str, text: str, tmp_pat
 def test_layers_run_one_at_a_time_are_the_model(name: str, tmp_path: Path) -> None:
     """Embedding scale, masks, windows and rotary embeddings of every layer: what calibration sees is what there is."""
     write_model(tmp_path, name)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = loaded(tmp_path, dtype=torch.float32)
     ids = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(1))
     entering: list[torch.Tensor] = []
-    for layer in (*model.model.layers, model.model.norm):
+    language_model = getattr(model.model, "language_model", model.model)
+    for layer in (*language_model.layers, language_model.norm):
         layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     model(ids, use_cache=False)
 
@@ -490,14 +522,55 @@ def test_old_llama_checkpoints_with_stored_rotary_buffers(text: str, tmp_path: P
     assert "rotary" not in (tmp_path / "out" / "model.safetensors.index.json").read_text()
 
 
-def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+@torch.no_grad()
+def test_what_stands_beside_the_language_model_goes_with_it(text: str, tmp_path: Path) -> None:
+    """The tensors, byte for byte, under the names that the original has; a picture is seen as the original sees it."""
+    original = write_model(tmp_path / "model", "mistral3")
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
+    settings = QuantizeSettings(str(tmp_path / "model"), target="none", samples=2, seq_len=64, calib=text)
+    quantize(settings, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    before, after = (
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in (tmp_path / "model", tmp_path / "out")
+    )
+    beside = [name for name in before if name.startswith(("vision_tower.", "multi_modal_projector."))]
+    assert len(beside) == 15 and all(torch.equal(before[name], after[name]) for name in beside)
+    model = loaded(tmp_path / "out", dtype=torch.bfloat16)
+    picture = {"pixel_values": torch.randn(1, 3, 56, 28).bfloat16(), "image_sizes": torch.tensor([[56, 28]])}
+    features = [each.get_image_features(**picture).pooler_output[0] for each in (original, model)]
+    assert torch.equal(*features)
+    ids = torch.tensor([[5, *[original.config.image_token_id] * len(features[0]), 7, 8]])
+    ours, exact = (each(ids, **picture, use_cache=False).logits.float() for each in (model, original))
+    assert 0.01 < (ours - exact).norm() / exact.norm() < 0.9
+    assert [each["name"] for each in inspect(str(tmp_path / "out"))["linears"]] == [
+        name for name, module in model.named_modules() if isinstance(module, Apex4Linear)
+    ]
+    check(str(tmp_path / "out"), lambda line: None)
+    with pytest.raises(UsageError, match="rotates the residual stream"):
+        replace(settings, recipe="quarot-128g").resolve(ModelSource(str(tmp_path / "model")))
+    with pytest.raises(UsageError, match="distills, which a language model inside Mistral3"):
+        quantize(replace(settings, recipe="apex4-distill"), tmp_path / "distilled")
 
+
+def test_families_are_real_classes_and_unknown_ones_are_refused() -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    with torch.device("meta"):
+        tested = {type(make()).__name__ for make in MODELS.values()}
     for name, family in FAMILIES.items():
         assert hasattr(transformers, name)
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type] == name
-        assert any(name == type(make()).__name__ for make in MODELS.values()), f"no model of {name} is tested"
+        mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if family.beside else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        assert mapping[family.model_type] == name
+        assert name in tested, f"no model of {name} is tested"
+    with pytest.raises(UsageError, match=r"Llama4ForConditionalGeneration, whose experts read .* give another model"):
+        family_of({"architectures": ["Llama4ForConditionalGeneration"], "text_config": {}}, "some model")
+    inside = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral4"}}
+    with pytest.raises(UsageError, match="language model of type 'mistral4', which is not supported there"):
+        family_of(inside, "some model")
     with pytest.raises(Exception, match=r"GPT2LMHeadModel.*not supported.*LlamaForCausalLM"):
         family_of({"architectures": ["GPT2LMHeadModel"]}, "some model")
 

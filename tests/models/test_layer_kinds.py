@@ -216,14 +216,14 @@ def test_a_language_model_beside_others_is_refused_with_what_to_do(
     quantize_badly: Callable[..., Result], one_sentence: Callable[..., str], tmp_path: Path
 ) -> None:
     gpt_oss(tmp_path / "model")
-    wrapper = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+    wrapper = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(wrapper | {"text_config": {"model_type": "mistral"}}))
     one_sentence(
-        quantize_badly(tmp_path / "model"), 2, "Mistral3ForConditionalGeneration", "(mistral)", "folder of its own"
+        quantize_badly(tmp_path / "model"), 2, "LlavaForConditionalGeneration", "(mistral)", "folder of its own"
     )
     llama4 = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(llama4))
-    one_sentence(quantize_badly(tmp_path / "model"), 2, "Llama4ForCausalLM", "not supported")
+    one_sentence(quantize_badly(tmp_path / "model"), 2, "Llama4ForCausalLM", "give another model")
 
 
 @pytest.mark.parametrize(

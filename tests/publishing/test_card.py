@@ -13,10 +13,11 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load, metadata_update
 
 from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES, FAMILIES, gains_by_eight_bits
 from apex4_quant.publishing.base_model import base_model_of
 from apex4_quant.publishing.card import make_card, write_card
 from apex4_quant.publishing.folder import CheckpointFolder
-from apex4_quant.publishing.records import read_records, record_evaluation
+from apex4_quant.publishing.records import describe_device, read_records, record_evaluation
 
 from ..hub_server.server import HubServer
 from .test_publish import NAME, file, header, send
@@ -234,6 +235,20 @@ def test_a_measurement_made_again_takes_the_place_of_the_first(checkpoint: Calla
     assert "someone" not in (folder / "apex4_evaluation.json").read_text()
 
 
+def test_a_record_names_all_devices_of_a_model_that_is_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: ["H200", "L40S", "H200"][index])
+    named = {
+        "cuda": "H200",
+        "cuda:1": "L40S",
+        "cuda:0, cuda:2, disk": "2 x H200",
+        "cuda:1, cuda:0, cpu": "L40S and H200",
+    }
+    for device, name in named.items():
+        found = describe_device(device)
+        assert (found["device"], found["name"]) == (device, name)
+    assert describe_device("cpu, disk")["name"] == describe_device("cpu")["name"]
+
+
 def test_measurements_with_other_bits_stand_beside_each_other(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
     with_eight = {"activation_bits": [8], "kernels": ["s8"]}
@@ -272,6 +287,14 @@ def test_an_edited_recipe_and_a_plan_are_in_the_command(checkpoint: Callable[...
     card = card_of(folder)
     assert '{"name": "mine", "rounding": "gptq"}' in card and "--recipe recipe.json --plan plan.json" in card
     assert "--group-size" not in card and "--ignore '*.down_proj'" in card
+
+
+def test_the_card_names_every_gpu_that_there_are_kernels_for(checkpoint: Callable[..., Path]) -> None:
+    (kernels,) = re.findall(r"apex4 has kernels of .*", card_of(checkpoint()))
+    both, _, eight = kernels.partition("8-bit activations alone")
+    assert {int(sm) for sm in re.findall(r"sm_(\d+)", both)} == set(FAMILIES)
+    assert {int(sm) for sm in re.findall(r"sm_(\d+)", eight)} == set(EIGHT_BIT_FAMILIES) - set(FAMILIES)
+    assert all(gains_by_eight_bits(sm) for sm in (75, 90, 100, 120)) and not any(map(gains_by_eight_bits, (80, 86, 89)))
 
 
 DATA = Path(__file__).parent / "data" / "demo-w4a4"

@@ -16,8 +16,9 @@ from huggingface_hub import constants
 
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.models.source import resolve_model
+from apex4_quant.publishing import remote
 
-from ..hub_server.server import WRITER, HubServer
+from ..hub_server.server import STRANGER, WRITER, HubServer
 from .conftest import same_files
 from .test_faults import PUBLISH, looks_whole
 from .test_publish import NAME, send
@@ -57,6 +58,42 @@ def test_published_and_loaded_over_xet(
     forget()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     assert same_model(folder) and asked_for(at_hub, "GET /cdn/") == 3
+
+
+def test_a_stranger_opens_a_pull_request(
+    at_hub: HubServer, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CAS gives a token to write, for pull requests, to those who may only read the repository."""
+    send(checkpoint("old", shards=1))
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    new = checkpoint("new", seed=1, shards=1)
+    assert send(new, create_pr=True)["pull_request"] == 1
+    assert same_files(at_hub, NAME, new, "refs/pr/1") and not same_files(at_hub, NAME, new)
+
+
+@pytest.mark.parametrize(
+    ("given", "uploads"),
+    [({}, 8), ({remote.XET_UPLOADS[0]: "2"}, 2), ({remote.XET_MORE: "1"}, None)],
+    ids=["bounded", "by the user", "all there is"],
+)
+def test_uploads_at_once_which_take_memory(
+    at_hub: HubServer,
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    uploads: int | None,
+) -> None:
+    """As hf_xet reads it. What it takes is measured by scripts/bench/publish."""
+    from hf_xet import XetConfig
+
+    for name in (remote.XET_UPLOADS[0], remote.XET_MORE):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = XetConfig().get("client.ac_max_upload_concurrency")
+    send(checkpoint(shards=1))
+    assert XetConfig().get("client.ac_max_upload_concurrency") == (uploads or before)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["the same machine", "another machine"])

@@ -78,6 +78,7 @@ def test_windows_behind_bos_are_recorded_and_not_mixed(
     result = invoke(*command, "-o", out, "--samples", 4, "--bos", "always")
     assert result.exit_code == 0, result.stderr
     assert "calibration windows begin with BOS, token " in result.stderr
+    assert "different tokens only" in result.stderr  # one sentence again and again
     report = json.loads((out / "apex4_report.json").read_text())
     assert report["calibration_bos"] is True and report["settings"]["bos"] == "always"
     one_sentence(invoke("quantize", "--resume", "-o", out, "--bos", "never"), 2, "bos = 'always'", "'never'")

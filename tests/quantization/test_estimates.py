@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from apex4_quant.models.source import ModelSource
-from apex4_quant.quantization.estimates import MOST_BUSY, Timing, estimate_disk, preview, timing_of
+from apex4_quant.quantization.estimates import (
+    MOST_BUSY,
+    Clock,
+    Rates,
+    Timing,
+    estimate_disk,
+    measured_rates,
+    preview,
+    seconds_by_part,
+    timing_of,
+)
 from apex4_quant.quantization.plan import plan_of
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings
+from apex4_quant.recipes import named_recipes
+
+from .test_ranks import write_moe
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 
@@ -60,6 +75,56 @@ def test_a_busy_machine_is_no_slow_one() -> None:
     assert timing_of(waiting, [0.011, 0.012, 0.010, 0.011, 0.012]) == Timing(0.010, MOST_BUSY * 0.010)
     assert timing_of(waiting) == Timing(0.02, MOST_BUSY * 0.02)  # a GPU: the best of several
     assert timing_of([0.010, 0.020, 0.015], [0.012, 0.022, 0.016]) == Timing(0.010, 0.015)
+
+
+class Ticking:
+    """A clock for calls that compute 10 ms each and wait for a core 90 ms more."""
+
+    def __init__(self, seconds: float) -> None:
+        self._now, self._seconds = 0.0, seconds
+
+    def __call__(self) -> float:
+        self._now += self._seconds
+        return self._now
+
+
+def test_rates_are_those_of_a_free_machine_and_of_this_one() -> None:
+    threads = torch.get_num_threads()
+    free, busy = measured_rates("cpu", Clock(Ticking(0.1), Ticking(0.010 * threads)))
+    assert free.linear == free.product == pytest.approx(0.010 / 1024**3)
+    assert (free.scale, free.column) == pytest.approx((0.010 / 1024**2, 0.010 / 128))
+    # As long for 8 steps of 2 blocks as for 2 says nothing of a step: then half of it is taken.
+    assert free.step == pytest.approx(0.010 / 2 / 12)
+    for one, other in zip(astuple(free), astuple(busy), strict=True):
+        assert other == pytest.approx(MOST_BUSY * one)
+
+
+def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:
+    """By rates of one second for everything: what is done how often."""
+    ones = Rates(1, 1, 1, 1, 1)
+
+    def parts(model: Path, recipe: str, tokens: int, at_once: int | None = None) -> dict[str, float]:
+        source = ModelSource(str(model))
+        settings = QuantizeSettings(str(model), recipe, target="none", device="cpu").resolve(source)
+        return seconds_by_part(source, plan_of(source, settings), tokens, "cpu", ones, at_once)
+
+    model = tiny_model()  # 2 layers: q 128 x 128, k, v 64 x 128, o 128 x 128, gate, up 256 x 128, down 128 x 256
+    elements = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256)
+    gptq = parts(model, "gptq", 100)
+    assert gptq["passes"] == 125 * elements and gptq["scales"] == elements and gptq["errors"] == 2 * 1024 * elements
+    assert gptq["Hessians"] == pytest.approx(0.6 * 100 * 2 * (3 * 128**2 + 256**2))
+    assert gptq["factors"] == 2 * (3 * 128**3 + 256**3)
+    learned = parts(model, "apex4-fast", 100)
+    steps = named_recipes()["apex4-fast"].transform_steps
+    assert learned["transforms"] == steps * 2 * (1 + 1 + 1 + 2)
+    assert learned["clips"] == 2 * (3 * 128**2 + 256**2) * (4096 + 13 * 1024) and "gradients" not in learned
+    assert {"transforms", "gradients", "rounding"} <= set(parts(model, "apex4", 100))
+    rtn = parts(model, "rtn", 200)
+    assert rtn["passes"] == 2 * gptq["passes"] and not {"Hessians", "rounding", "gradients"} & set(rtn)
+    moe = write_moe(tmp_path / "moe")
+    dense = 2 * (2 * 128 * 128 + 2 * 64 * 128)
+    assert "portions" not in parts(moe, "gptq", 100)
+    assert parts(moe, "gptq", 100, 2)["portions"] == 2 * 2 * 100 * dense
 
 
 def test_an_estimate_is_a_range_around_rates_that_do_not_depend_on_luck(tiny_model: Call, monkeypatch: Any) -> None:

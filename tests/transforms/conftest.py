@@ -31,7 +31,9 @@ def _zoo() -> ModuleType:
 
 
 ZOO = _zoo()
-GEMMAS = ("gemma2", "gemma3")
+GEMMAS = ("gemma2", "gemma3", "gemma3 vision")
+# Whose language models are those of other families, layer by layer.
+WITH_VISION = ("mistral3", "gemma3 vision")
 ROTATABLE = [name for name in ZOO.MODELS if name not in (*GEMMAS, "olmo2")]
 ROTATED, BALANCED = Recipe("rotated", "", rotation=True), Recipe("balanced", "", diagonal=0.25)
 BOTH = Recipe("both", "", rounding="gptq", rotation=True, diagonal=0.25)

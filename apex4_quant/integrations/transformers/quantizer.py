@@ -87,11 +87,10 @@ def replace_linears(model: nn.Module, config: QuantConfig, base_prefix: str = ""
     its prefix.
     """
     unfuse_experts(model)
-    kept = set(config.modules_to_not_convert)
     made: dict[str, Apex4Linear] = {}  # by the name in the checkpoint
     for name, module in list(model.named_modules()):
         stored_name = name if name.startswith(f"{base_prefix}.") or not _is_base(model) else f"{base_prefix}.{name}"
-        if not isinstance(module, nn.Linear) or stored_name in kept or name in kept:
+        if not isinstance(module, nn.Linear) or config.keeps(stored_name) or config.keeps(name):
             continue
         format = config.linear_format(stored_name, module.out_features, module.in_features)
         new = Apex4Linear(format, module.bias is not None, module.weight.dtype, device="meta")

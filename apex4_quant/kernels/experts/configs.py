@@ -15,6 +15,7 @@ from ..gemm import configs as gemm_configs
 from ..gemm import s8_configs
 from ..gemm.configs import GemmConfig, GemmPlan
 from ..gemm.s8_configs import S8Config, S8Plan
+from ..gemm.sharing import split_counts
 from ..quantize.configs import DTYPES, FEW_ROWS, QuantizeConfig, dense_config, measuring_config
 from ..runtime.configuration import Configuration
 
@@ -141,9 +142,8 @@ def _best_splits(
     chosen = min(experts, choices)
     rows = chosen * -(-choices // (chosen * config.tile_m)) * config.tile_m  # if they spread evenly
     whole = ExpertPlan(config, most_tiles(choices, experts, config.tile_m), n, 1)
-    most = min(k_blocks // 2, 4 * sm_count // config.tiles(rows, n), _MOST_SPLITS)
     options = []
-    for splits in (1, *(each for each in (2, 3, 4, 6, 8) if each <= most)):
+    for splits in split_counts(config.tiles(rows, n), k_blocks, sm_count, _MOST_SPLITS):
         if isinstance(config, S8Config):
             clocks = s8_configs.clocks(sm, sm_count, S8Plan(config, rows, n, k_blocks, splits))
         else:

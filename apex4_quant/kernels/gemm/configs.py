@@ -16,7 +16,7 @@ from ...environment import reader
 from ...errors import UsageError
 from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
-from . import tuned
+from . import sharing, tuned
 
 ROW_ALIGNMENT = 16  # m_stride, the rows that activations are allocated for, is M rounded up to this
 _LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
@@ -26,7 +26,6 @@ DECODE_PARTS = 4  # warpgroups of the sm_90 kernel for few tokens: they share th
 # and 32-bit registers: CUDA C++ programming guide, compute capabilities.
 SHARED_LIMITS = {80: (166912, 167936), 86: (101376, 102400), 89: (101376, 102400), 90: (232448, 233472)}
 _RESERVED_SHARED = 1024  # of every thread block, for the system
-_MAX_SPLITS = 32
 # sm80: integer sums live in the mantissa of 1.5 * 2^23 and must stay below 2^22 (docs/kernels.md): blocks of a group.
 _MOST_GROUP_BLOCKS = (2**22 - 1) // (CODE_MAX**2 * BLOCK)
 
@@ -200,16 +199,14 @@ class GemmPlan:
         tiles = self.config.tiles(self.m, self.n)
         if self.config.family != "sm90":
             return tiles, self.splits, 1
-        if self.span:
-            return -(-tiles * self.k_blocks // self.span), 1, 1
-        return min(tiles, self.sm_count // self.cluster) * self.cluster, 1, 1  # each takes several
+        return sharing.sm90_grid(tiles, self.k_blocks, self.sm_count, self.span, self.cluster)
 
     @cached_property
     def parts(self) -> int:
         """Thread blocks that may share a tile; 1: there is nothing to add up."""
         if self.config.family != "sm90":
             return self.splits
-        return -(-self.k_blocks // self.span) + 1 if self.span else 1
+        return sharing.span_parts(self.k_blocks, self.span)
 
     @property
     def counters(self) -> int:
@@ -239,12 +236,8 @@ _REDUCTION = 1200.0  # clocks of adding partial sums, and of the tile's store
 _REDUCTION_PER_PART = 60.0
 _BLOCK_LATENCY = 500.0  # sm90: clocks of a block that is bound by nothing else (measured, H200)
 _SPANS = 12500.0  # sm90: clocks that sharing tiles costs: writing, announcing and adding partial sums (measured, H200)
-# sm90, few tokens (measured, H100): clocks of a block of 128 inputs where a thread block reads alone, of a tile's end, and of
-# adding a cluster's sums: with no token, and more for each.
-_DECODE_BLOCK, _DECODE_TILE, _CLUSTER = (80.0, 5.0), 600.0, (1500.0, 100.0)
-_MOST_CLUSTER = 2
+_DECODE = sharing.DecodeClocks(block=(80.0, 5.0), tile=600.0, adding=(1500.0, 100.0))  # measured, H100
 _FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM of sm90 is about
-_MOST_SHARED_WAVES = 4  # tiles are shared while the thread blocks fill the GPU at most so many times
 
 
 def clocks(sm: int, plan: GemmPlan) -> float:
@@ -256,12 +249,7 @@ def clocks(sm: int, plan: GemmPlan) -> float:
     # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
     memory = (config.tile_n * BLOCK / 2 + rows * BLOCK / 6) / _BYTES_PER_CLOCK[sm]
     if config.few_tokens:
-        waves = -(-tiles // (sm_count // plan.cluster))
-        own = -(-k_blocks // plan.cluster)
-        everything = tiles * k_blocks * memory / sm_count
-        a_block, adding = (start + config.tile_m * each for start, each in (_DECODE_BLOCK, _CLUSTER))
-        chain = waves * (own * a_block + _DECODE_TILE + (plan.cluster - 1) * adding)
-        return _LATENCY + max(everything, chain)
+        return _LATENCY + _DECODE.of(tiles, k_blocks, sm_count, plan.cluster, config.tile_m, memory)
     if config.family == "sm90":
         a_block = max(tensor, memory, _BLOCK_LATENCY)
         if plan.span:
@@ -299,19 +287,13 @@ def candidates(
             continue
         plan = GemmPlan(config, m, n, k_blocks, sm_count)
         if config.few_tokens:
-            found += [replace(plan, cluster=cluster) for cluster in range(1, _MOST_CLUSTER + 1)]
+            found += [replace(plan, cluster=cluster) for cluster in range(1, sharing.MOST_CLUSTER + 1)]
         elif config.family == "sm90":
-            tiles = config.tiles(m, n)
-            spans = {0}
-            if tiles < sm_count:  # whole tiles were faster wherever they fill the GPU once (measured, H200)
-                even = -(-tiles * k_blocks // sm_count)  # blocks of each multiprocessor
-                spans |= {max(even, least) for least in (4, 8)}
-            found += [replace(plan, span=span) for span in sorted(spans)]
+            spans = sharing.span_lengths(config.tiles(m, n), k_blocks, sm_count)
+            found += [replace(plan, span=span) for span in spans]
         else:
-            # Partial sums are written and read again: worth it only while thread blocks are few.
-            most = min(k_blocks // 2, _MOST_SHARED_WAVES * sm_count // config.tiles(m, n))
-            splits = (2, 3, 4, 6, 8, 12, 16, 24, _MAX_SPLITS)
-            found += [plan, *(replace(plan, splits=each) for each in splits if each <= most)]
+            splits = sharing.split_counts(config.tiles(m, n), k_blocks, sm_count)
+            found += [replace(plan, splits=each) for each in splits]
     return found
 
 
@@ -377,29 +359,22 @@ def _choose_gemm(
 
 def _named(wanted: str, sm: int, shape: GemmPlan) -> GemmPlan:
     """The plan that `NAME` or `NAME/CUT` names, for the shape, group kind and dtype of `shape`."""
-    name, _, cut = wanted.partition("/")
+
+    def cut(config: GemmConfig, number: int | None) -> GemmPlan | None:
+        plan, shares = replace(shape, config=config), 1 if number is None else number
+        if config.few_tokens:
+            return replace(plan, cluster=shares) if 1 <= shares <= sharing.MOST_CLUSTER else None
+        if config.family == "sm90":
+            return replace(plan, span=number or 0)
+        return replace(plan, splits=shares) if 1 <= shares <= min(sharing.MOST_SPLITS, shape.k_blocks) else None
+
     alike = [
         each for each in all_configs(sm) if (each.out, each.wide_groups) == (shape.config.out, shape.config.wide_groups)
     ]
-    for config in alike:
-        if config.tile_name == name and (not cut or cut.isdecimal()):
-            plan = replace(shape, config=config)
-            if config.few_tokens:
-                if 1 <= int(cut or 1) <= _MOST_CLUSTER:
-                    return replace(plan, cluster=int(cut or 1))
-            elif config.family == "sm90":
-                return replace(plan, span=int(cut or 0))
-            elif 1 <= int(cut or 1) <= min(_MAX_SPLITS, shape.k_blocks):
-                return replace(plan, splits=int(cut or 1))
-    names = sorted({config.tile_name for config in alike})
-    raise UsageError(
-        f"{VARIABLE}={wanted!r} names no kernel here: give NAME or NAME/CUT with one of {', '.join(names)}"
-    )
+    return sharing.named_plan(wanted, alike, cut, "", "CUT")
 
 
 def explain(sm: int, sm_count: int, m: int, n: int, k_blocks: int, blocks_per_group: int, count: int = 8) -> str:
     """The best candidates of the heuristic and their modelled clocks, one a line."""
-    ranked = sorted(
-        (clocks(sm, plan), plan.label) for plan in candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, "bf16")
-    )
-    return "\n".join(f"{clocks:12.0f} clocks  {label}" for clocks, label in ranked[:count])
+    plans = candidates(sm, sm_count, m, n, k_blocks, blocks_per_group, "bf16")
+    return sharing.as_text(((clocks(sm, plan), plan.label) for plan in plans), count)

@@ -26,8 +26,8 @@ MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of 
 SLICES = 64  # of quantize_tokens.cuh: blocks of tokens that are quantized at a time
 MOST_ROUNDS = 3  # of these, likewise
 TILE_M, STAGES = 8, 10
-# Of 8-bit activations: tokens, measured on an H200, and passes of quantize_whole_tokens.cuh. A thread block transforms all of a
-# token's inputs.
+# Of 8-bit activations: tokens, as with 4 bits (there is no record of how long it takes: docs/kernel_measurements.md, item 16), and passes
+# of quantize_whole_tokens.cuh. A thread block transforms all of a token's inputs.
 MOST_TOKENS_S8, ROUNDS_S8 = 3, 4
 _SLICES_OF_WARP = 4  # of quantize_whole_tokens.cuh
 _OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}

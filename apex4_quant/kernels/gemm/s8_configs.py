@@ -11,16 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Protocol
 
-from ...environment import GEMM as VARIABLE
-from ...errors import UsageError
 from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK
+from . import sharing
 from .configs import SHARED_LIMITS as _OTHERS
 
 PREFIX = "s8_"  # of the names that APEX4_GEMM takes
 _WARP_N = 32  # outputs of a warp: its codes are widened by no other
-_MOST_SPLITS = 32
-_MOST_SHARED_WAVES = 4  # tiles are shared while the thread blocks fill the GPU at most so many times
 _RESERVED_SHARED = 1024  # of every thread block, for the system (sm_80 and later)
 
 # As configs.SHARED_LIMITS: bytes that a thread block may have, bytes of a multiprocessor.
@@ -198,9 +195,8 @@ def candidates(sm: int, sm_count: int, m: int, n: int, k_blocks: int, out: str) 
         if config.tile_m > 16 and config.tile_m >= 2 * m:  # mostly padding
             continue
         plan = S8Plan(config, m, n, k_blocks)
-        # Partial sums are written and read again: worth it only while thread blocks are few.
-        most = min(k_blocks // 2, _MOST_SHARED_WAVES * sm_count // config.tiles(m, n), _MOST_SPLITS)
-        found += [plan, *(replace(plan, splits=each) for each in (2, 3, 4, 6, 8, 12, 16, 24, 32) if each <= most)]
+        splits = sharing.split_counts(config.tiles(m, n), k_blocks, sm_count)
+        found += [replace(plan, splits=each) for each in splits]
     return found
 
 
@@ -220,14 +216,11 @@ def choose_s8(
 
 def _named(wanted: str, sm: int, shape: S8Plan) -> S8Plan:
     """The plan that `NAME` or `NAME/SPLITS` names, for the shape and dtype of `shape`."""
-    name, _, cut = wanted.partition("/")
+
+    def cut(config: S8Config, number: int | None) -> S8Plan | None:
+        splits = 1 if number is None else number
+        fits = 1 <= splits <= min(sharing.MOST_SPLITS, shape.k_blocks)
+        return replace(shape, config=config, splits=splits) if fits else None
+
     alike = [config for config in all_configs(sm) if config.out == shape.config.out]
-    for config in alike:
-        if config.tile_name == name and (not cut or cut.isdecimal()):
-            splits = int(cut or 1)
-            if 1 <= splits <= min(_MOST_SPLITS, shape.k_blocks):
-                return replace(shape, config=config, splits=splits)
-    raise UsageError(
-        f"{VARIABLE}={wanted!r} names no kernel for 8-bit activations here: give NAME or NAME/SPLITS with one of "
-        f"{', '.join(sorted(config.tile_name for config in alike))}"
-    )
+    return sharing.named_plan(wanted, alike, cut, " for 8-bit activations", "SPLITS")

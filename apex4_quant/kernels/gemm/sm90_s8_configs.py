@@ -10,18 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from ...environment import GEMM as VARIABLE
-from ...errors import UsageError
 from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, round_up
-from . import tuned
+from . import sharing, tuned
 from .configs import DECODE_PARTS, PlanSource
 
 PREFIX = "sm90_s8_"  # of the names that APEX4_GEMM takes
 _LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
 _CONSUMERS = 2  # warpgroups that multiply, of the kernel for many tokens
 _CHUNK = 32  # tokens that a warpgroup stores at a time
-_MOST_CLUSTER = 2
 FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
 
 
@@ -142,14 +139,12 @@ class Sm90S8Plan:
     @cached_property
     def grid(self) -> tuple[int, int, int]:
         tiles = self.config.tiles(self.m, self.n)
-        if self.span:
-            return -(-tiles * self.k_blocks // self.span), 1, 1
-        return min(tiles, self.sm_count // self.cluster) * self.cluster, 1, 1  # each takes several
+        return sharing.sm90_grid(tiles, self.k_blocks, self.sm_count, self.span, self.cluster)
 
     @cached_property
     def parts(self) -> int:
         """Thread blocks that may share a tile; 1: there is nothing to add up in global memory."""
-        return -(-self.k_blocks // self.span) + 1 if self.span else 1
+        return sharing.span_parts(self.k_blocks, self.span)
 
     @property
     def counters(self) -> int:
@@ -165,14 +160,12 @@ class Sm90S8Plan:
 # ---- the heuristic (measured, H200) -----------------------------------------------------------------------------------
 
 _LATENCY = 1500.0  # clocks until the first block's products, and of a kernel's end
-# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile.
-_BLOCK = {256: 1250.0, 128: 800.0, 64: 650.0}
-_TILE = {256: 2500.0, 128: 1700.0, 64: 1300.0}
+# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile (docs/kernel_measurements.md, item 16).
+_BLOCK = {256: 1044.0, 128: 668.0, 64: 543.0}
+_TILE = {256: 2900.0, 128: 1970.0, 64: 1510.0}
 _SPANS = 14000.0  # that sharing tiles costs: writing, announcing and adding partial sums
 _BYTES_PER_CLOCK = 19.0  # of memory, a multiprocessor's part
-# Few tokens: clocks of a block where a thread block reads alone, of a tile's end, and of adding a cluster's sums: with no token,
-# and more for each.
-_DECODE_BLOCK, _DECODE_TILE, _CLUSTER = (230.0, 2.0), 700.0, (1500.0, 40.0)
+_DECODE = sharing.DecodeClocks(block=(230.0, 2.0), tile=700.0, adding=(1500.0, 40.0))
 
 
 def _clocks(plan: Sm90S8Plan) -> float:
@@ -182,12 +175,7 @@ def _clocks(plan: Sm90S8Plan) -> float:
     # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
     memory = (config.tile_n * (BLOCK // 2 + 2) + rows * BLOCK / 6) / _BYTES_PER_CLOCK
     if config.few_tokens:
-        waves = -(-tiles // (sm_count // plan.cluster))
-        own = -(-k_blocks // plan.cluster)
-        everything = tiles * k_blocks * memory / sm_count
-        a_block, adding = (start + config.tile_m * each for start, each in (_DECODE_BLOCK, _CLUSTER))
-        chain = waves * (own * a_block + _DECODE_TILE + (plan.cluster - 1) * adding)
-        return _LATENCY + max(everything, chain)
+        return _LATENCY + _DECODE.of(tiles, k_blocks, sm_count, plan.cluster, config.tile_m, memory)
     a_block = max(_BLOCK[config.tile_m], memory)
     if plan.span:
         return _LATENCY + plan.span * a_block + _SPANS
@@ -204,14 +192,10 @@ def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[S
         plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)
         if config.few_tokens:
             if m <= FEW_TOKENS:
-                found += [replace(plan, cluster=cluster) for cluster in range(1, _MOST_CLUSTER + 1)]
+                found += [replace(plan, cluster=cluster) for cluster in range(1, sharing.MOST_CLUSTER + 1)]
             continue
-        tiles = config.tiles(m, n)
-        spans = {0}
-        if tiles < sm_count:
-            even = -(-tiles * k_blocks // sm_count)  # blocks of each multiprocessor
-            spans |= {max(even, least) for least in (4, 8)}
-        found += [replace(plan, span=span) for span in sorted(spans)]
+        spans = sharing.span_lengths(config.tiles(m, n), k_blocks, sm_count)
+        found += [replace(plan, span=span) for span in spans]
     return found
 
 
@@ -242,22 +226,18 @@ def _choose(
 
 def _named(wanted: str, shape: Sm90S8Plan) -> Sm90S8Plan:
     """The plan that `NAME` or `NAME/CUT` names, for the shape and dtype of `shape`."""
-    name, _, cut = wanted.partition("/")
+
+    def cut(config: Sm90S8Config, number: int | None) -> Sm90S8Plan | None:
+        plan, blocks = replace(shape, config=config, span=0, cluster=1), 1 if number is None else number
+        if not config.few_tokens:
+            return replace(plan, span=number or 0)
+        return replace(plan, cluster=blocks) if 1 <= blocks <= sharing.MOST_CLUSTER else None
+
     alike = [config for config in all_configs(90) if config.out == shape.config.out]
-    for config in alike:
-        if config.tile_name == name and (not cut or cut.isdecimal()):
-            plan = replace(shape, config=config, span=0, cluster=1)
-            if not config.few_tokens:
-                return replace(plan, span=int(cut or 0))
-            if 1 <= int(cut or 1) <= _MOST_CLUSTER:
-                return replace(plan, cluster=int(cut or 1))
-    raise UsageError(
-        f"{VARIABLE}={wanted!r} names no kernel for 8-bit activations here: give NAME or NAME/CUT with one of "
-        f"{', '.join(sorted(config.tile_name for config in alike))}"
-    )
+    return sharing.named_plan(wanted, alike, cut, " for 8-bit activations", "CUT")
 
 
 def explain(sm_count: int, m: int, n: int, k_blocks: int, count: int = 8) -> str:
     """The best candidates of the heuristic and their modelled clocks, one a line."""
-    ranked = sorted((_clocks(plan), plan.label) for plan in candidates(sm_count, m, n, k_blocks, "bf16"))
-    return "\n".join(f"{clocks:12.0f} clocks  {label}" for clocks, label in ranked[:count])
+    plans = candidates(sm_count, m, n, k_blocks, "bf16")
+    return sharing.as_text(((_clocks(plan), plan.label) for plan in plans), count)

@@ -15,8 +15,6 @@ from .serving import Server
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 openai = pytest.importorskip("openai", reason="needs vLLM: scripts/test-vllm")
 
-pytestmark = pytest.mark.xdist_group("server")  # one server, in one process, and these tests in their order
-
 
 @pytest.fixture(scope="module")
 def server(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

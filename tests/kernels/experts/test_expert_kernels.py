@@ -194,20 +194,19 @@ def test_the_weighted_sum(aligned: bool, dtype: torch.dtype, on_cpu: None) -> No
     assert sum_problems(aligned, dtype) == []
 
 
-ROWS, EIGHT, FOUR, ROUTE, SUM = "tile_rows.cuh", "gemm_s8.cu", "gemm_sm80.cu", "route.cu", "combine.cu"
+ROWS, CODES, EIGHT, FOUR = "tile_rows.cuh", "gemm_mma_sync.cuh", "gemm_s8.cu", "gemm_sm80.cu"
+ROUTE, SUM = "route.cu", "combine.cu"
 MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "divisor": ((ROWS, ") / divisor", ")"), CASES["ragged"]),
     "first row of a tile": ((ROWS, "tile.y + row", "row"), CASES["ragged"]),
     "target": ((ROWS, "sorted : target_rows[sorted]", "sorted : sorted"), CASES["ragged"]),
     "units of an expert": ((ROWS, "tile.x * units", "tile.x"), CASES["ragged"]),
     "rows of a tile": ((ROWS, "rows = tile.z", "rows = TILE_M"), CASES["ragged"]),
-    "chunks of a row": ((EIGHT, "sm90_activation_byte(rows.source(row), chunk)", "sm90_activation_byte(rows.source(row), place)"), CASES["ragged"]),
-    "weights": ((EIGHT, "w_packed += expert_tiles * k_blocks", "w_packed += k_blocks"), CASES["ragged"]),
-    "ratios": ((EIGHT, "w_ratio += expert_tiles * groups", "w_ratio += groups"), CASES["ragged"]),
+    "chunks of a row": ((CODES, "place(rows.source(row), chunk)", "place(rows.source(row), chunk_wr)"), CASES["ragged"]),
+    "weights": ((ROWS, "w_packed += expert_tiles * k_blocks", "w_packed += k_blocks"), CASES["ragged"]),
+    "ratios": ((ROWS, "w_scale += expert_tiles * groups", "w_scale += groups"), CASES["ragged"]),
     "scales of tokens": ((EIGHT, "p.a_scale[rows.source(token)]", "p.a_scale[token]"), CASES["ragged"]),
-    "4 bits: chunks of a row": ((FOUR, "sm80_activation_byte(rows.source(row), chunk)", "sm80_activation_byte(rows.source(row), place)"), CASES["4 bits, ragged"]),
-    "4 bits: weights": ((FOUR, "w_packed += expert_tiles * k_blocks", "w_packed += k_blocks"), CASES["4 bits, ragged"]),
-    "4 bits: scales": ((FOUR, "w_scale += expert_tiles * groups", "w_scale += groups"), CASES["4 bits, ragged"]),
+    "4 bits: chunks of a row": ((CODES, "place(rows.source(row), chunk)", "place(rows.source(row), chunk_wr)"), CASES["4 bits, ragged"]),
     "4 bits: scales of tokens": ((FOUR, "a_scale_gmem_rd + rows.source(row)", "a_scale_gmem_rd + row"), CASES["4 bits, ragged"]),
     "4 bits: their group": ((FOUR, "a_scale_gmem_rd += p.m_stride;", ""), CASES["4 bits, ragged"]),
     "4 bits: target": ((FOUR, "rows.target(row)", "row"), CASES["4 bits, ragged"]),

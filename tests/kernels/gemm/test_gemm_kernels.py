@@ -386,7 +386,7 @@ def test_huge_tiny_and_undefined_scales(config: GemmConfig, on_cpu: None) -> Non
 
 # ---- changes that must be noticed -----------------------------------------------------------------------------------
 
-KERNEL, INDEX = "gemm_sm80.cu", "index.cuh"
+KERNEL, SHARED, INDEX = "gemm_sm80.cu", "gemm_mma_sync.cuh", "index.cuh"
 FEW = Case(M16, 17, 200, 5)
 SPLIT = replace(FEW, splits=2)
 WIDE = Case(WIDE_16, 3, 136, 6, per_group=3, splits=2)
@@ -405,12 +405,12 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
         FEW,
     ),
     "alignment": ([(KERNEL, "__align__(128)", "__align__(16)")], FEW),
-    "end of a split": ([(KERNEL, "k_blocks) * (split + 1) / splits)", "k_blocks) / splits * (split + 1))")], SPLIT),
-    "start of a split": ([(KERNEL, "k_blocks) * split / splits)", "k_blocks) / splits * split + split)")], SPLIT),
-    "group of a split": ([(KERNEL, "blocks_per_group - first_block % blocks_per_group;", "blocks_per_group;")], replace(WIDE, splits=3)),
+    "end of a split": ([(SHARED, "k_blocks) * (split + 1) / splits)", "k_blocks) / splits * (split + 1))")], SPLIT),
+    "start of a split": ([(SHARED, "k_blocks) * split / splits)", "k_blocks) / splits * split + split)")], SPLIT),
+    "group of a split": ([(KERNEL, "blocks_per_group - blocks.first % blocks_per_group;", "blocks_per_group;")], replace(WIDE, splits=3)),
     "scale of a split": ([(KERNEL, "const int tid = threadIdx.x, group = kb / p.blocks_per_group", "const int tid = threadIdx.x, group = 0 * kb")], SPLIT),
-    "counter": ([(KERNEL, "if (last) counter[tile] = 0;", "")], SPLIT),
-    "last of the splits": ([(KERNEL, "== splits - 1;", "== splits - 2;")], replace(FEW, splits=3)),
+    "counter": ([(SHARED, "if (last) counter[tile] = 0;", "")], SPLIT),
+    "last of the splits": ([(SHARED, "== splits - 1;", "== splits - 2;")], replace(FEW, splits=3)),
     "wait": ([(KERNEL, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>")], replace(FEW, blocks=11)),
     "barrier": ([(KERNEL, "__syncthreads();  // the stage", "// the stage")], replace(FEW, blocks=11)),
     "refilled stage": ([(KERNEL, "refill = at;\n", "refill = at + STAGE_BYTES < STAGES * STAGE_BYTES ? at + STAGE_BYTES : 0;\n")], replace(FEW, blocks=20)),

@@ -179,7 +179,7 @@ def test_huge_tiny_and_undefined_scales(on_cpu: None) -> None:
     s8.check_extremes(M16, torch.Generator().manual_seed(2))
 
 
-KERNEL, FOLD, INDEX = "gemm_s8.cu", "folded_weights.cuh", "index.cuh"
+KERNEL, SHARED, FOLD, INDEX = "gemm_s8.cu", "gemm_mma_sync.cuh", "folded_weights.cuh", "index.cuh"
 FEW, SPLIT = CASES[1], CASES[2]
 MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "row of ldmatrix": ([(INDEX, "s8_ldmatrix_row, (int lane), lane & 7)", "s8_ldmatrix_row, (int lane), lane & 3)")], FEW),
@@ -188,12 +188,12 @@ MUTATIONS: dict[str, tuple[list[tuple[str, str, str]], Case]] = {
     "rounding": ([(FOLD, "ROUND = 0x00800080", "ROUND = 0x007f007f")], FEW),
     "signs of the second half": ([(FOLD, "word << 4, 0xbfae", "word << 4, 0xfbea")], FEW),
     "negative codes forwards": ([(FOLD, "pair(-4)", "pair(-3)")], FEW),
-    "a borrow of the next half": ([(FOLD, "ROUND_NEGATIVE = 0x0080007f", "ROUND_NEGATIVE = 0x007f007f")], FEW),
+    "a borrow of the next half": ([(FOLD, "ROUND = 0x0080007f", "ROUND = 0x007f007f")], FEW),
     "group of a split": ([(KERNEL, "blocks_left = (group + 1) * p.blocks_per_group - kb;", "blocks_left = p.blocks_per_group;")], (S8Plan(M16, 17, 200, 6, 3), 3, 0)),
     "wait": ([(KERNEL, "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>")], FEW),
     "barrier": ([(KERNEL, "__syncthreads();  // the stage", "// the stage")], (S8Plan(M16, 17, 200, 12), 1, 0)),
     "stages left before y": ([(KERNEL, "__syncthreads();  // everyone has left the stages", "")], (S8Plan(M16, 5, 133, 1), 1, 0)),
-    "counter": ([(KERNEL, "if (last) counter[tile] = 0;", "")], SPLIT),
+    "counter": ([(SHARED, "if (last) counter[tile] = 0;", "")], SPLIT),
     "own part twice": ([(KERNEL, "if (s == split) continue;", "")], SPLIT),
     "edge": ([(KERNEL, "vectors && n0 + column + 8 <= p.n", "vectors")], (S8Plan(M16, 5, 133, 1), 1, 3)),
     "outputs trade": ([(KERNEL, "odd ? 0x3276 : 0x5410", "odd ? 0x7632 : 0x5410")], FEW),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -37,7 +38,7 @@ NOTHING = PlanSource(None, 0)
 
 # ---- folding ----------------------------------------------------------------------------------------------------------
 
-# What fold_fragments.cuh takes from CUDA, and its functions for a caller in C.
+# What fold_fragments.cuh and folded_weights.cuh take from CUDA, and the former's functions for a caller in C.
 _BEFORE = """
 #include <cstdint>
 #define __device__
@@ -72,8 +73,8 @@ def fold_block(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("fold")
-    header = (SOURCES / "gemm" / "fold_fragments.cuh").read_text()
-    header = header.replace('#include "common/ptx.cuh"', "").replace("#pragma once", "")
+    text = "".join((SOURCES / "gemm" / name).read_text() for name in ("folded_weights.cuh", "fold_fragments.cuh"))
+    header = re.sub(r"^#(include .*|pragma once)$", "", text, flags=re.MULTILINE)
     (folder / "fold.cpp").write_text(_BEFORE + header + _BEHIND)
     command = [cuda_on_cpu.COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", "fold.so", "fold.cpp"]
     subprocess.run(command, cwd=folder, check=True)

@@ -1,4 +1,4 @@
-// What both GEMMs do with finished sums: 16-bit outputs, and the order in which tiles are visited.
+// What GEMMs do with finished sums: 16-bit outputs, how they are stored, and the order in which tiles are visited.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -18,6 +18,20 @@ __device__ __forceinline__ uint32 pack_pair(float low, float high) {
   return *reinterpret_cast<const uint32*>(&pair);
 }
 #endif
+
+// Whether y may be written 16 bytes at a time.
+__device__ __forceinline__ bool has_vectors(const Out* y, int ldy) {
+  return ldy % 8 == 0 && (reinterpret_cast<uint64>(y) & 15) == 0;
+}
+
+// Eight outputs of a token one by one, of which those before column n exist.
+__device__ __forceinline__ void store_singly(Out* y_gmem_wr, const uint32 (&words)[4], int column, int n) {
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    const unsigned short word = static_cast<unsigned short>(words[c / 2] >> (16 * (c % 2)));
+    if (column + c < n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&word);
+  }
+}
 
 // Tiles are visited in bands of `BAND` tiles along m: within a band all n, so that what runs at one time shares both
 // operands in L2.

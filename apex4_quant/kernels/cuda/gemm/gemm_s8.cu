@@ -21,17 +21,11 @@
 //
 // Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SHARED_BYTES (of all stages), OUT_BF16, EXPERTS.
 
-#include "gemm/epilogue.cuh"
 #include "gemm/folded_weights.cuh"
-#include "gemm/tile_rows.cuh"
-#include "common/index.cuh"
-#include "common/ptx.cuh"
+#include "gemm/gemm_mma_sync.cuh"
 
-constexpr int THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int FRAGMENTS_N = TILE_N / WARPS_N / 16;  // m16 fragments of a warp: of outputs
 constexpr int FRAGMENTS_M = TILE_M / WARPS_M / 8;   // n8 fragments of a warp: of tokens
-constexpr int WEIGHT_TILE_N = 64;                   // the layout's tile
-constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 static_assert(TILE_M % (8 * WARPS_M) == 0 && TILE_M % 16 == 0 && TILE_N % 64 == 0, "tile of a warp");
 static_assert(TILE_N % (16 * WARPS_N) == 0 && (64 % (16 * FRAGMENTS_N) == 0), "a warp's outputs lie in one tile of weights");
 
@@ -58,30 +52,18 @@ struct Problem {
   int m, n, k_blocks, blocks_per_group, groups, m_stride, ldy;
 };
 
-// The copies into a stage. Each thread keeps running pointers to the pieces it copies: 16-byte chunks tid, tid + THREADS,
-// ... of the codes, and at most one chunk of ratios. Rows past m_stride and weight tiles past N are not copied: what stands
-// in their place reaches only outputs that are not stored.
-struct Loader {
-  static constexpr int A_COPIES = (TILE_M * BLOCK / 16 + THREADS - 1) / THREADS;
-  static constexpr int COPIES_PER_TILE = WEIGHT_TILE_BYTES / 16 / THREADS;
-  static_assert(WEIGHT_TILE_BYTES % (16 * THREADS) == 0, "a weight tile is copied in whole rounds of all threads");
+// The copies into a stage: codes, and at most one chunk of ratios a thread.
+struct Loader : CodeLoader<BLOCK, sm90_activation_byte> {
   static_assert(TILE_N / 8 <= THREADS, "one chunk of ratios a thread");
 
-  const uint8 *a_gmem_rd, *w_gmem_rd, *ratio_gmem_rd;
-  int a_rows, w_tiles;  // of this tile, that exist
+  const uint8* ratio_gmem_rd;
   bool has_ratio;
   int blocks_left;  // of the group that ratio_gmem_rd points to
 
   __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) {
     const int tid = threadIdx.x, group = kb / p.blocks_per_group, tile = n0 / WEIGHT_TILE_N;
-#if EXPERTS
-    a_gmem_rd = p.a_codes + static_cast<long long>(kb) * p.m_stride * BLOCK;
-#else
-    a_rows = p.m_stride - m0;
-    a_gmem_rd = p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * BLOCK + 16 * tid;
-#endif
-    w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
-    w_gmem_rd = p.w_packed + (static_cast<long long>(tile) * p.k_blocks + kb) * WEIGHT_TILE_BYTES + 16 * tid;
+    start_tokens(p, kb, m0);
+    start_weights(p, kb, tile);
     const int column = 8 * tid, ratio_tile = column / WEIGHT_TILE_N;
     has_ratio = column < TILE_N && ratio_tile < w_tiles;
     ratio_gmem_rd = reinterpret_cast<const uint8*>(
@@ -92,43 +74,13 @@ struct Loader {
   // Starts the copies of the next block.
   __device__ __forceinline__ void load(const Problem& p, const TileRows& rows, uint32 stage_smem_wr) {
     const uint32 chunk_smem_wr = stage_smem_wr + 16 * threadIdx.x;
-#if EXPERTS
-    const int rows_here = rows.end(p.m);
-#else
-    const int rows_here = min(a_rows, TILE_M);
-#endif
-#pragma unroll
-    for (int i = 0; i < A_COPIES; ++i) {
-      constexpr int ROWS = THREADS * 16 / BLOCK;  // of one round
-      static_assert(ROWS % 8 == 0, "the swizzle repeats");
-      const int row = static_cast<int>(threadIdx.x) * 16 / BLOCK + i * ROWS;
-      if (row < rows_here) {
-#if EXPERTS
-        // A row's chunks are in the order that its place in a_codes says, and here in that of its place in the tile.
-        const int place = threadIdx.x * 16 % BLOCK / 16, first_row = threadIdx.x * 16 / BLOCK;
-        const int chunk = sm90_activation_byte(first_row, place) % BLOCK / 16;
-        const uint8* from = a_gmem_rd + sm90_activation_byte(rows.source(row), chunk);
-#else
-        const uint8* from = a_gmem_rd + i * 16 * THREADS;
-#endif
-        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, a_codes) + i * 16 * THREADS, from);
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < TILE_N / WEIGHT_TILE_N; ++t) {
-      if (t >= w_tiles) break;
-#pragma unroll
-      for (int i = 0; i < COPIES_PER_TILE; ++i) {
-        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, w_packed) + t * WEIGHT_TILE_BYTES + i * 16 * THREADS,
-                         w_gmem_rd + static_cast<long long>(t * p.k_blocks) * WEIGHT_TILE_BYTES + i * 16 * THREADS);
-      }
-    }
+    load_tokens(rows, rows_here(p.m, rows), chunk_smem_wr + offsetof(Stage, a_codes));
+    load_weights(p, chunk_smem_wr + offsetof(Stage, w_packed));
     if (has_ratio) ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, w_ratio), ratio_gmem_rd);
-    a_gmem_rd += p.m_stride * BLOCK;
-    w_gmem_rd += WEIGHT_TILE_BYTES;
+    advance(p);
     if (--blocks_left == 0) {
       blocks_left = p.blocks_per_group;
-      ratio_gmem_rd += 2 * WEIGHT_TILE_N;
+      ratio_gmem_rd += WEIGHT_SCALE_BYTES;
     }
   }
 };
@@ -147,15 +99,7 @@ __device__ __forceinline__ bool reduce_splits(Accumulators& acc, int* partial, u
       slice[split * VECTORS + (i * FRAGMENTS_M + j) * THREADS] = make_int4(a[0], a[1], a[2], a[3]);
     }
   }
-  __threadfence();
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) {
-    last = atomicAdd(&counter[tile], 1) == splits - 1;
-    if (last) counter[tile] = 0;  // ready for the next launch
-  }
-  if (!__syncthreads_or(last)) return false;
-  __threadfence();
+  if (!comes_last(counter, tile, splits)) return false;
 #pragma unroll 1
   for (int s = 0; s < splits; ++s) {
     if (s == split) continue;
@@ -217,7 +161,7 @@ __device__ __forceinline__ void write_outputs(const Problem& p, const TileRows& 
 
 // The tile from shared memory to y, 16 bytes a thread.
 __device__ __forceinline__ void store_tile(const Problem& p, const TileRows& rows, uint32 y_smem, int m0, int n0) {
-  const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
+  const bool vectors = has_vectors(p.y, p.ldy);
   for (int chunk = threadIdx.x; chunk < TILE_M * TILE_N / 8; chunk += THREADS) {
     const int token = chunk / (TILE_N / 8), column = chunk % (TILE_N / 8) * 8;
     if (m0 + token >= rows.end(p.m) || n0 + column >= p.n) continue;
@@ -227,11 +171,7 @@ __device__ __forceinline__ void store_tile(const Problem& p, const TileRows& row
       *reinterpret_cast<uint4*>(y_gmem_wr) = v;
     } else {
       const uint32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const unsigned short bits = static_cast<unsigned short>(words[c / 2] >> (16 * (c % 2)));
-        if (n0 + column + c < p.n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&bits);
-      }
+      store_singly(y_gmem_wr, words, n0 + column, p.n);
     }
   }
 }
@@ -256,24 +196,18 @@ extern "C" __global__ void __launch_bounds__(THREADS AT_ONCE)
   ptx::wait_for_predecessor();
   const int4 own = tiles[tile.m];
   if (own.x < 0) return;
-  const int weight_tiles = (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
-  rows.read(own, source_rows, target_rows, source_divisor, weight_tiles * WEIGHT_TILE_N, THREADS);
-  __syncthreads();
-  const long long expert_tiles = static_cast<long long>(own.x) * weight_tiles;
-  w_packed += expert_tiles * k_blocks * WEIGHT_TILE_BYTES;
-  w_ratio += expert_tiles * groups * WEIGHT_TILE_N;
+  rows.start(own, w_packed, w_ratio, n, k_blocks, groups, source_rows, target_rows, source_divisor, THREADS);
   tile.m = 0;  // rows are counted in the tile
 #else
   const TileRows rows = {};
 #endif
   const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
   const int split = blockIdx.y;
-  const int first_block = static_cast<int>(static_cast<long long>(k_blocks) * split / splits);
-  const int last_block = static_cast<int>(static_cast<long long>(k_blocks) * (split + 1) / splits);
+  const BlockRange blocks(k_blocks, split, splits);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m0 = warp / WARPS_N * (8 * FRAGMENTS_M), warp_n0 = warp % WARPS_N * (16 * FRAGMENTS_N);
 
-  Loader loader(p, first_block, tile.m * TILE_M, tile.n * TILE_N);
+  Loader loader(p, blocks.first, tile.m * TILE_M, tile.n * TILE_N);
   const uint32 stages_smem = ptx::shared_address(stages);
 
   // Of this lane, relative to a stage: everything else in the loop is a constant offset.
@@ -328,16 +262,16 @@ extern "C" __global__ void __launch_bounds__(THREADS AT_ONCE)
   ptx::wait_for_predecessor();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (first_block + s < last_block) loader.load(p, rows, stages_smem + s * STAGE_BYTES);
+    if (blocks.first + s < blocks.last) loader.load(p, rows, stages_smem + s * STAGE_BYTES);
     ptx::cp_async_commit();
   }
 
   // Main loop: one block of 128 input features, one pipeline stage, per turn.
   uint32 at = 0, refill = (STAGES - 1) * STAGE_BYTES;  // the stage that is read, and the one read before it
-  for (int kb = first_block; kb < last_block; ++kb) {
+  for (int kb = blocks.first; kb < blocks.last; ++kb) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();  // the stage has landed for everyone, and everyone has left the one that is refilled now
-    if (kb + STAGES - 1 < last_block) loader.load(p, rows, stages_smem + refill);
+    if (kb + STAGES - 1 < blocks.last) loader.load(p, rows, stages_smem + refill);
     ptx::cp_async_commit();
     make_tables(at);
     widen_half(at, 0);

@@ -20,19 +20,13 @@
 // Macros: TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SHARED_BYTES (of all stages), WIDE_GROUPS (0: groups of
 // 128; 1: any multiple), OUT_BF16, EXPERTS (with groups of 128).
 
-#include "gemm/epilogue.cuh"
-#include "gemm/tile_rows.cuh"
-#include "common/index.cuh"
-#include "common/ptx.cuh"
+#include "gemm/gemm_mma_sync.cuh"
 
-constexpr int THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int FRAGMENTS_M = TILE_M / WARPS_M / 16;  // m16 fragments of a warp
 constexpr int FRAGMENTS_N = TILE_N / WARPS_N / 8;   // n8 fragments of a warp
 static_assert(TILE_M % (16 * WARPS_M) == 0 && TILE_N % 64 == 0 && TILE_N % (32 * WARPS_N) == 0, "tile of a warp");
 
 constexpr int ROW_BYTES = BLOCK / 2;  // of a_codes
-constexpr int WEIGHT_TILE_N = 64;     // the layout's tile
-constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * ROW_BYTES;
 constexpr int MAGIC = 0x4B400000;            // the float 12582912 = 1.5 * 2^23: adding an integer below 2^22 keeps the exponent
 constexpr float MAGIC_VALUE = 12582912.0f;
 
@@ -44,7 +38,7 @@ struct Stage {
   __half w_scale[TILE_N];
 };
 static_assert(sizeof(Stage) % 64 == 0, "stages stay aligned: a_smem_rd is XORed with a chunk's bits");
-static_assert(sizeof(Stage) * STAGES == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
+static_assert(sizeof(Stage) * STAGES == SHARED_BYTES, "what the host asks for (kernels/gemm/configs.py)");
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 
 struct Problem {
@@ -57,37 +51,27 @@ struct Problem {
   int m, n, k_blocks, blocks_per_group, groups, m_stride, ldy;
 };
 
-// Step 1 of a block: the copies into a stage. Each thread keeps running pointers to the pieces it copies: 16-byte chunks
-// tid, tid + THREADS, ... of the codes, and at most one chunk of scales. Rows past m_stride and weight tiles past N are
-// not copied: what stands in their place reaches only outputs that are not stored.
-struct Loader {
-  static constexpr int A_COPIES = (TILE_M * ROW_BYTES / 16 + THREADS - 1) / THREADS;
-  static constexpr int COPIES_PER_TILE = WEIGHT_TILE_BYTES / 16 / THREADS;
+// Step 1 of a block: the copies into a stage, of codes and of at most one chunk of scales a thread.
+struct Loader : CodeLoader<ROW_BYTES, sm80_activation_byte> {
   static constexpr int A_SCALE_CHUNKS = TILE_M / 4, W_SCALE_CHUNKS = TILE_N / 8;
-  static_assert(WEIGHT_TILE_BYTES % (16 * THREADS) == 0, "a weight tile is copied in whole rounds of all threads");
   static_assert(A_SCALE_CHUNKS + W_SCALE_CHUNKS <= THREADS, "one chunk of scales a thread");
 
-  const uint8 *a_gmem_rd, *w_gmem_rd, *scale_gmem_rd;
+  const uint8* scale_gmem_rd;
 #if EXPERTS
   const float* a_scale_gmem_rd;
 #endif
   int scale_stride;
   uint32 scale_smem_wr;  // relative to the stage
-  int a_rows, w_tiles;   // of this tile, that exist
   bool has_scale;
   int blocks_left;  // of the group that scale_gmem_rd points to
 
   __device__ __forceinline__ Loader(const Problem& p, int kb, int m0, int n0) {
     const int tid = threadIdx.x, group = kb / p.blocks_per_group, tile = n0 / WEIGHT_TILE_N;
+    start_tokens(p, kb, m0);
 #if EXPERTS
-    a_gmem_rd = p.a_codes + static_cast<long long>(kb) * p.m_stride * ROW_BYTES;
     a_scale_gmem_rd = p.a_scale + static_cast<long long>(group) * p.m_stride;
-#else
-    a_rows = p.m_stride - m0;
-    a_gmem_rd = p.a_codes + (static_cast<long long>(kb) * p.m_stride + m0) * ROW_BYTES + 16 * tid;
 #endif
-    w_tiles = (p.n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N - tile;
-    w_gmem_rd = p.w_packed + (static_cast<long long>(tile) * p.k_blocks + kb) * WEIGHT_TILE_BYTES + 16 * tid;
+    start_weights(p, kb, tile);
     if (tid < A_SCALE_CHUNKS) {
       has_scale = !EXPERTS && 4 * tid < a_rows;  // those of experts lie apart
       scale_stride = 4 * p.m_stride;
@@ -96,7 +80,7 @@ struct Loader {
     } else {
       const int column = 8 * (tid - A_SCALE_CHUNKS), scale_tile = column / WEIGHT_TILE_N;
       has_scale = column < TILE_N && scale_tile < w_tiles;
-      scale_stride = 2 * WEIGHT_TILE_N;
+      scale_stride = WEIGHT_SCALE_BYTES;
       scale_gmem_rd = reinterpret_cast<const uint8*>(p.w_scale + column % WEIGHT_TILE_N) +
                       static_cast<long long>(tile + scale_tile) * p.groups * scale_stride;
       scale_smem_wr = offsetof(Stage, w_scale) + 2 * column;
@@ -108,46 +92,17 @@ struct Loader {
   // Starts the copies of the next block.
   __device__ __forceinline__ void load(const Problem& p, const TileRows& rows, uint32 stage_smem_wr) {
     const uint32 chunk_smem_wr = stage_smem_wr + 16 * threadIdx.x;
-#if EXPERTS
-    const int rows_here = rows.end(p.m);
-#else
-    const int rows_here = min(a_rows, TILE_M);
-#endif
-#pragma unroll
-    for (int i = 0; i < A_COPIES; ++i) {
-      constexpr int ROWS = THREADS * 16 / ROW_BYTES;  // of one round
-      const int row = static_cast<int>(threadIdx.x) * 16 / ROW_BYTES + i * ROWS;
-      if (row < rows_here) {
-#if EXPERTS
-        // A row's chunks are in the order that its place in a_codes says, and here in that of its place in the tile.
-        static_assert(ROWS % 8 == 0, "the swizzle repeats");
-        const int place = threadIdx.x * 16 % ROW_BYTES / 16, first_row = threadIdx.x * 16 / ROW_BYTES;
-        const int chunk = sm80_activation_byte(first_row, place) % ROW_BYTES / 16;
-        const uint8* from = a_gmem_rd + sm80_activation_byte(rows.source(row), chunk);
-#else
-        const uint8* from = a_gmem_rd + i * 16 * THREADS;
-#endif
-        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, a_codes) + i * 16 * THREADS, from);
-      }
-    }
+    const int end = rows_here(p.m, rows);
+    load_tokens(rows, end, chunk_smem_wr + offsetof(Stage, a_codes));
 #if EXPERTS
     static_assert(TILE_M <= THREADS, "one scale a thread");
-    if (const int row = threadIdx.x; row < rows_here)
+    if (const int row = threadIdx.x; row < end)
       ptx::cp_async_4(stage_smem_wr + offsetof(Stage, a_scale) + 4 * row, a_scale_gmem_rd + rows.source(row));
     a_scale_gmem_rd += p.m_stride;
 #endif
-#pragma unroll
-    for (int t = 0; t < TILE_N / WEIGHT_TILE_N; ++t) {
-      if (t >= w_tiles) break;
-#pragma unroll
-      for (int i = 0; i < COPIES_PER_TILE; ++i) {
-        ptx::cp_async_16(chunk_smem_wr + offsetof(Stage, w_packed) + t * WEIGHT_TILE_BYTES + i * 16 * THREADS,
-                         w_gmem_rd + static_cast<long long>(t * p.k_blocks) * WEIGHT_TILE_BYTES + i * 16 * THREADS);
-      }
-    }
+    load_weights(p, chunk_smem_wr + offsetof(Stage, w_packed));
     if (has_scale) ptx::cp_async_16(stage_smem_wr + scale_smem_wr, scale_gmem_rd);
-    a_gmem_rd += p.m_stride * ROW_BYTES;
-    w_gmem_rd += WEIGHT_TILE_BYTES;
+    advance(p);
 #if WIDE_GROUPS
     if (--blocks_left == 0) {
       blocks_left = p.blocks_per_group;
@@ -184,7 +139,7 @@ __device__ __forceinline__ void store_tile(const Problem& p, const TileRows& row
                                            const float (&acc)[FRAGMENTS_M][FRAGMENTS_N][4], int m0, int n0, int lane) {
   // A quad of lanes holds, of each row, 2 columns of every fragment; they trade so that each lane has the 8 columns of
   // one fragment out of four, and stores 16 bytes.
-  const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
+  const bool vectors = has_vectors(p.y, p.ldy);
   const int q = lane & 3;
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_M; ++i) {
@@ -224,12 +179,7 @@ __device__ __forceinline__ void store_tile(const Problem& p, const TileRows& row
         if (vectors && column + 8 <= p.n) {
           *reinterpret_cast<uint4*>(y_gmem_wr) = make_uint4(v[0], v[1], v[2], v[3]);
         } else {
-#pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            const uint32 bits = v[c / 2] >> (16 * (c % 2));
-            const unsigned short word = static_cast<unsigned short>(bits);
-            if (column + c < p.n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&word);
-          }
+          store_singly(y_gmem_wr, v, column, p.n);
         }
       }
     }
@@ -249,15 +199,7 @@ __device__ __forceinline__ bool reduce_splits(float (&acc)[FRAGMENTS_M][FRAGMENT
       slice[split * VECTORS + (i * FRAGMENTS_N + j) * THREADS + threadIdx.x] = make_float4(a[0], a[1], a[2], a[3]);
     }
   }
-  __threadfence();
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) {
-    last = atomicAdd(&counter[tile], 1) == splits - 1;
-    if (last) counter[tile] = 0;  // ready for the next launch
-  }
-  if (!__syncthreads_or(last)) return false;
-  __threadfence();
+  if (!comes_last(counter, tile, splits)) return false;
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_M; ++i) {
 #pragma unroll
@@ -294,25 +236,19 @@ extern "C" __global__ void BOUNDS
   ptx::wait_for_predecessor();
   const int4 own = tiles[tile.m];
   if (own.x < 0) return;
-  const int weight_tiles = (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
-  rows.read(own, source_rows, target_rows, source_divisor, weight_tiles * WEIGHT_TILE_N, THREADS);
-  __syncthreads();
-  const long long expert_tiles = static_cast<long long>(own.x) * weight_tiles;
-  w_packed += expert_tiles * k_blocks * WEIGHT_TILE_BYTES;
-  w_scale += expert_tiles * groups * WEIGHT_TILE_N;
+  rows.start(own, w_packed, w_scale, n, k_blocks, groups, source_rows, target_rows, source_divisor, THREADS);
   tile.m = 0;  // rows are counted in the tile
 #else
   const TileRows rows = {};
 #endif
   const Problem p = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_scale, bias, m, n, k_blocks, blocks_per_group, groups, m_stride, ldy};
   const int split = blockIdx.y;
-  const int first_block = static_cast<int>(static_cast<long long>(k_blocks) * split / splits);
-  const int last_block = static_cast<int>(static_cast<long long>(k_blocks) * (split + 1) / splits);
+  const BlockRange blocks(k_blocks, split, splits);
   const int m0 = tile.m * TILE_M, n0 = tile.n * TILE_N;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m0 = warp / WARPS_N * (16 * FRAGMENTS_M), warp_n0 = warp % WARPS_N * (8 * FRAGMENTS_N);
 
-  Loader loader(p, first_block, m0, n0);
+  Loader loader(p, blocks.first, m0, n0);
   const uint32 stages_smem = ptx::shared_address(stages);
 
   // Of this lane, relative to a stage: everything else in the loop is a constant offset.
@@ -329,7 +265,7 @@ extern "C" __global__ void BOUNDS
 #if WIDE_GROUPS
   int sum[FRAGMENTS_M][FRAGMENTS_N][4];
   bool group_starts = true;
-  int blocks_left = blocks_per_group - first_block % blocks_per_group;  // of the group
+  int blocks_left = blocks_per_group - blocks.first % blocks_per_group;  // of the group
 #else
   const int magic[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
 #endif
@@ -340,16 +276,16 @@ extern "C" __global__ void BOUNDS
   ptx::wait_for_predecessor();
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (first_block + s < last_block) loader.load(p, rows, stages_smem + s * STAGE_BYTES);
+    if (blocks.first + s < blocks.last) loader.load(p, rows, stages_smem + s * STAGE_BYTES);
     ptx::cp_async_commit();
   }
 
   // Main loop: one block of 128 input features, one pipeline stage, per turn.
   uint32 at = 0, refill = (STAGES - 1) * STAGE_BYTES;  // the stage that is read, and the one read before it
-  for (int kb = first_block; kb < last_block; ++kb) {
+  for (int kb = blocks.first; kb < blocks.last; ++kb) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();  // the stage has landed for everyone, and everyone has left the one that is refilled now
-    if (kb + STAGES - 1 < last_block) loader.load(p, rows, stages_smem + refill);
+    if (kb + STAGES - 1 < blocks.last) loader.load(p, rows, stages_smem + refill);
     ptx::cp_async_commit();
 
     uint32 a[FRAGMENTS_M][2][4];
@@ -376,7 +312,7 @@ extern "C" __global__ void BOUNDS
         ptx::mma_s4(sum[i][j], a[i][1], b.z, b.w, sum[i][j]);
       }
     }
-    group_starts = --blocks_left == 0 || kb + 1 == last_block;
+    group_starts = --blocks_left == 0 || kb + 1 == blocks.last;
     if (group_starts) {  // after this block: the sums are whole
       blocks_left = blocks_per_group;
 #pragma unroll

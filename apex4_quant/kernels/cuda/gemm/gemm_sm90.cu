@@ -34,7 +34,6 @@
 // Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
 
 #include "gemm/gemm_sm90.cuh"
-#include "gemm/schedule_sm90.cuh"
 
 constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int WARPGROUP_MEETS = 1;  // named barriers, one for each warpgroup
@@ -51,6 +50,9 @@ struct Stage {
   __half w_scale[CONSUMERS][WEIGHT_TILE_N];
   uint64 full, empty;
   uint64 parted;  // a_parts are written
+
+  static __device__ __forceinline__ uint32 weight_scales() { return offsetof(Stage, w_scale); }
+  static __device__ __forceinline__ uint32 token_scales() { return offsetof(Stage, a_scale); }
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
@@ -59,84 +61,16 @@ struct Shared {
   unsigned short y[CONSUMERS][TILE_M][WEIGHT_TILE_N];
   bool last[CONSUMERS];  // of the thread blocks that share a tile
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
+static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (kernels/gemm/configs.py)");
 
-#include "gemm/ring_sm90.cuh"
+#include "gemm/producer_sm90.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- producer: a warpgroup, of which three warps copy ------------------------------------------------------------------
-//
-// Warps: a tile of weights with its scales each; the tokens' codes and scales; the fourth cuts the tokens' scales into parts.
-constexpr int PRODUCERS = CONSUMERS + 1;
+// ---- the fourth warp of the producer warpgroup, beside three that copy (producer_sm90.cuh) --------------------------------
 
 // The leading 11 bits of a float. NaN and infinity stay what they are, and the parts after them are NaN.
 __device__ __forceinline__ float tf32_part(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
-
-// Announces and starts the copies of a warp, by one elected lane: the loop is all lanes', so that its addresses can be in
-// uniform registers. They run along, as these warps share their schedulers with warps that multiply, where every
-// instruction is felt.
-template <int role>  // warp of the producer warpgroup
-struct Producer {
-  Ring ring;
-
-  // A tile of weights and its scales; or, past N, nothing.
-  __device__ __forceinline__ void copy_weights(const Problem& p, const Item& item) {
-    const long long tile = item.tile.n * CONSUMERS + role;
-    const bool exists = tile < p.weight_tiles();
-    const uint8* w_packed_gmem_rd = p.w_packed + (tile * p.k_blocks + item.first_block) * WEIGHT_TILE_BYTES;
-    const __half* w_scale_gmem_rd = p.w_scale + (tile * p.groups() + item.first_block / p.blocks_per_group) * WEIGHT_TILE_N;
-    int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
-#pragma unroll 1
-    for (int left = item.last_block - item.first_block; left > 0; --left) {
-      const uint32 full = ring.stage + offsetof(Stage, full);
-      ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-      const bool one = ptx::elect_one();
-      if (one) ptx::barrier_expect_bytes(full, exists ? WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N : 0);
-      if (one && exists) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + role * WEIGHT_TILE_BYTES, w_packed_gmem_rd, WEIGHT_TILE_BYTES, full);
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + role * 2 * WEIGHT_TILE_N, w_scale_gmem_rd, 2 * WEIGHT_TILE_N, full);
-      }
-      w_packed_gmem_rd += WEIGHT_TILE_BYTES;
-      if (--left_of_group == 0) w_scale_gmem_rd += WEIGHT_TILE_N, left_of_group = p.blocks_per_group;
-      ring.next();
-    }
-  }
-
-  // The tokens' codes and scales.
-  __device__ __forceinline__ void copy_tokens(const Problem& p, const Item& item) {
-    const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-    const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(item.first_block) * p.m_stride + m0) * BLOCK;
-    const float* a_scale_gmem_rd = p.a_scale + static_cast<long long>(item.first_block / p.blocks_per_group) * p.m_stride + m0;
-    int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
-#pragma unroll 1
-    for (int left = item.last_block - item.first_block; left > 0; --left) {
-      const uint32 full = ring.stage + offsetof(Stage, full);
-      ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-      const bool one = ptx::elect_one();
-      if (one) {
-        ptx::barrier_expect_bytes(full, rows * (BLOCK + 4));
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes), a_codes_gmem_rd, rows * BLOCK, full);
-      }
-      a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK;
-      if (one) ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale), a_scale_gmem_rd, rows * 4, full);
-      if (--left_of_group == 0) a_scale_gmem_rd += p.m_stride, left_of_group = p.blocks_per_group;
-      ring.next();
-    }
-  }
-
-  __device__ __forceinline__ void run(const Problem& p) {
-    // Weights do not wait for the kernel that writes the activations.
-    if (role >= CONSUMERS) ptx::wait_for_predecessor();
-    for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
-      if (role < CONSUMERS) {
-        copy_weights(p, schedule.item(p));
-      } else {
-        copy_tokens(p, schedule.item(p));
-      }
-    }
-  }
-};
 
 // One warp cuts the tokens' scales of each stage into tf32 parts, where wgmma reads them.
 __device__ __forceinline__ void part_scales(const Problem& p, Ring ring, int lane) {

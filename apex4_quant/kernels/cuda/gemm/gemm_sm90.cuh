@@ -2,14 +2,12 @@
 // defined TILE_M.
 #pragma once
 
-#include "gemm/epilogue.cuh"
 #include "common/index.cuh"
 #include "common/ptx.cuh"
+#include "gemm/constants.cuh"
+#include "gemm/epilogue.cuh"
 #include "gemm/wgmma.cuh"
 
-constexpr int WARPGROUP = 128;
-constexpr int WEIGHT_TILE_N = 64;  // the layout's tile: outputs of one wgmma
-constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
 constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
 constexpr float PRODUCT_UNIT = 262144.0f;  // 2^18: one over the product of two e4m3 subnormal steps
 static_assert(TILE_M % 8 == 0 && TILE_M <= 128, "the tokens of one wgmma, and two sets of its sums in registers");
@@ -26,6 +24,7 @@ struct Problem {
   int m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n;
 
   __device__ __forceinline__ int weight_tiles() const { return (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N; }
+  __device__ __forceinline__ const __half* weight_scales() const { return w_scale; }
   __device__ __forceinline__ int groups() const { return (k_blocks + blocks_per_group - 1) / blocks_per_group; }
 };
 
@@ -73,7 +72,7 @@ __device__ __forceinline__ void store(const Problem& p, int tile_m, int tile_n, 
   }
   ptx::named_barrier(barrier, WARPGROUP);
   const int chunk = thread & 7, column = n0 + 8 * chunk;
-  const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
+  const bool vectors = has_vectors(p.y, p.ldy);
 #pragma unroll 4
   for (int row = thread >> 3; row < TILE_M; row += WARPGROUP / 8) {
     if (m0 + row >= p.m) break;
@@ -83,11 +82,7 @@ __device__ __forceinline__ void store(const Problem& p, int tile_m, int tile_n, 
       *reinterpret_cast<uint4*>(y_gmem_wr) = v;
     } else {
       const uint32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const unsigned short word = static_cast<unsigned short>(words[c / 2] >> (16 * (c % 2)));
-        if (column + c < p.n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&word);
-      }
+      store_singly(y_gmem_wr, words, column, p.n);
     }
   }
   ptx::named_barrier(barrier, WARPGROUP);  // before the next tile writes here

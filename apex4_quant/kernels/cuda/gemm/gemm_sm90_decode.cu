@@ -45,6 +45,11 @@ struct Stage {
   alignas(128) uint8 w_packed[PARTS][WEIGHT_TILE_BYTES];
   __half w_scale[PARTS][WEIGHT_TILE_N];
   uint64 full, empty;
+
+  static __device__ __forceinline__ uint32 weight_scales() { return offsetof(Stage, w_scale); }
+#if !QUANTIZES
+  static __device__ __forceinline__ uint32 token_scales() { return offsetof(Stage, a_scale); }
+#endif
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 static_assert(QUANTIZES || STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
@@ -54,89 +59,15 @@ struct Shared {
   float4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
   float4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
   uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
-};
-static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 
-struct Ring {
-  uint32 stage, parity, end;
-  __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
-    end = stage + STAGES * STAGE_BYTES;
-  }
-  __device__ __forceinline__ void next() {
-    stage += STAGE_BYTES;
-    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
-  }
+  __device__ __forceinline__ void clear() {}
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (kernels/gemm/configs.py)");
+
+constexpr bool KEEPS_STAGE = false;
+#include "gemm/decode_sm90.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// ---- three warps that copy: weights and their scales; the tokens' codes; the tokens' scales -------------------------------
-
-enum Role { WEIGHTS, CODES, SCALES };
-
-// A thread block computes every `clusters`-th tile; of a tile's stages, those from `rank` on, every `ranks`-th.
-struct Share {
-  int rank, ranks, cluster, clusters;
-  __device__ __forceinline__ Share()
-      : rank(ptx::cluster_rank()), ranks(ptx::cluster_size()), cluster(blockIdx.x / ranks), clusters(gridDim.x / ranks) {}
-  __device__ __forceinline__ int first_block() const { return rank * PARTS; }
-  __device__ __forceinline__ int step() const { return ranks * PARTS; }
-};
-
-template <Role role>
-struct Producer {
-  Ring ring;
-
-  // What a warp copies of one stage, `count` blocks from `block` on.
-  __device__ __forceinline__ void copy(const Problem& p, const Tile& tile, int block, int count) {
-    [[maybe_unused]] const int m0 = tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-    const uint32 full = ring.stage + offsetof(Stage, full);
-    if (role == WEIGHTS) {
-      const long long n = tile.n;
-      ptx::barrier_expect_bytes(full, count * (WEIGHT_TILE_BYTES + 2 * WEIGHT_TILE_N));
-      ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed), p.w_packed + (n * p.k_blocks + block) * WEIGHT_TILE_BYTES,
-                     count * WEIGHT_TILE_BYTES, full);
-      const __half* w_scale_gmem_rd = p.w_scale + n * p.groups() * WEIGHT_TILE_N;
-      if (p.blocks_per_group == 1) {  // the usual case needs no copy for each
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale), w_scale_gmem_rd + block * WEIGHT_TILE_N, count * 2 * WEIGHT_TILE_N, full);
-        return;
-      }
-      for (int i = 0; i < count; ++i) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_scale) + i * 2 * WEIGHT_TILE_N,
-                       w_scale_gmem_rd + (block + i) / p.blocks_per_group * WEIGHT_TILE_N, 2 * WEIGHT_TILE_N, full);
-      }
-    }
-#if !QUANTIZES
-    else if (role == CODES) {
-      ptx::barrier_expect_bytes(full, count * rows * BLOCK);
-      const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(block) * p.m_stride + m0) * BLOCK;
-      for (int i = 0; i < count; ++i, a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
-      }
-    } else {
-      ptx::barrier_expect_bytes(full, count * rows * 4);
-      for (int i = 0; i < count; ++i) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_scale) + i * TILE_M * 4,
-                       p.a_scale + static_cast<long long>((block + i) / p.blocks_per_group) * p.m_stride + m0, rows * 4, full);
-      }
-    }
-#endif
-  }
-
-  __device__ __forceinline__ void run(const Problem& p, const Share& share) {
-    // Weights do not wait for the kernel that writes the activations.
-    if (role != WEIGHTS) ptx::wait_for_predecessor();
-    for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
-      const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
-#pragma unroll 1
-      for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
-        ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-        if (ptx::elect_one()) copy(p, tile, block, min(PARTS, p.k_blocks - block));
-        ring.next();
-      }
-    }
-  }
-};
 
 // ---- warpgroups that multiply ---------------------------------------------------------------------------------------------
 
@@ -228,9 +159,7 @@ struct Consumer {
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
     const int thread = ptx::thread() % WARPGROUP;
-    bool met = share.ranks == 1;  // the cluster: its barriers are ready
-    uint32 parity = 0;            // of `sent` and `taken`
-    if (part == 0) ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
+    Adder adder(share, part);
     for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
       float acc[SUMS] = {};
       tokens.start_tile();
@@ -238,83 +167,20 @@ struct Consumer {
 #pragma unroll 1
       for (int block = share.first_block(); block < p.k_blocks; block += share.step()) multiply(acc, block + part < p.k_blocks);
       if (part > 0) {
-        ptx::named_barrier(READ, WARPGROUP * PARTS);
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) s.sums[part - 1][j][thread] = vector_of(acc, j);
-        ptx::named_barrier_arrive(WRITTEN, WARPGROUP * PARTS);
+        adder.give(s, part, thread, acc);
         continue;
       }
-      ptx::named_barrier(WRITTEN, WARPGROUP * PARTS);
-#pragma unroll
-      for (int other = 0; other < PARTS - 1; ++other) {
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) add(acc, j, s.sums[other][j][thread]);
-      }
-      ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
-      if (!met) ptx::cluster_wait(), met = true;
-      if (share.rank == 1) {
-        ptx::barrier_wait_cluster(ptx::shared_address(&s.taken), parity ^ 1);
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) {
-          ptx::remote_write_float4(ptx::shared_of_rank(ptx::shared_address(&s.second_sums[j][thread]), 0), vector_of(acc, j));
-        }
-        ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.sent), 0));
-        parity ^= 1;
-        continue;
-      }
-      if (share.ranks == 2) {
-        ptx::barrier_wait_cluster(ptx::shared_address(&s.sent), parity);
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) add(acc, j, s.second_sums[j][thread]);
-        ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.taken), 1));
-        parity ^= 1;
-      }
+      if (!adder.take(s, share, thread, acc)) continue;
       const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
       store(p, tile.m, tile.n, FIRST_MEETS, s.y, acc);
     }
-    if (part > 0) ptx::named_barrier(READ, WARPGROUP * PARTS);
-    if (!met) ptx::cluster_wait();
-  }
-
-  static __device__ __forceinline__ float4 vector_of(const float (&acc)[SUMS], int j) {
-    return make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-  }
-  static __device__ __forceinline__ void add(float (&acc)[SUMS], int j, float4 v) {
-    acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+    adder.end(part);
   }
 };
 
-// ---- the kernels ----------------------------------------------------------------------------------------------------------
-
-// The warp that copies weights makes the barriers and goes on; the others wait for it.
-__device__ __forceinline__ void prepare(Shared& s, int warp) {
-  ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
-  if (warp != 4 * PARTS + WEIGHTS) {
-    ptx::named_barrier(PREPARED, THREADS);
-    return;
-  }
-  if (ptx::elect_one()) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), COPYING_WARPS);
-      ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * PARTS);  // a warp each
-    }
-    ptx::barrier_init(ptx::shared_address(&s.sent), WARPGROUP);
-    ptx::barrier_init(ptx::shared_address(&s.taken), WARPGROUP);
-    ptx::fence_barrier_init();
-  }
-  __syncwarp();
-  ptx::named_barrier_arrive(PREPARED, THREADS);
-}
-
-// What the other block of a cluster may write here, it has written before this returns.
-__device__ __forceinline__ void leave(const Share& share) {
-  if (share.ranks > 1) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
-}
-
 #endif
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------------
 
 #if QUANTIZES
 

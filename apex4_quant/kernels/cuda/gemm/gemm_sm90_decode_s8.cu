@@ -20,16 +20,9 @@
 // Macros: TILE_M, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16, QUANTIZES; with 1, those of quantize_slice.cuh, and
 // ROUNDS (quantize_whole_tokens.cuh).
 
-#include "common/index.cuh"
-#include "common/ptx.cuh"
-#include "gemm/epilogue.cuh"
 #include "gemm/exact_fragments.cuh"
+#include "gemm/gemm_sm90_s8.cuh"
 
-constexpr int WARPGROUP = 128;
-constexpr int WEIGHT_TILE_N = 64;  // the layout's tile
-constexpr int WEIGHT_TILE_BYTES = WEIGHT_TILE_N * BLOCK / 2;
-constexpr int RATIO_BYTES = 2 * WEIGHT_TILE_N;  // of a tile and group
-constexpr int SUMS = TILE_M / 2;                // accumulators of a lane
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
 constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
 constexpr int VECTORS = SUMS / 4;
@@ -43,19 +36,6 @@ constexpr int PREPARED = 5;                    // all threads: the other barrier
 #include "quantize/quantize_whole_tokens.cuh"
 #endif
 
-struct Problem {
-  Out* y;
-  const uint8* a_codes;
-  const float* a_scale;
-  const uint8* w_packed;
-  const unsigned short* w_ratio;
-  const float* w_unit;
-  const float* bias;
-  int m, n, k_blocks, blocks_per_group, m_stride, ldy, tiles_m, tiles_n;
-
-  __device__ __forceinline__ int groups() const { return (k_blocks + blocks_per_group - 1) / blocks_per_group; }
-};
-
 // PARTS consecutive blocks of 128 inputs, one for each warpgroup.
 struct Stage {
 #if !QUANTIZES
@@ -64,6 +44,9 @@ struct Stage {
   alignas(128) uint8 w_packed[PARTS][WEIGHT_TILE_BYTES];
   unsigned short w_ratio[PARTS][WEIGHT_TILE_N];
   uint64 full, empty;
+
+  static __device__ __forceinline__ uint32 weight_scales() { return offsetof(Stage, w_ratio); }
+  static __device__ __forceinline__ uint32 token_scales() { return NONE; }
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 struct Shared {
@@ -74,84 +57,17 @@ struct Shared {
   float a_scale[TILE_M];
   uint32 absmax[TILE_M];                        // QUANTIZES: of whole tokens, as bits
   uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
-};
-static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (gemm_configs.py)");
 
-struct Ring {
-  uint32 stage, parity, end;
-  __device__ __forceinline__ explicit Ring(const Shared& s) : stage(ptx::shared_address(s.stages)), parity(0) {
-    asm volatile("" : "+r"(stage));  // kept in a register, rather than worked out again in the main loop
-    end = stage + STAGES * STAGE_BYTES;
-  }
-  __device__ __forceinline__ void next() {
-    stage += STAGE_BYTES;
-    if (stage == end) stage -= STAGES * STAGE_BYTES, parity ^= 1;
+  __device__ __forceinline__ void clear() {
+    if (QUANTIZES && threadIdx.x < TILE_M) absmax[threadIdx.x] = 0;
   }
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (kernels/gemm/sm90_s8_configs.py)");
+
+constexpr bool KEEPS_STAGE = true;
+#include "gemm/decode_sm90.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// ---- warps that copy: weights and their ratios; the tokens' codes ---------------------------------------------------------
-
-enum Role { WEIGHTS, CODES };
-
-// A thread block computes every `clusters`-th tile; of a tile's stages, those from `rank` on, every `ranks`-th.
-struct Share {
-  int rank, ranks, cluster, clusters;
-  __device__ __forceinline__ Share()
-      : rank(ptx::cluster_rank()), ranks(ptx::cluster_size()), cluster(blockIdx.x / ranks), clusters(gridDim.x / ranks) {}
-  __device__ __forceinline__ int first_block() const { return rank * PARTS; }
-  __device__ __forceinline__ int step() const { return ranks * PARTS; }
-};
-
-template <Role role>
-struct Producer {
-  Ring ring;
-
-  // What a warp copies of one stage, `count` blocks from `block` on.
-  __device__ __forceinline__ void copy(const Problem& p, const Tile& tile, int block, int count) {
-    const uint32 full = ring.stage + offsetof(Stage, full);
-    if (role == WEIGHTS) {
-      const long long n = tile.n;
-      ptx::barrier_expect_bytes(full, count * (WEIGHT_TILE_BYTES + RATIO_BYTES));
-      ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed), p.w_packed + (n * p.k_blocks + block) * WEIGHT_TILE_BYTES,
-                     count * WEIGHT_TILE_BYTES, full);
-      const unsigned short* w_ratio_gmem_rd = p.w_ratio + n * p.groups() * WEIGHT_TILE_N;
-      if (p.blocks_per_group == 1) {  // the usual case needs no copy for each
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_ratio), w_ratio_gmem_rd + block * WEIGHT_TILE_N, count * RATIO_BYTES, full);
-        return;
-      }
-      for (int i = 0; i < count; ++i) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_ratio) + i * RATIO_BYTES,
-                       w_ratio_gmem_rd + (block + i) / p.blocks_per_group * WEIGHT_TILE_N, RATIO_BYTES, full);
-      }
-    }
-#if !QUANTIZES
-    else {
-      const int m0 = tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-      ptx::barrier_expect_bytes(full, count * rows * BLOCK);
-      const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(block) * p.m_stride + m0) * BLOCK;
-      for (int i = 0; i < count; ++i, a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
-      }
-    }
-#endif
-  }
-
-  __device__ __forceinline__ void run(const Problem& p, const Share& share) {
-    // Weights do not wait for the kernel that writes the activations.
-    if (role != WEIGHTS) ptx::wait_for_predecessor();
-    for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
-      const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
-#pragma unroll 1
-      for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
-        ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-        if (ptx::elect_one()) copy(p, tile, block, min(PARTS, p.k_blocks - block));
-        ring.next();
-      }
-    }
-  }
-};
 
 // ---- warpgroups that multiply ---------------------------------------------------------------------------------------------
 
@@ -265,13 +181,12 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
+    constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
     const int thread = ptx::thread() % WARPGROUP;
 #if !QUANTIZES
     if (part == 0) ptx::wait_for_predecessor();  // whose scales are read
 #endif
-    bool met = share.ranks == 1;  // the cluster: its barriers are ready
-    uint32 parity = 0;            // of `sent` and `taken`
-    if (part == 0) ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
+    Adder adder(share, part);
     for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
       float acc[SUMS] = {};
       const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
@@ -284,71 +199,19 @@ struct Consumer {
 #endif
       multiply(acc, p, share);
       if (part > 0) {
-        ptx::named_barrier(READ, WARPGROUP * PARTS);
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) s.sums[part - 1][j][thread] = vector_of(acc, j);
-        ptx::named_barrier_arrive(WRITTEN, WARPGROUP * PARTS);
+        adder.give(s, part, thread, acc);
         continue;
       }
-      const Outputs outputs(p, tile.n);
-      ptx::named_barrier(WRITTEN, WARPGROUP * PARTS);
-#pragma unroll
-      for (int other = 0; other < PARTS - 1; ++other) {
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) add(acc, j, s.sums[other][j][thread]);
-      }
-      ptx::named_barrier_arrive(READ, WARPGROUP * PARTS);
-      if (!met) ptx::cluster_wait(), met = true;
-      if (share.rank == 1) {
-        ptx::barrier_wait_cluster(ptx::shared_address(&s.taken), parity ^ 1);
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) {
-          ptx::remote_write_float4(ptx::shared_of_rank(ptx::shared_address(&s.second_sums[j][thread]), 0), vector_of(acc, j));
-        }
-        ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.sent), 0));
-        parity ^= 1;
-        continue;
-      }
-      if (share.ranks == 2) {
-        ptx::barrier_wait_cluster(ptx::shared_address(&s.sent), parity);
-#pragma unroll
-        for (int j = 0; j < VECTORS; ++j) add(acc, j, s.second_sums[j][thread]);
-        ptx::remote_barrier_arrive(ptx::shared_of_rank(ptx::shared_address(&s.taken), 1));
-        parity ^= 1;
-      }
+      const Outputs outputs(p, tile.n, OF_SUMS);
+      if (!adder.take(s, share, thread, acc)) continue;
 #if !QUANTIZES
       ptx::cp_async_wait<0>();
       ptx::named_barrier(FIRST_MEETS, WARPGROUP);
 #endif
       store(p, tile, s, outputs, acc);
     }
-    if (part > 0) ptx::named_barrier(READ, WARPGROUP * PARTS);
-    if (!met) ptx::cluster_wait();
+    adder.end(part);
   }
-
-  static __device__ __forceinline__ float4 vector_of(const float (&acc)[SUMS], int j) {
-    return make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-  }
-  static __device__ __forceinline__ void add(float (&acc)[SUMS], int j, float4 v) {
-    acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
-  }
-
-  // What a lane multiplies its sums by and adds to them, of outputs r and r + 8.
-  struct Outputs {
-    float unit[2], bias[2];
-
-    __device__ __forceinline__ Outputs(const Problem& p, int tile_n) {
-      constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
-      const int thread = ptx::thread() % WARPGROUP;
-      const int row = tile_n * WEIGHT_TILE_N + 16 * (thread / 32) + accumulator_row(thread % 32, 0);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool exists = row + 8 * half < p.n;
-        unit[half] = exists ? p.w_unit[row + 8 * half] * OF_SUMS : 0.0f;
-        bias[half] = exists && p.bias != nullptr ? p.bias[row + 8 * half] : 0.0f;
-      }
-    }
-  };
 
   // D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into s.y, 128 bytes a token, in 16-byte chunks
   // swizzled by token; then every 8 threads store the 128 bytes of one token.
@@ -379,49 +242,16 @@ struct Consumer {
         *reinterpret_cast<uint4*>(y_gmem_wr) = v;
       } else {
         const uint32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          const unsigned short word = static_cast<unsigned short>(words[c / 2] >> (16 * (c % 2)));
-          if (column + c < p.n) y_gmem_wr[c] = *reinterpret_cast<const Out*>(&word);
-        }
+        store_singly(y_gmem_wr, words, column, p.n);
       }
     }
     ptx::named_barrier(FIRST_MEETS, WARPGROUP);  // before the next tile writes here
   }
 };
 
-// ---- the kernels ----------------------------------------------------------------------------------------------------------
-
-// The warp that copies weights makes the barriers and goes on; the others wait for it.
-__device__ __forceinline__ void prepare(Shared& s, int warp) {
-  ptx::let_successor_start();  // it waits for the whole of this kernel before it reads or writes anything of it
-  if (warp != 4 * PARTS + WEIGHTS) {
-    if (QUANTIZES && threadIdx.x < TILE_M) s.absmax[threadIdx.x] = 0;
-    ptx::named_barrier(PREPARED, THREADS);
-    return;
-  }
-  if (ptx::elect_one()) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      ptx::barrier_init(ptx::shared_address(&s.stages[stage].full), COPYING_WARPS);
-      ptx::barrier_init(ptx::shared_address(&s.stages[stage].empty), 4 * PARTS);  // a warp each
-    }
-    ptx::barrier_init(ptx::shared_address(&s.sent), WARPGROUP);
-    ptx::barrier_init(ptx::shared_address(&s.taken), WARPGROUP);
-    ptx::fence_barrier_init();
-  }
-  __syncwarp();
-  ptx::named_barrier_arrive(PREPARED, THREADS);
-}
-
-// What the other block of a cluster may write here, it has written before this returns.
-__device__ __forceinline__ void leave(const Share& share) {
-  if (share.ranks > 1) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
-}
-
 #endif
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------------
 
 #if QUANTIZES
 
@@ -432,7 +262,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
-  const Problem given = {static_cast<Out*>(y), nullptr, nullptr, w_packed, w_ratio, w_unit, bias, m, n, k_blocks, 1, m, ldy, 1, tiles_n};
+  const Problem given = {static_cast<Out*>(y), nullptr, nullptr, w_packed, w_ratio, w_unit, bias, nullptr, nullptr,
+                         m, n, k_blocks, 1, m, ldy, 0, 1, tiles_n};
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   prepare(s, warp);
   const Share share;
@@ -461,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
-  const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias,
-                         m, n, k_blocks, blocks_per_group, m_stride, ldy, tiles_m, tiles_n};
+  const Problem given = {static_cast<Out*>(y), a_codes, a_scale, w_packed, w_ratio, w_unit, bias, partial, counter,
+                         m, n, k_blocks, blocks_per_group, m_stride, ldy, span, tiles_m, tiles_n};
   // The same in all lanes, also for the compiler, which then addresses with uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   prepare(s, warp);

@@ -26,8 +26,8 @@
 //
 // Macros: TILE_M, CONSUMERS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16.
 
+#include "gemm/fold_fragments.cuh"
 #include "gemm/gemm_sm90_s8.cuh"
-#include "gemm/schedule_sm90.cuh"
 
 constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int WARPGROUP_MEETS = 1;  // named barriers, one for each warpgroup
@@ -43,86 +43,25 @@ struct Stage {
   uint8 w_packed[CONSUMERS][WEIGHT_TILE_BYTES];
   unsigned short w_ratio[CONSUMERS][WEIGHT_TILE_N];
   uint64 full, empty;
+
+  static __device__ __forceinline__ uint32 weight_scales() { return offsetof(Stage, w_ratio); }
+  static __device__ __forceinline__ uint32 token_scales() { return NONE; }
 };
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 static_assert(STAGE_BYTES % 1024 == 0, "what the swizzle of wgmma needs");
 constexpr int Y_BYTES = 2 * WEIGHT_TILE_N;  // of a token
+constexpr int CHUNK_M = TILE_M < 32 ? TILE_M : 32;  // tokens that are stored at a time
 struct Shared {
   Stage stages[STAGES];
   unsigned short y[CONSUMERS][2][CHUNK_M][WEIGHT_TILE_N];
   float a_scale[CONSUMERS][TILE_M];
   bool last[CONSUMERS];  // of the thread blocks that share a tile
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for");
+static_assert(sizeof(Shared) == SHARED_BYTES, "what the host asks for (kernels/gemm/sm90_s8_configs.py)");
 
-#include "gemm/ring_sm90.cuh"
+#include "gemm/producer_sm90.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// ---- producer: a warpgroup, of which three warps copy ------------------------------------------------------------------
-//
-// Warps: a tile of weights with its ratios each; the tokens' codes.
-constexpr int PRODUCERS = CONSUMERS + 1;
-
-// Announces and starts the copies of a warp, by one elected lane: the loop is all lanes', so that its addresses can be in
-// uniform registers. They run along, as these warps share their schedulers with warps that multiply.
-template <int role>  // warp of the producer warpgroup
-struct Producer {
-  Ring ring;
-
-  // A tile of weights and its ratios; or, past N, nothing.
-  __device__ __forceinline__ void copy_weights(const Problem& p, const Item& item) {
-    const long long tile = item.tile.n * CONSUMERS + role;
-    const bool exists = tile < p.weight_tiles();
-    const uint8* w_packed_gmem_rd = p.w_packed + (tile * p.k_blocks + item.first_block) * WEIGHT_TILE_BYTES;
-    const unsigned short* w_ratio_gmem_rd =
-        p.w_ratio + (tile * p.groups() + item.first_block / p.blocks_per_group) * WEIGHT_TILE_N;
-    int left_of_group = p.blocks_per_group - item.first_block % p.blocks_per_group;
-#pragma unroll 1
-    for (int left = item.last_block - item.first_block; left > 0; --left) {
-      const uint32 full = ring.stage + offsetof(Stage, full);
-      ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-      const bool one = ptx::elect_one();
-      if (one) ptx::barrier_expect_bytes(full, exists ? WEIGHT_TILE_BYTES + RATIO_BYTES : 0);
-      if (one && exists) {
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + role * WEIGHT_TILE_BYTES, w_packed_gmem_rd, WEIGHT_TILE_BYTES, full);
-        ptx::bulk_copy(ring.stage + offsetof(Stage, w_ratio) + role * RATIO_BYTES, w_ratio_gmem_rd, RATIO_BYTES, full);
-      }
-      w_packed_gmem_rd += WEIGHT_TILE_BYTES;
-      if (--left_of_group == 0) w_ratio_gmem_rd += WEIGHT_TILE_N, left_of_group = p.blocks_per_group;
-      ring.next();
-    }
-  }
-
-  __device__ __forceinline__ void copy_tokens(const Problem& p, const Item& item) {
-    const int m0 = item.tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
-    const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(item.first_block) * p.m_stride + m0) * BLOCK;
-#pragma unroll 1
-    for (int left = item.last_block - item.first_block; left > 0; --left) {
-      const uint32 full = ring.stage + offsetof(Stage, full);
-      ptx::barrier_wait(ring.stage + offsetof(Stage, empty), ring.parity ^ 1);
-      const bool one = ptx::elect_one();
-      if (one) {
-        ptx::barrier_expect_bytes(full, rows * BLOCK);
-        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes), a_codes_gmem_rd, rows * BLOCK, full);
-      }
-      a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK;
-      ring.next();
-    }
-  }
-
-  __device__ __forceinline__ void run(const Problem& p) {
-    // Weights do not wait for the kernel that writes the activations.
-    if (role >= CONSUMERS) ptx::wait_for_predecessor();
-    for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
-      if (role < CONSUMERS) {
-        copy_weights(p, schedule.item(p));
-      } else {
-        copy_tokens(p, schedule.item(p));
-      }
-    }
-  }
-};
 
 // ---- consumers: a warpgroup each -------------------------------------------------------------------------------------------
 
@@ -293,7 +232,7 @@ struct Consumer {
       const int ahead = min(AHEAD, item.last_block - item.first_block - 1);
       ptx::barrier_wait(ring.stage + ahead * STAGE_BYTES + offsetof(Stage, full), 0);
     }
-    const bool aligned = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0;
+    const bool aligned = has_vectors(p.y, p.ldy);
     for (; !schedule.done(p); schedule.advance(p)) {
       const Item item = schedule.item(p);
       const int tile_n = item.tile.n * CONSUMERS + group;

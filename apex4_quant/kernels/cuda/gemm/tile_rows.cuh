@@ -9,6 +9,8 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "gemm/epilogue.cuh"
+#include "gemm/constants.cuh"
 
 #if EXPERTS
 #define EXPERT_POINTERS const int4 *tiles, const int *source_rows, const int *target_rows,
@@ -24,7 +26,20 @@ struct TileRows {
   __device__ __forceinline__ int end(int) const { return rows; }
   __device__ __forceinline__ int first_unit() const { return unit_start; }
 
-  // By all threads; a barrier has to follow. `units`: of an expert.
+  // By all threads: the rows of entry `own` of `tiles`, whose expert's weights and scales are w_packed and w_scale from here on.
+  template <typename Scale>
+  __device__ __forceinline__ void start(const int4& own, const uint8*& w_packed, const Scale*& w_scale, int n, int k_blocks, int groups,
+                                        const int* source_rows, const int* target_rows, int divisor, int threads) {
+    const int weight_tiles = (n + WEIGHT_TILE_N - 1) / WEIGHT_TILE_N;
+    read(own, source_rows, target_rows, divisor, weight_tiles * WEIGHT_TILE_N, threads);
+    __syncthreads();
+    const long long expert_tiles = static_cast<long long>(own.x) * weight_tiles;
+    w_packed += expert_tiles * k_blocks * WEIGHT_TILE_BYTES;
+    w_scale += expert_tiles * groups * WEIGHT_TILE_N;
+  }
+
+ private:
+  // A barrier has to follow. `units`: of an expert.
   __device__ __forceinline__ void read(const int4& tile, const int* source_rows, const int* target_rows, int divisor, int units,
                                        int threads) {
     if (threadIdx.x == 0) rows = tile.z, unit_start = tile.x * units;
