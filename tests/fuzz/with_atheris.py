@@ -7,6 +7,7 @@ and libFuzzer leaves the input in a file. `-runs=N`, `-seed=N` and `-max_total_t
 from __future__ import annotations
 
 import os
+import resource
 import struct
 import sys
 import tempfile
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import atheris
-import psutil
 
 with atheris.instrument_imports(include=["apex4_quant.calib", "apex4_quant.models.weight_files"]):
     from apex4_quant.calib.errors import CalibrationError
@@ -84,8 +84,10 @@ def main() -> None:
     corpus.mkdir()
     for number, seed in enumerate(SEEDS[reader]):
         (corpus / str(number)).write_bytes(seed)
+        READERS[reader](seed)  # imports what is imported when it is needed
     os.chdir(FOLDER)  # where libFuzzer leaves what failed
-    limit = psutil.Process().memory_info().rss // 2**20 + 1024  # what was imported is there before the first input
+    # libFuzzer looks at the largest size so far, in which Linux counts that of the process that started this one.
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10 + 1024
     atheris.Setup([sys.argv[0], f"-rss_limit_mb={limit}", "-timeout=20", *options, str(corpus)], READERS[reader])
     atheris.Fuzz()
 
