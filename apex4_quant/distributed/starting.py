@@ -83,10 +83,13 @@ def _store(is_master: bool) -> Store:
 def launch(count: int, arguments: Sequence[str], device: str) -> int:
     """Run `apex4 ARGUMENTS` as `count` ranks on this host -> the exit code: that of the first that failed, or 0.
 
-    Raises UsageError if there are fewer GPUs, unless `device` is cpu.
+    Raises UsageError if there are fewer GPUs, or where `device` is cpu fewer cores.
     """
-    found = torch.cuda.device_count()
-    if device != "cpu" and found < count:
+    if device == "cpu":
+        cores = os.cpu_count() or 1
+        if cores < count:
+            raise UsageError(f"--gpus is {count} and this host has {cores} cores, one for each process: give fewer")
+    elif (found := torch.cuda.device_count()) < count:
         raise UsageError(f"--gpus is {count} and torch finds {found} CUDA GPUs: give fewer, or --device cpu")
     store = TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what happened

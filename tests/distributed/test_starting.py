@@ -35,6 +35,7 @@ def test_more_gpus_than_there_are_is_refused(
 ) -> None:
     one_sentence(invoke("quantize", "demo", "-o", tmp_path / "out", "--gpus", 3), 2, "--gpus is 3", "--device cpu")
     one_sentence(invoke("plan", "demo", "--gpus", 3), 2, "--gpus is 3", "--device cpu")
+    one_sentence(invoke("plan", "demo", "--gpus", 1024, "--device", "cpu"), 2, "--gpus is 1024", "cores")
     one_sentence(invoke("quantize", "demo", "-o", tmp_path / "out", "--gpus", 0), 2, "--gpus is 0")
     one_sentence(invoke("quantize", "demo", "--dry-run", "--gpus", 2), 2, "--dry-run is for one process")
 
