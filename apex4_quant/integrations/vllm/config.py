@@ -96,7 +96,7 @@ class Apex4Config(QuantizationConfig):
         if prefix.endswith(names.LATENT) and vllm.model_config is not None and vllm.model_config.use_mla:
             raise Apex4Error(
                 f"vLLM computes with the weights of {prefix} within latent attention, not as a linear, and that one is quantized: "
-                f"quantize with --ignore '*{names.LATENT}', or serve with VLLM_MLA_DISABLE=1"
+                f"quantize with --ignore '*{names.LATENT}'"
             )
         install(vllm)
         return Apex4LinearMethod(self.fields, self.budget, members)
