@@ -66,3 +66,5 @@ def test_bad_options_are_refused(prepared: Path) -> None:
     assert done.returncode == 2 and "has no other.txt: there are calibration, evaluation" in done.stderr
     done = bench("--models-dir", prepared, "--activation-bits", "5")
     assert done.returncode == 2 and "--activation-bits is 5: give 4, 8 or 4,8" in done.stderr
+    done = bench("--models-dir", prepared, "--models", "demo,another")
+    assert done.returncode == 2 and f"{prepared} has no another: there are demo" in done.stderr
