@@ -4,10 +4,11 @@ The loss is the Kullback-Leibler divergence of the quantized model's predictions
 second order in the errors, by gradients g of the predictions (gradients.py). Errors of different inputs, weight rows and
 tokens are taken as independent, so those of an input group add up: for linears y_i = x W_i^T that read x,
 
-    KL = 1/2 E (g_x . (Q(x) - x))^2  +  1/2 sum_i sum_n E (x . (Q(W_i) - W_i)_n)^2 E (g_i)_n^2
+    KL = 1/2 E w (g_x . (Q(x) - x))^2  +  1/2 sum_i sum_n E w (x . (Q(W_i) - W_i)_n)^2 E (g_i)_n^2
 
-g_x is the gradient by x, g_i that by y_i; means are over all tokens. Everything is in the transformed basis, over probe
-rows x of the calibration text. Codes are rounded to nearest: weight scales by the search of nearest.py,
+g_x is the gradient by x, g_i that by y_i; means are over all tokens. A token's share w is that of its own gradient,
+|g_x|^2 / E |g_x|^2: the first tokens of pretrained models have massive activations, hence large errors, which predictions
+hardly see. Everything is in the transformed basis, over probe rows x of the calibration text. Codes are rounded to nearest: weight scales by the search of nearest.py,
 activations of 4 bits at the best of a few clip ratios. With activations of 8 bits W is the folded weight. The loss of a plan is the sum over its input groups. How well it predicts,
 and the proxies that do not, are in docs/log.md, 2026-11-25.
 
@@ -26,7 +27,7 @@ those.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -81,10 +82,12 @@ class GroupSensitivity:
 @dataclass
 class Metric:
     """What errors of one input's rounding do: `rows` float32 [R, K] with E g g^T = rows^T rows of the gradients by the
-    input, and of each linear that reads it E g^2 of those by its outputs, float32 [N_i]."""
+    input, and of each linear that reads it E g^2 of those by its outputs, float32 [N_i]. `tokens` float32 [T]: of each of
+    the input's rows |g|^2 / E |g|^2, or one for all of them, [1]."""
 
     rows: torch.Tensor
     outputs: list[torch.Tensor]
+    tokens: torch.Tensor = field(default_factory=lambda: torch.ones(1))
 
 
 class Errors(NamedTuple):
@@ -112,12 +115,13 @@ def predict_errors(
     # Like a weight: g . e = (g T^-T) . (e T).
     gradients = transform_weight(metric.rows[group.share(len(metric.rows)).slice], format, matrix)
     errors = [rounded - x for rounded in _rounded_inputs(x, format)]
-    energies = group.sum_of_numbers([float((error @ gradients.t()).square().sum()) for error in errors])
+    shares = metric.tokens.sqrt()[:, None]
+    energies = group.sum_of_numbers([float((shares * (error @ gradients.t())).square().sum()) for error in errors])
     best = energies.index(min(energies))
     figures = [
         figure
         for weight, importance in zip(weights, metric.outputs, strict=True)
-        for figure in _of_weight(weight, importance, x, errors[best], format, matrix, group)
+        for figure in _of_weight(weight, importance, metric.tokens, x, errors[best], format, matrix, group)
     ]
     figures = group.sum_of_numbers(figures)
     losses, noises, of_outputs = figures[::3], figures[1::3], figures[2::3]
@@ -128,22 +132,23 @@ def predict_errors(
 def _of_weight(
     weight: torch.Tensor,
     importance: torch.Tensor,
+    tokens: torch.Tensor,
     x: torch.Tensor,
     difference: torch.Tensor,
     format: LinearFormat,
     matrix: torch.Tensor | None,
     group: Group,
 ) -> tuple[float, float, float]:
-    """Of this process's rows of a weight [N, K], sums over them: what their rounding loses by their `importance`, how far
-    their outputs are off with an input off by `difference`, and what their outputs are, squared."""
+    """Of this process's rows of a weight [N, K], sums over them: what their rounding loses by their `importance` and that of
+    the `tokens`, how far their outputs are off with an input off by `difference`, and what their outputs are, squared."""
     share = group.share(len(weight))
     if not share.size:
         return 0.0, 0.0, 0.0
     base = transform_weight(weight[share.slice], format, matrix)
     importance = importance if len(importance) == 1 else importance[share.slice]
-    of_weight = (x @ (_rounded_weight(base, format) - base).t()).square().sum(0)
+    of_weight = (x @ (_rounded_weight(base, format) - base).t()).square()
     noise = float((difference @ base.t()).square().sum() + of_weight.sum())
-    return float((of_weight * importance).sum()), noise, float((x @ base.t()).square().sum())
+    return float((tokens[:, None] * of_weight * importance).sum()), noise, float((x @ base.t()).square().sum())
 
 
 def _rounded_inputs(x: torch.Tensor, format: LinearFormat) -> Iterator[torch.Tensor]:
@@ -231,7 +236,9 @@ def _readers(linears: Sequence[PlannedLinear]) -> dict[tuple[int, int | None], t
 
 
 def _metric(linears: Sequence[PlannedLinear], known: dict[str, InputGradients], prefix: str, size: float) -> Metric:
-    """Of one input group. Readers whose gradients are all zero, such as experts that no token reached, do not matter."""
+    """Of one input group. Readers whose gradients are all zero, such as experts that no token reached, do not matter.
+
+    Gradients by an input are kept of the same tokens as the input itself, but not by those of experts."""
     rows, outputs = [], {}
     for names in _readers(linears).values():
         if names[0] in known:
@@ -240,7 +247,10 @@ def _metric(linears: Sequence[PlannedLinear], known: dict[str, InputGradients], 
     every = torch.cat(rows) if rows else torch.zeros(1, linears[0].format.in_features)
     step = -(-len(every) // PROBE_ROWS)  # experts have rows of their own, each: evenly spaced ones stand for all
     zero = torch.zeros(1, device=every.device)
-    return Metric(every[::step] * step**0.5, [outputs.get(linear.name, zero) for linear in linears])
+    tokens = every.square().sum(1) if len(rows) == 1 and expert_of(linears[0].name) is None else torch.ones(1)
+    return Metric(
+        every[::step] * step**0.5, [outputs.get(linear.name, zero) for linear in linears], tokens / tokens.mean()
+    )
 
 
 def _measure_group(
@@ -252,11 +262,18 @@ def _measure_group(
     group: Group,
     device: torch.device,
 ) -> GroupSensitivity:
-    rows, others = split_rows(collected.statistics.inputs())
+    inputs = collected.statistics.inputs()
+    measured = rows_to_measure(len(inputs)).to(inputs.device)
+    rows, others = inputs[measured], inputs[~measured] if len(inputs) > 1 else inputs
     weights = [stored[f"{linear.name}.weight"].to(device).float() for linear in linears]
     for linear, weight in zip(linears, weights, strict=True):
         require_quantizable(linear.name, weight)
-    metric = Metric(_fewer(metric.rows.to(device)), [importance.to(device) for importance in metric.outputs])
+    tokens = metric.tokens.to(device)
+    metric = Metric(
+        _fewer(metric.rows.to(device)),
+        [importance.to(device) for importance in metric.outputs],
+        tokens if len(tokens) == 1 else tokens[measured.to(device)],
+    )
     first = linears[0]
     errors: dict[Choice, Errors] = {}
     for choice in choices:
@@ -284,12 +301,13 @@ def _fewer(rows: torch.Tensor) -> torch.Tensor:
     return fewer
 
 
-def split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [T, K] of an input -> at most ROWS evenly spaced ones to measure with, and the others, to learn from."""
-    stride = max(2, len(rows) // ROWS)
-    measured = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    measured[::stride][:ROWS] = True
-    return rows[measured], rows[~measured] if len(rows) > 1 else rows
+def rows_to_measure(count: int) -> torch.Tensor:
+    """Which of so many rows of an input to measure with, at most ROWS: bool [count]. The others are learned from.
+
+    They are drawn, the same in every run: among evenly spaced rows the first tokens of all windows would be, or none.
+    """
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, min(ROWS, count // 2))]
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)
 
 
 def _quickly_learned(

@@ -37,7 +37,7 @@ from apex4_quant.planning.sensitivity import (
     losses_of,
     measure_sensitivity,
     predict_errors,
-    split_rows,
+    rows_to_measure,
 )
 from apex4_quant.progress import Progress
 from apex4_quant.quantization.gradients import gradients_through
@@ -70,10 +70,14 @@ MODELS = {
 
 @pytest.mark.parametrize(("count", "measured"), [(1, 1), (64, 32), (1500, 750), (4096, 1024), (5000, 1024)])
 def test_a_transform_is_not_measured_on_what_it_was_learned_from(count: int, measured: int) -> None:
-    rows, others = split_rows(torch.arange(count)[:, None])
-    assert len(rows) == measured <= ROWS
-    assert len(others) == max(1, count - measured)
-    assert count == 1 or not set(rows.flatten().tolist()) & set(others.flatten().tolist())
+    rows = rows_to_measure(count)
+    assert rows.shape == (count,) and rows.sum() == measured <= ROWS
+    assert rows.equal(rows_to_measure(count))
+
+
+def test_of_the_first_tokens_of_windows_some_are_measured_and_some_are_learned_from() -> None:
+    """They are like no others in pretrained models, and stand at multiples of 256 of evenly spaced rows."""
+    assert 0 < rows_to_measure(4096)[::256].sum() < 8
 
 
 def test_losses_never_fall_with_coarser_groups_of_one_transform() -> None:
@@ -128,6 +132,23 @@ def test_only_what_matters_counts() -> None:
     assert loss(0, 0, 0) == 0
     assert loss(2, 0, 0) == pytest.approx(4 * loss(1, 0, 0)) and loss(1, 0, 0) > 0
     assert loss(1, 2, 3) == pytest.approx(loss(1, 0, 0) + 2 * loss(0, 1, 0) + 3 * loss(0, 0, 1), rel=1e-5)
+
+
+def test_tokens_without_gradients_lose_nothing() -> None:
+    """However large they are: massive activations of first tokens."""
+    torch.manual_seed(0)
+    rows, weight = torch.randn(64, 128), torch.randn(8, 128)
+    massive = torch.cat([1000 * torch.randn(2, 128), rows])
+    format = LinearFormat(8, 128, 128, get_layout("rowmajor"), HADAMARD, 1.0)
+    gradients, outputs, tokens = torch.randn(16, 128), [torch.rand(8)], torch.rand(64)
+
+    def loss(rows: torch.Tensor, tokens: torch.Tensor) -> float:
+        return len(rows) * predict_errors(rows, [weight], format, Metric(gradients, outputs, tokens)).loss
+
+    seen = loss(rows, tokens)
+    assert loss(massive, torch.cat([torch.zeros(2), tokens])) == pytest.approx(seen, rel=1e-5)
+    assert loss(massive, torch.cat([torch.ones(2), tokens])) > 1000 * seen
+    assert loss(rows, 2 * tokens) == pytest.approx(2 * seen, rel=1e-5)
 
 
 def test_dead_input_has_no_error() -> None:
