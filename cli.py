@@ -269,7 +269,7 @@ def gpus(as_json: bool) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Plan file to write: .yaml, .yml or .json.")
 @options.RECIPE
 @click.option("--target", default="auto", show_default=True, help="GPU of 'apex4 gpus', or auto.")
-@options.choice("--mode", list(Mode), Mode.AUTO, "g128: transforms only; mixed: 128 for down_proj only.")
+@options.choice("--mode", list(Mode), Mode.AUTO, "w4a4: 4 bits only; g128: of these, transforms only; mixed: 128 for down_proj only.")
 @click.option(
     "--budget",
     type=options.Multiple(),
@@ -290,7 +290,7 @@ def gpus(as_json: bool) -> None:
 @options.GPUS
 @options.COMPUTING
 def plan(out: Path | None, gpus: int | None, as_json: bool, **asked: Any) -> None:
-    """Choose group size and transform of every linear of MODEL on a GPU, from predicted loss and predicted time."""
+    """Choose group size, transform and bits of activations of every linear of MODEL on a GPU, by predicted loss and time."""
     _share(gpus, asked["device"])
     from apex4_quant.distributed.starting import ranks
     from apex4_quant.planning.planner import make_plan

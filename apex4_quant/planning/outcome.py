@@ -206,9 +206,10 @@ class QuantizationPlan:
                     f"lose {ratio:.1f} times less"]  # fmt: skip
         saved = sum(pairs[index][4].loss - self.chosen[index].loss for index in eight) / losses[4]
         spent = sum(self.chosen[index].seconds - pairs[index][4].seconds for index in eight) / seconds[4]
+        price = f"for {100 * spent:.0f} % of their time" if spent >= 0 else f"and {-100 * spent:.0f} % of their time"
         return [
             f"{self.gpu.name}: 8-bit activations for {len(eight)} of {len(self.chosen)} inputs, which saves {100 * saved:.0f} % "
-            f"of the loss of 4 bits for {100 * spent:.0f} % of their time; {compared}"
+            f"of the loss of 4 bits {price}; {compared}"
         ]
 
 

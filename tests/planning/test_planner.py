@@ -382,6 +382,8 @@ def eight_or_four(seconds_of_eight: float, loss_of_eight: float, count: int) -> 
         (eight_or_four(2e-5, 0.8, 0), "A100: 8-bit activations nowhere; everywhere they would take 2.00x the time of 4 bits here and lose more"),
         (eight_or_four(1.2e-5, 0.1, 1), "A100: 8-bit activations for 1 of 2 inputs, which saves 38 % of the loss of 4 bits for 10 % of their time; "
          "everywhere they would take 1.20x the time of 4 bits here and lose 4.0 times less"),
+        (eight_or_four(0.8e-5, 0.1, 1), "A100: 8-bit activations for 1 of 2 inputs, which saves 38 % of the loss of 4 bits and 10 % of their time; "
+         "everywhere they would take 0.80x the time of 4 bits here and lose 4.0 times less"),
     ],
 )  # fmt: skip
 def test_a_plan_says_what_it_decided_about_bits_and_why(plan: QuantizationPlan, sentence: str) -> None:
