@@ -269,7 +269,12 @@ def gpus(as_json: bool) -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Plan file to write: .yaml, .yml or .json.")
 @options.RECIPE
 @click.option("--target", default="auto", show_default=True, help="GPU of 'apex4 gpus', or auto.")
-@options.choice("--mode", list(Mode), Mode.AUTO, "w4a4: 4 bits only; g128: of these, transforms only; mixed: 128 for down_proj only.")
+@options.choice(
+    "--mode",
+    list(Mode),
+    Mode.AUTO,
+    "w4a4: 4 bits only; g128: of these, transforms only; mixed: 128 for down_proj only.",
+)
 @click.option(
     "--budget",
     type=options.Multiple(),
