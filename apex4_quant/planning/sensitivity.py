@@ -8,9 +8,10 @@ tokens are taken as independent, so those of an input group add up: for linears 
 
 g_x is the gradient by x, g_i that by y_i; means are over all tokens. A token's share w is that of its own gradient,
 |g_x|^2 / E |g_x|^2: the first tokens of pretrained models have massive activations, hence large errors, which predictions
-hardly see. Everything is in the transformed basis, over probe rows x of the calibration text. Codes are rounded to nearest: weight scales by the search of nearest.py,
-activations of 4 bits at the best of a few clip ratios. With activations of 8 bits W is the folded weight. The loss of a plan is the sum over its input groups. How well it predicts,
-and the proxies that do not, are in docs/log.md, 2026-11-25.
+hardly see. Everything is in the transformed basis, over probe rows x of the calibration text. Codes are rounded to
+nearest: weight scales by the search of nearest.py, activations of 4 bits at the best of a few clip ratios. With
+activations of 8 bits W is the folded weight. The loss of a plan is the sum over its input groups. How well it predicts,
+and the proxies that do not, are in docs/log.md, 2026-11-25 and 2026-11-29.
 
 A learned transform is one that LEARNING_STEPS steps find, on rows of its own: the errors are those of other rows, so that
 a transform which fits its rows too well gains nothing by it. A run learns longer, so its gain is predicted somewhat too
