@@ -53,7 +53,7 @@ def nccl_version() -> int:
 
 def share_the_gpu(backend: str) -> None:
     """From now on every rank of this process's host is told that it has a GPU, and gets the first."""
-    torch.cuda.device_count = lambda: 8  # type: ignore[assignment]
+    torch.cuda.device_count = lambda: 8
     set_device, begin = torch.cuda.set_device, dist.init_process_group
     torch.cuda.set_device = lambda _: set_device(0)
     if backend == "gloo":
