@@ -36,12 +36,20 @@ from ..distributed.several import HERE, Ended
 from ..quantization.test_ranks import contents, differing, settings_of, without_numbers, write_moe
 from .conftest import NO_GPU
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
-
 SHARES_A_GPU = 23000  # the version of NCCL that can
 SHARING = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}
 RECIPES = {"llama": "apex4", "moe": "apex4-gptaq"}
 Work = Callable[[Path, Group], None]
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has everything imported, and has not touched CUDA
+FORKS.set_forkserver_preload([__name__])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_gpu() -> None:
+    """Asked for here, and not at import: who forks afterwards has no GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
 
 
 def nccl_version() -> int:
@@ -78,9 +86,8 @@ def run_rank(rank: int, size: int, port: int, backend: str | None, folder: Path,
 def run(size: int, backend: str | None, folder: Path, work: Work, seconds: float = 240) -> list[Ended]:
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
-    spawn = multiprocessing.get_context("spawn")
     words = (size, store.port, backend, folder, work)
-    processes = [spawn.Process(target=run_rank, args=(rank, *words)) for rank in range(size)]
+    processes = [FORKS.Process(target=run_rank, args=(rank, *words)) for rank in range(size)]
     for process in processes:
         process.start()
     until = time.monotonic() + seconds
@@ -97,7 +104,7 @@ def run(size: int, backend: str | None, folder: Path, work: Work, seconds: float
 
 
 @pytest.fixture(params=["gloo", "nccl"], scope="module")
-def backend(request: pytest.FixtureRequest) -> str | None:
+def backend(request: pytest.FixtureRequest, on_gpu: None) -> str | None:
     """Of two ranks here. None: of two GPUs, where nothing is replaced."""
     if torch.cuda.device_count() > 1:
         return None if request.param == "nccl" else pytest.skip("two GPUs go by NCCL")
