@@ -25,9 +25,47 @@ def test_missing_directory_as_a_process(one_sentence: Call, run_cli: Call, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["eval", "inspect", "check"])
-def test_missing_directory_of_the_other_commands(one_sentence: Call, invoke: Call, command: str) -> None:
-    one_sentence(invoke(command, "./absent"), USAGE, "'./absent' does not exist")
+MODEL, CHECKPOINT = "model folder './absent' does not exist", "checkpoint folder './absent' does not exist"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("quantize ./absent -o full --target nonsense", MODEL),
+        ("quantize ./absent --dry-run --recipe nonsense", MODEL),
+        ("plan ./absent", MODEL),
+        ("plan ./absent --target nonsense --mode mixed --budget 2", MODEL),
+        ("eval ./absent --engine vllm", MODEL),
+        ("eval demo --baseline ./absent --engine vllm", MODEL),
+        ("eval ./absent --throughput --engine vllm", MODEL),
+        ("eval ./absent --record", CHECKPOINT),
+        ("inspect ./absent", CHECKPOINT),
+        ("check ./absent", CHECKPOINT),
+        ("repack ./absent -o full --target nonsense", CHECKPOINT),
+        ("export ./absent -o full --to vllm-humming", CHECKPOINT),
+        ("card ./absent", "absent is no folder: give one that 'apex4 quantize' wrote"),
+        ("report ./absent -o report.html", "absent is no folder: give one that 'apex4 quantize' wrote"),
+        ("publish ./absent ORG/NAME", "absent is no folder: give one that 'apex4 quantize' wrote"),
+    ],
+)
+def test_a_missing_directory_is_said_before_anything_else(
+    words: str, sentence: str, one_sentence: Call, invoke: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a GPU is asked for, a package that is not there, or another folder."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    one_sentence(invoke(*words.split()), USAGE, sentence)
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "check", "export --to vllm-humming -o out", "repack --target A100 -o out"]
+)
+def test_a_folder_that_is_no_checkpoint(command: str, one_sentence: Call, invoke: Call, tmp_path: Path) -> None:
+    name, *others = command.split()
+    one_sentence(
+        invoke(name, tmp_path, *others), USAGE, "has no config.json: give a folder that 'apex4 quantize' wrote"
+    )
 
 
 def test_model_is_a_file(one_sentence: Call, quantize_badly: Call, calib: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from ..format.storage import (
 from ..format.transform_kind import TransformKind
 from ..models.companions import companions_of, copy_companions
 from ..models.families import expert_of
-from ..models.source import read_tensors
+from ..models.source import CHECKPOINT, read_tensors, require_there
 from ..models.weight_files import INDEX_NAME
 from .check import stored_formats
 from .inspect import Checkpoint
@@ -54,6 +54,7 @@ def export(path: str, out: Path, to: str, progress: Callable[[str], None] = lamb
     if to not in list(ExportFormat):
         raise UsageError(f"format {to!r} is not known: give one of {', '.join(ExportFormat)}")
     out = Path(out)
+    require_there(path, kind=CHECKPOINT)
     require_empty(out)
     checkpoint = Checkpoint(path)
     require_outside(out, checkpoint.folder)

@@ -12,7 +12,7 @@ from ..format.storage import format_bytes
 from ..format.tensor_info import TensorInfo
 from ..models.families import Family, family_of
 from ..models.foreign_formats import foreign_format
-from ..models.source import language_settings, read_config, require_sizes, resolve_model
+from ..models.source import CHECKPOINT, language_settings, read_config, require_sizes, resolve_model
 from ..models.weight_files import read_tensor_infos
 from .load import quant_config_of, read_report
 
@@ -24,8 +24,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str) -> None:
-        self.folder: Path = resolve_model(path)
-        self.stored_config = read_config(self.folder)
+        self.folder: Path = resolve_model(path, CHECKPOINT)
+        self.stored_config = read_config(self.folder, CHECKPOINT)
         quant = quant_config_of(self.stored_config)
         if quant is None:
             other = foreign_format(self.folder, self.stored_config, read_tensor_infos(self.folder))

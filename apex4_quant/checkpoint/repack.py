@@ -29,7 +29,7 @@ from ..format.storage import (
 )
 from ..hardware.gpus import Target, resolve_target
 from ..models.companions import companions_of, copy_companions
-from ..models.source import read_tensors
+from ..models.source import CHECKPOINT, read_tensors, require_there
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG, index_of
 from .check import stored_formats
 from .inspect import Checkpoint
@@ -41,6 +41,7 @@ MEASUREMENTS_NAME = "apex4_evaluation.json"  # of publishing/records.py: belongs
 def repack(path: str, out: Path, target: str, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """What `apex4 repack --json` prints. Raises UsageError or Apex4Error; `out` is complete or has no config.json."""
     out = Path(out)
+    require_there(path, kind=CHECKPOINT)
     wanted = resolve_target(target)
     require_empty(out)
     checkpoint = Checkpoint(path)

@@ -62,8 +62,8 @@ class Group:
         """The mean over all ranks' numbers: `value` is that of the `count` here, float32 []."""
         return value
 
-    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        """Rank 0's, in the place of the others'."""
+    def broadcast(self, values: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """Those of rank `source`, in the place of the others'."""
         return values
 
     def gather_share(self, own: torch.Tensor, total: int) -> torch.Tensor:
@@ -179,9 +179,9 @@ class Ranks(Group):
         return (total[0] / total[1]).to(value.dtype)
 
     @_communicating
-    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, values: torch.Tensor, source: int = 0) -> torch.Tensor:
         whole = values.contiguous()
-        dist.broadcast(whole, 0)
+        dist.broadcast(whole, source)
         return whole
 
     @_communicating

@@ -15,7 +15,7 @@ from ..distributed.group import Group
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import language_settings, read_config, resolve_model
+from ..models.source import language_settings, read_config, require_there, resolve_model
 from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
 from ..progress import Progress
 from .engine import EngineName, Subject, Tasks, where
@@ -55,6 +55,7 @@ def evaluate(settings: EvalSettings, progress: Progress | None = None, group: Gr
     for name, value in (("seq-len", settings.seq_len), ("batch-size", settings.batch_size), ("limit", settings.limit)):
         if value is not None and value < (2 if name == "seq-len" else 1):
             raise UsageError(f"--{name} is {value}: give a larger number")
+    require_there(settings.model, settings.baseline)
     engine = open_engine(settings.engine, settings.device, group, settings.device_map)
     asked_activations()
     # Everything that can be wrong with the arguments is looked at for both models before either is loaded.

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..format.storage import format_bytes
 from ..hardware.devices import resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import language_settings, read_config, resolve_model
+from ..models.source import language_settings, read_config, require_there, resolve_model
 from ..progress import Progress
 from .engine import RUNS, EngineName, Load, where
 from .engines import open_engine
@@ -46,6 +46,7 @@ def throughput(settings: ThroughputSettings, progress: Progress | None = None) -
     ):
         if value < least:
             raise UsageError(f"--{name} is {value}: give at least {least}")
+    require_there(settings.model, settings.baseline)
     engine = open_engine(settings.engine, settings.device)
     asked_activations()
     names = [settings.model] + ([settings.baseline] if settings.baseline else [])

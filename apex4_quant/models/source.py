@@ -10,6 +10,7 @@ import errno
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,50 @@ ADAPTER_NAME = "adapter_config.json"  # of peft
 CHECKSUMS_NAME = "checksums.json"  # {file name: sha256}, optional beside any model
 
 
-def resolve_model(model: str) -> Path:
+@dataclass(frozen=True)
+class Kind:
+    """What a folder is asked for as: by what a sentence calls it, and what may be given."""
+
+    name: str
+    given: str
+    folder: str
+
+
+MODEL = Kind("model", "'demo', a local folder, or a Hub id (org/name)", "the folder of a Hugging Face model")
+CHECKPOINT = Kind(
+    "checkpoint", "a folder that 'apex4 quantize' wrote, or a Hub id (org/name)", "a folder that 'apex4 quantize' wrote"
+)
+
+
+def resolve_model(model: str, kind: Kind = MODEL) -> Path:
     """The folder of `demo`, of a local path, or of a Hub id, ORG/NAME or ORG/NAME@REVISION (downloaded once; a revision
     is a branch, a tag or a commit). Raises UsageError."""
+    found = _local_or_hub_id(model, kind)
+    return found if isinstance(found, Path) else _download(*found)
+
+
+def require_there(*models: str | None, kind: Kind = MODEL) -> None:
+    """Before other arguments are looked at, and before anything is fetched: raise UsageError for a path that is not there."""
+    for model in models:
+        if model is not None:
+            _local_or_hub_id(model, kind)
+
+
+def _local_or_hub_id(model: str, kind: Kind) -> Path | tuple[str, str | None]:
+    """The folder, or the id and its revision. Raises UsageError."""
     if model == DEMO:
         return DEMO_PATH
     if not model.strip():  # a variable that is not set: Path("") would be the folder one stands in
-        raise UsageError("the model's name is empty: give 'demo', a local folder, or a Hub id (org/name)")
+        raise UsageError(f"the {kind.name}'s name is empty: give {kind.given}")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        raise UsageError(f"model {model!r} is a file: give the folder that holds config.json and the safetensors")
+        raise UsageError(f"{kind.name} {model!r} is a file: give the folder that holds config.json and the safetensors")
     named = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-][\w./-]*))?", model)
     if not named:
-        raise UsageError(f"model folder {model!r} does not exist: give 'demo', a local folder, or a Hub id (org/name)")
-    return _download(*named.groups())
+        raise UsageError(f"{kind.name} folder {model!r} does not exist: give {kind.given}")
+    return named[1], named[2]
 
 
 def hub_revision(folder: Path) -> str | None:
@@ -136,12 +165,12 @@ def _part(stored: Any, info: TensorInfo) -> torch.Tensor:
     return (tensor.t() if info.transposed else tensor).contiguous()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, kind: Kind = MODEL) -> dict[str, Any]:
     """config.json of a model folder. Raises UsageError if there is none."""
     if not (folder / "config.json").is_file():
         if (folder / ADAPTER_NAME).is_file():
             raise UsageError(_adapter_sentence(folder))
-        raise UsageError(f"{folder} has no config.json: give the folder of a Hugging Face model")
+        raise UsageError(f"{folder} has no config.json: give {kind.folder}")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise Apex4Error(f"{folder / 'config.json'} is not a JSON object: the file is damaged, get it again")

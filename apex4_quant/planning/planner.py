@@ -24,7 +24,7 @@ from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES
 from ..hardware.gpus import Gpu
 from ..models.layer_runner import LayerRunner
-from ..models.source import ModelSource
+from ..models.source import ModelSource, require_there
 from ..progress import Progress
 from ..quantization.calibration import draw_calibration, require_a_window_each
 from ..quantization.plan import plan_of
@@ -75,6 +75,7 @@ def make_plan(
     All processes of `group` call this with the same arguments and get the same plan, which the first writes.
     """
     progress, group = progress or Progress(), group or Group()
+    require_there(settings.model)
     require_bounds(settings.mode, settings.budget, settings.max_loss)
     if settings.tokens < 1:
         raise UsageError(f"--tokens is {settings.tokens}: give a positive number")

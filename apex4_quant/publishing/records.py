@@ -27,6 +27,7 @@ from .. import __version__
 from ..errors import Apex4Error, UsageError
 from ..evaluation.engine import EngineName
 from ..format.storage import read_json, write_json
+from ..models.source import CHECKPOINT, require_there
 from .folder import RECORDS_NAME, CheckpointFolder
 
 VERSION = 1
@@ -42,6 +43,7 @@ _PACKAGES = ("torch", "transformers", "lm_eval", "safetensors")
 
 def require_recordable(path: str) -> CheckpointFolder:
     """The folder that measurements of `path` can be kept in. Raises UsageError; called before anything is measured."""
+    require_there(path, kind=CHECKPOINT)
     if not Path(path).expanduser().is_dir():
         raise UsageError(f"--record writes into the checkpoint, and {path!r} is no local folder: leave it away")
     checkpoint = CheckpointFolder(Path(path).expanduser())

@@ -154,13 +154,17 @@ class CollectedInput:
     """What an input group reads: `statistics` of the tensor itself, and the parts that its linears fall into.
 
     The part with the linear that stores the learned transform comes first: the others use it from there. `collect` sees to
-    it that a part's own statistics are there; it is called before the part is handed out.
+    it that a part's own statistics are there; it is called before the part is handed out, unless `is_there` says that they are.
     """
 
     def __init__(
-        self, statistics: Statistics, parts: list[Part], collect: Callable[[Part], None] = lambda part: None
+        self,
+        statistics: Statistics,
+        parts: list[Part],
+        collect: Callable[[Part], None] = lambda part: None,
+        is_there: Callable[[Part], bool] = lambda part: True,
     ) -> None:
-        self.statistics, self._collect = statistics, collect
+        self.statistics, self._collect, self._is_there = statistics, collect, is_there
         self.parts = sorted(parts, key=lambda part: part.planned[0].format.transform_from is not None)
 
     @property
@@ -175,9 +179,19 @@ class CollectedInput:
 
     def take_parts(self) -> Iterator[Part]:
         """The parts one after the other, each forgotten when the next is asked for."""
+        for (part,) in self.take_together(1):
+            yield part
+
+    def take_together(self, count: int) -> Iterator[list[Part]]:
+        """The same, `count` at a time or fewer: of one portion, and none that has the statistics of all tokens with another."""
         while self.parts:
             self._collect(self.parts[0])
-            yield self.parts.pop(0)
+            taken = [self.parts.pop(0)]
+            while len(taken) < count and self.parts and self._is_there(self.parts[0]):
+                if taken[0].shared or self.parts[0].shared:
+                    break
+                taken.append(self.parts.pop(0))
+            yield taken
 
 
 def _modules(stages: Sequence[Sequence[InputGroup]]) -> set[str]:
@@ -233,6 +247,13 @@ class Collector:
         A stage is collected when the first of its inputs is asked for: by then the linears before it must have been
         replaced by their quantized form. `streams` are the states entering the layer. Raises Apex4Error.
         """
+        for inputs in self.inputs_together(layer, module, planned, streams, 1):
+            yield from inputs
+
+    def inputs_together(
+        self, layer: int, module: nn.Module, planned: list[PlannedLinear], streams: Streams, count: int
+    ) -> Iterator[list[CollectedInput]]:
+        """The same, `count` of those that do not depend on each other at a time: inside experts."""
         of_input: dict[int, list[PlannedLinear]] = {}
         for linear in planned:
             of_input.setdefault(linear.input_group, []).append(linear)
@@ -253,11 +274,11 @@ class Collector:
                 assert isinstance(unfused, UnfusedExperts)
                 linears = [linear for linears in wanted for linear in linears]
                 if stage[0].norm is not None:
-                    yield self._entering(layer, experts, linears, streams)
+                    yield [self._entering(layer, experts, linears, streams)]
                 else:
-                    yield from self._inside(layer, experts, unfused, linears, streams)
+                    yield from self._inside(layer, experts, unfused, linears, streams, count)
             else:
-                yield self._dense(layer, stage[0], wanted[0], streams)
+                yield [self._dense(layer, stage[0], wanted[0], streams)]
 
     def _statistics(self, reader: str, probe: InputProbe, linear: PlannedLinear) -> Statistics:
         return Statistics(reader, probe, self._runner.dtype, linear.format if self._hessians else None)
@@ -327,12 +348,18 @@ class Collector:
             for each in portion.values():
                 self._combine(each.statistics, each.planned[0])
 
-        return CollectedInput(everything, parts, collect)
+        return CollectedInput(everything, parts, collect, lambda part: not waiting.keys() & part.tokens.keys())
 
     def _inside(
-        self, layer: int, experts: Experts, module: UnfusedExperts, planned: list[PlannedLinear], streams: Streams
-    ) -> Iterator[CollectedInput]:
-        """One input per expert: that of its down projection."""
+        self,
+        layer: int,
+        experts: Experts,
+        module: UnfusedExperts,
+        planned: list[PlannedLinear],
+        streams: Streams,
+        together: int,
+    ) -> Iterator[list[CollectedInput]]:
+        """One input per expert: that of its down projection. So many at a time."""
         before_ours = self._before(layer, experts, streams)
         own = self._own(self._family.layer_prefix(layer) + experts.module, planned, before_ours)
         before = None if self._original is None else self._original.layer(layer).get_submodule(experts.module)
@@ -364,8 +391,8 @@ class Collector:
 
         for numbers in self._portions(list(own)):
             collect({number: own[number] for number in numbers})
-            for number in numbers:  # each is forgotten when the next is asked for
-                yield _of_part(own.pop(number))
+            for start in range(0, len(numbers), together):  # forgotten when the next are asked for
+                yield [_of_part(own.pop(number)) for number in numbers[start : start + together]]
 
     def _portions(self, experts: list[int]) -> Iterator[list[int]]:
         """The experts whose statistics are there together."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from torch import nn
 
 from ..calib.probes import evenly_spaced
 from ..distributed.group import Group
-from ..format.number_format import BITS
+from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
@@ -147,18 +147,13 @@ class LayerQuantizer:
         planned = self._plan.of_layer(layer)
         packed: dict[str, Apex4Linear] = {}
         records: dict[str, dict[str, Any]] = {}
-        for collected in self._collector.inputs_of(layer, module, planned, streams):
-            weighed = partial(self._weighed, layer, collected.linears, tensors, gradients)
-            decision = decide_input(collected, self._recipe, gradients, weighed, self._note, self._group)
-            return_free_memory()
-            readers = tuple(linear.name.removeprefix(prefix) for linear in collected.linears)
-            owner: Apex4Linear | None = None  # of the transform that all use
-            for part in collected.take_parts():
-                for name, linear, record in self._quantize_part(part, decision, owner, tensors, module, prefix):
-                    owner = owner or linear
-                    packed[name], records[name] = linear, record
-                    advance(linear.format.out_features * linear.format.in_features)
-            share_input(module, readers)
+        for inputs in self._collector.inputs_together(layer, module, planned, streams, self._group.size):
+            sharing = [tuple(linear.name.removeprefix(prefix) for linear in each.linears) for each in inputs]
+            for name, linear, record in self._quantize_inputs(layer, inputs, tensors, module, gradients):
+                packed[name], records[name] = linear, record
+                advance(linear.format.out_features * linear.format.in_features)
+            for readers in sharing:
+                share_input(module, readers)
         return QuantizedLayer(
             tensors.untaken()
             | {key: tensor for name, linear in packed.items() for key, tensor in stored(name, linear)},
@@ -173,6 +168,98 @@ class LayerQuantizer:
             self._original.load_layer(layer, tensors)
         return LayerTensors(tensors), self._runner.load_layer(layer, tensors)
 
+    def _quantize_inputs(
+        self,
+        layer: int,
+        inputs: list[CollectedInput],
+        tensors: LayerTensors,
+        module: nn.Module,
+        gradients: Mapping[str, InputGradients],
+    ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
+        """One input, decided by all processes together; or several, each decided and rounded by one of them. Of one input with
+        experts each process rounds some of the experts."""
+        prefix, group = self._source.family.layer_prefix(layer), self._group
+
+        def decide(collected: CollectedInput, say: Say, together: Group) -> InputDecision:
+            weighed = partial(self._weighed, layer, collected.linears, tensors, gradients)
+            return decide_input(collected, self._recipe, gradients, weighed, say, together)
+
+        if len(inputs) > 1:
+            parts = [part for each in inputs for part in each.parts]
+            alone = [partial(decide, each) for each in inputs]
+            yield from self._quantize_apart(parts, alone, None, tensors, module, prefix)
+            return
+        (collected,) = inputs
+        decision = decide(collected, self._note, group)
+        return_free_memory()
+        owner: Apex4Linear | None = None  # of the transform that all use
+        for parts in collected.take_together(group.size):
+            if len(parts) == 1:
+                made = self._quantize_part(parts[0], decision, owner, tensors, module, prefix)
+            else:
+                made = self._quantize_apart(parts, decision, owner, tensors, module, prefix)
+            for name, linear, record in made:
+                owner = owner or linear
+                yield name, linear, record
+
+    def _quantize_apart(
+        self,
+        parts: list[Part],
+        decide: InputDecision | Sequence[Callable[[Say, Group], InputDecision]],
+        owner: Apex4Linear | None,
+        tensors: LayerTensors,
+        module: nn.Module,
+        prefix: str,
+    ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
+        """Parts of experts, at most one for each process, which decides what is not decided and rounds it alone; then all have
+        what each made."""
+        group, alone = self._group, Group()
+        notes: list[str] = []
+        decision, rounded = InputDecision(None, None), []
+        if group.rank < len(parts):
+            part = parts[group.rank]
+            own = decide if isinstance(decide, InputDecision) else decide[group.rank]
+            decision = own if isinstance(own, InputDecision) else own(notes.append, alone)
+            inputs, moments = part.statistics.inputs(), gptq_moments(part, decision.matrix, self._recipe, notes.append)
+            for planned in part.planned:
+                weight = tensors.weight(planned.name).to(self._runner.device)
+                bias = _replaced(module, planned.name.removeprefix(prefix)).bias
+                format = replace(
+                    _with_clip(planned.format, decision), transform_from=None
+                )  # to measure: it has its own
+                made = self._round_one(planned.name, format, weight, bias, inputs, decision, moments, None, alone)
+                rounded.append(made[1:])
+        for part in parts:
+            part.statistics.forget_moments()
+        everyones = group.gather((notes, decision.clip, [error for _, _, error in rounded]))
+        for rank, part in enumerate(parts):
+            said, clip, errors = everyones[rank]
+            for text in said:
+                self._note(text)
+            matrix = decide.matrix if isinstance(decide, InputDecision) else self._matrix_of(rank, part, decision)
+            of_part = InputDecision(matrix, clip)
+            for number, planned in enumerate(part.planned):
+                format = _with_clip(planned.format, of_part)
+                codes, scales = (rounded[number] if rank == group.rank else _room_for(format, self._runner.device))[:2]
+                codes, scales = group.broadcast(codes, rank), group.broadcast(scales, rank)
+                tensors.take_weight(planned.name)
+                bias = _replaced(module, planned.name.removeprefix(prefix)).bias
+                linear = pack(format, codes, scales, bias, matrix, owner)
+                yield self._replace(part, planned, linear, errors[number], module, prefix)
+                if isinstance(decide, InputDecision):
+                    owner = owner or linear
+
+    def _matrix_of(self, rank: int, part: Part, own: InputDecision) -> torch.Tensor | None:
+        """The transform that process `rank` has learned for its part."""
+        format = part.planned[0].format
+        if not format.transform.is_learned:
+            return None
+        matrix = own.matrix if rank == self._group.rank else None
+        if matrix is None:
+            shape = (format.padded_k // BLOCK, BLOCK, BLOCK)
+            matrix = torch.empty(shape, dtype=torch.float16, device=self._runner.device)
+        return self._group.broadcast(matrix, rank)
+
     def _quantize_part(
         self,
         part: Part,
@@ -186,22 +273,42 @@ class LayerQuantizer:
         inputs = part.statistics.inputs()
         moments = gptq_moments(part, decision.matrix, self._recipe, self._note)
         for planned in part.planned:
-            name, local = planned.name, planned.name.removeprefix(prefix)
-            format = planned.format
-            if decision.clip is not None:
-                format = replace(format, activation_clip=decision.clip)
-            replaced = module.get_submodule(local)
-            assert isinstance(replaced, nn.Linear)
-            weight = tensors.take_weight(name).to(self._runner.device)
-            codes, scales = self._round(name, weight, format, decision.matrix, moments)
-            linear = pack(format, codes, scales, replaced.bias, decision.matrix, owner)
+            bias = _replaced(module, planned.name.removeprefix(prefix)).bias
+            weight = tensors.take_weight(planned.name).to(self._runner.device)
+            format = _with_clip(planned.format, decision)
+            made = self._round_one(planned.name, format, weight, bias, inputs, decision, moments, owner, self._group)
+            linear, error = made[0], made[3]
             owner = owner or linear
-            error = measure_error(linear, weight, inputs, self._group)
-            del weight, codes, scales, replaced
-            module.set_submodule(local, linear)
-            shape = f"{format.out_features} x {format.in_features}"
-            self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
-            yield name, linear, record_of(planned, format, error) | part.record_of(planned)
+            del made, weight
+            yield self._replace(part, planned, linear, error, module, prefix)
+
+    def _round_one(
+        self,
+        name: str,
+        format: LinearFormat,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: torch.Tensor,
+        decision: InputDecision,
+        moments: GptqMoments | None,
+        owner: Apex4Linear | None,
+        group: Group,
+    ) -> tuple[Apex4Linear, torch.Tensor, torch.Tensor, float]:
+        """The packed linear of `weight` [N, K], its codes and scales as `round_weight` returns them, and its error. The
+        processes of `group` share the work."""
+        codes, scales = self._round(name, weight, format, decision.matrix, moments, group)
+        linear = pack(format, codes, scales, bias, decision.matrix, owner)
+        return linear, codes, scales, measure_error(linear, weight, inputs, group)
+
+    def _replace(
+        self, part: Part, planned: PlannedLinear, linear: Apex4Linear, error: float, module: nn.Module, prefix: str
+    ) -> tuple[str, Apex4Linear, dict[str, Any]]:
+        """Let the packed linear compute in the module."""
+        name, format = planned.name, linear.format
+        module.set_submodule(name.removeprefix(prefix), linear)
+        shape = f"{format.out_features} x {format.in_features}"
+        self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
+        return name, linear, record_of(planned, format, error) | part.record_of(planned)
 
     def _round(
         self,
@@ -210,18 +317,15 @@ class LayerQuantizer:
         format: LinearFormat,
         matrix: torch.Tensor | None,
         moments: GptqMoments | None,
+        group: Group,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`round_weight`, each process a share of the rows, which do not depend on each other."""
-        share = self._group.share(format.out_features)
+        """`round_weight`, each process of `group` a share of the rows, which do not depend on each other."""
+        share = group.share(format.out_features)
         if share.size:
             own = round_weight(name, weight[share.slice], format, matrix, moments, self._recipe.refinement)
         else:
-            columns, groups = format.padded_k, format.padded_k // format.group_length
-            own = (
-                torch.empty(0, columns, dtype=torch.int8, device=weight.device),
-                torch.empty(0, groups, dtype=torch.float16, device=weight.device),
-            )
-        codes, scales = (self._group.gather_share(part, format.out_features) for part in own)
+            own = _room_for(format, weight.device, 0)
+        codes, scales = (group.gather_share(part, format.out_features) for part in own)
         return codes, scales
 
     def _gradients(self, layer: int, hidden: States) -> dict[str, InputGradients]:
@@ -275,6 +379,25 @@ class LayerQuantizer:
                     weight = weight.clone()  # it may be what is stored
                     scale_by_readers(weight, behind.producer, readers, heads)
             yield weight
+
+
+def _replaced(module: nn.Module, linear: str) -> nn.Linear:
+    found = module.get_submodule(linear)
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def _with_clip(format: LinearFormat, decision: InputDecision) -> LinearFormat:
+    return format if decision.clip is None else replace(format, activation_clip=decision.clip)
+
+
+def _room_for(format: LinearFormat, device: torch.device, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """For int8 codes [N, padded K] and float16 scales [N, G], N the format's unless told."""
+    rows = format.out_features if rows is None else rows
+    return (
+        torch.empty(rows, format.padded_k, dtype=torch.int8, device=device),
+        torch.empty(rows, format.padded_k // format.group_length, dtype=torch.float16, device=device),
+    )
 
 
 def decide_input(

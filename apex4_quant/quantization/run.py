@@ -46,7 +46,7 @@ from ..hardware.devices import DTYPES
 from ..hardware.memory import MemoryBudget, MemoryUse, begin_counting, held_to, memory_used, resident_now
 from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
-from ..models.source import ModelSource, hub_revision
+from ..models.source import ModelSource, hub_revision, require_there
 from ..models.states import States, StoredStates
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress
@@ -171,6 +171,7 @@ def quantize(
             return _finished(out, group)
         settings = first
     else:
+        require_there(settings.model)
         require_empty(out)
         if resume:
             progress.line(f"{out} holds no run yet: it is begun")

@@ -1,9 +1,9 @@
 """One run of apex4's quantizer in a process of its own; what it took is JSON in the last line.
 
     apex4_worker.py RECIPE MODEL OUT [--device cuda] [--samples 128] [--seq-len 2048] [--calib bundled] [--seed 0]
-                    [--activation-bits 4]
+                    [--activation-bits 4] [--memory SIZE]
 
-scripts/bench/quantize and scripts/bench/real_models start it: `apex4 quantize` does not tell its peak of GPU memory.
+scripts/bench/quantize and scripts/bench/real_models start it: `apex4 quantize` does not tell how long a layer takes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from pathlib import Path
 import torch
 
 from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.hardware.memory import MemoryBudget
 from apex4_quant.progress import Progress
 
 
 class Marks(Progress):
-    """When the last linear of each layer was done. All layers are of one size."""
+    """When the last linear of each layer was done, and when the first layer was begun. All layers are of one size."""
 
     def __init__(self, layers: int, on_gpu: bool) -> None:
         self.times: list[float] = []
+        self.begun = 0.0
         self._layers, self._on_gpu = layers, on_gpu
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         done = 0
+        if name == "quantizing":
+            self.begun = time.perf_counter()
 
         def advance(more: int) -> None:
             nonlocal done
@@ -55,6 +59,7 @@ def main() -> None:
     parser.add_argument("--calib", default="bundled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--activation-bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--memory", help="as of apex4 quantize")
     args = parser.parse_args()
     settings = QuantizeSettings(
         model=args.model, recipe=args.recipe, device=args.device, samples=args.samples, seq_len=args.seq_len,
@@ -64,16 +69,23 @@ def main() -> None:
     layers = json.loads((Path(args.model) / "config.json").read_text())["num_hidden_layers"]
     marks = Marks(layers, on_gpu)
     started = time.perf_counter()
-    result = quantize(settings, args.out, progress=marks)
+    budget = None if args.memory is None else MemoryBudget.parse(args.memory)
+    result = quantize(settings, args.out, progress=marks, memory=budget)
+    used = result.as_dict()
     print(
         json.dumps(
             {
                 "seconds": result.seconds,
+                "layers_begun": marks.begun - started,
                 "layers_done": [each - started for each in marks.times],
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
                 "gpu": torch.cuda.get_device_name() if on_gpu else None,
                 "quantized_linears": len(result.records),
+                "memory": used["peak_memory"],
+                "states_on_disk": used["states_on_disk"],
+                "experts_at_once": used["experts_at_once"],
+                "mean_relative_error": used["mean_relative_error"],
             }
         )
     )

@@ -21,9 +21,10 @@ NOTE_WIDTH = 160
 
 
 def run_process(
-    python: Path, *arguments: object, environment: Mapping[str, str], folder: Path | None = None
+    python: Path, *arguments: object, environment: Mapping[str, str], folder: Path | None = None, whole: bool = False
 ) -> dict[str, Any]:
-    """One process: the JSON of its last line, or the reason why there is none; wall clock and peak memory."""
+    """One process: the JSON of its last line (`whole`: of all it prints), or the reason why there is none; wall clock and
+    peak memory."""
     started = time.time()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
@@ -39,7 +40,7 @@ def run_process(
         err.seek(0)
         if process.returncode != 0:
             return {"error": reason(err.read(), process.returncode)}
-        result = json.loads(out.read().splitlines()[-1])
+        result = json.loads(out.read() if whole else out.read().splitlines()[-1])
     return {"result": result, "started": started, "seconds": seconds, "peak_rss_bytes": usage.ru_maxrss * 1024}
 
 

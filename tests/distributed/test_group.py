@@ -51,7 +51,8 @@ def work(group: Group) -> None:
             assert torch.equal(group.gather_share(whole[group.share(total).slice], total), whole)
         rows = torch.full((rank, 2), rank, dtype=dtype)
         assert group.gather_rows(rows)[:, 0].tolist() == [1, 2, 2]
-    assert torch.equal(group.broadcast(torch.full((2,), rank)), torch.zeros(2, dtype=torch.int64))
+    for source in (0, 2):
+        assert torch.equal(group.broadcast(torch.full((2,), rank), source), torch.full((2,), source))
     assert group.gather({"rank": rank})[2] == {"rank": 2}
     assert group.from_first(lambda: rank + 5) == 5
     assert group.any(rank == 2) and not group.any(False)

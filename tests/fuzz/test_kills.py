@@ -18,12 +18,16 @@ from typing import Any
 import pytest
 
 from apex4_quant.checkpoint.repack import repack
+from apex4_quant.distributed import watch
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format import storage
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings
 
+from ..conftest import write_tiny_model
 from ..disks import CODES, contents, failing
+from ..quantization import test_ranks as ranks_of
+from ..quantization.test_ranks import write_moe
 from .conftest import HANGS
 
 RECIPES = ("gptq", "apex4")
@@ -104,6 +108,47 @@ def test_quantize_killed(
         shutil.rmtree(out)
     print(f"{kills} kills")
     assert kills, "no run was killed"
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks look after each other more often than they do for a user."""
+    monkeypatch.setattr(watch, "PERIOD", 0.25)
+    monkeypatch.setattr(watch, "_LOOKED", 2.0)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("moe", 4)])
+def test_a_rank_of_quantize_killed(kind: str, size: int, moments: Moments, soon: None, tmp_path: Path) -> None:
+    """Any rank, at any moment: the others say so once, and as many ranks go on to the bytes of a run that nobody killed. Every
+    run is killed three times, on its way on too. The mixture has four layers."""
+    model = tmp_path / "model"
+    write_tiny_model(model) if kind == "llama" else write_moe(model, num_hidden_layers=4)
+    settings, whole = ranks_of.settings_of(tmp_path, model, "apex4" if kind == "llama" else "gptq"), tmp_path / "whole"
+    started = time.monotonic()
+    ranks_of.whole(ranks_of.several(size, settings, whole).wait(HANGS))
+    seconds, expected = time.monotonic() - started, contents(whole)
+    drawn, kills = moments(3), 0
+    while kills < drawn.count:  # type: ignore[attr-defined]
+        out = tmp_path / f"after-{kills}"
+        for _ in range(3):
+            victim = drawn.randrange(size)
+            running = ranks_of.several(size, settings, out, resume=True)
+            running.wait_for([victim], drawn.uniform(0, seconds))
+            running.kill(victim)
+            ended = running.wait(HANGS)
+            kills += ended[victim].code == -signal.SIGKILL
+            others = [each for rank, each in enumerate(ended) if rank != victim]
+            if any(each.code for each in others):  # else all was written when it was killed, or it had ended
+                said = [line for each in others for line in each.stderr.splitlines() if "holds no run yet" not in line]
+                assert {each.code for each in others} <= {0, ranks_of.STOPPED}, ended
+                assert len(said) == 1 and said[0].startswith("apex4: ") and "nothing finished is lost" in said[0], ended
+            if (out / "config.json").exists():
+                left = {name: found for name, found in contents(out).items() if not name.startswith(storage.RUN_FOLDER)}
+                assert left == expected, "it looks whole and is not"
+        ranks_of.whole(ranks_of.several(size, settings, out, resume=True).wait(HANGS))
+        assert contents(out) == expected, f"one of {size} ranks killed, the last at rank {victim}"
+        shutil.rmtree(out)
+    print(f"{kills} kills of one of {size} ranks")
 
 
 def test_repack_killed(whole: dict[str, tuple[Path, float]], moments: Moments, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "bench" / "quantize"
-TINY = ("--device", "cpu", "--hidden", "128", "--intermediate", "128", "--heads", "2", "--kv-heads", "1",
+TINY = ("--device", "cpu", "--hidden", "128", "--intermediate", "128", "--heads", "2", "--kv-heads", "1", "--vocabulary", "4096",
         "--samples", "2", "--seq-len", "32", "--threads", "1")  # fmt: skip
 
 
