@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..distillation.distill import BYTES_A_PARAMETER, Distillation, Distilled, PackedLinear, Student
+from ..distillation.distill import BYTES_A_PARAMETER, Distillation
+from ..distillation.student import Distilled, PackedLinear, Student
 from ..distributed.group import Group
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.storage import format_bytes, sha256, write_tensors
@@ -65,7 +66,7 @@ def distill(
         raise UsageError("distillation needs two calibration windows, of which one is held out: give a longer text")
     original = _original(source, settings)
     student = Student(original, _packed(plan, state))
-    work = Distillation(original, student, samples, steps, settings.seed, state.load_distilling())
+    work = Distillation(original, student, samples, steps, settings.seed, state.load_distilling(), progress.line)
     if original.device.type == "cuda":
         progress.line(f"distillation has the whole model on the GPU: about {format_bytes(distilling_bytes(plan))}")
     with progress.stage("distilling", steps, " steps") as advance:

@@ -73,7 +73,7 @@ def test_gradients_of_activations() -> None:
         scale = grouped.abs().amax(-1, keepdim=True) * log_clip.exp() / 7
         return (straight_through(grouped / scale) * scale).flatten(-2)
 
-    ours = gradients(lambda y, log_clip: _RoundActivation.apply(y, log_clip, 128))
+    ours = gradients(lambda y, log_clip: _RoundActivation.apply(y, log_clip, 128, 7))
     for found, wanted in zip(ours, gradients(plain), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_gradients_of_weights() -> None:
         return (codes.unflatten(1, (2, -1)) * log_scale.exp()[..., None]).flatten(1)
 
     found = []
-    for function in (lambda v, s: _RoundWeight.apply(v, s, torch.float32), plain):
+    for function in (lambda v, s: _RoundWeight.apply(v, s, torch.float32, False), plain):
         leaves = [each.clone().requires_grad_() for each in (v, log_scale)]
         (function(*leaves) * weights).sum().backward()
         found.append([leaf.grad for leaf in leaves])
