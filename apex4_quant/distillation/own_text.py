@@ -14,7 +14,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WINDOWS_AT_ONCE = 1024  # on a GPU, where a step takes about the same time for one
+WINDOWS_AT_ONCE = 4096  # at most: a step of a small model takes as long for one
+SHARE_OF_MEMORY = 0.3  # for the keys and values of all windows, which are copied when a token is added
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def write_windows(
     device = model.device
     random = torch.Generator(device).manual_seed(seed % 2**63)
     written: list[torch.Tensor] = []
-    done, at_once = 0, WINDOWS_AT_ONCE
+    done, at_once = 0, _windows_at_once(model, length)
     while done < len(starts):
         some = starts[done : done + at_once]
         try:
@@ -47,6 +48,19 @@ def write_windows(
         done += len(some)
         advance(len(some))
     return torch.cat(written)
+
+
+def _windows_at_once(model: PreTrainedModel, length: int) -> int:
+    """As many as fit, by the sizes of most architectures; write_windows makes up for the others."""
+    if model.device.type != "cuda":
+        return 32
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    states = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
+    window = states + 16 * config.vocab_size  # predictions in float32, three times over
+    free = torch.cuda.mem_get_info(model.device)[0]
+    return max(1, min(WINDOWS_AT_ONCE, int(SHARE_OF_MEMORY * free / window)))
 
 
 def _write(
