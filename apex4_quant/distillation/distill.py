@@ -1,9 +1,9 @@
 """Distillation: the quantized model learns to predict what the original predicts, with the quantizers in the loop.
 
 Learned are codes, weight scales, activation clip ratios, transforms, norm gains and biases: all that is stored of the layers.
-The loss is KL(original || quantized) over the vocabulary, as a mean over the tokens of calibration windows. Every
-HELD_OUT-th window is kept out of it; what is taken in the end is the state that was the best on those, and that may be the
-one before the first step.
+The loss is KL(original || quantized) over the vocabulary, as a mean over the tokens of windows of text. Every HELD_OUT-th
+window is kept out of it; what is taken in the end is the state that was the best on those, and that may be the one before the
+first step.
 
 The rates are relative ones: v is in units of a code, scales and clips are logarithms. Adam, along a cosine.
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEP_TOKENS = 8192  # of text in a step, in whole windows
-HELD_OUT = 16
+HELD_OUT, MOST_HELD_OUT = 16, 32  # every so manieth window of a source, and at most so many
 COMPARISONS = 8  # how often the state is measured on the windows that were kept out
 BYTES_A_PARAMETER = (
     26  # v, its gradient and two moments in float32, the best state, the weights of both models in 16 bits
@@ -43,25 +45,51 @@ LEAST_RATE = 1e-3
 Advance = Callable[[int], object]
 
 
+def windows_of_step(length: int) -> int:
+    return max(1, STEP_TOKENS // length)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows int64 [S, L] to learn from, by source, which take turns, and those that are kept out of it."""
+
+    sources: tuple[torch.Tensor, ...]
+    held_out: torch.Tensor
+
+    @classmethod
+    def of(cls, sources: Sequence[torch.Tensor]) -> Text:
+        """Each has two windows or more."""
+        learned, held_out = [], []
+        for windows in sources:
+            places = torch.arange(len(windows))
+            kept_out = (places % HELD_OUT == min(HELD_OUT, len(windows)) - 1) & (places < HELD_OUT * MOST_HELD_OUT)
+            learned.append(windows[~kept_out])
+            held_out.append(windows[kept_out])
+        return cls(tuple(learned), torch.cat(held_out))
+
+    def to(self, device: torch.device) -> Text:
+        return Text(tuple(windows.to(device) for windows in self.sources), self.held_out.to(device))
+
+
 class Distillation:
-    """`steps` steps of learning on token windows int64 [S, L], S at least 2. `saved` is what `state` gave, to go on from."""
+    """`steps` steps of learning on `text`. `saved` is what `state` gave, to go on from; `say` is told what is not as it should."""
 
     def __init__(
         self,
         original: PreTrainedModel,
         student: Student,
-        windows: torch.Tensor,
+        text: Text,
         steps: int,
         seed: int,
         saved: Mapping[str, torch.Tensor] | None = None,
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
         self._original, self._student, self._steps, self._seed = original, student, steps, seed
-        held_out = torch.arange(len(windows)) % HELD_OUT == min(HELD_OUT, len(windows)) - 1
         device = original.device
-        self._windows, self._held_out = windows[~held_out].to(device), windows[held_out].to(device)
-        self._batch = min(max(1, STEP_TOKENS // windows.shape[1]), len(self._windows))
-        self.tokens_a_step = self._batch * windows.shape[1]
+        self._text = text.to(device)
+        length = text.held_out.shape[1]
+        self._batch = min(windows_of_step(length), sum(map(len, text.sources)))
+        self.tokens_a_step = self._batch * length
         self._parameters = student.parameters()
         kinds: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self._parameters.items():
@@ -127,28 +155,31 @@ class Distillation:
                 self._best[name] = saved[f"best {name}"].to(parameter.device, copy=True)
                 if f"exp_avg {name}" in saved:
                     self._optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self.step)),
+                        "step": torch.tensor(float(self.step), device=parameter.device),
                         **{m: saved[f"{m} {name}"].to(parameter.device, copy=True) for m in ("exp_avg", "exp_avg_sq")},
                     }
 
     def _learn(self) -> None:
-        self._gradients(self._windows[self._rows_of(self.step)])
+        self._gradients(self._windows_of(self.step))
         share = self.step / self._steps
         rate = min(1.0, (self.step + 1) / (WARM_UP * self._steps)) * 0.5 * (1 + math.cos(math.pi * share))
         for group in self._optimizer.param_groups:
             group["lr"] = group["base"] * max(rate, LEAST_RATE)
         self._optimizer.step()
 
-    def _rows_of(self, step: int) -> torch.Tensor:
-        """Which windows: all of them come once, in a random order, before one comes again."""
-        count = len(self._windows)
-        places = range(step * self._batch, (step + 1) * self._batch)
-        orders = {epoch: _order(count, self._seed + epoch) for epoch in {place // count for place in places}}
-        return torch.stack([orders[place // count][place % count] for place in places]).to(self._windows.device)
+    def _windows_of(self, step: int) -> torch.Tensor:
+        """Sources take turns. Of one all windows come once, in a random order, before one comes again."""
+        sources = self._text.sources
+        found = []
+        for place in range(step * self._batch, (step + 1) * self._batch):
+            windows, turn = sources[place % len(sources)], place // len(sources)
+            order = _order(len(windows), self._seed + turn // len(windows))
+            found.append(windows[order[turn % len(windows)]])
+        return torch.stack(found)
 
     @torch.no_grad()
     def _compare(self) -> None:
-        loss = measured(self._original, self._student, self._held_out, self._batch)
+        loss = measured(self._original, self._student, self._text.held_out, self._batch)
         if loss < self._best_loss or not self._best:
             self._best_loss = loss
             for name, parameter in self._parameters.items():
@@ -159,5 +190,6 @@ def _fused(device: torch.device) -> dict[str, bool]:
     return {"fused": True} if device.type == "cuda" else {"foreach": True}
 
 
+@lru_cache(maxsize=4)
 def _order(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))

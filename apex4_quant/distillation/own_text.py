@@ -25,12 +25,13 @@ def write_windows(
     length: int,
     seed: int,
     beginning: list[int],
-    advance: Callable[[int], object] = lambda windows: None,
-) -> torch.Tensor:
+    advance: Callable[[int], object] = lambda tokens: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> torch.Tensor | None:
     """As many windows as `starts`, int64 [S], has tokens: the `beginning`, the token, and what the model goes on with.
 
-    Returns int64 [S, length] on the CPU. Every next token is drawn from the whole distribution. The seed decides, as far as the
-    device computes the same logits again.
+    Returns int64 [S, length] on the CPU, or None if `stop`, which is asked before every token, said yes. Every next token is drawn
+    from the whole distribution. The seed decides, as far as the device computes the same logits again.
     """
     device = model.device
     random = torch.Generator(device).manual_seed(seed % 2**63)
@@ -39,14 +40,17 @@ def write_windows(
     while done < len(starts):
         some = starts[done : done + at_once]
         try:
-            written.append(_write(model, some.to(device), length, random, beginning))
+            found = _write(model, some.to(device), length, random, beginning, stop)
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
             at_once //= 2
             continue
+        if found is None:
+            return None
+        written.append(found)
         done += len(some)
-        advance(len(some))
+        advance(found.numel())
     return torch.cat(written)
 
 
@@ -64,12 +68,19 @@ def _windows_at_once(model: PreTrainedModel, length: int) -> int:
 
 
 def _write(
-    model: PreTrainedModel, starts: torch.Tensor, length: int, random: torch.Generator, beginning: list[int]
-) -> torch.Tensor:
+    model: PreTrainedModel,
+    starts: torch.Tensor,
+    length: int,
+    random: torch.Generator,
+    beginning: list[int],
+    stop: Callable[[], bool],
+) -> torch.Tensor | None:
     before = torch.tensor(beginning, dtype=torch.int64, device=starts.device).expand(len(starts), -1)
     new = torch.cat([before, starts[:, None]], 1)
     windows, past = [new], None
     for _ in range(length - new.shape[1]):
+        if stop():
+            return None
         predicted = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = predicted.past_key_values
         new = torch.multinomial(predicted.logits[:, -1].float().softmax(-1), 1, generator=random)

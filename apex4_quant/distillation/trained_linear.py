@@ -83,9 +83,7 @@ class _RoundWeight(torch.autograd.Function):
     """v [N, K] and log s [N, G] -> s round(v), [N, K] in `dtype`, or w8 u if it is folded."""
 
     @staticmethod
-    def forward(
-        ctx: Any, v: torch.Tensor, log_scale: torch.Tensor, dtype: torch.dtype, folded: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, v: torch.Tensor, log_scale: torch.Tensor, dtype: torch.dtype, folded: bool) -> torch.Tensor:
         ctx.save_for_backward(v, log_scale)
         folding = None
         if folded:

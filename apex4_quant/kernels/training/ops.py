@@ -90,7 +90,9 @@ def _groups(y: torch.Tensor, group: int) -> int:
     return y.numel() // group
 
 
-def _round(entry: str, dtype: torch.dtype, kinds: Kinds, numbers: tuple[float, ...], *tensors: torch.Tensor | None) -> None:
+def _round(
+    entry: str, dtype: torch.dtype, kinds: Kinds, numbers: tuple[float, ...], *tensors: torch.Tensor | None
+) -> None:
     device = next(each.device for each in tensors if each is not None)
     _launch(_rounding(entry, _is_float32(dtype), device.index or 0, len(tensors), kinds, numbers), *tensors)
 
