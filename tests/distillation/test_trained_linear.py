@@ -18,9 +18,9 @@ from apex4_quant.transforms.learned_transform import round_to_halves
 KINDS = [TransformKind.NONE, TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.SHARED]
 
 
-def made(kind: TransformKind, in_features: int, group: int = 128) -> tuple[Apex4Linear, TrainedLinear]:
+def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4) -> tuple[Apex4Linear, TrainedLinear]:
     """A linear of 24 rows as it is stored, and as it is learned."""
-    format = LinearFormat(24, in_features, group, get_layout("rowmajor"), kind, 0.9)
+    format = LinearFormat(24, in_features, group, get_layout("rowmajor"), kind, 0.9 if bits == 4 else 1.0, bits)
     random = torch.Generator().manual_seed(in_features)
     weight = torch.randn(24, in_features, generator=random)
     bias = torch.randn(24, generator=random)
@@ -38,14 +38,15 @@ def made(kind: TransformKind, in_features: int, group: int = 128) -> tuple[Apex4
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("in_features", "group"), [(128, 128), (576, 128), (300, 256)])
-def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group: int) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group: int, bits: int) -> None:
     if kind.is_learned and group != 128:
         pytest.skip("learned transforms have groups of 128")
-    stored, trained = made(kind, in_features, group)
+    stored, trained = made(kind, in_features, group, bits)
     codes, scales = trained.stored()
     matrix, clip = trained.input.stored()
     assert torch.equal(codes, stored.codes()) and torch.equal(scales, stored.scales())
-    assert clip == pytest.approx(0.9)
+    assert clip == pytest.approx(0.9 if bits == 4 else 1.0) and trained.input.log_clip.requires_grad == (bits == 4)
     assert stored.input_transform is None or torch.equal(
         matrix if matrix is not None else torch.empty(0), stored.input_transform
     )

@@ -11,13 +11,14 @@ DIVERGENCE_THREADS = 512
 def rounding_config(entry: str, float32: bool) -> Configuration:
     """`entry`: round_activation, round_activation_back, round_weight or round_weight_back."""
     source = f"training/{entry.removesuffix('_back')}.cu"
-    return Configuration(f"{entry}{_suffix(float32)}", source, f"apex4_{entry}", {"APEX4_FLOAT32": int(float32)})
+    defines: dict[str, int | str] = {"APEX4_FLOAT32": int(float32)}
+    return Configuration(f"{entry}{_suffix(float32)}", source, f"apex4_{entry}", defines)
 
 
 def divergence_config(float32: bool, whole: bool) -> Configuration:
     """`whole`: the vocabulary is a multiple of 4."""
     name = f"divergence{_suffix(float32)}{'' if whole else '_any'}"
-    defines = {"APEX4_FLOAT32": int(float32), "APEX4_WHOLE": int(whole)}
+    defines: dict[str, int | str] = {"APEX4_FLOAT32": int(float32), "APEX4_WHOLE": int(whole)}
     return Configuration(name, "training/divergence.cu", "apex4_divergence", defines)
 
 

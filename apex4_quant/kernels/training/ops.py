@@ -104,7 +104,7 @@ def _rounding(
     config = rounding_config(entry, float32)
     kernel = launcher.kernel(config.source, config.entry, config.defines, device)
     grid = -(-int(numbers[0]) // WARPS)
-    return kernel.bind(grid, 32 * WARPS, pointers, _typed(kinds, numbers))
+    return kernel.bind((grid, 1, 1), 32 * WARPS, pointers, _typed(kinds, numbers))
 
 
 @cache
@@ -113,7 +113,7 @@ def _divergence(
 ) -> launcher.Launch:
     config = divergence_config(float32, whole)
     kernel = launcher.kernel(config.source, config.entry, config.defines, device)
-    return kernel.bind(tokens, DIVERGENCE_THREADS, 4, _typed(kinds, numbers))
+    return kernel.bind((tokens, 1, 1), DIVERGENCE_THREADS, 4, _typed(kinds, numbers))
 
 
 def _typed(kinds: Kinds, numbers: tuple[float, ...]) -> list[launcher.Number]:
@@ -127,6 +127,9 @@ def _is_float32(dtype: torch.dtype) -> bool:
 
 def _launch(launch: launcher.Launch, *tensors: torch.Tensor | None) -> None:
     there = [each for each in tensors if each is not None]
-    assert all(each.is_contiguous() and (each.dim() == 0 or each.data_ptr() % 8 == 0) for each in there)
-    stream = torch.cuda.current_stream(there[0].device).cuda_stream
-    launch(stream, *(0 if each is None else each.data_ptr() for each in tensors))
+    assert all(each.is_contiguous() for each in there)
+    launch(_stream(there[0].device), *(0 if each is None else each.data_ptr() for each in tensors))
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream

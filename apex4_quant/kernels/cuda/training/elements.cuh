@@ -3,7 +3,7 @@
 // Macro: APEX4_FLOAT32, 1 where the model's tensors (Element) are float32, 0 where they are bfloat16.
 #pragma once
 
-#include <cuda_bf16.h>
+#include "common/ptx.cuh"
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int WIDTH = 4;             // elements of a lane at once
