@@ -42,7 +42,7 @@ KERNELS_ORDER: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("*",),
     ("quantize",),
-    ("gemm", "sweeps"),  # some GEMMs quantize what they read
+    ("gemm", "sweeps", "training"),  # some GEMMs quantize what they read
     ("cpu_ops", "cuda_ops", "ops"),
     ("experts",),
     ("catalogue",),
