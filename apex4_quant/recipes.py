@@ -13,7 +13,7 @@ from typing import Any
 from .errors import UsageError, shown
 from .format.transform_kind import TransformKind
 
-MOST_STEPS, MOST_SWEEPS = 100_000, 100
+MOST_STEPS, MOST_SWEEPS, MOST_OWN_TOKENS = 100_000, 100, 10**9
 _LARGEST = 10**15
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "apex4"
@@ -50,6 +50,7 @@ class Recipe:
     transform_steps  steps in which a transform is learned
     refinement       how often the codes of GPTQ are gone over again (rounding/coordinate_descent.py)
     distill_steps    steps in which the whole quantized model learns the original's predictions, 0: none (distillation/)
+    distill_own_tokens  tokens of text that the original writes itself for it, 0: it learns on the calibration text alone
 
     `rotation` and `diagonal` leave the model's function as it is (transforms/function_preserving.py).
     """
@@ -67,6 +68,7 @@ class Recipe:
     transform_steps: int = 100
     refinement: int = 0
     distill_steps: int = 0
+    distill_own_tokens: int = 0
 
     def __post_init__(self) -> None:
         # A plain string compares equal to a member and is none: `is` would take the wrong branch without a word.
@@ -120,6 +122,14 @@ class Recipe:
         if not 0 <= recipe.distill_steps <= MOST_STEPS:
             raise UsageError(
                 f"{where} has distill_steps = {recipe.distill_steps}: give a whole number from 0 to {MOST_STEPS}"
+            )
+        if not 0 <= recipe.distill_own_tokens <= MOST_OWN_TOKENS:
+            raise UsageError(
+                f"{where} has distill_own_tokens = {recipe.distill_own_tokens}: give a whole number from 0 to {MOST_OWN_TOKENS}"
+            )
+        if recipe.distill_own_tokens and not recipe.distill_steps:
+            raise UsageError(
+                f"{where} has distill_own_tokens = {recipe.distill_own_tokens} and no steps of distillation: add distill_steps"
             )
         if recipe.distill_steps and (recipe.rotation or recipe.diagonal):
             key = "rotation: true" if recipe.rotation else f"diagonal: {recipe.diagonal}"

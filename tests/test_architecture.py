@@ -42,7 +42,7 @@ KERNELS_ORDER: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("*",),
     ("quantize",),
-    ("gemm", "sweeps"),  # some GEMMs quantize what they read
+    ("gemm", "sweeps", "training"),  # some GEMMs quantize what they read
     ("cpu_ops", "cuda_ops", "ops"),
     ("experts",),
     ("catalogue",),
@@ -62,6 +62,8 @@ TESTED_IN: dict[str, dict[str, str]] = {
         "kernels/gemm/s8_configs.py": "kernels/gemm/test_s8_kernels.py",
         "kernels/gemm/sm90_s8_configs.py": "kernels/gemm/test_sm90_s8_kernels.py",
         "kernels/quantize/configs.py": "kernels/quantize/test_quantize_kernels.py",
+        "kernels/training/configs.py": "kernels/training/test_training_kernels.py",
+        "kernels/training/ops.py": "kernels/training/test_training_kernels.py",
         "kernels/quantize/launch.py": "kernels/quantize/test_quantize_kernels.py",
     },
     "what is chosen is only seen in what the operators do with it": {
@@ -83,6 +85,9 @@ TESTED_IN: dict[str, dict[str, str]] = {
         "publishing/pictures.py": "publishing/test_report.py",
         "publishing/records.py": "publishing/test_card.py",
         "publishing/remote.py": "publishing/test_faults.py",
+        "distillation/own_text.py": "distillation/test_distill.py",
+        "distillation/step.py": "distillation/test_distill.py",
+        "distillation/student.py": "distillation/test_distill.py",
         "quantization/distilling.py": "distillation/test_distill.py",
         "quantization/run.py": "quantization/test_restart.py",
         "quantization/run_state.py": "quantization/test_restart.py",

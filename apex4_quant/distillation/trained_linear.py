@@ -20,10 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..format.number_format import ACTIVATION_SCALE_MIN, BITS, BLOCK, CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SCALE_MIN
+from ..format.number_format import (
+    ACTIVATION_SCALE_MIN,
+    BITS,
+    BLOCK,
+    CODE_MAX,
+    TOKEN_CODE_MAX,
+    WEIGHT_SCALE_MAX,
+    WEIGHT_SCALE_MIN,
+)
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
+from ..kernels.folding import fold
 from ..kernels.hadamard import apply_block_hadamard
+from ..kernels.training import ops as training
 from ..transforms.block_transforms import transform_weight
 from ..transforms.learned_transform import round_to_halves
 
@@ -34,50 +44,72 @@ class _RoundActivation(torch.autograd.Function):
     """y [..., K], in groups, and log c -> what the quantizer makes of y, in its dtype."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, log_clip: torch.Tensor, group: int) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, log_clip: torch.Tensor, group: int, code_max: int) -> torch.Tensor:
         ctx.save_for_backward(y, log_clip)
-        ctx.group = group
+        ctx.group, ctx.code_max = group, code_max
+        if training.run_on(y.device):
+            return training.round_activation(y, log_clip, group, code_max)
         grouped = y.unflatten(-1, (-1, group)).float()
-        scale = _scale(grouped.abs().amax(-1, keepdim=True), log_clip)
-        codes = (grouped / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
+        scale = _scale(grouped.abs().amax(-1, keepdim=True), log_clip, code_max)
+        codes = (grouped / scale).round_().clamp_(-code_max, code_max)
         quantized: torch.Tensor = codes.mul_(scale).to(y.dtype).flatten(-2)
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         y, log_clip = ctx.saved_tensors
-        grouped = y.unflatten(-1, (-1, ctx.group)).float()
-        gradient = gradients[0].unflatten(-1, (-1, ctx.group)).float()
+        group, code_max = ctx.group, ctx.code_max
+        if training.run_on(y.device):
+            return *training.round_activation_back(y, log_clip, gradients[0].contiguous(), group, code_max), None, None
+        grouped = y.unflatten(-1, (-1, group)).float()
+        gradient = gradients[0].unflatten(-1, (-1, group)).float()
         largest, place = grouped.abs().max(-1, keepdim=True)
-        scale = _scale(largest, log_clip)
+        scale = _scale(largest, log_clip, code_max)
         ratio = grouped / scale
-        inside = ratio.abs() <= CODE_MAX + 0.5
-        codes = ratio.round().clamp_(-CODE_MAX, CODE_MAX)
+        inside = ratio.abs() <= code_max + 0.5
+        codes = ratio.round().clamp_(-code_max, code_max)
         by_scale = (gradient * torch.where(inside, codes - ratio, codes)).sum(-1, keepdim=True)
         by_y = gradient * inside
         sign = grouped.gather(-1, place).sign()
-        by_y.scatter_add_(-1, place, by_scale * sign * (log_clip.exp() / CODE_MAX))
-        return by_y.to(y.dtype).flatten(-2), (by_scale * scale).sum(), None
+        by_y.scatter_add_(-1, place, by_scale * sign * (log_clip.exp() / code_max))
+        return by_y.to(y.dtype).flatten(-2), (by_scale * scale).sum(), None, None
 
 
-def _scale(largest: torch.Tensor, log_clip: torch.Tensor) -> torch.Tensor:
-    return (largest * (log_clip.exp() / CODE_MAX)).clamp_min(ACTIVATION_SCALE_MIN)
+def _scale(largest: torch.Tensor, log_clip: torch.Tensor, code_max: int) -> torch.Tensor:
+    return (largest * (log_clip.exp() / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
 
 
 class _RoundWeight(torch.autograd.Function):
-    """v [N, K] and log s [N, G] -> s round(v), [N, K] in `dtype`."""
+    """v [N, K] and log s [N, G] -> s round(v), [N, K] in `dtype`, or w8 u if it is folded."""
 
     @staticmethod
-    def forward(ctx: Any, v: torch.Tensor, log_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx: Any, v: torch.Tensor, log_scale: torch.Tensor, dtype: torch.dtype, folded: bool) -> torch.Tensor:
         ctx.save_for_backward(v, log_scale)
-        return (_codes(v, log_scale) * log_scale.exp()[..., None]).flatten(1).to(dtype)
+        folding = None
+        if folded:
+            ratio, unit = fold(_stored_scale(log_scale))
+            folding = ratio.float(), unit
+        if training.run_on(v.device):
+            return training.round_weight(v, log_scale, dtype, folding)
+        codes = _codes(v, log_scale)
+        if folding is None:
+            return (codes * log_scale.exp()[..., None]).flatten(1).to(dtype)
+        magnitude = torch.floor((codes.abs() * folding[0][..., None] + 128) / 256)
+        return (magnitude * codes.sign() * folding[1][:, None, None]).flatten(1).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         v, log_scale = ctx.saved_tensors
+        if training.run_on(v.device):
+            return *training.round_weight_back(v, log_scale, gradients[0].contiguous()), None, None
         gradient = gradients[0].float().unflatten(1, (log_scale.shape[1], -1))
         scaled = gradient * log_scale.exp()[..., None]
-        return scaled.flatten(1), (scaled * _codes(v, log_scale)).sum(-1), None
+        return scaled.flatten(1), (scaled * _codes(v, log_scale)).sum(-1), None, None
+
+
+def _stored_scale(log_scale: torch.Tensor) -> torch.Tensor:
+    """float16, as it is stored."""
+    return log_scale.exp().clamp(WEIGHT_SCALE_MIN, WEIGHT_SCALE_MAX).half()
 
 
 def _codes(v: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
@@ -90,14 +122,16 @@ class TrainedInput(nn.Module):
     """The quantizer of an input: its transform and clip ratio. Linears that read one input share it, and what it computes.
 
     `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one.
-    Inputs of 8 bits are not rounded here: their error is a sixteenth.
+    With 8 bits an input has one scale a token and no clip ratio to be learned, and the weights behind it are folded.
     """
 
     def __init__(self, format: LinearFormat, matrix: torch.Tensor | None, device: torch.device) -> None:
         super().__init__()
         self.format = format
-        self.matrix = None if matrix is None else nn.Parameter(matrix.to(device).float())
+        self.matrix = None if matrix is None else nn.Parameter(matrix.to(device, torch.float32, copy=True))
         self.log_clip = nn.Parameter(torch.tensor(math.log(format.activation_clip), device=device))
+        self.of_tokens = format.activation_bits != BITS
+        self.log_clip.requires_grad_(not self.of_tokens)
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,9 +145,10 @@ class TrainedInput(nn.Module):
             y = torch.bmm(blocks, matrix).transpose(0, 1).reshape(y.shape)
         elif self.format.transform is TransformKind.HADAMARD:
             y = apply_block_hadamard(y)
-        quantized: torch.Tensor = y
-        if self.format.activation_bits == BITS:
-            quantized = _RoundActivation.apply(y, self.log_clip, self.format.group_length)  # type: ignore[no-untyped-call]
+        group, code_max = self.format.group_length, CODE_MAX
+        if self.of_tokens:
+            group, code_max = self.format.padded_k, TOKEN_CODE_MAX
+        quantized: torch.Tensor = _RoundActivation.apply(y.contiguous(), self.log_clip, group, code_max)  # type: ignore[no-untyped-call]
         self._last = (x, quantized)
         return quantized
 
@@ -147,14 +182,14 @@ class TrainedLinear(nn.Module):
         exact = transform_weight(weight, format, matrix).unflatten(1, (scales.shape[1], -1)) / scales[..., None]
         self.v = nn.Parameter(torch.clamp(exact.flatten(1), codes - WITHIN_CELL, codes + WITHIN_CELL))
         self.log_scale = nn.Parameter(scales.log())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32, copy=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = _RoundWeight.apply(self.v, self.log_scale, x.dtype)  # type: ignore[no-untyped-call]
+        folded = self.input.of_tokens
+        weight = _RoundWeight.apply(self.v, self.log_scale, x.dtype, folded)  # type: ignore[no-untyped-call]
         return nn.functional.linear(self.input(x), weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int8 codes [N, padded K], float16 scales [N, G]."""
-        scales = self.log_scale.exp().clamp(WEIGHT_SCALE_MIN, WEIGHT_SCALE_MAX).half()
-        return _codes(self.v, self.log_scale).flatten(1).to(torch.int8), scales
+        return _codes(self.v, self.log_scale).flatten(1).to(torch.int8), _stored_scale(self.log_scale)

@@ -9,6 +9,7 @@ from .quantize import configs as quantize_configs
 from .runtime.architectures import ARCHITECTURES, FAMILIES, eight_bit_family, kernel_family, sm_of
 from .runtime.configuration import Configuration
 from .sweeps import configs as column_sweep_configs
+from .training import configs as training_configs
 
 __all__ = ["ARCHITECTURES", "FAMILIES", "Configuration", "configurations", "kernel_family", "sm_of"]
 
@@ -34,6 +35,7 @@ def configurations(arch: str) -> list[Configuration]:
         ),
         *expert_configs.all_configs(sm),
         *column_sweep_configs.all_configs(sm),
+        *training_configs.all_configs(sm),
     ]
     names = [each.name for each in found]
     if len(set(names)) != len(names):

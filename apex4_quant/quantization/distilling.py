@@ -15,14 +15,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..distillation.distill import BYTES_A_PARAMETER, Distillation, Distilled, PackedLinear, Student
+from ..distillation.distill import BYTES_A_PARAMETER, MOST_HELD_OUT, Distillation, Text, windows_of_step
+from ..distillation.own_text import write_windows
+from ..distillation.student import Distilled, PackedLinear, Student
 from ..distributed.group import Group
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.storage import format_bytes, sha256, write_tensors
 from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES
 from ..models.source import ModelSource
+from ..models.tokenizers import beginning_of, load_tokenizer
 from ..progress import Progress
+from ..recipes import Recipe
+from .calibration import draw_calibration
 from .plan import Plan
 from .run_state import RunState
 from .settings import ResolvedSettings
@@ -45,29 +50,44 @@ def require_distillable(source: ModelSource, plan: Plan, group: Group | None = N
         )
 
 
+def require_windows(plan: Plan, windows: int) -> None:
+    """Raise UsageError for so few calibration windows that none can be held out."""
+    if plan.recipe.distill_steps and windows < 2:
+        raise UsageError(
+            "distillation needs two calibration windows, of which one is held out: give a longer text, or more --samples"
+        )
+
+
 def distilling_bytes(plan: Plan) -> int:
     """Of device memory, and without the activations of a step."""
     return BYTES_A_PARAMETER * sum(linear.elements for linear in plan.linears) if plan.recipe.distill_steps else 0
+
+
+def windows_read(recipe: Recipe, seq_len: int) -> tuple[int, int]:
+    """How many windows of the calibration text a distillation learns on at most, and how many the original writes for it."""
+    read = recipe.distill_steps * windows_of_step(seq_len)
+    own = -(-recipe.distill_own_tokens // seq_len)
+    if not own:
+        return read + MOST_HELD_OUT, 0
+    return (read + 1) // 2 + MOST_HELD_OUT, max(own, 2)
 
 
 def distill(
     source: ModelSource,
     plan: Plan,
     settings: ResolvedSettings,
-    samples: torch.Tensor,
     state: RunState,
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Learn on the windows `samples`, int64 [S, L], and keep the outcome in `state`. Raises Stopped or UsageError."""
+    """Learn, and keep the outcome in `state`. Raises Stopped or UsageError."""
     steps = plan.recipe.distill_steps
-    if len(samples) < 2:
-        raise UsageError("distillation needs two calibration windows, of which one is held out: give a longer text")
     original = _original(source, settings)
-    student = Student(original, _packed(plan, state))
-    work = Distillation(original, student, samples, steps, settings.seed, state.load_distilling())
     if original.device.type == "cuda":
         progress.line(f"distillation has the whole model on the GPU: about {format_bytes(distilling_bytes(plan))}")
+    text = _text(source, plan, settings, original, state, progress, should_stop)
+    student = Student(original, _packed(plan, state))
+    work = Distillation(original, student, text, steps, settings.seed, state.load_distilling(), progress.line)
     with progress.stage("distilling", steps, " steps") as advance:
         advance(work.step)
         if not work.run(advance, should_stop, state.save_distilling):
@@ -79,11 +99,12 @@ def distill(
     found = {
         "steps": steps,
         "tokens": steps * work.tokens_a_step,
+        "tokens_of_text": [windows.numel() for windows in text.sources],
         "divergence_before": result.before,
         "divergence_after": result.after,
     }
     progress.line(
-        f"distilled: divergence on held-out calibration windows {1000 * result.before:.2f} -> {1000 * result.after:.2f} / 1000"
+        f"distilled: divergence on held-out windows {1000 * result.before:.2f} -> {1000 * result.after:.2f} / 1000"
     )
     tensors = _tensors(plan, result)
     records = {str(shard): record for shard, record in state.records().items()}
@@ -106,6 +127,59 @@ def take_distilled(state: RunState) -> None:
         state.withdraw(int(number))  # the shard is about to differ from its record
         write_tensors(path, {name: tensors.get(name, tensor) for name, tensor in stored.items()})
         state.commit(int(number), record | {"bytes": path.stat().st_size, "sha256": sha256(path), "distilled": True})
+
+
+def _text(
+    source: ModelSource,
+    plan: Plan,
+    settings: ResolvedSettings,
+    original: Any,
+    state: RunState,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+) -> Text:
+    """The calibration text's windows, more of them than calibration takes, and the original's own. Kept: it may be resumed."""
+    found = state.load_distilling_text()
+    if found is None:
+        of_text, own = windows_read(plan.recipe, settings.seq_len)
+        asked = replace(settings, samples=of_text)
+        found = {"calibration text": draw_calibration(source, asked, settings.seq_len, Progress()).windows}
+        if own:
+            found["own text"] = _own_text(source, settings, own, original, state, progress, should_stop)
+        state.save_distilling_text(found)
+    for name, windows in found.items():
+        progress.line(f"distillation learns on {windows.numel()} tokens of {_NAMED[name]}")
+    return Text.of([found[name] for name in _NAMED if name in found])
+
+
+_NAMED = {"calibration text": "the calibration text", "own text": "text that the original model writes"}
+
+
+def _own_text(
+    source: ModelSource,
+    settings: ResolvedSettings,
+    count: int,
+    original: Any,
+    state: RunState,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+) -> torch.Tensor:
+    """`count` windows. Each begins as calibration windows do, and then with a token that is drawn from all but the special ones."""
+    tokenizer = load_tokenizer(source.folder)
+    special = set(tokenizer.all_special_ids)
+    words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    drawn = torch.randint(len(words), (count,), generator=torch.Generator().manual_seed(settings.seed % 2**63))
+    beginning = beginning_of(tokenizer, settings.bos)
+    with progress.stage("writing text", count * settings.seq_len, " tokens") as advance:
+        windows = write_windows(
+            original, words[drawn], settings.seq_len, settings.seed, beginning, advance, should_stop
+        )
+    if windows is None:
+        raise Stopped(
+            f"stopped while text was written to be distilled on, which begins again: 'apex4 quantize --resume -o {state.out}' "
+            "goes on"
+        )
+    return windows
 
 
 def _original(source: ModelSource, settings: ResolvedSettings) -> Any:

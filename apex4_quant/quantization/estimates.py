@@ -30,6 +30,7 @@ from ..rounding.gptq import quantize_weight_gptq
 from ..rounding.nearest import search_scales
 from ..transforms.learned_transform import learn_transform
 from .calibration import windows_needed
+from .distilling import windows_read
 from .layer import MEASURED_ROWS
 from .memory import MemoryAccount, MemoryEstimate, Windows, fit
 from .plan import Plan, plan_as_dict, plan_of
@@ -113,8 +114,10 @@ def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype
     hidden = windows[0] * windows[1] * int(source.config["hidden_size"]) * dtype.itemsize
     gradients = plan.recipe.importance is Importance.GRADIENTS
     kept = gradient_bytes_on_disk(source, windows, dtype) if gradients else 0
-    # The state of a distillation is four float32 numbers a parameter.
-    distilling = 16 * sum(linear.elements for linear in plan.linears) if plan.recipe.distill_steps else 0
+    distilling = 0
+    if plan.recipe.distill_steps:  # its state is four float32 numbers a parameter, beside its text
+        distilling = 16 * sum(linear.elements for linear in plan.linears)
+        distilling += 4 * windows[1] * sum(windows_read(plan.recipe, windows[1]))
     return plan.bytes_after + 2 * streams * hidden + kept + distilling
 
 
@@ -270,6 +273,8 @@ def seconds_by_part(
         parts["rounding"] = (1 + recipe.refinement) * (rates.product * of_columns + rates.column * columns)
     if recipe.distill_steps:  # forwards of both models, and back through one: of every step
         parts["distilling"] = rates.linear * 4 * recipe.distill_steps * STEP_TOKENS * elements
+        # Token by token, which waits for memory.
+        parts["writing"] = rates.linear * 4 * recipe.distill_own_tokens * elements
     if recipe.gptaq:  # the original's linears, a second matrix a token, its products with factors and weights
         parts["original"] = rates.product * (
             3 * of_tokens + of_columns + sum((seen(expert) + 2 * k) * k * k for (_, _, expert), k in inputs.items())

@@ -53,7 +53,7 @@ from ..progress import Progress
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
 from .calibration import draw_calibration, require_a_window_each, windows_needed
-from .distilling import distill, require_distillable, take_distilled
+from .distilling import distill, require_distillable, require_windows, take_distilled
 from .estimates import estimate_disk
 from .layer import LayerQuantizer, return_free_memory
 from .memory import MemoryAccount, Windows, fit
@@ -188,6 +188,7 @@ def quantize(
     samples, bos = draw_calibration(source, replace(resolved, samples=windows), asked_seq_len, progress)
     dtype = DTYPES[resolved.dtype]
     require_a_window_each(group, len(samples))
+    require_windows(plan, len(samples))
     if found is not OutputFolder.RUN:
         require_free_space(out, estimate_disk(source, plan, samples.shape, dtype))
     runner = LayerRunner(source, resolved.device, dtype)
@@ -361,7 +362,7 @@ class _Run:
         if not self.plan.recipe.distill_steps:
             return self._finish()
         return_free_memory()
-        distill(self.source, self.plan, self.settings, self.samples, self.state, self.progress, self.should_stop)
+        distill(self.source, self.plan, self.settings, self.state, self.progress, self.should_stop)
         return self._finish_distilled()
 
     def _finish_distilled(self) -> QuantizeResult:

@@ -5,7 +5,8 @@
     OUT/.apex4-run/shard-00003.json  a finished shard: checksum, size, per-linear errors. Writing it is the commit.
     OUT/.apex4-run/hidden-00003.safetensors   the hidden states entering decoder layer 3; see models/states.py for those
                                      that stay there while they are used
-    OUT/.apex4-run/distilling.safetensors     the state of a distillation on its way (distilling.py)
+    OUT/.apex4-run/distilling_text.safetensors      the windows that a distillation learns on (distilling.py)
+    OUT/.apex4-run/distilling.safetensors     its state, on its way
     OUT/.apex4-run/distilled.safetensors, distilled.json      its outcome; writing the second is the commit
     OUT/.apex4-run/entering-00003.safetensors, gradients-00003.safetensors   of the float model, see predictions.py
 
@@ -61,6 +62,7 @@ class StateKind(StrEnum):
 
 _ORIGINAL_NAME = "original_hidden_states"
 _DISTILLING, _DISTILLED, _DISTILLED_RECORD = "distilling.safetensors", "distilled.safetensors", "distilled.json"
+_DISTILLING_TEXT = "distilling_text.safetensors"
 
 
 class OutputFolder(Enum):
@@ -206,6 +208,14 @@ class RunState:
         path = self.folder / _DISTILLING
         return self._load_file(path) if path.is_file() else None
 
+    def save_distilling_text(self, windows: Mapping[str, torch.Tensor]) -> None:
+        write_tensors(self.folder / _DISTILLING_TEXT, {name: each.to(torch.int32) for name, each in windows.items()})
+
+    def load_distilling_text(self) -> dict[str, torch.Tensor] | None:
+        """Token windows, int64, that `save_distilling_text` wrote by source; None if there are none. Raises Apex4Error."""
+        path = self.folder / _DISTILLING_TEXT
+        return {name: each.long() for name, each in self._load_file(path).items()} if path.is_file() else None
+
     @property
     def is_distilled(self) -> bool:
         return (self.folder / _DISTILLED_RECORD).is_file()
@@ -213,7 +223,8 @@ class RunState:
     def save_distilled(self, tensors: Mapping[str, torch.Tensor], outcome: Mapping[str, Any]) -> None:
         write_tensors(self.folder / _DISTILLED, {name: tensor.contiguous() for name, tensor in tensors.items()})
         write_json(self.folder / _DISTILLED_RECORD, outcome)
-        (self.folder / _DISTILLING).unlink(missing_ok=True)
+        for name in (_DISTILLING, _DISTILLING_TEXT):
+            (self.folder / name).unlink(missing_ok=True)
 
     def load_distilled(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What `save_distilled` wrote. Raises Apex4Error."""

@@ -89,7 +89,7 @@ class CpuLauncher:
         self._texts["quantize/quantize_ptx.cuh"] = "#pragma once\n"  # cuda_on_cpu.h has it
 
     def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:
-        key = (source, *sorted(defines.items()))
+        key = (source, entry, *sorted(defines.items()))
         if key not in self._kernels:
             program = (
                 f'#include "{HEADER}"\n#include "{source}"\nextern "C" const char* launch_on_cpu(void** arguments, '

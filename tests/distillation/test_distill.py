@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
+from transformers import AutoModelForCausalLM
 
 from apex4_quant import quantize
 from apex4_quant.checkpoint.check import check
+from apex4_quant.distillation.own_text import write_windows
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
 from apex4_quant.format.storage import sha256
+from apex4_quant.progress import Progress
 from apex4_quant.quantization import distilling
 from apex4_quant.quantization.settings import QuantizeSettings
 
@@ -51,11 +55,22 @@ def test_the_predictions_come_nearer(pair: tuple[Path, Path]) -> None:
     report = json.loads((pair[1] / "apex4_report.json").read_text())["distillation"]
     assert report["steps"] == 24 and report["tokens"] == 24 * 4 * 64
     assert report["divergence_after"] < report["divergence_before"]
+    assert report["tokens_of_text"] == [
+        (24 * 4 + 32 - 8) * 64
+    ]  # more windows than calibration takes; every 16th is held out
 
 
 def test_the_checkpoint_is_whole(pair: tuple[Path, Path]) -> None:
     check(str(pair[1]))
     assert not (pair[1] / ".apex4-run").exists()
+
+
+class Lines(Progress):
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def line(self, text: str) -> None:
+        self._lines.append(text)
 
 
 class Stop:
@@ -104,10 +119,64 @@ def test_a_kill_while_shards_are_replaced_is_made_up_for(
         assert sha256(path) == sha256(tmp_path / "parts" / path.name), path.name
 
 
+OWN: dict[str, Any] = {"distill_own_tokens": 40 * 64}
+
+
+def test_it_learns_on_text_that_the_original_writes(
+    few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    quantize(settings(tiny_model(), **OWN), tmp_path / "whole", progress=Lines(lines))
+    report = json.loads((tmp_path / "whole" / "apex4_report.json").read_text())["distillation"]
+    # Half of what the steps read, and what may be held out of it, is calibration text.
+    assert report["tokens_of_text"] == [(12 + 32 - 2) * 64, (40 - 2) * 64]
+    assert any(f"{40 * 64} tokens of text that the original model writes" in line for line in lines)
+    # Stopped while it writes, in the sixth step and not at all it ends with the same bytes.
+    for asked in (2 + 10, 2 + 63 + 63 + 5):
+        with pytest.raises(Stopped):
+            quantize(settings(tiny_model(), **OWN), tmp_path / f"{asked}", should_stop=Stop(asked))
+        quantize(settings(tiny_model(), **OWN), tmp_path / f"{asked}", resume=True)
+        for path in (tmp_path / "whole").glob("*.safetensors"):
+            assert sha256(path) == sha256(tmp_path / f"{asked}" / path.name), (asked, path.name)
+
+
+def test_own_text_is_drawn_from_the_predictions(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    starts = torch.tensor([5, 6, 7]).repeat(30)
+    windows = write_windows(model, starts, 12, 3, [1])
+    assert windows is not None and windows.shape == (90, 12)
+    assert torch.equal(windows[:, 0], torch.ones(90, dtype=torch.int64)) and torch.equal(windows[:, 1], starts)
+    assert torch.equal(windows, write_windows(model, starts, 12, 3, [1]))
+    assert not torch.equal(windows, write_windows(model, starts, 12, 4, [1]))
+    with torch.no_grad():  # as probable as what a model draws is: its entropy
+        log_p = model(input_ids=windows).logits[:, 1:-1].double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    surprise = -log_p.gather(-1, windows[:, 2:, None]).mean()
+    assert abs(surprise - entropy) < 0.1 * entropy
+    stop = Stop(4)
+    assert write_windows(model, starts, 12, 3, [1], stop=stop) is None and stop.left == -1
+
+
 def test_one_window_is_too_few(few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     asked = QuantizeSettings(str(tiny_model()), RECIPE, target="none", device="cpu", samples=1, seq_len=16)
     with pytest.raises(UsageError, match="distillation needs two calibration windows"):
         quantize(asked, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("distill_own_tokens: 5", "distill_own_tokens = 5 and no steps of distillation: add distill_steps"),
+        ("distill_steps: 5\ndistill_own_tokens: -1", "distill_own_tokens = -1: give a whole number from 0"),
+        ("distill_steps: 5\ndistill_own_tokens: 1.5", "distill_own_tokens = 1.5: give a whole number"),
+    ],
+)
+def test_wrong_keys(keys: str, said: str, tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"rounding: gptq\n{keys}\n")
+    result = invoke("quantize", "demo", "--recipe", recipe, "--dry-run")
+    assert result.exit_code == 2 and said in result.stderr
 
 
 @pytest.mark.parametrize("key", ["rotation: true", "diagonal: 0.25"])

@@ -18,9 +18,9 @@ from apex4_quant.transforms.learned_transform import round_to_halves
 KINDS = [TransformKind.NONE, TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.SHARED]
 
 
-def made(kind: TransformKind, in_features: int, group: int = 128) -> tuple[Apex4Linear, TrainedLinear]:
+def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4) -> tuple[Apex4Linear, TrainedLinear]:
     """A linear of 24 rows as it is stored, and as it is learned."""
-    format = LinearFormat(24, in_features, group, get_layout("rowmajor"), kind, 0.9)
+    format = LinearFormat(24, in_features, group, get_layout("rowmajor"), kind, 0.9 if bits == 4 else 1.0, activation_bits=bits)
     random = torch.Generator().manual_seed(in_features)
     weight = torch.randn(24, in_features, generator=random)
     bias = torch.randn(24, generator=random)
@@ -38,14 +38,15 @@ def made(kind: TransformKind, in_features: int, group: int = 128) -> tuple[Apex4
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("in_features", "group"), [(128, 128), (576, 128), (300, 256)])
-def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group: int) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group: int, bits: int) -> None:
     if kind.is_learned and group != 128:
         pytest.skip("learned transforms have groups of 128")
-    stored, trained = made(kind, in_features, group)
+    stored, trained = made(kind, in_features, group, bits)
     codes, scales = trained.stored()
     matrix, clip = trained.input.stored()
     assert torch.equal(codes, stored.codes()) and torch.equal(scales, stored.scales())
-    assert clip == pytest.approx(0.9)
+    assert clip == pytest.approx(0.9 if bits == 4 else 1.0) and trained.input.log_clip.requires_grad == (bits == 4)
     assert stored.input_transform is None or torch.equal(
         matrix if matrix is not None else torch.empty(0), stored.input_transform
     )
@@ -73,7 +74,7 @@ def test_gradients_of_activations() -> None:
         scale = grouped.abs().amax(-1, keepdim=True) * log_clip.exp() / 7
         return (straight_through(grouped / scale) * scale).flatten(-2)
 
-    ours = gradients(lambda y, log_clip: _RoundActivation.apply(y, log_clip, 128))
+    ours = gradients(lambda y, log_clip: _RoundActivation.apply(y, log_clip, 128, 7))
     for found, wanted in zip(ours, gradients(plain), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +89,7 @@ def test_gradients_of_weights() -> None:
         return (codes.unflatten(1, (2, -1)) * log_scale.exp()[..., None]).flatten(1)
 
     found = []
-    for function in (lambda v, s: _RoundWeight.apply(v, s, torch.float32), plain):
+    for function in (lambda v, s: _RoundWeight.apply(v, s, torch.float32, False), plain):
         leaves = [each.clone().requires_grad_() for each in (v, log_scale)]
         (function(*leaves) * weights).sum().backward()
         found.append([leaf.grad for leaf in leaves])

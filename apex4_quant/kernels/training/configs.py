@@ -1,0 +1,35 @@
+"""The kernels of rounding.py and divergence.py. Torch-free, for who only compiles them."""
+
+from __future__ import annotations
+
+from ..runtime.configuration import Configuration
+
+WARPS = 8  # of a thread block, a group each
+DIVERGENCE_THREADS = 512
+
+
+def rounding_config(entry: str, float32: bool) -> Configuration:
+    """`entry`: round_activation, round_activation_back, round_weight or round_weight_back."""
+    source = f"training/{entry.removesuffix('_back')}.cu"
+    defines: dict[str, int | str] = {"APEX4_FLOAT32": int(float32)}
+    return Configuration(f"{entry}{_suffix(float32)}", source, f"apex4_{entry}", defines)
+
+
+def divergence_config(float32: bool, whole: bool) -> Configuration:
+    """`whole`: the vocabulary is a multiple of 4."""
+    name = f"divergence{_suffix(float32)}{'' if whole else '_any'}"
+    defines: dict[str, int | str] = {"APEX4_FLOAT32": int(float32), "APEX4_WHOLE": int(whole)}
+    return Configuration(name, "training/divergence.cu", "apex4_divergence", defines)
+
+
+def _suffix(float32: bool) -> str:
+    return "_float32" if float32 else ""
+
+
+def all_configs(sm: int) -> list[Configuration]:
+    """They are the same for every architecture."""
+    entries = ("round_activation", "round_activation_back", "round_weight", "round_weight_back")
+    return [
+        *(rounding_config(entry, float32) for entry in entries for float32 in (False, True)),
+        *(divergence_config(float32, whole) for float32 in (False, True) for whole in (True, False)),
+    ]

@@ -1,0 +1,103 @@
+"""What distillation computes with kernels, held against what the same functions compute by operations of PyTorch.
+
+tests/gpu/test_training.py runs the checks on a GPU, tests/kernels/training/test_training_kernels.py the small ones on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from apex4_quant.distillation.step import divergence
+from apex4_quant.distillation.student import PackedLinear
+from apex4_quant.distillation.trained_linear import _RoundActivation, _RoundWeight
+from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.kernels.training import ops
+from apex4_quant.rounding.nearest import quantize_weight_rtn
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Rows, padded K, group, largest code, log of the clip ratio.
+ACTIVATIONS: tuple[tuple[int, int, int, int, float], ...] = (
+    (5, 256, 128, 7, 0.0), (11, 640, 128, 7, -0.4), (3, 512, 256, 7, 0.1), (4, 384, 384, 127, 0.0), (513, 1536, 128, 7, -0.1),
+)  # fmt: skip
+# N, padded K, groups of a row, folded.
+WEIGHTS = ((7, 256, 2, False), (5, 640, 5, True), (3, 512, 1, False), (3, 512, 1, True), (576, 1536, 12, False))
+VOCABULARIES = ((3, 1000), (2, 1001), (40, 49152))  # tokens, entries
+DIFFERENT = (
+    0.01  # of the elements: scales may differ by a rounding, and a value beside a tie then falls to the other side
+)
+
+
+def check_activation(
+    rows: int, k: int, group: int, code_max: int, log_clip: float, dtype: torch.dtype, device: torch.device, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    y, gradient = (torch.randn(rows, k, generator=random) for _ in range(2))
+    y[0, :group] = 0  # a group without a largest value
+    y[1, 3], y[1, 9] = -20, 20  # the first of two counts
+    leaves = y.to(device, dtype), torch.tensor(log_clip, device=device)
+    _check(lambda y, c: _RoundActivation.apply(y, c, group, code_max), leaves, gradient.to(device, dtype))
+
+
+def check_weight(
+    n: int, k: int, groups: int, folded: bool, dtype: torch.dtype, device: torch.device, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    v, gradient = 4 * torch.randn(n, k, generator=random), torch.randn(n, k, generator=random)
+    v[0, :4] = torch.tensor([0.5, -0.5, 7.4, -9.0])
+    log_scale = torch.randn(n, groups, generator=random) - 4
+    leaves = v.to(device), log_scale.to(device)
+    _check(lambda v, s: _RoundWeight.apply(v, s, dtype, folded), leaves, gradient.to(device, dtype))
+
+
+def check_divergence(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    ours, theirs = ((3 * torch.randn(tokens, vocabulary, generator=random)).to(device, dtype) for _ in range(2))
+    leaf = ours.clone().requires_grad_()
+    wanted = torch.stack([divergence(o[None], t[None]) for o, t in zip(leaf, theirs, strict=True)])
+    (0.5 * wanted.sum()).backward()
+    losses, gradient = ops.divergence(ours, theirs, 0.5)
+    assert gradient is not None and leaf.grad is not None and gradient.dtype == dtype
+    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-7)
+    alone, nothing = ops.divergence(ours, theirs, None)
+    assert torch.equal(alone, losses) and nothing is None
+
+
+def _check(function: Any, leaves: tuple[torch.Tensor, ...], gradient: torch.Tensor) -> None:
+    ours = _outcome(function, leaves, gradient)
+    with patch.object(ops, "run_on", lambda device: False):
+        plain = _outcome(function, leaves, gradient)
+    for found, wanted in zip(ours, plain, strict=True):
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        tolerance = 2e-2 if found.dtype is torch.bfloat16 else 1e-4
+        found, wanted = found.float(), wanted.float()
+        if found.numel() < 100:  # sums, of what may differ
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+            continue
+        differ = (found - wanted).abs() > tolerance * wanted.abs() + 1e-5
+        assert float(differ.float().mean()) <= DIFFERENT
+
+
+def _outcome(function: Any, leaves: tuple[torch.Tensor, ...], gradient: torch.Tensor) -> list[torch.Tensor]:
+    """The result, and the gradients of the leaves."""
+    leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
+    result = function(*leaves)
+    result.backward(gradient)
+    return [result.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def packed_linears(model: Any) -> list[PackedLinear]:
+    """All linears of the layers of a model, rounded to nearest behind the Hadamard transform; each has an input of its own."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            n, k = module.weight.shape
+            format = LinearFormat(n, k, 128, get_layout("rowmajor"), TransformKind.HADAMARD, 0.95)
+            codes, scales = quantize_weight_rtn(name, module.weight.float(), format, None)
+            found.append(PackedLinear(name, (len(found), 0), format, codes, scales, None))
+    return found

@@ -1,0 +1,102 @@
+"""The kernels of distillation: compiled for every architecture, and their own source run on a CPU (tests/cuda_on_cpu) against
+operations of PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from apex4_quant.errors import Apex4Error
+from apex4_quant.kernels.runtime import launcher
+from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
+from apex4_quant.kernels.training import ops
+from apex4_quant.kernels.training.configs import all_configs
+
+from ... import cuda_on_cpu
+from ...kernel_cases import training as kernel_cases
+
+CPU = torch.device("cpu")
+SMALL_ACTIVATIONS = [case for case in kernel_cases.ACTIVATIONS if case[0] < 100]
+SMALL_WEIGHTS = [case for case in kernel_cases.WEIGHTS if case[0] < 100]
+SMALL_VOCABULARIES = [case for case in kernel_cases.VOCABULARIES if case[1] < 2000]
+
+
+@pytest.mark.parametrize("config", all_configs(80), ids=lambda config: config.name)
+@pytest.mark.parametrize("sm", [80, 86, 89, 90])
+def test_they_compile_without_a_word_and_without_spills(sm: int, config: Any) -> None:
+    try:
+        result = compile_kernel(config.source, config.defines, arch_of(sm))
+    except Apex4Error as error:
+        if "is not installed" in str(error) or "is needed" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert result.warnings == ""
+    resources = result.resources
+    assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0
+
+
+def run_kernels(monkeypatch: pytest.MonkeyPatch, edits: Any = ()) -> None:
+    """CPU tensors go through the kernels, as a GPU's do."""
+    if cuda_on_cpu.COMPILER is None:
+        pytest.skip("no C++ compiler to run the kernels' source with")
+    of_cpu = cuda_on_cpu.CpuLauncher(edits, optimization="-O0")
+    monkeypatch.setattr(ops, "run_on", lambda device: True)
+    monkeypatch.setattr(ops, "_stream", lambda device: 0)
+    monkeypatch.setattr(launcher, "kernel", lambda source, entry, *rest: of_cpu.kernel(source, entry, *rest))
+    for kept in (ops._rounding, ops._divergence):
+        kept.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_kernels() -> Any:
+    yield
+    for kept in (ops._rounding, ops._divergence):
+        kept.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL_ACTIVATIONS, ids=str)
+def test_activations(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_kernels(monkeypatch)
+    kernel_cases.check_activation(*case, dtype, CPU, seed=1)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL_WEIGHTS, ids=str)
+def test_weights(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_kernels(monkeypatch)
+    kernel_cases.check_weight(*case, dtype, CPU, seed=1)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL_VOCABULARIES, ids=str)
+def test_divergence(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_kernels(monkeypatch)
+    kernel_cases.check_divergence(*case, dtype, CPU, seed=1)
+
+
+MUTATIONS = {
+    "inside": ("round_activation.cu", "<= code_max + 0.5f ? code - ratio", "<= code_max ? code - ratio"),
+    "first of equals": ("round_activation.cu", "other_place < place", "other_place > place"),
+    "clip": ("round_activation.cu", "by_clip[group] = by_scale * scale", "by_clip[group] = by_scale"),
+    "sign of the largest": ("round_activation.cu", "largest < 0.0f ? -1.0f : 0.0f", "largest < 0.0f ? 1.0f : 0.0f"),
+    "gradient of scales": ("round_weight.cu", "sum = fmaf(g[i], code_of(x[i], code_max), sum)", "sum += g[i]"),
+    "rounding of folded weights": ("round_weight.cu", "folding, 128.0f) / 256.0f", "folding, 0.0f) / 256.0f"),
+    "shrinking": ("divergence.cu", "exponentials *= shrink, differences *= shrink", "exponentials *= shrink"),
+    "gradient": ("divergence.cu", "expf(y[i] - log_p)", "expf(y[i] - log_q)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_line_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_kernels(monkeypatch, [MUTATIONS[name]])
+    monkeypatch.setattr(kernel_cases, "DIFFERENT", 0)
+    with pytest.raises(AssertionError):
+        if MUTATIONS[name][0] == "round_activation.cu":
+            kernel_cases.check_activation(*SMALL_ACTIVATIONS[1], torch.float32, CPU, seed=1)
+        elif MUTATIONS[name][0] == "round_weight.cu":
+            kernel_cases.check_weight(*SMALL_WEIGHTS[1], torch.float32, CPU, seed=1)
+        else:
+            kernel_cases.check_divergence(*SMALL_VOCABULARIES[0], torch.float32, CPU, seed=1)
