@@ -64,6 +64,17 @@ def _models() -> dict[str, Callable[[], Any]]:
         "q_lora_rank": None,
         "num_key_value_heads": 4,
     }
+    routed = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
+    }
     sparse = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
     return {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -76,9 +87,7 @@ def _models() -> dict[str, Callable[[], Any]]:
         "qwen2moe": lambda: Qwen2MoeForCausalLM(
             Qwen2MoeConfig(**plain, **few, shared_expert_intermediate_size=256, mlp_only_layers=[0])
         ),
-        "deepseek2": lambda: DeepseekV2ForCausalLM(
-            DeepseekV2Config(**plain | latent, n_routed_experts=4, moe_intermediate_size=128, num_experts_per_tok=2)
-        ),
+        "deepseek2": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**plain | latent | routed)),
         "gptoss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "qwen3moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sparse)),
