@@ -52,6 +52,7 @@ SLOW: dict[str, tuple[str, ...]] = {
             f"integrations/vllm/test_engine.py::test_the_same_tokens_as_transformers[{case}*]"
             for case in (
                 "demo-apex4-fast-8",
+                "deepseek2",
                 "gemma3",
                 "granite",
                 "llama",

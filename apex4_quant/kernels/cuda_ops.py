@@ -33,7 +33,7 @@ from .operands import (
     require_weights,
     row_stride,
 )
-from .quantize.configs import FEW_ROWS, FORMATS, LONG_BLOCKS, product_is_faster
+from .quantize.configs import FEW_ROWS, FORMATS, LONG_BLOCKS, dense_adds, product_is_faster
 from .quantize.hadamard_product import signs
 from .quantize.launch import Quantizer, QuantizerShape, quantizer, rows_are_aligned
 from .runtime import launcher, workspace
@@ -347,19 +347,23 @@ def silu_mul_linear(
 
 def add_rms_norm_linear(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     require_add_rms_norm_linear(not _by_torch(rest[-6]), x, residual, *rest)
-    if not _one_kernel_adds(rest[-6:]):
-        total = (x + residual).contiguous()
-        return rms_norm_linear(total, *rest), total
     gain, eps, gain_offset, *weights_and_how = rest
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    source = _Source("add_rms_norm", x, gain, eps, bool(gain_offset), residual, total)
-    return _linear(source, *weights_and_how), total
+    if not _by_torch(rest[-6]) and len(x):
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
+        source = _Source("add_rms_norm", x, gain, eps, bool(gain_offset), residual, total)
+        if _a_kernel_adds(source, rest[-6:]):
+            return _linear(source, *weights_and_how), total
+    total = (x + residual).contiguous()
+    return rms_norm_linear(total, *rest), total
 
 
-def _one_kernel_adds(how: Any) -> bool:
-    """Whether there is a quantizer that does the addition: not with a dense matrix, nor to 8 bits.
+def _a_kernel_adds(source: _Source, how: Any) -> bool:
+    """Whether the addition is a quantizer's, or that of a kernel in front of it which it has anyway.
 
     Also for many rows, where a Hadamard transform of normalised rows is faster as a product: that costs more than is saved.
     """
     matrix, k_padded, _, _, _, format = how
-    return matrix is None and format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK
+    if matrix is None:
+        return format == TOKEN_FORMAT or (format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK)
+    x = source.x
+    return dense_adds(len(x), k_padded // BLOCK, aligned=source.aligned, format=format, sm_count=gpu(x.device.index)[1])

@@ -194,11 +194,18 @@ def test_an_addition_in_front_of_a_norm_is_the_quantizer_s(launches: Launches) -
     cuda_ops.add_rms_norm_linear(x, wide[:, 1 : k + 1], gain, 1e-5, 1.0, *weights, None, *how)
     args, _ = launches.launched[2]
     assert args[12] == 2 * k and args[-1] == 0, "rows of the residual that do not start on 16 bytes"
-    # A dense transform has no such kernel: the sum is a tensor first.
+    # In front of a dense transform the kernel adds that works out the root of squares.
     launches.launched.clear(), launches.made.clear()
     matrix = torch.zeros(4, 128 * 128, dtype=torch.bfloat16)
     y, total = cuda_ops.add_rms_norm_linear(x, residual, gain, 1e-5, 1.0, *weights, matrix, *how[:3], False, how[4])
-    assert torch.equal(total, x + residual) and launches.launched[-2][0][2] == total.data_ptr()
+    (args, _), (quantized, _), _ = launches.launched
+    assert args[1:8] == (x.data_ptr(), residual.data_ptr(), total.data_ptr(), m, k, 2 * k, k)
+    assert quantized[2] == total.data_ptr() and quantized[4] == args[0] and quantized[9:11] == (k, 0)
+    # Many rows have none on Hopper: the sum is a tensor first.
+    launches.launched.clear(), launches.made.clear()
+    many = [torch.ones(9000, k, dtype=torch.bfloat16) for _ in range(2)]
+    y, total = cuda_ops.add_rms_norm_linear(*many, gain, 1e-5, 1.0, *weights, matrix, *how[:3], False, how[4])
+    assert torch.equal(total, many[0] + many[1]) and launches.launched[-2][0][2] == total.data_ptr()
     empty = cuda_ops.add_rms_norm_linear(x[:0], residual[:0], gain, 1e-5, 1.0, *weights, None, *how)
     assert [each.shape for each in empty] == [(0, n), (0, k)]
 

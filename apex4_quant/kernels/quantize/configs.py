@@ -2,8 +2,8 @@
 
 The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_whole_rows.cu (the same to eight
 bits, with a scale a row), quantize_dense.cu (a dense matrix per block; group size 128, or a row of eight bits),
-quantize_dense_sm90.cu (the same for many rows on Hopper), row_rms.cu, which quantize_dense.cu needs for RMSNorm, and row_scale.cu,
-which it needs for eight bits. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
+quantize_dense_sm90.cu (the same for many rows on Hopper), row_rms.cu, which quantize_dense.cu needs for RMSNorm, also of a sum, and
+row_scale.cu, which it needs for eight bits. Their headers say what they do; here are the numbers that depend on shapes. None of them changes a result, but for
 `product_is_faster`: a Hadamard transform as a product has its sums in another order.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 INPUTS = ("plain", "rms_norm", "silu_mul", "add_rms_norm")  # APEX4_INPUT is the position
 NORMS = ("rms_norm", "add_rms_norm")  # of whole rows
-DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read, and those to eight bits
+DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read; a sum is made by row_rms.cu in front of them
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
 WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of quantize_whole_rows.cu
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
@@ -101,7 +101,7 @@ class QuantizePlan:
     blocks_per_cta: int = 0  # quantize_rows
     rows_per_cta: int = 0  # quantize_dense
     needs_board: bool = False  # quantize_dense_sm90 with RMSNorm
-    needs_statistics: bool = False  # quantize_dense with RMSNorm: row_rms before it
+    needs_statistics: bool = False  # quantize_dense with RMSNorm: row_rms before it, which also adds
     needs_row_scales: bool = False  # quantize_dense to eight bits: row_scale before it
 
     @property
@@ -174,9 +174,11 @@ def board_bytes(m: int) -> int:
 
 
 @cache
-def row_rms_config(dtype: str) -> QuantizeConfig:
-    macros = (("APEX4_INPUT", 0), ("APEX4_BF16", DTYPES.index(dtype)), ("APEX4_FORMAT", 80))
-    return QuantizeConfig(f"row_rms_{dtype}", "quantize/row_rms.cu", "apex4_row_rms", macros)
+def row_rms_config(dtype: str, adds: bool = False) -> QuantizeConfig:
+    """`adds`: of a sum, which is stored."""
+    input = INPUTS.index("add_rms_norm" if adds else "plain")
+    macros = (("APEX4_INPUT", input), ("APEX4_BF16", DTYPES.index(dtype)), ("APEX4_FORMAT", 80))
+    return QuantizeConfig(f"row_rms{'_of_sum' * adds}_{dtype}", "quantize/row_rms.cu", "apex4_row_rms", macros)
 
 
 def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
@@ -188,7 +190,7 @@ def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
     return [
         *(() if grouped is None else _configs(grouped, dtypes)),
         *_token_configs(dtypes, sm == 90),
-        *map(row_rms_config, dtypes),
+        *(row_rms_config(each, adds) for each in dtypes for adds in (False, True)),
         row_scale_config(),
     ]
 
@@ -207,10 +209,13 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
 
 def _token_configs(dtypes: tuple[str, ...], sm_90: bool) -> Iterator[QuantizeConfig]:
     for dtype in dtypes:
-        for input in DENSE_INPUTS:
+        for input in INPUTS:
             for hadamard in (False, True):
                 for form in WHOLE_FORMS[1:] if sm_90 else WHOLE_FORMS[1:3]:
-                    yield whole_rows_config(form, input, hadamard, dtype)
+                    if form != "stream" or input != "add_rms_norm":
+                        yield whole_rows_config(form, input, hadamard, dtype)
+            if input not in DENSE_INPUTS:
+                continue
             for few_rows in (0, 1):
                 codes = dense_config(few_rows, input, dtype, TOKEN_FORMAT, sm_90)
                 yield from (codes, measuring_config(codes))
@@ -291,6 +296,8 @@ def choose_whole_rows(
         rows *= 2
     tiles = -(-m // rows)
     resident = plan("resident", tiles, rows, k_blocks)
+    if input == "add_rms_norm":
+        return resident
     shared = 16 * STREAM_SLOTS[input] * resident.block
     ctas = sm_count * min(STREAM_THREADS[input] // resident.block, STREAM_SHARED_BYTES // (shared + 4096))
     # Where two CTAs fit a multiprocessor, one works while the other waits, which takes less time (docs/kernel_measurements.md).
@@ -318,9 +325,13 @@ def choose_dense(
     """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them.
 
     To eight bits (format s8) of the kernel that makes codes; the one that measures has the same. `sm_90`: see `dense_config`.
+    Of a sum (add_rms_norm) what comes after row_rms.cu: see `dense_adds`.
     """
     if m < 1 or k_blocks < 1:
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
+    adds = input == "add_rms_norm"
+    if adds:
+        input = "rms_norm"
     runs = -(-m // DENSE_CTA_ROWS)
     slots = DENSE_CTAS_PER_SM * sm_count
     # With RMSNorm on Hopper thread blocks of the same rows wait for each other: all are there at the same time, one on a
@@ -343,12 +354,13 @@ def choose_dense(
         least = -(-runs // GRID_Y)
         rows = DENSE_CTA_ROWS * min(range(least, max(least, min(DENSE_MOST_PASSES, runs)) + 1), key=cost)
     grid = k_blocks, -(-m // rows), 1
-    if together and _more_warps_sum(m, k_blocks):
+    if together and not adds and _more_warps_sum(m, k_blocks):
         return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
     eight_bit = format == TOKEN_FORMAT
     config = dense_config(int(rows == FEW_ROWS), input, dtype, format, sm_90)
     if config.source == "quantize/quantize_dense.cu" or eight_bit:
-        few, statistics = rows == FEW_ROWS, input == "rms_norm" and (m > OWN_RMS_ROWS or eight_bit)
+        few = rows == FEW_ROWS
+        statistics = input == "rms_norm" and (m > OWN_RMS_ROWS or eight_bit or adds)
         threads, shared = DENSE_THREADS, 0
         if config.source != "quantize/quantize_dense.cu":
             threads, shared = DENSE_SM90["plain"][0], dense_sm90_shared_bytes(input, format)
@@ -356,8 +368,16 @@ def choose_dense(
             config, grid, threads, shared,
             rows_per_cta=rows, needs_statistics=statistics, needs_row_scales=eight_bit and not few,
         )  # fmt: skip
+    if adds:
+        raise ValueError(f"the kernel for {m} rows of a norm works out sums of squares, not of rows")
     shared = dense_sm90_shared_bytes(input)
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
+
+
+def dense_adds(m: int, k_blocks: int, *, aligned: bool, format: str, sm_count: int) -> bool:
+    """Whether a dense transform of RMSNorm(x + residual) has row_rms.cu in front, which adds: not many rows on Hopper, of 4 bits."""
+    few = choose_dense(m, k_blocks, input="rms_norm", aligned=aligned, format=format, sm_count=sm_count)
+    return format != "sm90" or few.rows_per_cta == FEW_ROWS
 
 
 def _more_warps_sum(m: int, k_blocks: int) -> bool:
@@ -384,8 +404,8 @@ def product_is_faster(m: int, k_blocks: int, *, input: str, aligned: bool, forma
 
 
 @lru_cache(maxsize=4096)
-def choose_row_rms(m: int, *, dtype: str = "bfloat16") -> QuantizePlan:
-    return QuantizePlan(row_rms_config(dtype), (m, 1, 1), 256)
+def choose_row_rms(m: int, *, dtype: str = "bfloat16", adds: bool = False) -> QuantizePlan:
+    return QuantizePlan(row_rms_config(dtype, adds), (m, 1, 1), 512 if adds else 256)
 
 
 @cache

@@ -15,7 +15,6 @@ from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..runtime import launcher
 from ..runtime.launcher import Kernel, Launch
 from .configs import (
-    DENSE_INPUTS,
     MATRIX_CHUNKS,
     TOKEN_FORMAT,
     QuantizePlan,
@@ -49,7 +48,7 @@ def rows_are_aligned(k: int, *operands: tuple[int, int]) -> bool:
 class Quantizer:
     """What quantizes inputs of one shape: a kernel, and others before it where one does not have whole rows.
 
-    `statistics` works out 1 / RMS for a dense transform. To eight bits such a transform has two more: `measure`, and for many rows
+    `statistics` works out 1 / RMS for a dense transform, and adds if the quantizer does. To eight bits such a transform has two more: `measure`, and for many rows
     `row_scales`. What they tell each other is in `between_bytes` of memory, for each call its own; or, where `board_bytes` is
     not 0, on a board, which serves one call after the other.
     """
@@ -69,9 +68,12 @@ class Quantizer:
         board: int = 0, residual: int = 0, total: int = 0,
     ) -> None:  # fmt: skip
         """Pointers, 0 where there is none: see `run_quantize`."""
-        if self.statistics is not None:
+        if self.statistics is not None and self.adds:
+            self.statistics(stream, between, x, residual, total)
+            x = total
+        elif self.statistics is not None:
             self.statistics(stream, between, x)
-        if self.adds:
+        elif self.adds:
             self.launch(stream, codes, scales, x, second, residual, total)
             return
         if not self.dense:
@@ -138,8 +140,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     scale_factor, eps, aligned = _float(shape.clip / CODE_MAX), _float(shape.eps), _int(shape.aligned)
     if shape.transform not in ("none", "hadamard", "dense"):
         raise ValueError(f"transform {shape.transform!r} is not none, hadamard or dense")
-    if format == TOKEN_FORMAT and input == "add_rms_norm":
-        raise ValueError(f"no kernel to eight bits reads {input}")
+    adds = input == "add_rms_norm"
     if format == TOKEN_FORMAT and shape.transform != "dense":
         plan = choose_whole_rows(
             m, k_blocks,
@@ -148,7 +149,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         )  # fmt: skip
         numbers_of_rows = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         how = eps, _float(1 / k), _int(shape.gain_offset), aligned
-        return Quantizer(bound(plan, 4, *map(_int, numbers_of_rows), *how), dense=False)
+        return Quantizer(bound(plan, 6 if adds else 4, *map(_int, numbers_of_rows), *how), dense=False, adds=adds)
     if shape.transform != "dense":
         plan = choose_rows(
             m, k_blocks, shape.blocks_per_group,
@@ -156,10 +157,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         )  # fmt: skip
         integers = m, k, k_blocks, shape.blocks_per_group, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         behind = scale_factor, eps, _float(1 / k), _int(shape.gain_offset), aligned
-        adds = input == "add_rms_norm"
         return Quantizer(bound(plan, 6 if adds else 4, *map(_int, integers), *behind), dense=False, adds=adds)
-    if input not in DENSE_INPUTS:
-        raise ValueError(f"no kernel with a dense transform reads {input}")
     if shape.blocks_per_group != 1 and format != TOKEN_FORMAT:
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {shape.blocks_per_group * BLOCK}")
     statistics = None
@@ -169,7 +167,11 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count, sm_90=shape.sm_90,
     )  # fmt: skip
     if plan.needs_statistics:
-        statistics = bound(choose_row_rms(m, dtype=dtype), 2, _int(m), _int(k), _int(ldx), eps, aligned)
+        strides = (ldx, ld_second) if adds else (ldx,)
+        numbers = *map(_int, (m, k, *strides)), eps, aligned
+        statistics = bound(choose_row_rms(m, dtype=dtype, adds=adds), 4 if adds else 2, *numbers)
+    if adds:  # what follows reads the sum
+        ldx, ld_second = k, 0
     statistics_bytes = 4 * round_up(m, VECTOR_BYTES) if plan.needs_statistics else 0
     matrix_stride = 0 if shape.matrix_is_shared else MATRIX_CHUNKS
     numbers = (
@@ -178,14 +180,14 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     )  # fmt: skip
     if not eight_bit:
         board = board_bytes(m) if plan.needs_board else 0
-        return Quantizer(bound(plan, 6, *numbers), True, statistics, board, statistics_bytes)
+        return Quantizer(bound(plan, 6, *numbers), True, statistics, board, statistics_bytes, adds=adds)
     row_scales = None
     if plan.needs_row_scales:
         row_scales = bound(choose_row_scales(m), 2, *map(_int, (k_blocks, m, m_stride)))
     measure = bound(replace(plan, config=measuring_config(plan.config)), 7, *numbers)
     return Quantizer(
         bound(plan, 7, *numbers), True, statistics, 0, statistics_bytes + 4 * k_blocks * m_stride, statistics_bytes,
-        measure, row_scales,
+        measure, row_scales, adds,
     )  # fmt: skip
 
 
@@ -215,8 +217,8 @@ def run_quantize(
     `matrix_factor`, if matrix_is_shared) and memory: `most_between_bytes(m, k_blocks)` at `between`, for this call alone, and, with
     input "rms_norm", `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
     input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half;
-    "add_rms_norm", not to eight bits, with the gain at `second`, the `residual`, whose row stride is ld_second, and room for the
-    sum at `total`.
+    "add_rms_norm", with the gain at `second`, the `residual`, whose row stride is ld_second, and room for the sum at `total`; with a
+    dense transform where configs.dense_adds says so.
     `how`: what else `QuantizerShape` has.
     """
     if m == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,25 @@ def _models() -> dict[str, Callable[[], Any]]:
     plain = {key: value for key, value in SIZES.items() if key != "head_dim"}
     few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
     multipliers = {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.4}
+    # Heads as published: vLLM's kernels for latent attention have no others.
     latent = {
-        "kv_lora_rank": 128,
+        "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 64,
-        "v_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
         "q_lora_rank": None,
         "num_key_value_heads": 4,
+    }
+    routed = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
     }
     sparse = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
     return {
@@ -74,9 +87,7 @@ def _models() -> dict[str, Callable[[], Any]]:
         "qwen2moe": lambda: Qwen2MoeForCausalLM(
             Qwen2MoeConfig(**plain, **few, shared_expert_intermediate_size=256, mlp_only_layers=[0])
         ),
-        "deepseek2": lambda: DeepseekV2ForCausalLM(
-            DeepseekV2Config(**plain | latent, n_routed_experts=4, moe_intermediate_size=128, num_experts_per_tok=2)
-        ),
+        "deepseek2": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**plain | latent | routed)),
         "gptoss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "qwen3moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sparse)),
@@ -84,8 +95,14 @@ def _models() -> dict[str, Callable[[], Any]]:
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """quantized(name, recipe, **settings) -> the checkpoint of a seeded random model, or of "demo". Made once; read only."""
+def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """original(name) -> a seeded random model that is not quantized. Made once; read only."""
+    return cache(lambda name: _write(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory, original: Callable[[str], Path]) -> Callable[..., Path]:
+    """quantized(name, recipe, **settings) -> the checkpoint of `original(name)`, or of "demo". Made once; read only."""
     made: dict[str, Path] = {}
 
     def make(name: str, recipe: str = "rtn", **settings: Any) -> Path:
@@ -93,7 +110,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
         key = f"{name}-{recipe}-{settings}"
         if key not in made:
-            source = "demo" if name == "demo" else str(_write(tmp_path_factory.mktemp(name), name))
+            source = "demo" if name == "demo" else str(original(name))
             made[key] = tmp_path_factory.mktemp("quantized") / name
             small = {"target": "none", "samples": 2, "seq_len": 64, "device": "cpu"}
             quantize(QuantizeSettings(model=source, recipe=recipe, **small | settings), made[key])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,30 @@ def test_the_operators_are_torch_backend_s_linear(dtype: torch.dtype, bits: int)
     ):
         assert torch.equal(operator(*arguments), expected)
         torch.library.opcheck(operator.default, arguments)
+
+
+def test_vllm_s_key_of_compiled_graphs_has_our_version_and_settings(
+    quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import ModelConfig
+
+    from apex4_quant.integrations.vllm import config
+
+    config_of_model = ModelConfig(str(quantized("llama")), dtype="float32")
+    fields = config_of_model.hf_config.quantization_config
+
+    def key() -> str:
+        config.Apex4Config.from_config(fields).maybe_update_config("", config_of_model.hf_config)
+        found: str = config_of_model.compute_hash()
+        return found
+
+    keys = [key(), key()]
+    for name, value in (("APEX4_ACTIVATIONS", "8"), ("APEX4_KERNEL", "reference")):
+        monkeypatch.setenv(name, value)
+        keys.append(key())
+    monkeypatch.setattr(config, "__version__", "another")
+    keys.append(key())
+    assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
 def test_names_of_layers() -> None:

@@ -16,7 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from apex4_quant.errors import Apex4Error
 
+from .generating import prompts
+
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
+
+# vLLM 0.32's own operator for CPUs is wrong where only a part of each head is rotated, interleaved: PyTorch's operations then.
+ROTATED_BY_TORCH = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,7 @@ pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
         ("qwen3moe", "rtn", {}, {}),
         ("qwen2moe", "apex4-fast", {}, {}),  # with an expert that every token goes to
         ("granite", "gptq", {}, {}),
+        ("deepseek2", "rtn", {"ignore": ("*.kv_b_proj",)}, ROTATED_BY_TORCH),
         ("ragged", "apex4-fast", {"layout": "sm90"}, {}),
         ("ragged", "rtn", {"layout": "sm80", "group_size": 256}, {}),
         ("ragged", "rtn", {"group_size": "channel"}, {}),
@@ -90,6 +96,24 @@ def test_linears_of_four_bits_compute_with_eight_where_that_is_asked_for(
     with_eight = serve_here(folder)
     require_equal(with_eight, folder)
     assert [one.tokens for one in with_eight] != with_four
+
+
+def test_a_prefix_that_vllm_kept_changes_nothing(
+    quantized: Callable[..., Path], serve_here: Callable[..., Any]
+) -> None:
+    from vllm import SamplingParams
+
+    answers = []
+
+    def ask_twice(llm: Any) -> None:
+        text = {"prompt_token_ids": [token for prompt in prompts() for token in prompt][:80]}
+        for _ in range(2):
+            answers.extend(llm.generate([text], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)))
+
+    serve_here(quantized("demo", "gptq"), watch=ask_twice, enable_prefix_caching=True, block_size=32)
+    first, second = answers
+    assert not first.num_cached_tokens and second.num_cached_tokens == 64
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
 
 
 def test_dummy_weights_run(quantized: Callable[..., Path], serve_here: Callable[..., Any]) -> None:

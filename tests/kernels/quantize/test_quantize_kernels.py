@@ -576,7 +576,11 @@ FAMILIES: dict[str, list[Any]] = {
     "eight bits, none": variants(replace(ROWS_S8, transform="none", dtype="float16")),
     "eight bits, silu": variants(replace(ROWS_S8, input="silu_mul", dtype="float16")),
     "eight bits, rms": [*variants(replace(ROWS_S8, input="rms_norm")), replace(ROWS_S8, input="rms_norm", m=3, k=4096, gain_offset=True)],
-    "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in DENSE_INPUTS],
+    "eight bits, add, rms": [
+        *variants(replace(ROWS_S8, input="add_rms_norm")),
+        replace(ROWS_S8, input="add_rms_norm", transform="none", m=40, k=4096, gain_offset=True, dtype="float16", sm_90=True),
+    ],
+    "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in INPUTS],
     "eight bits, many rows": [
         *(replace(ROWS_S8, m=33, k=k, input=input, sm_90=True, data=data)
           for k, input, data in ((16520, "plain", "normal"), (16640, "rms_norm", "nan"), (18000, "silu_mul", "normal"))),
@@ -584,10 +588,14 @@ FAMILIES: dict[str, list[Any]] = {
     ],
     "eight bits, dense": [
         *variants(DENSE_S8), replace(DENSE_S8, m=3, k=1504, shared_matrix=True),
-        *(replace(DENSE_S8, m=m, k=520, input=input) for m in (4, 7, 140) for input in ("rms_norm", "silu_mul")),
+        *(replace(DENSE_S8, m=m, k=520, input=input) for m in (4, 7, 140) for input in INPUTS[1:]),
         *(replace(DENSE_S8, m=150, k=640, data=data) for data in ("normal", "nan")),
     ],
-    "eight bits, dense, sm90": [replace(DENSE_S8, m=300, k=1000, input=input, gain_offset=True, sm_90=True) for input in DENSE_INPUTS],
+    "eight bits, dense, sm90": [replace(DENSE_S8, m=300, k=1000, input=input, gain_offset=True, sm_90=True) for input in INPUTS],
+    "dense, add, rms": [
+        *variants(replace(DENSE_90, input="add_rms_norm")), *(replace(DENSE_90, m=m, k=8104, input="add_rms_norm") for m in (1, 8)),
+        *(replace(DENSE_80, m=m, k=520, input="add_rms_norm", gain_offset=True) for m in (3, 140)),
+    ],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip
 
@@ -673,6 +681,10 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "row scale": (("row_scale.cu", "i < WARPS; ++i) absmax", "i < WARPS / 2; ++i) absmax"), replace(DENSE_S8, m=150, k=1000)),
     "stored sum": (("quantize_slice.cuh", "store_octet(total, pairs + 4,", "store_octet(total, pairs,"),
                    replace(ROWS_80, input="add_rms_norm")),
+    "stored sum, eight bits": (("quantize_whole_rows.cu", "add_octet(pairs[part] + 4 * octet, others);", ""),
+                               replace(ROWS_S8, input="add_rms_norm")),
+    "a sum's root": (("row_rms.cu", "store_octet(total_row, pairs, column, k, true, aligned);\n  });", "store_octet(total_row, pairs, column, k, true, aligned);\n    add_octet(pairs, others);\n  });"),
+                     replace(DENSE_90, input="add_rms_norm")),
     "mean": (("quantize_rows.cu", "inverse_rms_of(sum_of_slice(row_squares), one_over_k, eps);", "inverse_rms_of(sum_of_slice(row_squares), 1.0f / (128 * k_blocks), eps);"),
              replace(ROWS_80, input="rms_norm")),
 }  # fmt: skip

@@ -40,18 +40,38 @@ __device__ __forceinline__ void load_octet(
   }
 }
 
+// The same octet to a row of k columns.
+__device__ __forceinline__ void store_octet(
+    unsigned short* row, const unsigned* pairs, int column, int k, bool active, bool aligned) {
+  if (aligned) {
+    if (active && column < k) *reinterpret_cast<uint4*>(row + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (active && column + i < k) row[column + i] = static_cast<unsigned short>(pairs[i / 2] >> 16 * (i % 2));
+}
+
+// Of two octets the sums, rounded to T as torch's addition does, to the first.
+__device__ __forceinline__ void add_octet(unsigned* pairs, const unsigned* others) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = pair_of(low_of(pairs[i]) + low_of(others[i]), high_of(pairs[i]) + high_of(others[i]));
+}
+
 __device__ __forceinline__ void unpack(unsigned* pairs, uint4 octet) {
   pairs[0] = octet.x, pairs[1] = octet.y, pairs[2] = octet.z, pairs[3] = octet.w;
 }
 
 // Of a row of k columns that `THREADS` threads read: the sum of a warp's, in all its lanes. `UNROLL` loads are on their way.
-template <int THREADS, int UNROLL>
-__device__ __forceinline__ float squares_of_warp(const unsigned short* row, int k, bool aligned) {
+// `load(pairs, column)`: eight elements, as load_octet.
+template <int THREADS, int UNROLL, class Load>
+__device__ __forceinline__ float squares_of_warp(int k, Load load) {
   float sum = 0.0f;
 #pragma unroll UNROLL
   for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
     unsigned pairs[4];
-    load_octet(pairs, row, column, k, true, aligned);
+    load(pairs, column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       sum = fmaf(low_of(pairs[i]), low_of(pairs[i]), sum);
@@ -61,6 +81,12 @@ __device__ __forceinline__ float squares_of_warp(const unsigned short* row, int 
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
   return sum;
+}
+
+template <int THREADS, int UNROLL>
+__device__ __forceinline__ float squares_of_warp(const unsigned short* row, int k, bool aligned) {
+  return squares_of_warp<THREADS, UNROLL>(
+      k, [=](unsigned* pairs, int column) { load_octet(pairs, row, column, k, true, aligned); });
 }
 
 // Of a row whose squares have this sum; one_over_k: of its columns.

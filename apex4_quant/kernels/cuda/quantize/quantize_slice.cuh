@@ -50,12 +50,10 @@ struct Lane {
 #if APEX4_INPUT == APEX4_ADD_RMS_NORM
     unsigned residual[WORDS];
     load_from(residual, from.residual + static_cast<long long>(row) * from.ld_second, from, column, active);
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-      pairs[i] = pair_of(low_of(pairs[i]) + low_of(residual[i]), high_of(pairs[i]) + high_of(residual[i]));
+    add_octet(pairs, residual), add_octet(pairs + 4, residual + 4);
     unsigned short* const total = from.total + static_cast<long long>(row) * from.k;
-    store_octet(total, pairs, column, from, active);
-    store_octet(total, pairs + 4, column + 8, from, active);
+    store_octet(total, pairs, column, from.k, active, from.aligned);
+    store_octet(total, pairs + 4, column + 8, from.k, active, from.aligned);
 #endif
   }
 
@@ -91,20 +89,6 @@ struct Lane {
     load_octet(to, row, column, from.k, active, from.aligned);
     load_octet(to + 4, row, column + 8, from.k, active, from.aligned);
   }
-
-#if APEX4_INPUT == APEX4_ADD_RMS_NORM
-  __device__ __forceinline__ static void store_octet(
-      unsigned short* row, const unsigned* octet, int column, const Input& from, bool active) {
-    if (from.aligned) {
-      if (active && column < from.k)
-        *reinterpret_cast<uint4*>(row + column) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (active && column + i < from.k) row[column + i] = static_cast<unsigned short>(octet[i / 2] >> 16 * (i % 2));
-  }
-#endif
 };
 
 #if APEX4_NORMALISES

@@ -1,5 +1,6 @@
-// Activation quantizer to eight bits: [x | RMSNorm(x) gain | SiLU(gate) up] -> [none | Hadamard_128 per block] -> int8 codes and
-// one scale a token, which is known only when all of the row has been transformed. So a CTA has whole rows, in registers.
+// Activation quantizer to eight bits: [x | RMSNorm(x) gain | SiLU(gate) up | RMSNorm(x + residual) gain] -> [none | Hadamard_128
+// per block] -> int8 codes and one scale a token, which is known only when all of the row has been transformed. So a CTA has whole
+// rows, in registers.
 //
 // A warp holds eight *slices*, each one block of 128 of one row: four lanes a slice, 32 columns a lane. A CTA holds 2^rows_log2
 // rows, its slices numbered rows first. The Hadamard transform is a product of two: over the column's bits 0, 4, 5 and 6 an
@@ -12,19 +13,20 @@
 //   LONG      any number, and rows that are not aligned: one row a CTA, read again from the caches in every pass.
 //   CLUSTER   few rows, on sm_90 and later: RESIDENT, but each row belongs to a cluster, whose CTAs tell each other their numbers.
 //   STREAM    many rows: RESIDENT, but a CTA goes on from tile to tile. The next rows are on their way to shared memory meanwhile,
-//             where every warp has slots of its own: nobody waits at a barrier for them.
+//             where every warp has slots of its own: nobody waits at a barrier for them. Not of a sum.
 //
 // Operands (type T: bfloat16 or float16; KB = k_blocks; everything in device memory):
 //   codes    uint8 [KB, m_stride, 128], two's complement, chunks at sm90_activation_byte (index.cuh); 16-byte aligned
 //   scales   float32 [m_stride]
 //   x        T [m, k], row stride ldx elements; SILU_MUL: the gate
-//   second   SILU_MUL: up, T [m, k], row stride ld_second. RMS_NORM: the gain, T [k]. PLAIN: not read
+//   second   SILU_MUL: up, T [m, k], row stride ld_second. (ADD_)RMS_NORM: the gain, T [k]. PLAIN: not read
+//   residual T [m, k], row stride ld_second, and total T [m, k], dense, which gets x + residual: ADD_RMS_NORM only
 //   m, k, k_blocks >= ceil(k / 128), m_stride >= m, ldx, ld_second
 //   rows_log2    0 to 3, LONG and CLUSTER: 0
 //   blocks_per_cta   k_blocks; CLUSTER: at least the CTA's part of them. blockDim.x = 4 * 2^rows_log2 * blocks_per_cta rounded up
 //                to warps; LONG: any number of warps up to MAX_THREADS
-//   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   RMS_NORM only, see `inverse_rms_of` and `normalised`
-//   aligned  1: x and second (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, LONG alone
+//   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   norms only, see `inverse_rms_of` and `normalised`
+//   aligned  1: x, second, residual and total (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, LONG alone
 // Grid: (tiles of 2^rows_log2 rows); CLUSTER: times the CTAs of a cluster; STREAM: as many CTAs as run at once, at most, and
 // SLOT_BYTES * blockDim.x bytes of dynamic shared memory. Rows from m on are not written.
 //
@@ -41,7 +43,7 @@ constexpr int PARTS = 2, COLUMNS = 16;         // of a lane; of a part
 constexpr int WORDS = COLUMNS / 2;
 [[maybe_unused]] constexpr int MAX_SLICES = 224, MAX_THREADS = APEX4_FORM == APEX4_LONG ? 512 : LANES * MAX_SLICES;
 #if APEX4_FORM == APEX4_LONG || (APEX4_FORM == APEX4_STREAM && APEX4_INPUT == APEX4_SILU_MUL) || \
-    __CUDA_ARCH__ < (APEX4_INPUT == APEX4_RMS_NORM ? 900 : 800)
+    __CUDA_ARCH__ < (APEX4_NORMALISES ? 900 : 800)
 #define APEX4_BOUNDS __launch_bounds__(MAX_THREADS)
 #else
 #define APEX4_BOUNDS __launch_bounds__(1024)  // 64 registers rather than 72: more CTAs of short rows fit a multiprocessor
@@ -64,6 +66,10 @@ struct Source {
   const unsigned short* second;
   int k, ldx, ld_second;
   bool gain_offset, aligned;
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+  const unsigned short* residual;  // row stride ld_second
+  unsigned short* total;           // row stride k
+#endif
 };
 
 // A lane's columns of a slice: loaded, then finished to what is transformed.
@@ -75,10 +81,31 @@ struct Lane {
 
   __device__ __forceinline__ void load(const Source& from, int row, int column, bool active) {
     load_from(pairs, from.x + static_cast<long long>(row) * from.ldx, from, column, active);
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+    const unsigned short* const residual = from.residual + static_cast<long long>(row) * from.ld_second;
+    unsigned short* const total = from.total + static_cast<long long>(row) * from.k;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+      for (int octet = 0; octet < 2; ++octet) {
+        unsigned others[4];
+        const int at = column + whole_column(0, part) + 8 * octet;
+        load_octet(others, residual, at, from.k, active, from.aligned);
+        add_octet(pairs[part] + 4 * octet, others);
+        store_octet(total, pairs[part] + 4 * octet, at, from.k, active, from.aligned);
+      }
+#endif
   }
 
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+  // What this thread has stored.
+  __device__ __forceinline__ void load_total(const Source& from, int row, int column, bool active) {
+    load_from(pairs, from.total + static_cast<long long>(row) * from.k, from, column, active);
+  }
+#endif
+
   __device__ __forceinline__ void load_second(const Source& from, int row, int column, bool active) {
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
     load_from(factors, from.second, from, column, active);
 #elif APEX4_INPUT == APEX4_SILU_MUL
     load_from(factors, from.second + static_cast<long long>(row) * from.ld_second, from, column, active);
@@ -90,7 +117,7 @@ struct Lane {
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) {
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
         pairs[part][i] = normalised(pairs[part][i], factors[part][i], inverse_rms, from.gain_offset);
 #elif APEX4_INPUT == APEX4_SILU_MUL
         pairs[part][i] = gated(pairs[part][i], factors[part][i]);
@@ -98,7 +125,7 @@ struct Lane {
       }
   }
 
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   __device__ __forceinline__ float squares() const {
     float sum = 0.0f;
 #pragma unroll
@@ -308,11 +335,18 @@ __device__ __forceinline__ float of_cluster(float* of_warps, float value, int la
 #endif
 
 extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
-    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, int m, int k, int k_blocks,
-    int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float eps, float one_over_k, int gain_offset,
-    int aligned) {
+    unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second,
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+    const unsigned short* residual, unsigned short* total,
+#endif
+    int m, int k, int k_blocks, int m_stride, int ldx, int ld_second, int rows_log2, int blocks_per_cta, float eps,
+    float one_over_k, int gain_offset, int aligned) {
   let_dependents_start();
-  const Source from{x, second, k, ldx, ld_second, gain_offset != 0, APEX4_FORM != APEX4_LONG || aligned != 0};
+  const Source from{x, second, k, ldx, ld_second, gain_offset != 0, APEX4_FORM != APEX4_LONG || aligned != 0
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+                    , residual, total
+#endif
+  };
   [[maybe_unused]] const Target to{codes, scales, m, k_blocks, m_stride};
   Lane values;
   [[maybe_unused]] float inverse_rms = 1.0f;
@@ -322,7 +356,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   const Place at(rows_log2, 0);
   const int first_row = blockIdx.x << rows_log2, row = first_row + at.in_rows;
   const bool active = row < m && at.block < k_blocks;
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   __shared__ float slice_squares[MAX_SLICES];
 #if __CUDA_ARCH__ >= 900
   values.load_second(from, row, at.column(), active);  // no output of the kernel before: no need to wait for that one
@@ -361,7 +395,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   const int ctas = cluster_size(), row = blockIdx.x / ctas;
   const Place at(0, cluster_rank() * blocks_per_cta);
   const bool active = at.block < k_blocks && rows_slice_block(at.slice, 0) < blocks_per_cta;
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   __shared__ float warp_squares[MAX_WARPS];
   values.load_second(from, row, at.column(), active);
   wait_for_inputs();
@@ -382,7 +416,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   float y[PARTS][COLUMNS], largest[PARTS] = {};
   transform(y, values.pairs, at.lane);
   add_largest(largest, y);
-#if APEX4_INPUT != APEX4_RMS_NORM
+#if !APEX4_NORMALISES
   cluster_wait();
 #endif
   // Of the slices that are another CTA's the last warp has zeros, and stores none of them.
@@ -417,7 +451,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
       unpack(pairs[i / 2] + 4 * (i % 2),
              slots[(slot + whole_read_copy(at.lane, i / 2)) * threads + whole_read_slot(at.lane, i % 2)]);
   };
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   __shared__ float slice_squares[MAX_SLICES];
   constexpr int GAIN = STAGES * OPERANDS * SLOTS;
   copy_row(GAIN, second, at.block < k_blocks);
@@ -441,7 +475,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
     __syncwarp();
     copy_tile(stage, tile + STAGES * step);
     commit_copies();
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
     const float squares = over_lanes<1, LANES>(values.squares(), Sum());
     if (at.lane % LANES == 0) slice_squares[at.slice] = squares;
     __syncthreads();
@@ -462,7 +496,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 
 #else  // APEX4_LONG
   __shared__ float slice_absmax[MAX_SLICES];
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   __shared__ float slice_squares[MAX_SLICES];
 #endif
   const int lane = threadIdx.x & 31, first_slice = threadIdx.x / 32 * SLICES;
@@ -470,7 +504,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   float y[PARTS][COLUMNS], largest[PARTS] = {};
   wait_for_inputs();
   // All warps go the same number of rounds: there are shuffles in them.
-#if APEX4_INPUT == APEX4_RMS_NORM
+#if APEX4_NORMALISES
   float squares = 0.0f;
 #pragma unroll 1
   for (int round = first_slice; round - first_slice < k_blocks; round += slices) {
@@ -489,7 +523,11 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #pragma unroll 1
     for (int round = first_slice; round - first_slice < k_blocks; round += slices) {
       const int block = round + whole_slice(lane), column = BLOCK * block + whole_column(lane, 0);
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+      values.load_total(from, row, column, block < k_blocks);
+#else
       values.load(from, row, column, block < k_blocks);
+#endif
       values.load_second(from, row, column, block < k_blocks);
       values.finish(from, inverse_rms);
       transform(y, values.pairs, lane);
