@@ -20,7 +20,9 @@ KINDS = [TransformKind.NONE, TransformKind.HADAMARD, TransformKind.DENSE, Transf
 
 def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4) -> tuple[Apex4Linear, TrainedLinear]:
     """A linear of 24 rows as it is stored, and as it is learned."""
-    format = LinearFormat(24, in_features, group, get_layout("rowmajor"), kind, 0.9 if bits == 4 else 1.0, activation_bits=bits)
+    format = LinearFormat(
+        24, in_features, group, get_layout("rowmajor"), kind, 0.9 if bits == 4 else 1.0, activation_bits=bits
+    )
     random = torch.Generator().manual_seed(in_features)
     weight = torch.randn(24, in_features, generator=random)
     bias = torch.randn(24, generator=random)
