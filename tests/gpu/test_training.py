@@ -90,4 +90,5 @@ def test_a_stopped_distillation_goes_on(case: None, gpu: Any, monkeypatch: pytes
 
     whole, parts = learned(100), learned(7)
     for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=0.02)  # half of a step of v's rate, twelve times
+        # Attention adds up in any order. A step changes v by 3e-3 at most.
+        assert float((parts[name] - tensor).abs().mean()) < 1e-3, name
