@@ -33,7 +33,7 @@ from .operands import (
     require_weights,
     row_stride,
 )
-from .quantize.configs import FEW_ROWS, FORMATS, LONG_BLOCKS, dense_adds, product_is_faster
+from .quantize.configs import FEW_ROWS, FORMATS, LONG_BLOCKS, dense_adds, product_is_faster, token_adds
 from .quantize.hadamard_product import signs
 from .quantize.launch import Quantizer, QuantizerShape, quantizer, rows_are_aligned
 from .runtime import launcher, workspace
@@ -363,7 +363,10 @@ def _a_kernel_adds(source: _Source, how: Any) -> bool:
     Also for many rows, where a Hadamard transform of normalised rows is faster as a product: that costs more than is saved.
     """
     matrix, k_padded, _, _, _, format = how
-    if matrix is None:
-        return format == TOKEN_FORMAT or (format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK)
     x = source.x
-    return dense_adds(len(x), k_padded // BLOCK, aligned=source.aligned, format=format, sm_count=gpu(x.device.index)[1])
+    sm, sm_count = gpu(x.device.index)
+    if matrix is None and format == TOKEN_FORMAT:
+        return token_adds(sm)
+    if matrix is None:
+        return format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK
+    return dense_adds(len(x), k_padded // BLOCK, aligned=source.aligned, format=format, sm_count=sm_count)

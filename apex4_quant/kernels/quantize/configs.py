@@ -189,7 +189,7 @@ def all_configs(sm: int, dtype: str | None = None) -> list[QuantizeConfig]:
     grouped = GROUPED_FORMATS.get(sm)
     return [
         *(() if grouped is None else _configs(grouped, dtypes)),
-        *_token_configs(dtypes, sm == 90),
+        *_token_configs(dtypes, sm),
         *(row_rms_config(each, adds) for each in dtypes for adds in (False, True)),
         row_scale_config(),
     ]
@@ -207,9 +207,15 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
                 yield dense_config(few_rows, input, dtype, format)
 
 
-def _token_configs(dtypes: tuple[str, ...], sm_90: bool) -> Iterator[QuantizeConfig]:
+def token_adds(sm: int) -> bool:
+    """Whether quantize_whole_rows.cu adds on this architecture."""
+    return sm >= 80
+
+
+def _token_configs(dtypes: tuple[str, ...], sm: int) -> Iterator[QuantizeConfig]:
+    sm_90 = sm == 90
     for dtype in dtypes:
-        for input in INPUTS:
+        for input in INPUTS if token_adds(sm) else DENSE_INPUTS:
             for hadamard in (False, True):
                 for form in WHOLE_FORMS[1:] if sm_90 else WHOLE_FORMS[1:3]:
                     if form != "stream" or input != "add_rms_norm":

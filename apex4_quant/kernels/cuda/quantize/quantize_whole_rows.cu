@@ -30,7 +30,7 @@
 // Grid: (tiles of 2^rows_log2 rows); CLUSTER: times the CTAs of a cluster; STREAM: as many CTAs as run at once, at most, and
 // SLOT_BYTES * blockDim.x bytes of dynamic shared memory. Rows from m on are not written.
 //
-// Macros: those of quantize.cuh with APEX4_FORMAT 8; APEX4_FORM; APEX4_HADAMARD (0, 1).
+// Macros: those of quantize.cuh with APEX4_FORMAT 8; APEX4_FORM; APEX4_HADAMARD (0, 1). No sum on sm_75: it would spill registers.
 #include "quantize/quantize_s8.cuh"
 
 #define APEX4_RESIDENT 1
@@ -43,6 +43,7 @@ constexpr int PARTS = 2, COLUMNS = 16;         // of a lane; of a part
 constexpr int WORDS = COLUMNS / 2;
 [[maybe_unused]] constexpr int MAX_SLICES = 224, MAX_THREADS = APEX4_FORM == APEX4_LONG ? 512 : LANES * MAX_SLICES;
 #if APEX4_FORM == APEX4_LONG || (APEX4_FORM == APEX4_STREAM && APEX4_INPUT == APEX4_SILU_MUL) || \
+    APEX4_INPUT == APEX4_ADD_RMS_NORM || \
     __CUDA_ARCH__ < (APEX4_NORMALISES ? 900 : 800)
 #define APEX4_BOUNDS __launch_bounds__(MAX_THREADS)
 #else
