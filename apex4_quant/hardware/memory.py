@@ -103,10 +103,12 @@ def held_to(gpu: int | None, device: str) -> Iterator[None]:
     if gpu is None or not device.startswith("cuda"):
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index  # a limit is for a GPU with a number
+    total = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -125,6 +125,10 @@ def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype
 class Rates:
     """Seconds, on this machine: of a multiply-add of a quantized linear and of a float32 product, of an element whose scale
     is searched, of a block in a step of learning its transform, and of a column that is rounded once those before it are.
+
+    On a GPU small work takes as long as the calls that start it, and products of 16-bit numbers are faster: `input_once` is of
+    an input whose transform is learned, `step_once` of a step whatever the number of blocks, `column_row` of a row of a column,
+    `half` of a multiply-add of 16-bit numbers (None: as of float32), `byte` of a byte between host and GPU.
     """
 
     linear: float
@@ -132,6 +136,11 @@ class Rates:
     scale: float
     step: float
     column: float
+    input_once: float = 0.0
+    step_once: float = 0.0
+    column_row: float = 0.0
+    half: float | None = None
+    byte: float = 0.0
 
 
 def estimate_seconds(
@@ -196,6 +205,8 @@ STEPS_TIMED = (2, 8)  # of learning: what is done once is the same in both
 
 def measured_rates(device: str, clock: Clock | None = None) -> tuple[Rates, Rates]:
     """The least, and as the machine was."""
+    if device.startswith("cuda"):
+        return _rates_of_gpu(device, clock or Clock())
     size, clock = 1024, clock or Clock()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=generator).to(device)
@@ -221,6 +232,69 @@ def measured_rates(device: str, clock: Clock | None = None) -> tuple[Rates, Rate
     )
 
 
+GPU_SIZE = 4096  # channels and outputs of what is timed on a GPU: as in a large model
+GPU_STEPS = (2, 42)  # of learning; in some of them an inverse is computed
+GPU_CHANNELS = (256, GPU_SIZE)  # of the inputs whose transforms are learned
+GPU_ROWS = (512, GPU_SIZE)  # of the weights whose columns are rounded
+GPU_COLUMNS = 1024  # of these
+
+
+def _rates_of_gpu(device: str, clock: Clock) -> tuple[Rates, Rates]:
+    """From work of the size that a large model has, and from a small one, which says what a call takes."""
+    size = GPU_SIZE
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    half = weight.bfloat16()
+    here = torch.empty(2**22, dtype=torch.bfloat16, pin_memory=device.startswith("cuda"))
+    format = LinearFormat(size, GPU_COLUMNS, BLOCK, get_layout(LayoutName.ROWMAJOR), TransformKind.NONE, 1.0)
+    factor = torch.eye(GPU_COLUMNS, device=device)
+    learning = {
+        (channels, steps): clock.timing(
+            device, partial(learn_transform, weight[:, :channels], [weight[:, :channels]], steps)
+        )
+        for channels in GPU_CHANNELS
+        for steps in GPU_STEPS
+    }
+    rounding = {
+        rows: clock.timing(
+            device,
+            partial(quantize_weight_gptq, "", weight[:rows, :GPU_COLUMNS], replace(format, out_features=rows), factor),
+        )
+        for rows in GPU_ROWS
+    }
+    product = clock.timing(device, lambda: weight @ weight).per(size**3)
+    sixteen = clock.timing(device, lambda: half @ half).per(size**3)
+    scale = clock.timing(device, lambda: search_scales(weight, BLOCK)).per(size**2)
+    copied = clock.timing(device, lambda: here.to(device, non_blocking=True)).per(here.nbytes)
+
+    def rates(which: str) -> Rates:
+        def of(timing: Timing) -> float:
+            seconds: float = getattr(timing, which)
+            return seconds
+
+        (few, many), (short, long), (less, more) = GPU_CHANNELS, GPU_STEPS, GPU_ROWS
+        steps = {
+            channels: max(0.0, of(learning[channels, long]) - of(learning[channels, short])) / (long - short)
+            for channels in GPU_CHANNELS
+        }
+        block = max(0.0, steps[many] - steps[few]) * BLOCK / (many - few)
+        once = max(0.0, steps[few] - block * few / BLOCK)
+        row = max(0.0, of(rounding[more]) - of(rounding[less])) / (more - less) / GPU_COLUMNS
+        return Rates(
+            linear=of(sixteen),
+            product=of(product),
+            scale=of(scale),
+            step=block,
+            column=max(0.0, of(rounding[less]) / GPU_COLUMNS - row * less),
+            input_once=max(0.0, of(learning[many, short]) - short * steps[many]),
+            step_once=once,
+            column_row=row,
+            half=of(sixteen),
+            byte=of(copied),
+        )
+
+    return rates("least"), rates("typical")
+
+
 @cache
 def _rates_here(device: str, threads: int) -> tuple[Rates, Rates]:
     """Once a process: more than one preview is asked for by programs only."""
@@ -228,6 +302,8 @@ def _rates_here(device: str, threads: int) -> tuple[Rates, Rates]:
 
 
 BEGINNING = 1.5  # seconds: the model without weights, the text as tokens
+BEGINNING_ON_GPU = 5.0  # seconds more: the GPU's own, its libraries', kernels that are loaded
+LINEAR_ON_GPU = 5e-3  # seconds a linear: it is packed, and compared with what it was, by some hundred calls
 READING = 2e-9  # seconds a byte of weights: checksums, NaN, and once more layer by layer
 
 
@@ -251,9 +327,12 @@ def seconds_by_part(
         (p.layer, p.input_group): p.format.padded_k for p in linears if p.format.activation_bits == BITS
     } if recipe.search_clip else {}  # fmt: skip
     by_gradients, gptq = recipe.importance is Importance.GRADIENTS, recipe.rounding is Rounding.GPTQ
+    half = rates.product if rates.half is None else rates.half
+    hessians = rates.product if rates.half is None else 2 * rates.half  # in TF32
     # A GPU runs a linear again for every later input of its layer and once at the end; a CPU remembers most of it.
     parts = {"passes": rates.linear * (1.25 if device == "cpu" else 3) * of_tokens}
-    parts["transforms"] = rates.step * recipe.transform_steps * sum(learned.values()) / BLOCK
+    steps = recipe.transform_steps * (rates.step * sum(learned.values()) / BLOCK + rates.step_once * len(learned))
+    parts["transforms"] = steps + rates.input_once * len(learned)
     # W^T W or g^T g, and an error for each ratio.
     clips = sum(k * k * (PROBE_ROWS + len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS) for k in searched.values())
     parts["clips"] = rates.product * clips
@@ -261,16 +340,24 @@ def seconds_by_part(
     # Exact, and as it is quantized.
     parts["errors"] = (rates.product + rates.linear) * MEASURED_ROWS * elements
     parts["files"] = BEGINNING + READING * source.total_bytes
+    if device != "cpu":
+        parts["files"] += BEGINNING_ON_GPU + READING * plan.bytes_after
+        parts["linears"] = LINEAR_ON_GPU * len(linears)
+        stages = sum(len(source.family.stages(source.config, layer)) for layer in range(source.num_layers))
+        # Hidden states go to the GPU for every stage, and for the last pass, and come back from that.
+        states = tokens * int(source.config["hidden_size"]) * DTYPES["bfloat16"].itemsize
+        parts["states"] = rates.byte * states * (stages + 2 * source.num_layers)
     if by_gradients:
         # Forwards; back through every layer, for what enters it and for its linears: each again forwards, and two products.
         head = int(source.config["vocab_size"]) * int(source.config["hidden_size"])
-        parts["gradients"] = rates.product * min(tokens, GRADIENT_TOKENS) * (7 * elements + 3 * head)
+        parts["gradients"] = half * min(tokens, GRADIENT_TOKENS) * (7 * elements + 3 * head)
     if gptq:
         # A good half of K^2 a token and input for the Hessian; Cholesky, its inverse; N K^2 a linear, column by column.
-        parts["Hessians"] = rates.product * 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
+        parts["Hessians"] = hessians * 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         parts["factors"] = rates.product * sum(k**3 for k in inputs.values())
         columns = sum(linear.format.padded_k for linear in linears)
-        parts["rounding"] = (1 + recipe.refinement) * (rates.product * of_columns + rates.column * columns)
+        rows = sum(linear.elements for linear in linears) * rates.column_row
+        parts["rounding"] = (1 + recipe.refinement) * (rates.product * of_columns + rates.column * columns + rows)
     if recipe.distill_steps:  # forwards of both models, and back through one: of every step
         parts["distilling"] = rates.linear * 4 * recipe.distill_steps * STEP_TOKENS * elements
         # Token by token, which waits for memory.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from apex4_quant.models.source import ModelSource
+from apex4_quant.quantization import estimates
 from apex4_quant.quantization.estimates import (
     MOST_BUSY,
     Clock,
@@ -96,7 +97,34 @@ def test_rates_are_those_of_a_free_machine_and_of_this_one() -> None:
     # As long for 8 steps of 2 blocks as for 2 says nothing of a step: then half of it is taken.
     assert free.step == pytest.approx(0.010 / 2 / 12)
     for one, other in zip(astuple(free), astuple(busy), strict=True):
-        assert other == pytest.approx(MOST_BUSY * one)
+        assert other == (None if one is None else pytest.approx(MOST_BUSY * one))
+
+
+def test_rates_of_a_gpu_are_of_large_work_and_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with small sizes: a call takes 10 ms whatever it does, so that nothing is left for a block, a row or a column."""
+    for name, value in {
+        "SIZE": 256,
+        "STEPS": (2, 6),
+        "CHANNELS": (128, 256),
+        "ROWS": (64, 256),
+        "COLUMNS": 256,
+    }.items():
+        monkeypatch.setattr(estimates, f"GPU_{name}", value)
+    found, _ = estimates._rates_of_gpu("cpu", Clock(Ticking(0.1), Ticking(0.010 * torch.get_num_threads())))
+    assert found.half == found.product == found.linear == pytest.approx(0.010 / 256**3)
+    assert (found.step, found.step_once, found.column_row) == (0, 0, 0)
+    assert found.column == pytest.approx(0.010 / 256) and found.input_once == pytest.approx(0.010)
+
+
+def test_the_account_of_a_gpu_counts_calls(tiny_model: Call) -> None:
+    """By rates of nothing but one second a call: of 8 inputs in two layers."""
+    source = ModelSource(str(tiny_model()))
+    settings = QuantizeSettings(source.name, "apex4-fast", target="none", device="cpu").resolve(source)
+    rates = Rates(0, 0, 0, 0, 0, input_once=1, step_once=1, half=0.0, byte=1)
+    parts = seconds_by_part(source, plan_of(source, settings), 10, "cuda", rates)
+    steps = named_recipes()["apex4-fast"].transform_steps
+    assert parts["transforms"] == 8 * (1 + steps) and parts["states"] == 10 * 128 * 2 * (8 + 2 * 2)
+    assert parts["passes"] == parts["Hessians"] == 0 and parts["linears"] == pytest.approx(14 * estimates.LINEAR_ON_GPU)
 
 
 def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:

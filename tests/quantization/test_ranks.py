@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.checkpoint.check import check
 from apex4_quant.distributed.group import Group
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
 from apex4_quant.format.storage import RUN_FOLDER, sha256
@@ -26,6 +27,7 @@ from apex4_quant.recipes import named_recipes
 
 from ..conftest import TOKENIZER_FILES, write_calibration, write_tiny_model
 from ..distributed.several import Ended, Several
+from ..models import test_families as ZOO
 
 STOPPED = 75
 LAYERS = 2
@@ -170,6 +172,29 @@ def test_checkpoint_is_that_of_one_process_but_for_the_order_of_sums(
     print("", *(f"{100 * differing(one, two, layer):.1f} %" for layer in range(2)))
     found = [evaluate(EvalSettings(str(out), str(path), limit=4, seq_len=64, device="cpu")) for out in (one, two)]
     assert found[0]["divergence"] == pytest.approx(found[1]["divergence"], rel=0.1)
+
+
+@pytest.mark.slow("one mixture is tested with every change")
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        ("deepseek3", "apex4"),
+        ("gptoss ragged", "apex4-fast"),
+        ("qwen3next", "apex4-fast"),
+        ("mixtral tied ragged", "rtn"),
+    ],
+)
+def test_experts_of_other_families(kind: str, recipe: str, tmp_path: Path) -> None:
+    """With biases, shared experts, dense layers first, widths that are padded: each expert by one of three ranks."""
+    ZOO.write_model(tmp_path / "model", kind)
+    settings, one, three = settings_of(tmp_path, tmp_path / "model", recipe), tmp_path / "one", tmp_path / "three"
+    quantize(settings, one)
+    whole(by_ranks(3, settings, three))
+    reports = [json.loads((out / "apex4_report.json").read_text()) for out in (one, three)]
+    assert without_numbers(reports[0]) == without_numbers(reports[1])
+    errors = [sum(entry["error"] for entry in report["quantized"]) for report in reports]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    assert check(str(three))[-1]["check"] == "reload and one forward pass"
 
 
 @pytest.mark.slow("portions are tested with one process")
