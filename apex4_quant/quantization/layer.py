@@ -515,11 +515,15 @@ def record_of(linear: PlannedLinear, format: LinearFormat, error: float) -> dict
 
 
 def stored(name: str, linear: Apex4Linear) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a packed linear that take the place of its weight in the checkpoint, with their full names."""
+    """The tensors of a packed linear that take the place of its weight in the checkpoint, with their full names.
+
+    They are in the checkpoint's layout, also if the linear has computed meanwhile: on a GPU that puts its own tensors into
+    the layout that the GPU's kernels read.
+    """
+    tensors = linear.state_dict()
     for part in ("weight_packed", "weight_scale", "input_transform"):
-        tensor = getattr(linear, part)
-        if tensor is not None:
-            yield f"{name}.{part}", tensor
+        if tensors.get(part) is not None:
+            yield f"{name}.{part}", tensors[part]
 
 
 def return_free_memory() -> None:

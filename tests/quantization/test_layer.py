@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from apex4_quant.calib.probes import InputProbe
-from apex4_quant.format.layouts import ROWMAJOR
+from apex4_quant.format.layout_name import LayoutName
+from apex4_quant.format.layouts import ROWMAJOR, get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.kernels.operands import TOKEN_FORMAT
 from apex4_quant.quantization.collector import CollectedInput, Part, Statistics
 from apex4_quant.quantization.gradients import InputGradients
 from apex4_quant.quantization.layer import (
@@ -137,3 +139,20 @@ def test_without_moments_weights_are_rounded_to_nearest_and_the_bias_is_no_error
     biased = pack(linear.format, codes, scales, torch.full((N,), 1e3), None, None)
     x = part.statistics.inputs()
     assert measure_error(biased, weight_of("a"), x) < 0.1 * measure_error(plain, weight_of("a"), x)
+
+
+@pytest.mark.parametrize("layout", list(LayoutName))
+@pytest.mark.parametrize("kernel", ["sm80", "sm90", TOKEN_FORMAT])
+def test_a_linear_that_computed_is_stored_in_the_checkpoints_layout(layout: LayoutName, kernel: str) -> None:
+    """On a GPU a linear puts its tensors into the order of that GPU's kernels before the layer's shard is written: a
+    checkpoint for another target would hold those."""
+    format = LinearFormat(128, K, 128, get_layout(layout), TransformKind.NONE, 1.0)
+    codes = torch.randint(-7, 8, (128, K), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scales = torch.rand(128, 2).half() + 0.1
+    linear = pack(format, codes, scales, None, None, None)
+    before = {name: tensor.clone() for name, tensor in stored("a", linear)}
+    linear.prepare(kernel)
+    after = dict(stored("a", linear))
+    assert list(after) == list(before) == ["a.weight_packed", "a.weight_scale"]
+    for name, tensor in before.items():
+        assert after[name].shape == tensor.shape and torch.equal(after[name], tensor), name
