@@ -23,7 +23,7 @@ def test_the_layout_of_the_gpu_that_quantizes_is_not_the_checkpoints(
 ) -> None:
     """Linears that computed have their tensors in the order of this GPU's kernels, while the layer is still being written."""
     settings = QuantizeSettings(
-        write_tiny_model(tmp_path / "model"), recipe="rtn", samples=2, seq_len=32, target=target, device="cpu"
+        str(write_tiny_model(tmp_path / "model")), recipe="rtn", samples=2, seq_len=32, target=target, device="cpu"
     )
     quantize(settings, tmp_path / "plain")
     forward, moved = Apex4Linear.forward, set()
