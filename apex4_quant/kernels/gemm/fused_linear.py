@@ -82,7 +82,7 @@ class FusedS8Config(FusedConfig):
 
     @cached_property
     def defines(self) -> dict[str, int]:
-        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": ROUNDS_S8}
+        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": ROUNDS_S8, "TILES": 1, "CTAS": 1}
 
 
 @cache

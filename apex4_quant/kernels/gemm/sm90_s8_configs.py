@@ -22,20 +22,26 @@ _CHUNK = 32  # tokens that a warpgroup stores at a time
 FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
 
 
-def few_tokens_shared_bytes(tile_m: int, stages: int, token_bytes: int) -> int:
+def few_tokens_shared_bytes(tile_m: int, stages: int, token_bytes: int, parts: int = DECODE_PARTS, tiles: int = 1) -> int:
     """Of struct Shared of gemm_sm90_decode_s8.cu, which asserts it. `token_bytes`: tokens' codes of a block in a stage."""
-    stage = round_up(DECODE_PARTS * (token_bytes + _LAYOUT_BYTES + 2 * KERNEL_TILE_N) + 16, BLOCK)
+    stage = round_up(parts * (token_bytes + tiles * (_LAYOUT_BYTES + 2 * KERNEL_TILE_N)) + 16, BLOCK)
     # y; sums of the other warpgroups, and of a cluster's second block; the tokens' scales and absmax; two barriers.
-    output = tile_m * KERNEL_TILE_N * (2 + 4 * DECODE_PARTS) + 8 * tile_m + 16
+    output = tile_m * tiles * KERNEL_TILE_N * (2 + 4 * parts) + 8 * tile_m + 16
     return round_up(stages * stage + output, BLOCK)
 
 
 @dataclass(frozen=True)
 class Sm90S8Config:
-    """One cubin. A tile has `tile_m` tokens; its outputs are 128, or 64 where tokens are few. `out`: dtype of y."""
+    """One cubin. A tile has `tile_m` tokens. `out`: dtype of y.
+
+    `parts`: 0, the kernel for many tokens, whose tiles have 128 outputs; otherwise the one for few: warpgroups that share the
+    input features of a tile, which has 64 outputs of each of `tiles_n` tiles of weights.
+    """
 
     tile_m: int
     stages: int
+    parts: int = 0
+    tiles_n: int = 1
     out: str = "bf16"  # or "fp16"
 
     entry = "apex4_gemm"
@@ -43,11 +49,11 @@ class Sm90S8Config:
     @property
     def few_tokens(self) -> bool:
         """The kernel for decoding."""
-        return self.tile_m < 64
+        return self.parts > 0
 
     @property
     def tile_n(self) -> int:
-        return KERNEL_TILE_N if self.few_tokens else _CONSUMERS * KERNEL_TILE_N
+        return KERNEL_TILE_N * (self.tiles_n if self.few_tokens else _CONSUMERS)
 
     @property
     def tile_name(self) -> str:
@@ -64,33 +70,41 @@ class Sm90S8Config:
 
     @property
     def threads(self) -> int:
-        return 128 * DECODE_PARTS + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
+        return 128 * self.parts + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Shared. The kernel asserts it."""
         if self.few_tokens:
-            return few_tokens_shared_bytes(self.tile_m, self.stages, self.tile_m * BLOCK)
+            return few_tokens_shared_bytes(self.tile_m, self.stages, self.tile_m * BLOCK, self.parts, self.tiles_n)
         chunk = min(self.tile_m, _CHUNK)
         tile = _LAYOUT_BYTES + 2 * KERNEL_TILE_N  # weights and their ratios
         stage = round_up(self.tile_m * BLOCK + _CONSUMERS * tile + 16, 1024)
         output = _CONSUMERS * (2 * chunk * KERNEL_TILE_N * 2 + self.tile_m * 4 + 1)
         return round_up(self.stages * stage + output, 1024)
 
+    @property
+    def ctas(self) -> int:
+        """Thread blocks of a multiprocessor."""
+        return 2 if 2 * (self.shared_bytes + 1024) <= 233472 else 1
+
     @cached_property
     def defines(self) -> dict[str, int]:
         found = {
             "TILE_M": self.tile_m, "STAGES": self.stages, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16")
         }  # fmt: skip
-        return found | ({"PARTS": DECODE_PARTS, "QUANTIZES": 0} if self.few_tokens else {"CONSUMERS": _CONSUMERS})
+        few = {"PARTS": self.parts, "TILES": self.tiles_n, "CTAS": self.ctas, "QUANTIZES": 0}
+        return found | (few if self.few_tokens else {"CONSUMERS": _CONSUMERS})
 
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.tile_m) * -(-n // self.tile_n)
 
 
 _TILES = (
-    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 5), Sm90S8Config(16, 8),
-    Sm90S8Config(8, 10),
+    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12),
+    Sm90S8Config(64, 4, 2, 2), Sm90S8Config(64, 3, 4), Sm90S8Config(64, 7, 2), Sm90S8Config(32, 3, 4, 2), Sm90S8Config(32, 7, 2, 2),
+    Sm90S8Config(16, 4, 4, 2), Sm90S8Config(32, 5, DECODE_PARTS), Sm90S8Config(16, 8, DECODE_PARTS), Sm90S8Config(8, 10, DECODE_PARTS),
+    Sm90S8Config(8, 4, DECODE_PARTS), Sm90S8Config(16, 3, DECODE_PARTS),
 )  # fmt: skip
 
 
@@ -139,7 +153,7 @@ class Sm90S8Plan:
     @cached_property
     def grid(self) -> tuple[int, int, int]:
         tiles = self.config.tiles(self.m, self.n)
-        return sharing.sm90_grid(tiles, self.k_blocks, self.sm_count, self.span, self.cluster)
+        return sharing.sm90_grid(tiles, self.k_blocks, self.sm_count * self.config.ctas, self.span, self.cluster)
 
     @cached_property
     def parts(self) -> int:
@@ -191,7 +205,7 @@ def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[S
             continue
         plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)
         if config.few_tokens:
-            if m <= FEW_TOKENS:
+            if m <= min(FEW_TOKENS, 2 * config.tile_m):
                 found += [replace(plan, cluster=cluster) for cluster in range(1, sharing.MOST_CLUSTER + 1)]
             continue
         spans = sharing.span_lengths(config.tiles(m, n), k_blocks, sm_count)

@@ -7,7 +7,7 @@
 #include "gemm/epilogue.cuh"
 #include "gemm/wgmma.cuh"
 
-constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
+constexpr int SUMS = TILE_M / 2;  // accumulators of a lane, of 64 outputs of its warpgroup
 static_assert(TILE_M % 8 == 0 && TILE_M <= 256, "the tokens of one wgmma");
 
 struct Problem {
@@ -33,6 +33,7 @@ struct Problem {
 struct Outputs {
   float unit[2], bias[2];
 
+  Outputs() = default;
   // `of_sums`: what the sums were made with a multiple of.
   __device__ __forceinline__ Outputs(const Problem& p, int tile_n, float of_sums = 1.0f) {
     const int thread = ptx::thread() % WARPGROUP;
