@@ -172,7 +172,7 @@ def test_plans_cover_the_shape(m: int, n: int, blocks: int) -> None:
             )
             assert spans_of_a_tile <= plan.parts
         else:
-            assert blocks_of_grid <= SMS and plan.parts == 1 and plan.workspace_words == 0
+            assert blocks_of_grid <= SMS * config.ctas and plan.parts == 1 and plan.workspace_words == 0
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
