@@ -22,11 +22,13 @@ _CHUNK = 32  # tokens that a warpgroup stores at a time
 FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
 
 
-def few_tokens_shared_bytes(tile_m: int, stages: int, token_bytes: int, parts: int = DECODE_PARTS, tiles: int = 1) -> int:
+def few_tokens_shared_bytes(
+    tile_m: int, stages: int, token_bytes: int, parts: int = DECODE_PARTS, tiles: int = 1
+) -> int:
     """Of struct Shared of gemm_sm90_decode_s8.cu, which asserts it. `token_bytes`: tokens' codes of a block in a stage."""
     stage = round_up(parts * (token_bytes + tiles * (_LAYOUT_BYTES + 2 * KERNEL_TILE_N)) + 16, BLOCK)
-    # y; sums of the other warpgroups, and of a cluster's second block; the tokens' scales and absmax; two barriers.
-    output = tile_m * tiles * KERNEL_TILE_N * (2 + 4 * parts) + 8 * tile_m + 16
+    # y; sums of the other warpgroups, and of a cluster's second block; units and biases; the tokens' scales and absmax; two barriers.
+    output = tile_m * tiles * KERNEL_TILE_N * (2 + 4 * parts) + 8 * tiles * KERNEL_TILE_N + 8 * tile_m + 16
     return round_up(stages * stage + output, BLOCK)
 
 

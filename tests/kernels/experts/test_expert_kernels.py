@@ -12,7 +12,14 @@ import torch
 
 from apex4_quant.errors import Apex4Error
 from apex4_quant.kernels.experts import configs
-from apex4_quant.kernels.experts.configs import ExpertConfig, choose_experts, expected_tiles, gemm_configs_of, most_tiles, why_none
+from apex4_quant.kernels.experts.configs import (
+    ExpertConfig,
+    choose_experts,
+    expected_tiles,
+    gemm_configs_of,
+    most_tiles,
+    why_none,
+)
 from apex4_quant.kernels.gemm.s8_configs import SHARED_LIMITS
 from apex4_quant.kernels.runtime import launcher
 from apex4_quant.kernels.runtime.architectures import ARCHITECTURES
@@ -46,7 +53,9 @@ def test_there_is_room_for_every_split_of_choices(choices: int, experts: int, ro
     assert sum(-(-count // rows) for count in worst) <= most
 
 
-@pytest.mark.parametrize(("choices", "experts", "rows"), [(1, 4, 16), (30, 4, 16), (16, 1, 16), (2048, 128, 16), (70, 3, 32)])
+@pytest.mark.parametrize(
+    ("choices", "experts", "rows"), [(1, 4, 16), (30, 4, 16), (16, 1, 16), (2048, 128, 16), (70, 3, 32)]
+)
 def test_tiles_of_choices_that_fall_anywhere(choices: int, experts: int, rows: int) -> None:
     draws = np.random.default_rng(5).multinomial(choices, [1 / experts] * experts, size=4000)
     mean = (-(-draws // rows)).sum(1).mean()

@@ -27,6 +27,7 @@
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
 constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
 constexpr int LANE_SUMS = TILES * SUMS, VECTORS = LANE_SUMS / 4;
+static_assert(TILES * WEIGHT_TILE_N <= WARPGROUP, "a thread asks for an output's factors");
 static_assert(TILE_M % 8 == 0 && TILE_M <= 64, "tokens of an mma, and registers");
 // Named barriers: of the first warpgroup alone; sums of the others are written; and have been read.
 constexpr int FIRST_MEETS = 1, WRITTEN = 2, READ = 3;
@@ -55,7 +56,7 @@ struct Shared {
   unsigned short y[TILES][TILE_M][WEIGHT_TILE_N];
   float4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
   float4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
-  float a_scale[TILE_M];
+  float a_scale[TILE_M], unit[TILES * WEIGHT_TILE_N], bias[TILES * WEIGHT_TILE_N];
   uint32 absmax[TILE_M];                        // QUANTIZES: of whole tokens, as bits
   uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
 
@@ -190,7 +191,6 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
-    constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
     const int thread = ptx::thread() % WARPGROUP;
 #if !QUANTIZES
     if (part == 0) ptx::wait_for_predecessor();  // whose scales are read
@@ -199,41 +199,56 @@ struct Consumer {
     for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
       float acc[LANE_SUMS] = {};
       const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
-#if !QUANTIZES
-      if (part == 0 && share.rank == 0) {  // the tokens' scales, on their way while products are made
-        const int token = tile.m * TILE_M + thread;
-        if (thread < TILE_M && token < p.m) ptx::cp_async_4(ptx::shared_address(&s.a_scale[thread]), p.a_scale + token);
-        ptx::cp_async_commit();
-      }
-#endif
-      Outputs outputs[TILES];
-      if (part == 0 && share.rank == 0) {  // they come from memory: asked for before the products are made
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) outputs[t] = Outputs(p, tile.n * TILES + t, OF_SUMS);
-      }
+      if (part == 0 && share.rank == 0) ask_for_factors(p, tile, s, thread);
       multiply(acc, p, share);
       if (part > 0) {
         adder.give(s, part, thread, acc);
         continue;
       }
       if (!adder.take(s, share, thread, acc)) continue;
-#if !QUANTIZES
       ptx::cp_async_wait<0>();
       ptx::named_barrier(FIRST_MEETS, WARPGROUP);
-#endif
-      store(p, tile, s, outputs, acc);
+      store(p, tile, s, acc);
     }
     adder.end(part);
+  }
+
+  // What the sums of a tile are multiplied by, and the bias: on their way to shared memory while products are made.
+  static __device__ __forceinline__ void ask_for_factors(const Problem& p, const Tile& tile, Shared& s, int thread) {
+#if !QUANTIZES
+    const int token = tile.m * TILE_M + thread;
+    if (thread < TILE_M && token < p.m) ptx::cp_async_4(ptx::shared_address(&s.a_scale[thread]), p.a_scale + token);
+#endif
+    const int output = tile.n * TILES * WEIGHT_TILE_N + thread;
+    if (thread < TILES * WEIGHT_TILE_N && output < p.n) {
+      ptx::cp_async_4(ptx::shared_address(&s.unit[thread]), p.w_unit + output);
+      if (p.bias != nullptr) {
+        ptx::cp_async_4(ptx::shared_address(&s.bias[thread]), p.bias + output);
+      } else {
+        s.bias[thread] = 0.0f;
+      }
+    }
+    ptx::cp_async_commit();
   }
 
   // D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into s.y, 128 bytes a token, in 16-byte chunks
   // swizzled by token; then every 8 threads store the 128 bytes of one token.
   static __device__ __forceinline__ void store(
-      const Problem& p, const Tile& tile, Shared& s, const Outputs (&outputs)[TILES], const float (&acc)[LANE_SUMS]) {
+      const Problem& p, const Tile& tile, Shared& s, const float (&acc)[LANE_SUMS]) {
+    constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
     const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     const int m0 = tile.m * TILE_M;
     const uint32 scales_rd = ptx::shared_address(s.a_scale) + 4 * accumulator_column(lane, 0), y_smem = ptx::shared_address(s.y);
     const int token = lane & 7, half = lane >> 3 & 1;  // of the row whose address this lane gives
+    float unit[TILES][2], bias[TILES][2];  // of outputs r and r + 8
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int output = t * WEIGHT_TILE_N + 16 * warp + accumulator_row(lane, i);
+        unit[t][i] = s.unit[output] * OF_SUMS, bias[t][i] = s.bias[output];
+      }
+    }
 #pragma unroll
     for (int j = 0; j < TILE_M / 8; ++j) {
       const float2 scale = ptx::shared_read_float2(scales_rd + 32 * j);
@@ -242,7 +257,7 @@ struct Consumer {
         float v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          v[i] = __fmaf_rn(acc[t * SUMS + 4 * j + i] * outputs[t].unit[i / 2], i & 1 ? scale.y : scale.x, outputs[t].bias[i / 2]);
+          v[i] = __fmaf_rn(acc[t * SUMS + 4 * j + i] * unit[t][i / 2], i & 1 ? scale.y : scale.x, bias[t][i / 2]);
         }
         ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(t * TILE_M + 8 * j + token, 2 * warp + half), pack_pair(v[0], v[1]),
                                pack_pair(v[2], v[3]));
