@@ -540,6 +540,7 @@ ROWS_80 = Case(1, 1, format="sm80", dtype="bfloat16")
 ROWS_90 = Case(1, 1, format="sm90", dtype="float16")
 ROWS_S8 = Case(1, 1, group="channel", format="s8", dtype="bfloat16")
 DENSE_S8 = replace(ROWS_S8, transform="dense")
+DENSE_S8_90 = replace(DENSE_S8, m=300, k=1000, sm_90=True)
 DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
 FAMILIES: dict[str, list[Any]] = {
     "hadamard, sm80": variants(ROWS_80),
@@ -664,7 +665,9 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "warp's columns, eight bits": (("quantize_dense.cu", f"{OCTET_OF_LANE}\n    *reinterpret", f"{OCTET_OF_LANE}\n    *reinterpret".replace("WARP_TILES * ", "")),
                                    replace(DENSE_S8, m=16)),
     "passes": (("quantize_dense.cu", "first += CTA_ROWS)", "first += 2 * CTA_ROWS)"), replace(DENSE_80, m=300, k=1000)),
-    "passes, sm90": (("quantize_dense_sm90.cu", "first += PASS_ROWS", "first += 2 * PASS_ROWS"), replace(DENSE_90, m=300, k=1000)),
+    "passes, sm90": (("quantize_dense_sm90.cu", "first += STEP_ROWS", "first += 2 * STEP_ROWS"), replace(DENSE_90, m=300, k=1000)),
+    "passes backwards": (("quantize_dense_sm90.cu", "BACKWARDS ? from >= start", "BACKWARDS ? from > start"), DENSE_S8_90),
+    "the last pass": (("quantize_dense_sm90.cu", "(end - start - 1) / PASS_ROWS * PASS_ROWS", "0"), DENSE_S8_90),
     "core matrix": (("quantize_dense_sm90.cu", "= b.z,", "= b.x,"), replace(DENSE_90, m=300, k=1000)),
     "stores together": (("quantize_dense.cuh", "odd ? packed[i] : packed[4 + i], 1", "odd ? packed[4 + i] : packed[i], 1"), replace(DENSE_90, m=300, k=1000)),
     "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
