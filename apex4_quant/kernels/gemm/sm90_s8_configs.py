@@ -37,13 +37,15 @@ class Sm90S8Config:
     """One cubin. A tile has `tile_m` tokens. `out`: dtype of y.
 
     `parts`: 0, the kernel for many tokens, whose tiles have 128 outputs; otherwise the one for few: warpgroups that share the
-    input features of a tile, which has 64 outputs of each of `tiles_n` tiles of weights.
+    input features of a tile, which has 64 outputs of each of `tiles_n` tiles of weights. `registers`: of a thread that multiplies,
+    if it needs more than its part.
     """
 
     tile_m: int
     stages: int
     parts: int = 0
     tiles_n: int = 1
+    registers: int = 0
     out: str = "bf16"  # or "fp16"
 
     entry = "apex4_gemm"
@@ -72,7 +74,7 @@ class Sm90S8Config:
 
     @property
     def threads(self) -> int:
-        return 128 * self.parts + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
+        return 128 * self.parts + (128 if self.registers else 64) if self.few_tokens else 128 * (_CONSUMERS + 1)
 
     @cached_property
     def shared_bytes(self) -> int:
@@ -95,7 +97,7 @@ class Sm90S8Config:
         found = {
             "TILE_M": self.tile_m, "STAGES": self.stages, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16")
         }  # fmt: skip
-        few = {"PARTS": self.parts, "TILES": self.tiles_n, "CTAS": self.ctas, "QUANTIZES": 0}
+        few = {"PARTS": self.parts, "TILES": self.tiles_n, "CTAS": self.ctas, "REGISTERS": self.registers, "QUANTIZES": 0}
         return found | (few if self.few_tokens else {"CONSUMERS": _CONSUMERS})
 
     def tiles(self, m: int, n: int) -> int:
@@ -104,7 +106,7 @@ class Sm90S8Config:
 
 _TILES = (
     Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12),
-    Sm90S8Config(64, 4, 2, 2), Sm90S8Config(64, 3, 4), Sm90S8Config(64, 7, 2), Sm90S8Config(32, 3, 4, 2), Sm90S8Config(32, 7, 2, 2),
+    Sm90S8Config(64, 4, 2, 2, 216), Sm90S8Config(64, 3, 4), Sm90S8Config(64, 7, 2), Sm90S8Config(32, 3, 4, 2, 112), Sm90S8Config(32, 7, 2, 2),
     Sm90S8Config(16, 4, 4, 2), Sm90S8Config(32, 5, DECODE_PARTS), Sm90S8Config(16, 8, DECODE_PARTS), Sm90S8Config(8, 10, DECODE_PARTS),
     Sm90S8Config(8, 4, DECODE_PARTS), Sm90S8Config(16, 3, DECODE_PARTS),
 )  # fmt: skip
