@@ -84,7 +84,7 @@ class FusedS8Config(FusedConfig):
 
     @cached_property
     def defines(self) -> dict[str, int]:
-        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": self.rounds, "TILES": 1, "CTAS": 1, "REGISTERS": 0}
+        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": self.rounds, "TILES": 1}
 
 
 @cache

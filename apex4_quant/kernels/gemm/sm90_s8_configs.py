@@ -37,15 +37,13 @@ class Sm90S8Config:
     """One cubin. A tile has `tile_m` tokens. `out`: dtype of y.
 
     `parts`: 0, the kernel for many tokens, whose tiles have 128 outputs; otherwise the one for few: warpgroups that share the
-    input features of a tile, which has 64 outputs of each of `tiles_n` tiles of weights. `registers`: of a thread that multiplies,
-    if it needs more than its part.
+    input features of a tile, which has 64 outputs of each of `tiles_n` tiles of weights.
     """
 
     tile_m: int
     stages: int
     parts: int = 0
     tiles_n: int = 1
-    registers: int = 0
     out: str = "bf16"  # or "fp16"
 
     entry = "apex4_gemm"
@@ -74,7 +72,7 @@ class Sm90S8Config:
 
     @property
     def threads(self) -> int:
-        return 128 * self.parts + (128 if self.registers else 64) if self.few_tokens else 128 * (_CONSUMERS + 1)
+        return 128 * self.parts + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
 
     @cached_property
     def shared_bytes(self) -> int:
@@ -87,17 +85,12 @@ class Sm90S8Config:
         output = _CONSUMERS * (2 * chunk * KERNEL_TILE_N * 2 + self.tile_m * 4 + 1)
         return round_up(self.stages * stage + output, 1024)
 
-    @property
-    def ctas(self) -> int:
-        """Thread blocks of a multiprocessor."""
-        return 2 if 2 * (self.shared_bytes + 1024) <= 233472 else 1
-
     @cached_property
     def defines(self) -> dict[str, int]:
         found = {
             "TILE_M": self.tile_m, "STAGES": self.stages, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16")
         }  # fmt: skip
-        few = {"PARTS": self.parts, "TILES": self.tiles_n, "CTAS": self.ctas, "REGISTERS": self.registers, "QUANTIZES": 0}
+        few = {"PARTS": self.parts, "TILES": self.tiles_n, "QUANTIZES": 0}
         return found | (few if self.few_tokens else {"CONSUMERS": _CONSUMERS})
 
     def tiles(self, m: int, n: int) -> int:
@@ -105,10 +98,8 @@ class Sm90S8Config:
 
 
 _TILES = (
-    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12),
-    Sm90S8Config(64, 4, 2, 2, 216), Sm90S8Config(64, 3, 4), Sm90S8Config(64, 7, 2), Sm90S8Config(32, 3, 4, 2, 112), Sm90S8Config(32, 7, 2, 2),
-    Sm90S8Config(16, 4, 4, 2), Sm90S8Config(32, 5, DECODE_PARTS), Sm90S8Config(16, 8, DECODE_PARTS), Sm90S8Config(8, 10, DECODE_PARTS),
-    Sm90S8Config(8, 4, DECODE_PARTS), Sm90S8Config(16, 3, DECODE_PARTS),
+    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 7, 2, 2), Sm90S8Config(32, 5, DECODE_PARTS),
+    Sm90S8Config(16, 8, DECODE_PARTS), Sm90S8Config(8, 10, DECODE_PARTS),
 )  # fmt: skip
 
 
@@ -157,7 +148,7 @@ class Sm90S8Plan:
     @cached_property
     def grid(self) -> tuple[int, int, int]:
         tiles = self.config.tiles(self.m, self.n)
-        return sharing.sm90_grid(tiles, self.k_blocks, self.sm_count * self.config.ctas, self.span, self.cluster)
+        return sharing.sm90_grid(tiles, self.k_blocks, self.sm_count, self.span, self.cluster)
 
     @cached_property
     def parts(self) -> int:
@@ -175,28 +166,42 @@ class Sm90S8Plan:
         return self.counters * self.parts * self.config.tile_m * KERNEL_TILE_N if self.parts > 1 else 0
 
 
-# ---- the heuristic (measured, H200) -----------------------------------------------------------------------------------
+# ---- the heuristic (measured, H200: docs/kernel_measurements.md, item 17) ----------------------------------------------
+# Numbers are fitted to times of all plans on weights that come from memory, in clocks of 1674 MHz.
 
-_LATENCY = 1500.0  # clocks until the first block's products, and of a kernel's end
-# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile (docs/kernel_measurements.md, item 16).
-_BLOCK = {256: 1044.0, 128: 668.0, 64: 543.0}
-_TILE = {256: 2900.0, 128: 1970.0, 64: 1510.0}
-_SPANS = 14000.0  # that sharing tiles costs: writing, announcing and adding partial sums
+_LATENCY = 2320.0  # clocks until the first block's products, and of a kernel's end
+# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile.
+_BLOCK = {256: 1044.0, 128: 756.0, 64: 649.0}
+_TILE = {256: 2320.0, 128: 2120.0, 64: 1220.0}
+_SPANS = (
+    4320.0,
+    70.0,
+)  # that sharing tiles costs, and more for each token of a tile: writing, announcing and adding partial sums
 _BYTES_PER_CLOCK = 19.0  # of memory, a multiprocessor's part
-_DECODE = sharing.DecodeClocks(block=(230.0, 2.0), tile=700.0, adding=(1500.0, 40.0))
+
+# Of few tokens. Bytes a clock: of memory, a multiprocessor's part; likewise of L2, which also has the tokens; of a multiprocessor that
+# reads alone.
+_FEW_LATENCY = 3280.0
+_FEW_MEMORY, _FEW_L2, _FEW_ALONE = 24.0, 41.5, 33.0
+_FEW_TILE = 10.0  # of a tile's end, for each token by 64 outputs
+_FEW_ADDING = 2500.0  # of a cluster's sums
 
 
 def _clocks(plan: Sm90S8Plan) -> float:
     """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
     config, k_blocks, sm_count = plan.config, plan.k_blocks, plan.sm_count
     tiles, rows = config.tiles(plan.m, plan.n), min(config.tile_m, plan.m)
-    # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
-    memory = (config.tile_n * (BLOCK // 2 + 2) + rows * BLOCK / 6) / _BYTES_PER_CLOCK
+    weights = config.tile_n * (BLOCK // 2 + 2)  # bytes of a block
     if config.few_tokens:
-        return _LATENCY + _DECODE.of(tiles, k_blocks, sm_count, plan.cluster, config.tile_m, memory)
-    a_block = max(_BLOCK[config.tile_m], memory)
+        waves, own = -(-tiles // (sm_count // plan.cluster)), -(-k_blocks // plan.cluster)
+        everything = weights + rows * BLOCK
+        read_by_all = tiles * k_blocks / sm_count * max(weights / _FEW_MEMORY, everything / _FEW_L2)
+        a_tile = _FEW_TILE * config.tile_m * config.tile_n / KERNEL_TILE_N + (plan.cluster - 1) * _FEW_ADDING
+        return _FEW_LATENCY + max(read_by_all, waves * own * everything / _FEW_ALONE) + waves * a_tile
+    # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
+    a_block = max(_BLOCK[config.tile_m], (weights + rows * BLOCK / 6) / _BYTES_PER_CLOCK)
     if plan.span:
-        return _LATENCY + plan.span * a_block + _SPANS
+        return _LATENCY + plan.span * a_block + _SPANS[0] + _SPANS[1] * config.tile_m
     return _LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m])
 
 

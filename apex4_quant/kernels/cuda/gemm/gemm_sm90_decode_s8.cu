@@ -18,19 +18,14 @@
 //   x, second, k, ldx, ld_second, aligned                                          as in quantize_rows.cu
 //   dynamic shared memory: struct Shared, and behind it m rows of codes for each of WholeTokens::owned() blocks
 //
-// Macros: TILE_M, TILES, PARTS, STAGES, SHARED_BYTES (of struct Shared), CTAS (of a multiprocessor),
-// REGISTERS (0: as many for every thread), OUT_BF16, QUANTIZES; with 1, those of quantize_slice.cuh, and ROUNDS (quantize_whole_tokens.cuh).
+// Macros: TILE_M, TILES, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16, QUANTIZES; with 1, those of
+// quantize_slice.cuh, and ROUNDS (quantize_whole_tokens.cuh).
 
 #include "gemm/exact_fragments.cuh"
 #include "gemm/gemm_sm90_s8.cuh"
 
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
-// Of a thread that multiplies, where it needs more than all threads can have: warps that do not multiply then are a warpgroup, too, which
-// gives up some of its own.
-constexpr bool MORE_REGISTERS = REGISTERS > 0;
-constexpr int THREADS = WARPGROUP * PARTS + (MORE_REGISTERS ? WARPGROUP : 32 * COPYING_WARPS);
-constexpr int LAUNCHED_REGISTERS = 65536 / THREADS / 8 * 8, LEFT_REGISTERS = (LAUNCHED_REGISTERS * (PARTS + 1) - REGISTERS * PARTS) / 8 * 8;
-static_assert(!MORE_REGISTERS || (REGISTERS % 8 == 0 && LEFT_REGISTERS >= 24 && LEFT_REGISTERS <= LAUNCHED_REGISTERS), "of setmaxnreg");
+constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
 constexpr int LANE_SUMS = TILES * SUMS, VECTORS = LANE_SUMS / 4;
 static_assert(TILES * WEIGHT_TILE_N <= WARPGROUP, "a thread asks for an output's factors");
 static_assert(TILE_M % 8 == 0 && TILE_M <= 64, "tokens of an mma, and registers");
@@ -297,7 +292,7 @@ struct Consumer {
 
 #if QUANTIZES
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_linear(void* y, const unsigned short* x, const unsigned short* second, const uint8* w_packed, const unsigned short* w_ratio,
                  const float* w_unit, const float* bias, int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy,
                  int tiles_n, int aligned) {
@@ -327,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
 
 #else
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_gemm(void* y, const uint8* a_codes, const float* a_scale, const uint8* w_packed, const unsigned short* w_ratio,
                const float* w_unit, const float* bias, int* partial, uint32* counter, int m, int n, int k_blocks,
                int blocks_per_group, int m_stride, int ldy, int span, int tiles_m, int tiles_n) {
@@ -342,10 +337,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
   const Share share;
   if (share.ranks > 1) ptx::cluster_arrive();
   if (warp < 4 * PARTS) {
-    if constexpr (MORE_REGISTERS) ptx::more_registers<REGISTERS>();
     Consumer(s, warp / 4, Tokens(warp / 4)).run(given, s, share);
   } else {
-    if constexpr (MORE_REGISTERS) ptx::fewer_registers<LEFT_REGISTERS>();
     if (warp == 4 * PARTS + WEIGHTS) Producer<WEIGHTS>{Ring(s)}.run(given, share);
     if (warp == 4 * PARTS + CODES) Producer<CODES>{Ring(s)}.run(given, share);
     if (share.ranks > 1) ptx::cluster_wait();
