@@ -187,6 +187,11 @@ template <class T>
 T __ldcg(const T* from) { return *from; }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
 inline int atomicAdd(int* to, int value) { return (*to += value) - value; }
+inline unsigned atomicMax(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to = std::max(before, value);
+  return before;
+}
 inline void __syncwarp() { cpu::meet_warp(); }
 inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x, [] {}); }
 inline int __syncthreads_or(int predicate) {
@@ -223,6 +228,15 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   for (int lane = 0; lane < cpu::LANES_OF_WARP; ++lane) votes |= cpu::of_lane(lane)[0] << lane;
   cpu::meet_warp();
   return votes;
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  cpu::mine()[0] = value;
+  cpu::meet_warp();
+  unsigned most = 0;
+  for (int lane = 0; lane < cpu::LANES_OF_WARP; ++lane) most = std::max(most, static_cast<unsigned>(cpu::of_lane(lane)[0]));
+  cpu::meet_warp();
+  return most;
 }
 
 inline int __all_sync(unsigned, int predicate) {
