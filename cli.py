@@ -477,7 +477,7 @@ def doctor(as_json: bool) -> None:
 @options.listed("--m", "Numbers of tokens.  [default: 1 to 8192]", name="tokens")
 @options.listed(
     "--contenders",
-    "Also humming-w4a4, humming-w4a4+q, humming-w4a8, humming-w4a8+q; +q: with quantization.",
+    "Also humming-w4a4, humming-w4a4+q, humming-w4a8, humming-w4a8+q, vllm-w4a8, vllm-w4a8+q; +q: with quantization.",
     default="apex4,apex4+q,bf16,fp8",
 )
 @click.option("--quick", is_flag=True, help="Three shapes, four numbers of tokens.")

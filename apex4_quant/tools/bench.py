@@ -4,7 +4,9 @@ What is timed (`CONTENDERS`): `apex4` is the GEMM alone, on codes; `apex4+q` the
 transform, then the GEMM: what replaces a BF16 linear, and what speed-ups are quoted for. `apex4-a8` and `apex4-a8+q` are the same
 with 8-bit activations. `bf16` is torch.matmul, `fp8` torch._scaled_mm with a scale per row (without the quantization of x; with
 it, compiled by torch.compile: `fp8+q`), `humming-*` Humming's INT4 weights in groups of
-128 with INT4 or INT8 activations in groups of 128, GEMM alone and, with `+q`, with a Hadamard transform and quantization.
+128 with INT4 or INT8 activations in groups of 128, GEMM alone and, with `+q`, with a Hadamard transform and quantization;
+`vllm-w4a8` vLLM's CUTLASS operator of INT4 weights in groups of 128 and FP8 activations with a scale per row, with `+q` behind
+vLLM's quantizer.
 
 How: random data; a CUDA graph of the call; before every iteration a buffer larger than L2 is read, so that weights
 come from memory as they do in a model; CUDA events around the replay; the median. Every result is compared with
@@ -14,6 +16,7 @@ the BF16 product first: a contender that is absent, fails or computes something 
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -43,14 +46,14 @@ QUICK_SHAPES = ("Llama-3-8B:gate_up", "Llama-2-70B:qkv", "Llama-2-70B:down")
 QUICK_TOKENS = (1, 16, 2048, 8192)
 CONTENDERS = (
     "apex4", "apex4+q", "apex4-a8", "apex4-a8+q", "bf16", "fp8", "fp8+q", "humming-w4a4", "humming-w4a4+q", "humming-w4a8",
-    "humming-w4a8+q",
+    "humming-w4a8+q", "vllm-w4a8", "vllm-w4a8+q",
 )  # fmt: skip
 DEFAULT_CONTENDERS = ("apex4", "apex4+q", "bf16", "fp8")
 FLUSH_BYTES = 256 << 20  # five times the L2 of an H200
 WARM_UP, REPEATS = 3, 30
 # Largest relative error (Frobenius) against BF16 on random data. Rounding both sides to 4 bits in groups of 128 costs
 # about 0.16 (each side: absmax of 128 normal values is 2.7 sigma, a step of 0.38 sigma, 0.11 of noise); FP8 about 0.04.
-MAX_ERROR = {"apex4": 0.25, "fp8": 0.08, "humming": 0.25}
+MAX_ERROR = {"apex4": 0.25, "fp8": 0.08, "humming": 0.25, "vllm": 0.25}
 
 Call = Callable[[], torch.Tensor]
 
@@ -337,9 +340,10 @@ def _fp8(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
             codes, weight_codes.t(), scale, weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    compiled_rows = torch.compile(rows)  # one pass over x, as a kernel of our own would make
-
     def quantized(x: torch.Tensor) -> Call:
+        torch.compiler.reset()  # which compiles a function for a few shapes only
+        compiled_rows = torch.compile(rows, dynamic=False)  # one pass over x, as a kernel of our own would make
+
         def call() -> torch.Tensor:
             codes, scale = compiled_rows(x)
             return torch._scaled_mm(
@@ -388,6 +392,50 @@ def _humming(bits: int) -> Callable[[torch.Tensor], dict[str, Callable[[torch.Te
     return prepare
 
 
+def _vllm_w4a8(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], Call]]:
+    """As CutlassW4A8LinearKernel of vLLM 0.26 prepares and calls it. The weights' scales of groups are rounded to e4m3."""
+    if torch.cuda.get_device_capability(weight.device) != (9, 0):
+        raise Unavailable("it is for sm_90 only")
+    if not hasattr(torch.ops._C, "cutlass_w4a8_mm"):
+        try:
+            importlib.import_module("vllm._C_stable_libtorch")
+        except ImportError as error:
+            raise Unavailable(f"not installed: pip install vllm ({error})") from error
+    operators: Any = torch.ops._C
+    n, k = weight.shape
+    if n % BLOCK or k % BLOCK:
+        raise Unavailable(f"it has multiples of {BLOCK} only")
+
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+        operators.dynamic_per_token_scaled_fp8_quant(codes, x, scale, None)
+        return codes, scale
+
+    grouped = weight.float().unflatten(1, (-1, BLOCK))
+    group_scale = (grouped.abs().amax(-1) / CODE_MAX).clamp_min(WEIGHT_SCALE_MIN)
+    codes = torch.round(grouped / group_scale[..., None]).clamp_(-CODE_MAX, CODE_MAX).flatten(1).int()
+    del grouped
+    words = torch.zeros(n, k // 8, dtype=torch.int32, device=weight.device)
+    for place in range(8):
+        words |= (codes[:, place::8] & 15) << 4 * place
+    del codes
+    packed = operators.cutlass_encode_and_reorder_int4b(words.t())
+    scales, channel = quantize(group_scale.bfloat16())
+    scales = operators.cutlass_pack_scale_fp8((scales.float() / 8).to(torch.float8_e4m3fn).t().contiguous())
+    channel = channel * 8
+
+    def multiply(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = operators.cutlass_w4a8_mm(codes, packed, scales, BLOCK, channel, scale, None, None)
+        return y
+
+    def alone(x: torch.Tensor) -> Call:
+        operands = quantize(x)
+        return lambda: multiply(*operands)
+
+    return {"vllm-w4a8": alone, "vllm-w4a8+q": lambda x: lambda: multiply(*quantize(x))}
+
+
 def _transformed(weight: torch.Tensor) -> torch.Tensor:
     from ..kernels.hadamard import apply_block_hadamard
 
@@ -401,6 +449,7 @@ _FAMILIES: dict[str, Callable[[torch.Tensor], dict[str, Callable[[torch.Tensor],
     "fp8": _fp8,
     "humming-w4a4": _humming(4),
     "humming-w4a8": _humming(8),
+    "vllm-w4a8": _vllm_w4a8,
 }
 
 

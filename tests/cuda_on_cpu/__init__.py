@@ -1,5 +1,5 @@
-"""Kernels on a CPU: their own source, compiled by a C++ compiler with cuda_on_cpu.h in CUDA's place. Not for sm_90's GEMM,
-whose wgmma and mbarriers are not there."""
+"""Kernels on a CPU: their own source, compiled by a C++ compiler with cuda_on_cpu.h in CUDA's place. Of sm_90's GEMMs the one for
+few tokens and 8-bit activations, without clusters: wgmma is not there."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ class CpuLauncher:
             self._texts[path.relative_to(SOURCES).as_posix()] = _with_placed_shared_memory(text)
         self._texts["common/ptx.cuh"] = (HERE / "ptx.cuh").read_text()
         self._texts["quantize/quantize_wgmma.cuh"] = (HERE / "quantize_wgmma.cuh").read_text()
+        self._texts["gemm/wgmma.cuh"] = "#pragma once\n"
         self._texts["quantize/quantize_ptx.cuh"] = "#pragma once\n"  # cuda_on_cpu.h has it
 
     def kernel(self, source: str, entry: str, defines: Mapping[str, int | str], device: int) -> CpuKernel:

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <tuple>
 #include <vector>
 
@@ -34,6 +35,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { unsigned x = 0, y = 0, z = 0; };
 using std::min;
@@ -58,6 +60,8 @@ inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline std::vector<Barrier> warps;
 inline Barrier cta, named[16];
+struct Phase { Barrier done; int arrivals, missing, bytes; };  // of an mbarrier
+inline std::map<uint32_t, Phase> phases;                        // by its address
 inline jmp_buf scheduler;
 inline int current;
 inline uint32_t exchange[64][LANES_OF_WARP][8], results[64][LANES_OF_WARP][4];
@@ -87,6 +91,18 @@ void meet(Barrier& barrier, int participants, Last last) {
     ++barrier.generation;
     return;
   }
+  Fiber& fiber = fibers[current];
+  fiber.awaited = &barrier;
+  fiber.awaited_generation = barrier.generation;
+  yield();
+  fiber.awaited = nullptr;
+}
+// Counts one that goes on.
+inline void pass(Barrier& barrier, int participants) {
+  if (++barrier.arrived == participants) barrier.arrived = 0, ++barrier.generation;
+}
+// Until others have completed the barrier.
+inline void wait_for(const Barrier& barrier) {
   Fiber& fiber = fibers[current];
   fiber.awaited = &barrier;
   fiber.awaited_generation = barrier.generation;
@@ -171,6 +187,11 @@ template <class T>
 T __ldcg(const T* from) { return *from; }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
 inline int atomicAdd(int* to, int value) { return (*to += value) - value; }
+inline unsigned atomicMax(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to = std::max(before, value);
+  return before;
+}
 inline void __syncwarp() { cpu::meet_warp(); }
 inline void __syncthreads() { cpu::meet(cpu::cta, blockDim.x, [] {}); }
 inline int __syncthreads_or(int predicate) {
@@ -207,6 +228,15 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   for (int lane = 0; lane < cpu::LANES_OF_WARP; ++lane) votes |= cpu::of_lane(lane)[0] << lane;
   cpu::meet_warp();
   return votes;
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  cpu::mine()[0] = value;
+  cpu::meet_warp();
+  unsigned most = 0;
+  for (int lane = 0; lane < cpu::LANES_OF_WARP; ++lane) most = std::max(most, static_cast<unsigned>(cpu::of_lane(lane)[0]));
+  cpu::meet_warp();
+  return most;
 }
 
 inline int __all_sync(unsigned, int predicate) {
@@ -316,6 +346,7 @@ inline void run_cta(int threads) {
   warps.assign((threads + LANES_OF_WARP - 1) / LANES_OF_WARP, {});
   cta = {};
   std::fill(named, named + 16, Barrier{});
+  phases.clear();
   any_of_cta = 0;
   std::fill(window, window + WINDOW, 0xff);  // NaN, of every size
   stacks.resize(STACK * threads);

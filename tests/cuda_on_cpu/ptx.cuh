@@ -1,10 +1,11 @@
-// kernels/cuda/ptx.cuh on a CPU, as far as gemm_sm80.cu and gemm_s8.cu need it: the same functions, and the 16-bit types that CUDA's headers
-// have. Lanes of a warp give their registers to `exchange`; the last one does the warp's work (meet_warp).
+// kernels/cuda/ptx.cuh on a CPU, as far as gemm_sm80.cu, gemm_s8.cu and gemm_sm90_decode_s8.cu need it: the same functions, and the 16-bit
+// types that CUDA's headers have. Lanes of a warp give their registers to `exchange`; the last one does the warp's work (meet_warp).
 #pragma once
 
 typedef unsigned char uint8;
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
+#define __CUDA_ARCH_FEAT_SM90_ALL 1
 
 // ---- cuda_fp16.h, cuda_bf16.h -----------------------------------------------------------------------------------------
 struct __half { uint16_t bits; };
@@ -135,6 +136,12 @@ inline void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
   for (int e = 0; e < 4; ++e) d[e] += static_cast<int>(cpu::my_result()[e]);
 }
 
+// D = A B + C.
+inline void mma_s8(int (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1, const int (&c)[4]) {
+  std::memcpy(d, c, sizeof(d));
+  mma_s8(d, a, b0, b1);
+}
+
 // ---- bytes ----------------------------------------------------------------------------------------------------------------
 inline uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
   const uint64 both = static_cast<uint64>(high) << 32 | low;
@@ -148,6 +155,68 @@ inline uint32 permute_bytes(uint32 low, uint32 high, uint32 selector) {
 inline uint32 multiply_add(uint32 a, uint32 b, uint32 c) { return a * b + c; }
 template <uint32 value>
 uint32 hidden() { return value; }
+
+// ---- sm_90a: mbarriers and bulk copies; a cluster is one thread block -----------------------------------------------------
+inline int thread() { return static_cast<int>(threadIdx.x); }
+inline void barrier_init(uint32 barrier, int arrivals) {
+  cpu::at_shared(barrier, 8);
+  cpu::phases[barrier] = {{}, arrivals, arrivals, 0};
+}
+inline void arrive(uint32 barrier, int arrivals, int bytes) {
+  cpu::at_shared(barrier, 8);
+  const auto found = cpu::phases.find(barrier);
+  if (found == cpu::phases.end()) return cpu::fail("a barrier is not initialised");
+  cpu::Phase& phase = found->second;
+  phase.missing -= arrivals, phase.bytes += bytes;
+  if (phase.missing < 0) return cpu::fail("a barrier has more arrivals than it expects");
+  if (phase.missing > 0 || phase.bytes != 0) return;
+  phase.missing = phase.arrivals;
+  ++phase.done.generation;
+}
+inline void barrier_expect_bytes(uint32 barrier, int bytes) { arrive(barrier, 1, bytes); }
+inline void barrier_arrive(uint32 barrier) { arrive(barrier, 1, 0); }
+// Until the phase of this parity is complete; phases count from 0.
+inline void barrier_wait(uint32 barrier, uint32 parity) {
+  const cpu::Barrier& done = cpu::phases[barrier].done;
+  while ((done.generation & 1) == static_cast<int>(parity)) cpu::wait_for(done);
+}
+inline void fence_barrier_init() {}
+inline void bulk_copy(uint32 shared_wr, const void* gmem_rd, int bytes, uint32 barrier) {
+  if (bytes <= 0 || bytes % 16 != 0) return cpu::fail("a bulk copy is not of 16 bytes each");
+  for (int i = 0; i < bytes; i += 16) cpu::land({cpu::at_shared(shared_wr + i, 16), static_cast<const char*>(gmem_rd) + i});
+  arrive(barrier, 0, -bytes);
+}
+inline bool elect_one() { return cpu::current % 32 == 0; }
+inline int cluster_rank() { return 0; }
+inline int cluster_size() { return 1; }
+inline uint32 shared_of_rank(uint32 shared, int) { return shared; }
+inline void cluster_arrive() {}
+inline void cluster_wait() {}
+inline void remote_write_float4(uint32, float4) { cpu::fail("there is no other thread block"); }
+inline void remote_barrier_arrive(uint32) { cpu::fail("there is no other thread block"); }
+inline void barrier_wait_cluster(uint32, uint32) { cpu::fail("there is no other thread block"); }
+inline void named_barrier(int id, int threads) { cpu::meet(cpu::named[id], threads, [] {}); }
+inline void named_barrier_arrive(int id, int threads) { cpu::pass(cpu::named[id], threads); }
+template <int>
+void more_registers() {}
+template <int>
+void fewer_registers() {}
+
+// Lane 8 i + r gives the address of row r, 16 bytes, of matrix i; lane l has columns l / 4 of rows 2 (l % 4) and the next.
+inline void stmatrix_x2_trans(uint32 shared_wr, uint32 a, uint32 b) {
+  uint32_t (&own)[8] = cpu::mine();
+  own[0] = shared_wr, own[1] = a, own[2] = b;
+  cpu::meet_warp([] {
+    for (int row = 0; row < 16; ++row) {
+      uint16_t halves[8];
+      for (int column = 0; column < 8; ++column) {
+        const uint32 pair = cpu::of_lane(4 * column + row % 8 / 2)[1 + row / 8];
+        halves[column] = static_cast<uint16_t>(pair >> 16 * (row % 2));
+      }
+      std::memcpy(cpu::at_shared(cpu::of_lane(row)[0], 16), halves, 16);
+    }
+  });
+}
 
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}

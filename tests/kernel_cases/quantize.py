@@ -53,7 +53,7 @@ RMS_NORM_ERROR, SILU_ERROR, SILU_UNDERFLOW = 2.0**-19, 2.0**-20, 1e-36
 EPS = 1e-5
 POISON, GUARD = 0xA5, 64
 LARGE_GPU = 132  # multiprocessors
-MOST_UNDECIDED = 0.02  # of the codes: with more near ties than that a check would say little
+MOST_UNDECIDED = 0.03  # of the codes: with more near ties than that a check would say little
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

@@ -117,19 +117,20 @@ def same(y: torch.Tensor, want: torch.Tensor) -> bool:
 def unfolded(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     """y float64 [M, N] of weights that are not folded, and what float32 may add to it.
 
-    A product R S is rounded once a group, into a sum of G of them; then sums are added, at most 8 times, and there are a few products.
+    A product R S is rounded once a block, into a sum of them; then sums are added, at most 8 times, and there are a few products.
     """
     ratio, unit = reference.ratios(operands.scale_w)
     a, w = operands.codes_a.double(), operands.codes_w.double()  # sums are below 2^53
-    groups = ratio.shape[1]
+    blocks = operands.codes_a.shape[1] // BLOCK
+    of_blocks = ratio.double().repeat_interleave(blocks // ratio.shape[1], dim=1)
     y = torch.zeros(len(a), len(w), dtype=torch.float64, device=a.device)
     size = torch.zeros_like(y)
-    for part_a, part_w, of_group in zip(a.chunk(groups, 1), w.chunk(groups, 1), ratio.double().t(), strict=True):
-        term = (part_a @ part_w.t()) * of_group
+    # A group's blocks are scaled one by one: their sums may be larger than the group's.
+    for part_a, part_w, of_block in zip(a.chunk(blocks, 1), w.chunk(blocks, 1), of_blocks.t(), strict=True):
+        term = (part_a @ part_w.t()) * of_block
         y += term
         size += term.abs()
     factor = operands.scale_a.double()[:, None] * unit / 256
-    blocks = operands.codes_a.shape[1] // BLOCK
     error = size * factor * (blocks + 12) * 2.0**-24
     if operands.bias is not None:
         y, error = y * factor + operands.bias.double(), error + operands.bias.double().abs() * 2.0**-23

@@ -29,6 +29,7 @@ EXACT_CODES = (
     "sm90_s8_m8n64",
     "sm90_s8_m16n64",
     "sm90_s8_m32n64",
+    "sm90_s8_m32n128",
 )  # names of kernels that do not fold
 CONTROL = Path(__file__).parents[3] / "scripts" / "account" / "naive_i2f.cu"  # in a checkout only
 
@@ -119,8 +120,9 @@ def _eight_bit(sm: int, configs: Iterable[S8Config | Sm90S8Config]) -> Iterator[
     for config in configs:
         if config.out == "bf16":
             tile = (config.tile_m, config.tile_n)
-            # Of wgmma a warpgroup holds 64 outputs.
-            multiplying = config.threads if config.name.startswith("s8_") else 2 * config.tile_n
+            # On Hopper a warpgroup holds all of a tile of few tokens, and 64 outputs of another.
+            few = getattr(config, "few_tokens", False)
+            multiplying = config.threads if config.name.startswith("s8_") else 128 if few else 2 * config.tile_n
             accumulators = config.tile_m * config.tile_n // multiplying
             yield Kernel(
                 config.name, arch_of(sm), config.source, config.entry, dict(config.defines), tile, accumulators, False,
@@ -212,9 +214,10 @@ def violations(row: Row) -> list[str]:
     if row["spills"]:
         broken.append(f"{row['spills']} local-memory instructions")
     if row["bits"] == 8:
-        # Folded weights: nothing is done per accumulator and group. Otherwise one FADD and one FFMA, and FADD for two ratios.
+        # Folded weights: nothing is done per accumulator and group. Otherwise one FADD and one FFMA, and FADD for the ratios of 64 outputs
+        # two.
         few = row["name"].startswith(EXACT_CODES)
-        allowed = {"ffma": 1, "fadd": 1 + 2 / row["products"]} if few else {}
+        allowed = {"ffma": 1, "fadd": 1 + row["tile"][1] // 32 / row["products"]} if few else {}
         for name in ("ffma", "fmul", "fadd"):
             if each.get(name, 0) > allowed.get(name, 0):
                 broken.append(f"{row['classes'][name]} {name.upper()} in a turn")

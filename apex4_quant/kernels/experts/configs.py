@@ -6,6 +6,7 @@ GPU alone, so that grids are as large as they may have to be: `most_tiles`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -88,6 +89,29 @@ def most_tiles(choices: int, experts: int, rows: int) -> int:
     return chosen + (choices - chosen) // rows
 
 
+@lru_cache(maxsize=4096)
+def expected_tiles(choices: int, experts: int, rows: int) -> int:
+    """Tiles of `rows` rows, rounded up, that `choices` rows have on average if every one falls to any expert alike.
+
+    An expert's rows are binomial, and it has a tile for every multiple of `rows` that they exceed. With as many rows an expert as a
+    tile has, half of the experts have a second one, which evenly spread choices would not (measured: docs/kernel_measurements.md,
+    item 17).
+    """
+    if experts == 1:
+        return -(-choices // rows)
+    mean = choices / experts
+    reach = 8 * math.sqrt(mean) + 8
+    least, most = max(0, int(mean - reach)), min(choices, int(mean + reach))
+    tiles = 0.0
+    for own in range(least, most + 1):
+        probability = math.exp(
+            math.lgamma(choices + 1) - math.lgamma(own + 1) - math.lgamma(choices - own + 1)
+            - own * math.log(experts) + (choices - own) * math.log1p(-1 / experts)
+        )  # fmt: skip
+        tiles += probability * -(-own // rows)
+    return math.ceil(experts * tiles)
+
+
 @dataclass(frozen=True)
 class ExpertPlan:
     """How one product of all experts is computed. `tiles_m`: the most there may be; a tile's blocks are shared by `splits`."""
@@ -122,12 +146,13 @@ def choose_experts(
 ) -> tuple[ExpertPlan, ...]:
     """The plans of products of `shapes` (n, blocks of k), with tiles of the same rows, so that one table serves all.
 
-    By the models of time that linears are chosen by, for choices that spread evenly. Raises Apex4Error where there is no kernel.
+    By the models of time that linears are chosen by, for choices that fall to any expert alike. Raises Apex4Error where there is no
+    kernel.
     """
     by_rows: dict[int, tuple[float, tuple[ExpertPlan, ...]]] = {}
     of_an_expert = -(-choices // min(experts, choices))
     for config in gemm_configs_of(sm, format):
-        if config.out != out or (config.tile_m > SMALL_TILE and config.tile_m >= 2 * of_an_expert):  # mostly padding
+        if config.out != out or (config.tile_m > SMALL_TILE and config.tile_m > 2 * of_an_expert):  # mostly padding
             continue
         best = [_best_splits(sm, sm_count, config, choices, experts, n, k_blocks) for n, k_blocks in shapes]
         by_rows[config.tile_m] = sum(clocks for clocks, _ in best), tuple(plan for _, plan in best)
@@ -139,8 +164,7 @@ def choose_experts(
 def _best_splits(
     sm: int, sm_count: int, config: ExpertConfig, choices: int, experts: int, n: int, k_blocks: int
 ) -> tuple[float, ExpertPlan]:
-    chosen = min(experts, choices)
-    rows = chosen * -(-choices // (chosen * config.tile_m)) * config.tile_m  # if they spread evenly
+    rows = expected_tiles(choices, experts, config.tile_m) * config.tile_m
     whole = ExpertPlan(config, most_tiles(choices, experts, config.tile_m), n, 1)
     options = []
     for splits in split_counts(config.tiles(rows, n), k_blocks, sm_count, _MOST_SPLITS):

@@ -26,9 +26,9 @@ MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of 
 SLICES = 64  # of quantize_tokens.cuh: blocks of tokens that are quantized at a time
 MOST_ROUNDS = 3  # of these, likewise
 TILE_M, STAGES = 8, 10
-# Of 8-bit activations: tokens, as with 4 bits (there is no record of how long it takes: docs/kernel_measurements.md, item 16), and passes
-# of quantize_whole_tokens.cuh. A thread block transforms all of a token's inputs.
-MOST_TOKENS_S8, ROUNDS_S8 = 3, 4
+# Of 8-bit activations: tokens, and passes of quantize_whole_tokens.cuh, in which a thread block transforms all of a token's inputs
+# (measured, H200: docs/kernel_measurements.md, item 17). Passes are unrolled, and each is as much code to fetch.
+MOST_TOKENS_S8, MOST_ROUNDS_S8 = 2, 2
 _SLICES_OF_WARP = 4  # of quantize_whole_tokens.cuh
 _OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -67,14 +67,16 @@ class FusedConfig:
 
 @dataclass(frozen=True)
 class FusedS8Config(FusedConfig):
-    """The same for 8-bit activations."""
+    """The same for 8-bit activations, with `rounds` passes over the tokens."""
+
+    rounds: int = 1
 
     activation_bits = 8
     source = "gemm/gemm_sm90_decode_s8.cu"
 
     @property
     def name(self) -> str:
-        return f"sm90_s8_linear_{self.input}_{self.dtype}"
+        return f"sm90_s8_linear{self.rounds}_{self.input}_{self.dtype}"
 
     @cached_property
     def shared_bytes(self) -> int:
@@ -82,18 +84,25 @@ class FusedS8Config(FusedConfig):
 
     @cached_property
     def defines(self) -> dict[str, int]:
-        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": ROUNDS_S8}
+        return super().defines | {"APEX4_FORMAT": FORMATS[TOKEN_FORMAT], "ROUNDS": self.rounds, "TILES": 1}
 
 
 @cache
-def fused_config(input: str, dtype: str, activation_bits: int = 4) -> FusedConfig:
-    return (FusedS8Config if activation_bits == 8 else FusedConfig)(input, dtype)
+def fused_config(input: str, dtype: str) -> FusedConfig:
+    return FusedConfig(input, dtype)
+
+
+@cache
+def fused_s8_config(input: str, dtype: str, rounds: int) -> FusedS8Config:
+    return FusedS8Config(input, dtype, rounds)
 
 
 def all_configs(sm: int) -> list[FusedConfig]:
     if sm != 90:
         return []
-    return [fused_config(input, dtype, bits) for bits in (4, 8) for dtype in DTYPES for input in FUSED_INPUTS]
+    kinds = [(input, dtype) for dtype in DTYPES for input in FUSED_INPUTS]
+    of_eight_bits = [fused_s8_config(*kind, rounds) for kind in kinds for rounds in range(1, MOST_ROUNDS_S8 + 1)]
+    return [*(fused_config(*kind) for kind in kinds), *of_eight_bits]
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,11 @@ def choose_fused_s8(
     chosen = choose_sm90_s8(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype], source or plan_source())
     if chosen.config.tile_m != TILE_M:
         return None
-    plan = FusedPlan(fused_config(input, dtype, 8), chosen)
-    slices = m * round_up(k_blocks, _SLICES_OF_WARP)
-    fits = plan.shared_bytes <= SHARED_LIMITS[sm][0] and slices <= ROUNDS_S8 * SLICES
-    return plan if fits else None
+    rounds = -(-m * round_up(k_blocks, _SLICES_OF_WARP) // SLICES)
+    if rounds > MOST_ROUNDS_S8:
+        return None
+    plan = FusedPlan(fused_s8_config(input, dtype, rounds), chosen)
+    return plan if plan.shared_bytes <= SHARED_LIMITS[sm][0] else None
 
 
 class FusedShape(NamedTuple):

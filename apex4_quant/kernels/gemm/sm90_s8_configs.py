@@ -22,20 +22,28 @@ _CHUNK = 32  # tokens that a warpgroup stores at a time
 FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
 
 
-def few_tokens_shared_bytes(tile_m: int, stages: int, token_bytes: int) -> int:
+def few_tokens_shared_bytes(
+    tile_m: int, stages: int, token_bytes: int, parts: int = DECODE_PARTS, tiles: int = 1
+) -> int:
     """Of struct Shared of gemm_sm90_decode_s8.cu, which asserts it. `token_bytes`: tokens' codes of a block in a stage."""
-    stage = round_up(DECODE_PARTS * (token_bytes + _LAYOUT_BYTES + 2 * KERNEL_TILE_N) + 16, BLOCK)
-    # y; sums of the other warpgroups, and of a cluster's second block; the tokens' scales and absmax; two barriers.
-    output = tile_m * KERNEL_TILE_N * (2 + 4 * DECODE_PARTS) + 8 * tile_m + 16
+    stage = round_up(parts * (token_bytes + tiles * (_LAYOUT_BYTES + 2 * KERNEL_TILE_N)) + 16, BLOCK)
+    # y; sums of the other warpgroups, and of a cluster's second block; units and biases; the tokens' scales and absmax; two barriers.
+    output = tile_m * tiles * KERNEL_TILE_N * (2 + 4 * parts) + 8 * tiles * KERNEL_TILE_N + 8 * tile_m + 16
     return round_up(stages * stage + output, BLOCK)
 
 
 @dataclass(frozen=True)
 class Sm90S8Config:
-    """One cubin. A tile has `tile_m` tokens; its outputs are 128, or 64 where tokens are few. `out`: dtype of y."""
+    """One cubin. A tile has `tile_m` tokens. `out`: dtype of y.
+
+    `parts`: 0, the kernel for many tokens, whose tiles have 128 outputs; otherwise the one for few: warpgroups that share the
+    input features of a tile, which has 64 outputs of each of `tiles_n` tiles of weights.
+    """
 
     tile_m: int
     stages: int
+    parts: int = 0
+    tiles_n: int = 1
     out: str = "bf16"  # or "fp16"
 
     entry = "apex4_gemm"
@@ -43,11 +51,11 @@ class Sm90S8Config:
     @property
     def few_tokens(self) -> bool:
         """The kernel for decoding."""
-        return self.tile_m < 64
+        return self.parts > 0
 
     @property
     def tile_n(self) -> int:
-        return KERNEL_TILE_N if self.few_tokens else _CONSUMERS * KERNEL_TILE_N
+        return KERNEL_TILE_N * (self.tiles_n if self.few_tokens else _CONSUMERS)
 
     @property
     def tile_name(self) -> str:
@@ -64,13 +72,13 @@ class Sm90S8Config:
 
     @property
     def threads(self) -> int:
-        return 128 * DECODE_PARTS + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
+        return 128 * self.parts + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
 
     @cached_property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block: struct Shared. The kernel asserts it."""
         if self.few_tokens:
-            return few_tokens_shared_bytes(self.tile_m, self.stages, self.tile_m * BLOCK)
+            return few_tokens_shared_bytes(self.tile_m, self.stages, self.tile_m * BLOCK, self.parts, self.tiles_n)
         chunk = min(self.tile_m, _CHUNK)
         tile = _LAYOUT_BYTES + 2 * KERNEL_TILE_N  # weights and their ratios
         stage = round_up(self.tile_m * BLOCK + _CONSUMERS * tile + 16, 1024)
@@ -82,15 +90,16 @@ class Sm90S8Config:
         found = {
             "TILE_M": self.tile_m, "STAGES": self.stages, "SHARED_BYTES": self.shared_bytes, "OUT_BF16": int(self.out == "bf16")
         }  # fmt: skip
-        return found | ({"PARTS": DECODE_PARTS, "QUANTIZES": 0} if self.few_tokens else {"CONSUMERS": _CONSUMERS})
+        few = {"PARTS": self.parts, "TILES": self.tiles_n, "QUANTIZES": 0}
+        return found | (few if self.few_tokens else {"CONSUMERS": _CONSUMERS})
 
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.tile_m) * -(-n // self.tile_n)
 
 
 _TILES = (
-    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 5), Sm90S8Config(16, 8),
-    Sm90S8Config(8, 10),
+    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 7, 2, 2), Sm90S8Config(32, 5, DECODE_PARTS),
+    Sm90S8Config(16, 8, DECODE_PARTS), Sm90S8Config(8, 10, DECODE_PARTS),
 )  # fmt: skip
 
 
@@ -157,28 +166,42 @@ class Sm90S8Plan:
         return self.counters * self.parts * self.config.tile_m * KERNEL_TILE_N if self.parts > 1 else 0
 
 
-# ---- the heuristic (measured, H200) -----------------------------------------------------------------------------------
+# ---- the heuristic (measured, H200: docs/kernel_measurements.md, item 17) ----------------------------------------------
+# Numbers are fitted to times of all plans on weights that come from memory, in clocks of 1674 MHz.
 
-_LATENCY = 1500.0  # clocks until the first block's products, and of a kernel's end
-# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile (docs/kernel_measurements.md, item 16).
-_BLOCK = {256: 1044.0, 128: 668.0, 64: 543.0}
-_TILE = {256: 2900.0, 128: 1970.0, 64: 1510.0}
-_SPANS = 14000.0  # that sharing tiles costs: writing, announcing and adding partial sums
+_LATENCY = 2320.0  # clocks until the first block's products, and of a kernel's end
+# Clocks of a block of 128 inputs, and of a tile's end, by the tokens of a tile.
+_BLOCK = {256: 1044.0, 128: 756.0, 64: 649.0}
+_TILE = {256: 2320.0, 128: 2120.0, 64: 1220.0}
+_SPANS = (
+    4320.0,
+    70.0,
+)  # that sharing tiles costs, and more for each token of a tile: writing, announcing and adding partial sums
 _BYTES_PER_CLOCK = 19.0  # of memory, a multiprocessor's part
-_DECODE = sharing.DecodeClocks(block=(230.0, 2.0), tile=700.0, adding=(1500.0, 40.0))
+
+# Of few tokens. Bytes a clock: of memory, a multiprocessor's part; likewise of L2, which also has the tokens; of a multiprocessor that
+# reads alone.
+_FEW_LATENCY = 3280.0
+_FEW_MEMORY, _FEW_L2, _FEW_ALONE = 24.0, 41.5, 33.0
+_FEW_TILE = 10.0  # of a tile's end, for each token by 64 outputs
+_FEW_ADDING = 2500.0  # of a cluster's sums
 
 
 def _clocks(plan: Sm90S8Plan) -> float:
     """Modelled clocks of one GEMM. Not a prediction of times: an order of candidates."""
     config, k_blocks, sm_count = plan.config, plan.k_blocks, plan.sm_count
     tiles, rows = config.tiles(plan.m, plan.n), min(config.tile_m, plan.m)
-    # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
-    memory = (config.tile_n * (BLOCK // 2 + 2) + rows * BLOCK / 6) / _BYTES_PER_CLOCK
+    weights = config.tile_n * (BLOCK // 2 + 2)  # bytes of a block
     if config.few_tokens:
-        return _LATENCY + _DECODE.of(tiles, k_blocks, sm_count, plan.cluster, config.tile_m, memory)
-    a_block = max(_BLOCK[config.tile_m], memory)
+        waves, own = -(-tiles // (sm_count // plan.cluster)), -(-k_blocks // plan.cluster)
+        everything = weights + rows * BLOCK
+        read_by_all = tiles * k_blocks / sm_count * max(weights / _FEW_MEMORY, everything / _FEW_L2)
+        a_tile = _FEW_TILE * config.tile_m * config.tile_n / KERNEL_TILE_N + (plan.cluster - 1) * _FEW_ADDING
+        return _FEW_LATENCY + max(read_by_all, waves * own * everything / _FEW_ALONE) + waves * a_tile
+    # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
+    a_block = max(_BLOCK[config.tile_m], (weights + rows * BLOCK / 6) / _BYTES_PER_CLOCK)
     if plan.span:
-        return _LATENCY + plan.span * a_block + _SPANS
+        return _LATENCY + plan.span * a_block + _SPANS[0] + _SPANS[1] * config.tile_m
     return _LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m])
 
 
@@ -191,7 +214,7 @@ def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[S
             continue
         plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)
         if config.few_tokens:
-            if m <= FEW_TOKENS:
+            if m <= min(FEW_TOKENS, 2 * config.tile_m):
                 found += [replace(plan, cluster=cluster) for cluster in range(1, sharing.MOST_CLUSTER + 1)]
             continue
         spans = sharing.span_lengths(config.tiles(m, n), k_blocks, sm_count)

@@ -137,8 +137,8 @@ def whole_rows_config(form: str, input: str, hadamard: bool, dtype: str) -> Quan
 
 @cache
 def dense_config(few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False) -> QuantizeConfig:
-    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, as the format sm90 says itself."""
-    wgmma = sm_90 or format == "sm90"
+    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, which of s8 decides, as the format sm90 says itself."""
+    wgmma = format == "sm90" or (sm_90 and format == TOKEN_FORMAT)
     kind = "many_wgmma" if wgmma and not few_rows and format == TOKEN_FORMAT else ("many", "few", "fewest")[few_rows]
     name = f"quantize_dense_{kind}_{input}_{dtype}_{format}"
     macros: tuple[tuple[str, int], ...] = (
@@ -343,7 +343,9 @@ def choose_dense(
     # With RMSNorm on Hopper thread blocks of the same rows wait for each other: all are there at the same time, one on a
     # multiprocessor.
     together = input == "rms_norm" and format == "sm90"
-    if not aligned or m <= FEW_ROWS or runs * k_blocks < sm_count or (together and k_blocks > sm_count):
+    # To eight bits the kernel for few rows takes longer: with three quarters of the GPU busy it loses (docs/kernel_measurements.md, item 17).
+    enough = 3 * sm_count // 4 if format == TOKEN_FORMAT and sm_90 else sm_count
+    if not aligned or m <= FEW_ROWS or runs * k_blocks < enough or (together and k_blocks > sm_count):
         rows = FEW_ROWS
         if -(-m // rows) > GRID_Y:
             raise UsageError(

@@ -35,7 +35,7 @@ def eight_bit_family(sm: int) -> str | None:
 def gains_by_eight_bits(sm: int) -> bool:
     """Whether `auto` takes 8-bit activations: where no 4-bit products are, so that many tokens are faster with 8 bits.
 
-    On sm_90 one token is not, nor are 32 to 64 (docs/kernel_measurements.md, item 16).
+    On sm_90 about 64 are not (docs/kernel_measurements.md, item 17).
     """
     return sm in EIGHT_BIT_FAMILIES and sm not in FOUR_BIT_UNITS
 

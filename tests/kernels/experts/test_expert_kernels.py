@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error
 from apex4_quant.kernels.experts import configs
-from apex4_quant.kernels.experts.configs import ExpertConfig, choose_experts, gemm_configs_of, most_tiles, why_none
+from apex4_quant.kernels.experts.configs import (
+    ExpertConfig,
+    choose_experts,
+    expected_tiles,
+    gemm_configs_of,
+    most_tiles,
+    why_none,
+)
 from apex4_quant.kernels.gemm.s8_configs import SHARED_LIMITS
 from apex4_quant.kernels.runtime import launcher
 from apex4_quant.kernels.runtime.architectures import ARCHITECTURES
@@ -42,6 +51,29 @@ def test_there_is_room_for_every_split_of_choices(choices: int, experts: int, ro
     chosen = min(experts, choices)
     worst = [1] * (chosen - 1) + [choices - chosen + 1]  # as many tiles as can be that are not full
     assert sum(-(-count // rows) for count in worst) <= most
+
+
+@pytest.mark.parametrize(
+    ("choices", "experts", "rows"), [(1, 4, 16), (30, 4, 16), (16, 1, 16), (2048, 128, 16), (70, 3, 32)]
+)
+def test_tiles_of_choices_that_fall_anywhere(choices: int, experts: int, rows: int) -> None:
+    draws = np.random.default_rng(5).multinomial(choices, [1 / experts] * experts, size=4000)
+    mean = (-(-draws // rows)).sum(1).mean()
+    spread = (-(-draws // rows)).sum(1).std() / 4000**0.5
+    assert mean - 4 * spread <= expected_tiles(choices, experts, rows) <= math.ceil(mean + 4 * spread)
+
+
+# Choices of a layer on an H200, experts, and the rows of the tile that was fastest (docs/kernel_measurements.md, item 17).
+FASTEST = [
+    (8, 128, 16), (1024, 128, 16), (2048, 128, 32), (4096, 128, 64), (16384, 128, 64), (64, 8, 16), (128, 8, 32), (1024, 8, 64),
+    (4096, 8, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("choices", "experts", "rows"), FASTEST)
+def test_the_fastest_tile_is_chosen(choices: int, experts: int, rows: int) -> None:
+    plans = choose_experts(90, 132, choices, experts, QWEN if experts == 128 else MIXTRAL, "s8", "bf16")
+    assert {each.config.tile_m for each in plans} == {rows}
 
 
 @pytest.mark.parametrize("format", ["s8", "sm80"])

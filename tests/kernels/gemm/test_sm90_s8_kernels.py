@@ -161,7 +161,8 @@ def test_plans_cover_the_shape(m: int, n: int, blocks: int) -> None:
         config = plan.config
         tiles = plan.arguments[1] * plan.arguments[2]
         assert config.tile_m * plan.arguments[1] >= m and config.tile_n * plan.arguments[2] >= n
-        assert (config.few_tokens and m <= FEW_TOKENS) or config.tile_n == 128
+        assert config.few_tokens or config.tile_n == 128
+        assert not config.few_tokens or m <= min(FEW_TOKENS, 2 * config.tile_m)
         (blocks_of_grid, *others) = plan.grid
         assert others == [1, 1] and blocks_of_grid % plan.cluster == 0
         if plan.span:
@@ -216,9 +217,16 @@ def test_it_compiles_without_spills_and_with_little_to_do_for_a_group(config: Sm
         pytest.skip(str(error))
     function = sass.parse(sass.disassemble(compiled.cubin))[config.entry]
     loop = sass.count(sass.main_loop(function))
-    if config.few_tokens:  # a group's sums are scaled: one FADD and one FFMA, and two FADD for the ratios of both rows
-        assert loop.classes["ffma"] == loop.products == config.tile_m / 2 and loop.classes["fadd"] == loop.products + 2
-        assert loop.opcodes["IMMA.16832.S8.S8"] == config.tile_m / 2
+    if (
+        config.few_tokens
+    ):  # a group's sums are scaled: one FADD and one FFMA, and two FADD for the ratios of both rows of a tile
+        tiles = config.tiles_n
+        assert loop.classes["ffma"] == loop.products == config.tile_m / 2 * tiles
+        assert loop.classes["fadd"] == loop.products + 2 * tiles
+        assert (
+            loop.opcodes["IMMA.16832.S8.S8"] == config.tile_m / 2 * tiles
+            and loop.opcodes["LDSM.16.M88.4"] == config.tile_m / 4
+        )
         assert not {"fmul", "i2f", "convert", "half", "spill"} & set(loop.classes)
         return
     assert any(opcode == f"IGMMA.64x{config.tile_m}x32.S8.S8" for opcode in loop.opcodes)

@@ -2,10 +2,12 @@
 // stages a thread block has, the warps that copy, and how the sums of warpgroups and of a cluster's thread blocks are added. The
 // includer has defined
 //   Problem      with `weight_scales()`, what stands beside a group's codes
-//   Stage        PARTS blocks: a_codes (unless QUANTIZES), w_packed, barriers full and empty; `weight_scales()`: where what stands beside
-//                the codes is; `token_scales()`: where the tokens' scales of groups are, or NONE
+//   Stage        PARTS blocks: a_codes (unless QUANTIZES), w_packed [TILES][PARTS], barriers full and empty; `weight_scales()`: where what
+//                stands beside the codes is; `token_scales()`: where the tokens' scales of groups are, or NONE
 //   Shared       stages, sums, second_sums, sent, taken; `clear()`, by all threads that do not copy, before any reads it
-//   TILE_M, PARTS, STAGES, STAGE_BYTES, SUMS, VECTORS, THREADS, COPYING_WARPS, QUANTIZES, and the named barriers WRITTEN, READ, PREPARED
+//   TILES        of weights that a thread block has side by side: a tile of the GEMM has 64 TILES outputs
+//   LANE_SUMS    accumulators of a lane; VECTORS, a quarter of them
+//   TILE_M, PARTS, STAGES, STAGE_BYTES, THREADS, COPYING_WARPS, QUANTIZES, and the named barriers WRITTEN, READ, PREPARED
 //   KEEPS_STAGE  whether the stage's address is kept in a register: see Ring
 #pragma once
 
@@ -49,18 +51,22 @@ struct Producer {
     [[maybe_unused]] const int m0 = tile.m * TILE_M, rows = min(TILE_M, p.m_stride - m0);
     const uint32 full = ring.stage + offsetof(Stage, full);
     if (role == WEIGHTS) {
-      const long long n = tile.n;
-      ptx::barrier_expect_bytes(full, count * (WEIGHT_TILE_BYTES + WEIGHT_SCALE_BYTES));
-      ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed), p.w_packed + (n * p.k_blocks + block) * WEIGHT_TILE_BYTES,
-                     count * WEIGHT_TILE_BYTES, full);
-      const auto* w_scale_gmem_rd = p.weight_scales() + n * p.groups() * WEIGHT_TILE_N;
-      if (p.blocks_per_group == 1) {  // the usual case needs no copy for each
-        ptx::bulk_copy(ring.stage + Stage::weight_scales(), w_scale_gmem_rd + block * WEIGHT_TILE_N, count * WEIGHT_SCALE_BYTES, full);
-        return;
-      }
-      for (int i = 0; i < count; ++i) {
-        ptx::bulk_copy(ring.stage + Stage::weight_scales() + i * WEIGHT_SCALE_BYTES,
-                       w_scale_gmem_rd + (block + i) / p.blocks_per_group * WEIGHT_TILE_N, WEIGHT_SCALE_BYTES, full);
+      const int tiles = TILES == 1 ? 1 : min(TILES, p.weight_tiles() - tile.n * TILES);
+      ptx::barrier_expect_bytes(full, tiles * count * (WEIGHT_TILE_BYTES + WEIGHT_SCALE_BYTES));
+      for (int t = 0; t < tiles; ++t) {
+        const long long n = tile.n * TILES + t;
+        ptx::bulk_copy(ring.stage + offsetof(Stage, w_packed) + t * PARTS * WEIGHT_TILE_BYTES,
+                       p.w_packed + (n * p.k_blocks + block) * WEIGHT_TILE_BYTES, count * WEIGHT_TILE_BYTES, full);
+        const auto* w_scale_gmem_rd = p.weight_scales() + n * p.groups() * WEIGHT_TILE_N;
+        const uint32 w_scale_smem_wr = ring.stage + Stage::weight_scales() + t * PARTS * WEIGHT_SCALE_BYTES;
+        if (p.blocks_per_group == 1) {  // the usual case needs no copy for each
+          ptx::bulk_copy(w_scale_smem_wr, w_scale_gmem_rd + block * WEIGHT_TILE_N, count * WEIGHT_SCALE_BYTES, full);
+          continue;
+        }
+        for (int i = 0; i < count; ++i) {
+          ptx::bulk_copy(w_scale_smem_wr + i * WEIGHT_SCALE_BYTES,
+                         w_scale_gmem_rd + (block + i) / p.blocks_per_group * WEIGHT_TILE_N, WEIGHT_SCALE_BYTES, full);
+        }
       }
     }
 #if !QUANTIZES
@@ -97,10 +103,10 @@ struct Producer {
 
 // ---- the sums of a tile ---------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float4 vector_of(const float (&acc)[SUMS], int j) {
+__device__ __forceinline__ float4 vector_of(const float (&acc)[LANE_SUMS], int j) {
   return make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
 }
-__device__ __forceinline__ void add(float (&acc)[SUMS], int j, float4 v) {
+__device__ __forceinline__ void add(float (&acc)[LANE_SUMS], int j, float4 v) {
   acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
 }
 
@@ -114,7 +120,7 @@ struct Adder {
   }
 
   // By the warpgroups `part` > 0: their sums, to the first one.
-  __device__ __forceinline__ void give(Shared& s, int part, int thread, const float (&acc)[SUMS]) const {
+  __device__ __forceinline__ void give(Shared& s, int part, int thread, const float (&acc)[LANE_SUMS]) const {
     ptx::named_barrier(READ, WARPGROUP * PARTS);
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) s.sums[part - 1][j][thread] = vector_of(acc, j);
@@ -122,7 +128,7 @@ struct Adder {
   }
 
   // By the first warpgroup: adds the others' sums, and those of a cluster's second thread block. False there.
-  __device__ __forceinline__ bool take(Shared& s, const Share& share, int thread, float (&acc)[SUMS]) {
+  __device__ __forceinline__ bool take(Shared& s, const Share& share, int thread, float (&acc)[LANE_SUMS]) {
     ptx::named_barrier(WRITTEN, WARPGROUP * PARTS);
 #pragma unroll
     for (int other = 0; other < PARTS - 1; ++other) {

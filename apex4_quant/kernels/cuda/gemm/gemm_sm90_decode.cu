@@ -30,7 +30,7 @@
 
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 3;
 constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
-constexpr int VECTORS = SUMS / 4;
+constexpr int TILES = 1, LANE_SUMS = SUMS, VECTORS = LANE_SUMS / 4;
 // Named barriers: of the first warpgroup alone; sums of the others are written; and have been read.
 constexpr int FIRST_MEETS = 1, WRITTEN = 2, READ = 3;
 [[maybe_unused]] constexpr int QUANTIZED = 4;  // QUANTIZES: all warpgroups

@@ -3,8 +3,9 @@
 // code costs more than scaling the sums of every group (docs/format.md, "Eight-bit activations"):
 //     y[m, n] = s_a[m] u[n] / 256 sum_g R[n, g] (sum_{k in g} a[m, k] q[n, k]) + bias[n]
 //
-// A warp multiplies 16 outputs by TILE_M tokens with mma.m16n8k32: its sums of a group start at 1.5 * 2^23 as bits, a constant
-// operand, so that they are floats when they are done, off by that number. 16 * 127 * 7 * 128 < 2^22 keeps them exact.
+// A warp multiplies 16 outputs of each of TILES tiles of weights by TILE_M tokens with mma.m16n8k32: its sums of a group start at
+// 1.5 * 2^23 as bits, a constant operand, so that they are floats when they are done, off by that number. 16 * 127 * 7 * 128 < 2^22
+// keeps them exact. With 32 tokens and more two tiles of weights share what is read of the tokens, from L2 and from shared memory.
 //
 // Two kernels, by the macro QUANTIZES:
 //   0, apex4_gemm: arguments as gemm_sm90_s8.cu has them; `partial`, `counter` and `span` are not used.
@@ -17,15 +18,16 @@
 //   x, second, k, ldx, ld_second, aligned                                          as in quantize_rows.cu
 //   dynamic shared memory: struct Shared, and behind it m rows of codes for each of WholeTokens::owned() blocks
 //
-// Macros: TILE_M, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16, QUANTIZES; with 1, those of quantize_slice.cuh, and
-// ROUNDS (quantize_whole_tokens.cuh).
+// Macros: TILE_M, TILES, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16, QUANTIZES; with 1, those of
+// quantize_slice.cuh, and ROUNDS (quantize_whole_tokens.cuh).
 
 #include "gemm/exact_fragments.cuh"
 #include "gemm/gemm_sm90_s8.cuh"
 
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
 constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
-constexpr int VECTORS = SUMS / 4;
+constexpr int LANE_SUMS = TILES * SUMS, VECTORS = LANE_SUMS / 4;
+static_assert(TILES * WEIGHT_TILE_N <= WARPGROUP, "a thread asks for an output's factors");
 static_assert(TILE_M % 8 == 0 && TILE_M <= 64, "tokens of an mma, and registers");
 // Named barriers: of the first warpgroup alone; sums of the others are written; and have been read.
 constexpr int FIRST_MEETS = 1, WRITTEN = 2, READ = 3;
@@ -41,8 +43,8 @@ struct Stage {
 #if !QUANTIZES
   alignas(128) uint8 a_codes[PARTS][TILE_M * BLOCK];
 #endif
-  alignas(128) uint8 w_packed[PARTS][WEIGHT_TILE_BYTES];
-  unsigned short w_ratio[PARTS][WEIGHT_TILE_N];
+  alignas(128) uint8 w_packed[TILES][PARTS][WEIGHT_TILE_BYTES];
+  unsigned short w_ratio[TILES][PARTS][WEIGHT_TILE_N];
   uint64 full, empty;
 
   static __device__ __forceinline__ uint32 weight_scales() { return offsetof(Stage, w_ratio); }
@@ -51,10 +53,10 @@ struct Stage {
 constexpr uint32 STAGE_BYTES = sizeof(Stage);
 struct Shared {
   Stage stages[STAGES];
-  unsigned short y[TILE_M][WEIGHT_TILE_N];
+  unsigned short y[TILES][TILE_M][WEIGHT_TILE_N];
   float4 sums[PARTS - 1][VECTORS][WARPGROUP];  // of this thread block's other warpgroups
   float4 second_sums[VECTORS][WARPGROUP];       // in the first block of a cluster: of the second one
-  float a_scale[TILE_M];
+  float a_scale[TILE_M], unit[TILES * WEIGHT_TILE_N], bias[TILES * WEIGHT_TILE_N];
   uint32 absmax[TILE_M];                        // QUANTIZES: of whole tokens, as bits
   uint64 sent, taken;                           // second_sums are written: in the first block; are read: in the second
 
@@ -91,7 +93,7 @@ struct Tokens {
     }
   }
 };
-static_assert(TILE_M == 8, "one B fragment has all tokens");
+static_assert(TILE_M == 8 && TILES == 1, "one B fragment has all tokens");
 #else
 struct Tokens {
   uint32 at[2];  // in a stage: what this lane gives ldmatrix for each half of a block
@@ -140,7 +142,7 @@ struct Consumer {
 
   // This tile's blocks of this warpgroup. The ratio of a block that does not exist is zero, and its sums, of whatever stands there, are
   // finite: 16 * 8 * 128 * 128 < 2^22, too.
-  __device__ __forceinline__ void multiply(float (&acc)[SUMS], const Problem& p, const Share& share) {
+  __device__ __forceinline__ void multiply(float (&acc)[LANE_SUMS], const Problem& p, const Share& share) {
     constexpr int START = 0x4b400000;  // the bits of 1.5 * 2^23
     constexpr float START_VALUE = 12582912.0f;
     const int start[4] = {START, START, START, START};
@@ -150,27 +152,35 @@ struct Consumer {
     for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
       const uint32 stage = ring.stage;
       ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
-      const uint4 words[2] = {ptx::shared_read_128(stage + w_lane + sm90_weight_byte(0, 0, 0)),
-                        ptx::shared_read_128(stage + w_lane + sm90_weight_byte(1, 0, 0))};
-      const uint32 ratios = ptx::shared_read_32(stage + ratio_lane);
-      const float2 ratio = as_floats(block + part < p.k_blocks ? ratios : 0);
-      uint32 a[4][4];
+      uint32 a[TILES][4][4];
+      float2 ratio[TILES];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        widen(a[2 * half], words[half].x, words[half].y);
-        widen(a[2 * half + 1], words[half].z, words[half].w);
+      for (int t = 0; t < TILES; ++t) {
+        const uint32 w_smem_rd = stage + w_lane + t * PARTS * WEIGHT_TILE_BYTES;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4 words = ptx::shared_read_128(w_smem_rd + sm90_weight_byte(half, 0, 0));
+          widen(a[t][2 * half], words.x, words.y);
+          widen(a[t][2 * half + 1], words.z, words.w);
+        }
+        const uint32 ratios = ptx::shared_read_32(stage + ratio_lane + t * PARTS * WEIGHT_SCALE_BYTES);
+        ratio[t] = as_floats(block + part < p.k_blocks ? ratios : 0);
       }
 #pragma unroll
       for (int j = 0; j < TILE_M / 8; ++j) {
         uint32 b[4][2];
         tokens.load(b, stage, j);
-        int sum[4];
-        ptx::mma_s8(sum, a[0], b[0][0], b[0][1], start);
 #pragma unroll
-        for (int step = 1; step < 4; ++step) ptx::mma_s8(sum, a[step], b[step][0], b[step][1]);
+        for (int t = 0; t < TILES; ++t) {
+          int sum[4];
+          ptx::mma_s8(sum, a[t][0], b[0][0], b[0][1], start);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          acc[4 * j + i] = __fmaf_rn(__int_as_float(sum[i]) - START_VALUE, i & 2 ? ratio.y : ratio.x, acc[4 * j + i]);
+          for (int step = 1; step < 4; ++step) ptx::mma_s8(sum, a[t][step], b[step][0], b[step][1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& to = acc[t * SUMS + 4 * j + i];
+            to = __fmaf_rn(__int_as_float(sum[i]) - START_VALUE, i & 2 ? ratio[t].y : ratio[t].x, to);
+          }
         }
       }
       __syncwarp();
@@ -181,68 +191,95 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
-    constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
     const int thread = ptx::thread() % WARPGROUP;
 #if !QUANTIZES
     if (part == 0) ptx::wait_for_predecessor();  // whose scales are read
 #endif
     Adder adder(share, part);
     for (int index = share.cluster; index < p.tiles_m * p.tiles_n; index += share.clusters) {
-      float acc[SUMS] = {};
+      float acc[LANE_SUMS] = {};
       const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
-#if !QUANTIZES
-      if (part == 0 && share.rank == 0) {  // the tokens' scales, on their way while products are made
-        const int token = tile.m * TILE_M + thread;
-        if (thread < TILE_M && token < p.m) ptx::cp_async_4(ptx::shared_address(&s.a_scale[thread]), p.a_scale + token);
-        ptx::cp_async_commit();
-      }
-#endif
+      if (part == 0 && share.rank == 0) ask_for_factors(p, tile, s, thread);
       multiply(acc, p, share);
       if (part > 0) {
         adder.give(s, part, thread, acc);
         continue;
       }
-      const Outputs outputs(p, tile.n, OF_SUMS);
       if (!adder.take(s, share, thread, acc)) continue;
-#if !QUANTIZES
       ptx::cp_async_wait<0>();
       ptx::named_barrier(FIRST_MEETS, WARPGROUP);
-#endif
-      store(p, tile, s, outputs, acc);
+      store(p, tile, s, acc);
     }
     adder.end(part);
   }
 
+  // What the sums of a tile are multiplied by, and the bias: on their way to shared memory while products are made.
+  static __device__ __forceinline__ void ask_for_factors(const Problem& p, const Tile& tile, Shared& s, int thread) {
+#if !QUANTIZES
+    const int token = tile.m * TILE_M + thread;
+    if (thread < TILE_M && token < p.m) ptx::cp_async_4(ptx::shared_address(&s.a_scale[thread]), p.a_scale + token);
+#endif
+    const int output = tile.n * TILES * WEIGHT_TILE_N + thread;
+    if (thread < TILES * WEIGHT_TILE_N && output < p.n) {
+      ptx::cp_async_4(ptx::shared_address(&s.unit[thread]), p.w_unit + output);
+      if (p.bias != nullptr) {
+        ptx::cp_async_4(ptx::shared_address(&s.bias[thread]), p.bias + output);
+      } else {
+        s.bias[thread] = 0.0f;
+      }
+    }
+    ptx::cp_async_commit();
+  }
+
   // D is outputs by tokens, y tokens by outputs: stmatrix transposes 8 x 8 blocks into s.y, 128 bytes a token, in 16-byte chunks
   // swizzled by token; then every 8 threads store the 128 bytes of one token.
-  static __device__ __forceinline__ void store(const Problem& p, const Tile& tile, Shared& s, const Outputs& outputs, const float (&acc)[SUMS]) {
+  static __device__ __forceinline__ void store(
+      const Problem& p, const Tile& tile, Shared& s, const float (&acc)[LANE_SUMS]) {
+    constexpr float OF_SUMS = 1.0f / (256 * WEIGHT_FACTOR);
     const int thread = ptx::thread() % WARPGROUP, warp = thread / 32, lane = thread % 32;
     const int m0 = tile.m * TILE_M;
     const uint32 scales_rd = ptx::shared_address(s.a_scale) + 4 * accumulator_column(lane, 0), y_smem = ptx::shared_address(s.y);
     const int token = lane & 7, half = lane >> 3 & 1;  // of the row whose address this lane gives
+    float unit[TILES][2], bias[TILES][2];  // of outputs r and r + 8
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int output = t * WEIGHT_TILE_N + 16 * warp + accumulator_row(lane, i);
+        unit[t][i] = s.unit[output] * OF_SUMS, bias[t][i] = s.bias[output];
+      }
+    }
 #pragma unroll
     for (int j = 0; j < TILE_M / 8; ++j) {
       const float2 scale = ptx::shared_read_float2(scales_rd + 32 * j);
-      float v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = __fmaf_rn(acc[4 * j + i] * outputs.unit[i / 2], i & 1 ? scale.y : scale.x, outputs.bias[i / 2]);
+      for (int t = 0; t < TILES; ++t) {
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          v[i] = __fmaf_rn(acc[t * SUMS + 4 * j + i] * unit[t][i / 2], i & 1 ? scale.y : scale.x, bias[t][i / 2]);
+        }
+        ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(t * TILE_M + 8 * j + token, 2 * warp + half), pack_pair(v[0], v[1]),
+                               pack_pair(v[2], v[3]));
       }
-      ptx::stmatrix_x2_trans(y_smem + sm90_activation_byte(8 * j + token, 2 * warp + half), pack_pair(v[0], v[1]), pack_pair(v[2], v[3]));
     }
     ptx::named_barrier(FIRST_MEETS, WARPGROUP);
-    const int chunk = thread & 7, column = tile.n * WEIGHT_TILE_N + 8 * chunk;
-    const bool vectors = p.ldy % 8 == 0 && (reinterpret_cast<uint64>(p.y) & 15) == 0 && column + 8 <= p.n;
+    const int chunk = thread & 7;
+    const bool vectors = has_vectors(p.y, p.ldy);
 #pragma unroll
-    for (int row = thread >> 3; row < TILE_M; row += WARPGROUP / 8) {
-      if (m0 + row >= p.m) break;
-      const uint4 v = ptx::shared_read_128(y_smem + sm90_activation_byte(row, chunk));
-      Out* y_gmem_wr = p.y + static_cast<long long>(m0 + row) * p.ldy + column;
-      if (vectors) {
-        *reinterpret_cast<uint4*>(y_gmem_wr) = v;
-      } else {
-        const uint32 words[4] = {v.x, v.y, v.z, v.w};
-        store_singly(y_gmem_wr, words, column, p.n);
+    for (int t = 0; t < TILES; ++t) {
+      const int column = (tile.n * TILES + t) * WEIGHT_TILE_N + 8 * chunk;
+#pragma unroll
+      for (int row = thread >> 3; row < TILE_M; row += WARPGROUP / 8) {
+        if (m0 + row >= p.m) break;
+        const uint4 v = ptx::shared_read_128(y_smem + sm90_activation_byte(t * TILE_M + row, chunk));
+        Out* y_gmem_wr = p.y + static_cast<long long>(m0 + row) * p.ldy + column;
+        if (vectors && column + 8 <= p.n) {
+          *reinterpret_cast<uint4*>(y_gmem_wr) = v;
+        } else {
+          const uint32 words[4] = {v.x, v.y, v.z, v.w};
+          store_singly(y_gmem_wr, words, column, p.n);
+        }
       }
     }
     ptx::named_barrier(FIRST_MEETS, WARPGROUP);  // before the next tile writes here

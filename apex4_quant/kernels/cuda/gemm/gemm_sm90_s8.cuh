@@ -7,7 +7,7 @@
 #include "gemm/epilogue.cuh"
 #include "gemm/wgmma.cuh"
 
-constexpr int SUMS = TILE_M / 2;  // accumulators of a lane
+constexpr int SUMS = TILE_M / 2;  // accumulators of a lane, of 64 outputs of its warpgroup
 static_assert(TILE_M % 8 == 0 && TILE_M <= 256, "the tokens of one wgmma");
 
 struct Problem {
@@ -33,14 +33,13 @@ struct Problem {
 struct Outputs {
   float unit[2], bias[2];
 
-  // `of_sums`: what the sums were made with a multiple of.
-  __device__ __forceinline__ Outputs(const Problem& p, int tile_n, float of_sums = 1.0f) {
+  __device__ __forceinline__ Outputs(const Problem& p, int tile_n) {
     const int thread = ptx::thread() % WARPGROUP;
     const int row = tile_n * WEIGHT_TILE_N + 16 * (thread / 32) + accumulator_row(thread % 32, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool exists = row + 8 * half < p.n;
-      unit[half] = exists ? p.w_unit[row + 8 * half] * of_sums : 0.0f;
+      unit[half] = exists ? p.w_unit[row + 8 * half] : 0.0f;
       bias[half] = exists && p.bias != nullptr ? p.bias[row + 8 * half] : 0.0f;
     }
   }

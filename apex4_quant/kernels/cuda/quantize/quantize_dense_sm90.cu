@@ -20,7 +20,8 @@
 // Grid: (KB, runs of rows), THREADS threads, SHARED_BYTES of dynamic shared memory. Rows from m on are not written.
 //
 // To eight bits (APEX4_FORMAT 8) it is two launches, as in quantize_dense.cu, and 1 / RMS comes from row_rms.cu: no board, but its
-// operands inverse_rms, in that place, and block_absmax, not read. rows_per_cta is a multiple of 128.
+// operands inverse_rms, in that place, and block_absmax, not read. rows_per_cta is a multiple of 128. MEASURE goes through its rows from
+// the last one on, and CODES from the first: each begins with the rows that L2 has of the launch before.
 //
 // Macros: those of quantize.cuh; APEX4_PASS as in quantize_dense.cu.
 #include "quantize/quantize_wgmma.cuh"
@@ -39,6 +40,12 @@ constexpr int PARTS = 0, PART_SLOTS = 0;
 #endif
 constexpr int THREADS = 32 * (READER_WARPS + WARPS), MULTIPLIERS = 32 * WARPS;
 constexpr int WARP_ROWS = 16, PASS_ROWS = WARP_ROWS * WARPS;
+#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_MEASURE
+constexpr bool BACKWARDS = true;
+#else
+constexpr bool BACKWARDS = false;
+#endif
+constexpr int STEP_ROWS = BACKWARDS ? -PASS_ROWS : PASS_ROWS;
 constexpr int STAGE_SLOTS = 32 * HALVES * PIECES;  // of 16 bytes, of a warp and operand
 constexpr int SHARED_BYTES =
     16 * (MATRIX_CHUNKS + GAIN_SLOTS + WARPS * STAGES * OPERANDS * STAGE_SLOTS + READER_WARPS * PARTS * PART_SLOTS);
@@ -272,7 +279,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
 #endif
   wait_for_inputs();
 
-  int first = start + warp * WARP_ROWS;
+  int first = start + warp * WARP_ROWS + (BACKWARDS ? (end - start - 1) / PASS_ROWS * PASS_ROWS : 0);
+  // Whether the pass of these rows exists: a warpgroup goes on together, as long as there are any of its 64 rows.
+  const auto exists = [&](int from) { return BACKWARDS ? from >= start : from - warp % 4 * WARP_ROWS < end; };
   const auto copy = [&](int stage, int from) {
     uint4* const slots = stages + stage * OPERANDS * STAGE_SLOTS;
     copy_rows(slots, x, ldx, from, end, block, k, lane);
@@ -286,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
   const auto copy_others = [&] {
 #pragma unroll
     for (int stage = 1; stage < STAGES; ++stage) {
-      copy(stage, first + stage * PASS_ROWS);
+      if (!BACKWARDS || exists(first + stage * STEP_ROWS)) copy(stage, first + stage * STEP_ROWS);
       commit_copies();
     }
   };
@@ -310,8 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
   float* const block_scales = scales + static_cast<long long>(block) * m_stride;
 #endif
 
-  // A warpgroup goes on together: as long as there are any of its 64 rows.
-  for (int stage = 0; first - warp % 4 * WARP_ROWS < end; first += PASS_ROWS, stage = stage + 1 < STAGES ? stage + 1 : 0) {
+  for (int stage = 0; exists(first); first += STEP_ROWS, stage = stage + 1 < STAGES ? stage + 1 : 0) {
     asm volatile("" : "+r"(first), "+r"(lane));  // to the compiler other numbers: it shall keep no addresses from pass to pass
     wait_for_copies_but<STAGES - 1>();
 #if APEX4_INPUT == APEX4_RMS_NORM && !APEX4_BOARD
@@ -384,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) apex4_quantize_dense
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[2 * piece + odd][i] = words[i & 1][dense_piece_word(odd, i >> 1)];
     }
-    if (first - warp % 4 * WARP_ROWS + STAGES * PASS_ROWS < end) copy(stage, first + STAGES * PASS_ROWS);
+    if (exists(first + STAGES * STEP_ROWS)) copy(stage, first + STAGES * STEP_ROWS);
     commit_copies();
     float y[TILES][4];
     multiply_64x128(y, a, core_matrices);

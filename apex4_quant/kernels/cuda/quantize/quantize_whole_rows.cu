@@ -390,7 +390,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   store_tile(to, at, y, of_rows(slice_absmax, rows_log2, at.lane, Maximum()), first_row);
 
 #elif APEX4_FORM == APEX4_CLUSTER
-  constexpr int MAX_WARPS = MAX_THREADS / 32;  // of a cluster
+  constexpr int MAX_WARPS = MAX_THREADS / 32 + 8;  // of a cluster: its CTAs, eight at most, may have part of a warp more each
   __shared__ float warp_absmax[MAX_WARPS];
   cluster_arrive();  // that it runs
   const int ctas = cluster_size(), row = blockIdx.x / ctas;
