@@ -28,6 +28,9 @@ from .group import RankLost
 
 PERIOD = 1.0  # seconds between two signs of life
 MISSING = 30.0  # seconds without one, after which a rank is given up
+STARTING = (
+    120.0  # seconds for the first: ranks import torch for different times, and one killed meanwhile has never been here
+)
 _LOOKED = 4.0  # seconds in which a rank that lives has given a sign, when a collective has failed
 _FIRST_GOES_FIRST = 0.5  # seconds: what all ranks refuse alike is said by rank 0
 GO_ON = "nothing finished is lost, --resume goes on"
@@ -62,9 +65,11 @@ class Watch:
                 sign = self._sign_of(behind)
             except RuntimeError:  # the store is gone
                 self._without_store()
-            if sign != last or not sign or behind == self.rank:  # one that was never there is still on its way
+            if sign != last or behind == self.rank:
                 last, since = sign, time.monotonic()
-            elif time.monotonic() - since > MISSING:
+            elif not sign and time.monotonic() - since > STARTING:
+                self.fail_with(75, f"rank {behind} did not begin within {STARTING:.0f} s of others: {GO_ON}")
+            elif sign and time.monotonic() - since > MISSING:
                 self.fail_with(75, f"rank {behind} gave no sign of life for {MISSING:.0f} s: {GO_ON}")
 
     def _sign_of(self, rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -63,6 +64,21 @@ def test_an_error_is_said_once_by_who_met_it(
     ended = Several(SIZE, tmp_path, raising(error, by)).wait(30)
     assert sentence_of(ended, code).startswith(sentence)
     assert ("a bug" in "".join(each.stderr for each in ended)) == (sentence.endswith("ZeroDivisionError"))
+
+
+def test_a_rank_that_is_killed_before_it_begins_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher is here to see it. torch alone would wait for ten minutes."""
+    begin = watch.Watch.begin
+
+    def killed(self: watch.Watch) -> None:
+        if self.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin(self)
+
+    monkeypatch.setattr(watch.Watch, "begin", killed)
+    monkeypatch.setattr(watch, "STARTING", 2.0)
+    ended = Several(SIZE, tmp_path, meeting_forever).wait(30)
+    assert "rank 2 did not begin within 2 s of others: nothing finished is lost" in sentence_of(ended, 75, but=2)
 
 
 @pytest.mark.parametrize("victim", [0, 2])

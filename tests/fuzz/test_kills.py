@@ -115,6 +115,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks look after each other more often than they do for a user."""
     monkeypatch.setattr(watch, "PERIOD", 0.25)
     monkeypatch.setattr(watch, "_LOOKED", 2.0)
+    monkeypatch.setattr(watch, "MISSING", 10.0)
+    monkeypatch.setattr(watch, "STARTING", 10.0)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("moe", 4)])
