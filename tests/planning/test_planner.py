@@ -123,7 +123,8 @@ def test_transforms_from_the_command_line(plan_of: Call, tmp_path: Path) -> None
     def transforms(*options: object, name: str) -> set[int | str]:
         return set(column(plan_of(*options, name=name), "transform").values())
 
-    assert transforms("--mode", "g128", "--budget", 9, name="a.yaml") == {DENSE}
+    # Of few tokens a transform is learned that is no better on others.
+    assert transforms("--mode", "g128", "--budget", 9, "--samples", 16, name="a.yaml") == {DENSE}
     assert transforms("--budget", 1, name="b.yaml") == {HADAMARD}
     assert transforms("--transform", HADAMARD, name="c.yaml") == {HADAMARD}
     assert transforms("--transform", "none", name="d.yaml") == {"none"}
@@ -153,7 +154,7 @@ def test_table_for_people(model: Path, calib: Path, invoke: Call) -> None:
 
 
 def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path) -> None:
-    settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=2, seq_len=32, device="cpu", budget=9)
+    settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=16, seq_len=32, device="cpu", budget=9)
     settings = replace(settings, mode="w4a4")
     first, second = make_plan(settings), make_plan(settings)
     assert first.as_dict() == second.as_dict()

@@ -44,7 +44,10 @@ def test_plan_of_two_is_that_of_one(calib: Path, tmp_path: Path) -> None:
             for label, figure in ours[figures].items():
                 # Sums in another order send learning another way, which on an expert's few tokens is any way at all.
                 learned, expert = "dense" in label, "experts" in ours["name"]
-                rel = 1 if learned and expert else 0.15 if learned or expert else 0.02
+                if learned and expert:
+                    assert theirs[figures][label] > 0
+                    continue
+                rel = 0.15 if learned or expert else 0.02
                 assert theirs[figures][label] == pytest.approx(figure, rel=rel), (ours["name"], figures, label)
 
 
