@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from apex4_quant.distributed.group import Group
 from apex4_quant.distributed.starting import ranks
 
 HERE = "127.0.0.1"
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,31 @@ class Ended:
 
 
 class Several:
-    """`work(group)` on `size` ranks. Their store is this process, as under torchrun it is the agent."""
+    """`work(group)` on `size` ranks. Their store is in a process of its own, as under torchrun it is in the agent: in this one it
+    would be a thread, and what is forked while it holds a lock may wait for that lock forever."""
 
     def __init__(self, size: int, folder: Path, work: Callable[[Group], Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._store: dist.TCPStore | None = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
-        self._port = self._store.port
+        self._store, self._port = self._start_store()
         self.pids = [self._start(rank, size, work) for rank in range(size)]
+
+    @staticmethod
+    def _start_store() -> tuple[int, int]:
+        """Its process and its port. It ends with this process, if not before."""
+        read, write = os.pipe()
+        if pid := os.fork():
+            os.close(write)
+            with os.fdopen(read) as pipe:
+                return pid, int(pipe.readline())
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)
+            os.write(write, f"{store.port}\n".encode())
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
 
     def _start(self, rank: int, size: int, work: Callable[[Group], Any]) -> int:
         sys.stdout.flush()
@@ -77,7 +96,10 @@ class Several:
                 time.sleep(0.02)
 
     def lose_store(self) -> None:
-        self._store = None
+        if self._store:
+            os.kill(self._store, signal.SIGKILL)
+            os.waitpid(self._store, 0)
+            self._store = 0
 
     def wait(self, seconds: float = 120) -> list[Ended]:
         """How each ended. Those that have not after so many seconds are killed, and it is a failure."""
@@ -88,6 +110,7 @@ class Several:
                 if ended:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             time.sleep(0.02)
+        self.lose_store()
         late = [pid for pid, code in codes.items() if code is None]
         for pid in late:
             os.kill(pid, signal.SIGKILL)
