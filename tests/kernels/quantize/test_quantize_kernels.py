@@ -571,7 +571,7 @@ FAMILIES: dict[str, list[Any]] = {
     "long, rms": [replace(ROWS_90, m=2, k=17000, group=group, input="rms_norm") for group in (128, "channel")],
     "dense, few rows": [*variants(DENSE_80), replace(DENSE_80, shared_matrix=True, m=3, k=256)],
     "dense, many rows": [replace(DENSE_90, m=150, k=640), replace(DENSE_90, m=300, k=1000), replace(DENSE_90, m=150, k=640, data="nan")],
-    "dense, many rows, sm80": [replace(DENSE_80, m=161, k=520, clip=0.9)],
+    "dense, many rows, sm80": [replace(DENSE_80, m=161, k=520, clip=0.9), replace(DENSE_80, m=161, k=520, input="add_rms_norm", sm_90=True)],
     "dense, rms, more warps": [
         *(replace(DENSE_90, m=m, k=8104, input="rms_norm", gain_offset=m > 4, seed=m) for m in (1, 2, 3, 5, 8)),
         replace(DENSE_90, m=3, k=4098, input="rms_norm", padding=1, dtype="bfloat16"),
