@@ -30,6 +30,7 @@ VOCABULARIES = ((3, 1000), (2, 1001), (40, 49152))  # tokens, entries
 DIFFERENT = (
     0.01  # of the elements: scales may differ by a rounding, and a value beside a tie then falls to the other side
 )
+VALUES_A_TIE = 2**18  # so many have one or two beside a tie, in bfloat16
 
 
 def check_activation(
@@ -76,8 +77,11 @@ def _check(function: Any, leaves: tuple[torch.Tensor, ...], gradient: torch.Tens
         assert found.dtype == wanted.dtype and found.shape == wanted.shape
         tolerance = 2e-2 if found.dtype is torch.bfloat16 else 1e-4
         found, wanted = found.float(), wanted.float()
-        if found.numel() < 100:  # sums, of what may differ
-            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+        if (
+            found.numel() < 100
+        ):  # sums, of what may differ: a value beside a tie moves one by about its gradient, of size 1
+            ties = gradient.numel() // VALUES_A_TIE
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()) + ties)
             continue
         differ = (found - wanted).abs() > tolerance * wanted.abs() + 1e-5
         assert float(differ.float().mean()) <= DIFFERENT
