@@ -83,8 +83,9 @@ def test_vllm_s_key_of_compiled_graphs_has_our_version_and_settings(
 ) -> None:
     from vllm.config import ModelConfig
 
-    from apex4_quant.integrations.vllm import config
+    from apex4_quant.integrations.vllm import config, register
 
+    register()  # as vLLM does in each of its processes
     config_of_model = ModelConfig(str(quantized("llama")), dtype="float32")
     fields = config_of_model.hf_config.quantization_config
 
