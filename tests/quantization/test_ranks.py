@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from apex4_quant import QuantizeSettings, quantize
+from apex4_quant.calib.text import load_text
 from apex4_quant.checkpoint.check import check
 from apex4_quant.distributed.group import Group
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
@@ -25,7 +26,7 @@ from apex4_quant.models.source import DEMO_PATH
 from apex4_quant.quantization import run
 from apex4_quant.recipes import named_recipes
 
-from ..conftest import TOKENIZER_FILES, write_calibration, write_tiny_model
+from ..conftest import TOKENIZER_FILES, write_tiny_model
 from ..distributed.several import Ended, Several
 from ..models import test_families as ZOO
 
@@ -77,7 +78,8 @@ def write_moe(folder: Path, **changes: Any) -> Path:
 def settings_of(folder: Path, model: Path, recipe: str = "apex4", **changes: Any) -> QuantizeSettings:
     calib = folder / "calibration.txt"
     if not calib.exists():
-        write_calibration(calib).write_text((Path(__file__).parents[2] / "README.md").read_text() * 6)
+        # Not a page of ours, which changes; and one that leaves no expert near the number of tokens it needs.
+        calib.write_text(load_text("bundled")[200000 : 200000 + 60000])
     quick = named_recipes()[recipe].as_dict() | {"transform_steps": 10}
     path = folder / f"{recipe}.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in quick.items() if key != "name"}))
@@ -166,7 +168,7 @@ def test_checkpoint_is_that_of_one_process_but_for_the_order_of_sums(
     assert without_numbers(reports[0]) == without_numbers(reports[1])
     errors = [[entry["error"] for entry in report["quantized"]] for report in reports]
     tokens = [[entry.get("calibration_tokens", 0) for entry in report["quantized"]] for report in reports]
-    assert sum(abs(a - b) for a, b in zip(*tokens, strict=True)) <= 0.02 * sum(tokens[0])
+    assert sum(abs(a - b) for a, b in zip(*tokens, strict=True)) <= 0.04 * sum(tokens[0])
     assert sum(errors[0]) == pytest.approx(sum(errors[1]), rel=0.01)
     print(f"{kind}, {recipe}, {size} ranks: bytes of codes that differ, by layer:", end="")
     print("", *(f"{100 * differing(one, two, layer):.1f} %" for layer in range(2)))
