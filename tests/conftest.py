@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 import apex4_quant
 from apex4_quant.cli import cli
 from apex4_quant.command_options import BARS_OFF
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.recipes import named_recipes
 
 from . import selection

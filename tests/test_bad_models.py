@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py

@@ -16,7 +16,8 @@ from apex4_quant.calib.text import BUNDLED, load_text
 from apex4_quant.checkpoint.load import load_model
 from apex4_quant.evaluation.lm_eval_tasks import TASKS_FOLDER
 from apex4_quant.evaluation.predictions import measure_perplexity
-from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.place import DEMO_PATH
+from apex4_quant.models.source import ModelSource
 from apex4_quant.models.tokenizers import load_tokenizer
 
 

@@ -35,7 +35,8 @@ from ..format.storage import (
 from ..format.transform_kind import TransformKind
 from ..models.companions import companions_of, copy_companions
 from ..models.families import expert_of
-from ..models.source import CHECKPOINT, read_tensors, require_there
+from ..models.place import CHECKPOINT, require_there
+from ..models.source import read_tensors
 from ..models.weight_files import INDEX_NAME
 from .check import stored_formats
 from .inspect import Checkpoint

@@ -12,7 +12,8 @@ from ..format.storage import format_bytes
 from ..format.tensor_info import TensorInfo
 from ..models.families import Family, family_of
 from ..models.foreign_formats import foreign_format
-from ..models.source import CHECKPOINT, language_settings, read_config, require_sizes, resolve_model
+from ..models.place import CHECKPOINT
+from ..models.source import language_settings, read_config, require_sizes, resolve_model
 from ..models.weight_files import read_tensor_infos
 from .load import quant_config_of, read_report
 

@@ -29,7 +29,8 @@ from ..format.storage import (
 )
 from ..hardware.gpus import Target, resolve_target
 from ..models.companions import companions_of, copy_companions
-from ..models.source import CHECKPOINT, read_tensors, require_there
+from ..models.place import CHECKPOINT, require_there
+from ..models.source import read_tensors
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG, index_of
 from .check import stored_formats
 from .inspect import Checkpoint

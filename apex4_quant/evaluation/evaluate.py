@@ -15,7 +15,8 @@ from ..distributed.group import Group
 from ..errors import UsageError
 from ..hardware.devices import DTYPES, resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import language_settings, read_config, require_there, resolve_model
+from ..models.place import require_there
+from ..models.source import language_settings, read_config, resolve_model
 from ..models.tokenizers import Bos, beginning_of, conversation_renderer, encode_text, load_tokenizer, require_known
 from ..progress import Progress
 from .engine import EngineName, Subject, Tasks, where

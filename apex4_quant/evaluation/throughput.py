@@ -15,7 +15,8 @@ from ..errors import UsageError
 from ..format.storage import format_bytes
 from ..hardware.devices import resolve_dtype
 from ..kernels.dispatch import asked_activations
-from ..models.source import language_settings, read_config, require_there, resolve_model
+from ..models.place import require_there
+from ..models.source import language_settings, read_config, resolve_model
 from ..progress import Progress
 from .engine import RUNS, EngineName, Load, where
 from .engines import open_engine

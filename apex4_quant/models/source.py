@@ -10,7 +10,6 @@ import errno
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,60 +24,20 @@ from ..format.tensor_info import TensorInfo
 from .expert_tensors import in_model, published_name, unfused
 from .families import FAMILIES, RECOMPUTED_SUFFIXES, Family, family_of
 from .foreign_formats import foreign_format
+from .place import MODEL, Kind, local_or_hub_id
 from .weight_files import read_tensor_infos
 from .xet_failure import WITHOUT_XET, xet_failure
 
-DEMO = "demo"
-DEMO_PATH = Path(__file__).resolve().parents[1] / "demo"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ADAPTER_NAME = "adapter_config.json"  # of peft
 CHECKSUMS_NAME = "checksums.json"  # {file name: sha256}, optional beside any model
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a folder is asked for as: by what a sentence calls it, and what may be given."""
-
-    name: str
-    given: str
-    folder: str
-
-
-MODEL = Kind("model", "'demo', a local folder, or a Hub id (org/name)", "the folder of a Hugging Face model")
-CHECKPOINT = Kind(
-    "checkpoint", "a folder that 'apex4 quantize' wrote, or a Hub id (org/name)", "a folder that 'apex4 quantize' wrote"
-)
-
-
 def resolve_model(model: str, kind: Kind = MODEL) -> Path:
     """The folder of `demo`, of a local path, or of a Hub id, ORG/NAME or ORG/NAME@REVISION (downloaded once; a revision
     is a branch, a tag or a commit). Raises UsageError."""
-    found = _local_or_hub_id(model, kind)
+    found = local_or_hub_id(model, kind)
     return found if isinstance(found, Path) else _download(*found)
-
-
-def require_there(*models: str | None, kind: Kind = MODEL) -> None:
-    """Before other arguments are looked at, and before anything is fetched: raise UsageError for a path that is not there."""
-    for model in models:
-        if model is not None:
-            _local_or_hub_id(model, kind)
-
-
-def _local_or_hub_id(model: str, kind: Kind) -> Path | tuple[str, str | None]:
-    """The folder, or the id and its revision. Raises UsageError."""
-    if model == DEMO:
-        return DEMO_PATH
-    if not model.strip():  # a variable that is not set: Path("") would be the folder one stands in
-        raise UsageError(f"the {kind.name}'s name is empty: give {kind.given}")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UsageError(f"{kind.name} {model!r} is a file: give the folder that holds config.json and the safetensors")
-    named = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-][\w./-]*))?", model)
-    if not named:
-        raise UsageError(f"{kind.name} folder {model!r} does not exist: give {kind.given}")
-    return named[1], named[2]
 
 
 def hub_revision(folder: Path) -> str | None:

@@ -24,7 +24,8 @@ from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES
 from ..hardware.gpus import Gpu
 from ..models.layer_runner import LayerRunner
-from ..models.source import ModelSource, require_there
+from ..models.place import require_there
+from ..models.source import ModelSource
 from ..progress import Progress
 from ..quantization.calibration import draw_calibration, require_a_window_each
 from ..quantization.plan import plan_of

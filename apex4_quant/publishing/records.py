@@ -27,7 +27,7 @@ from .. import __version__
 from ..errors import Apex4Error, UsageError
 from ..evaluation.engine import EngineName
 from ..format.storage import read_json, write_json
-from ..models.source import CHECKPOINT, require_there
+from ..models.place import CHECKPOINT, require_there
 from .folder import RECORDS_NAME, CheckpointFolder
 
 VERSION = 1

@@ -46,7 +46,8 @@ from ..hardware.devices import DTYPES
 from ..hardware.memory import MemoryBudget, MemoryUse, begin_counting, held_to, memory_used, resident_now
 from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
-from ..models.source import ModelSource, hub_revision, require_there
+from ..models.place import require_there
+from ..models.source import ModelSource, hub_revision
 from ..models.states import States, StoredStates
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
 from ..progress import Progress

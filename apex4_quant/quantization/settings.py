@@ -21,7 +21,8 @@ from ..format.number_format import BITS, GroupSize, parse_activation_bits, parse
 from ..format.transform_kind import TransformKind
 from ..hardware.devices import resolve_device, resolve_dtype
 from ..hardware.gpus import resolve_target
-from ..models.source import DEMO, DEMO_PATH, ModelSource
+from ..models.place import DEMO, DEMO_PATH
+from ..models.source import ModelSource
 from ..models.tokenizers import Bos
 from ..recipes import DEFAULT_RECIPE, get_recipe, named_recipes
 from ..transforms.rewriter import require_rotatable

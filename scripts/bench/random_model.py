@@ -12,7 +12,7 @@ from model_shapes import Shape
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 
 
 def config_of(shape: Shape, layers: int) -> PretrainedConfig:

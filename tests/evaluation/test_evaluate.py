@@ -14,7 +14,7 @@ import torch
 from apex4_quant.calib.text import load_text
 from apex4_quant.checkpoint.load import load_model
 from apex4_quant.evaluation.evaluate import AGREEMENT, DIVERGENCE
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.models.tokenizers import load_tokenizer
 
 USAGE = 2

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from apex4_quant.checkpoint.load import load_model
 from apex4_quant.evaluation import predictions
 from apex4_quant.evaluation.predictions import RecordedPredictions, compare, logits_of, measure_perplexity
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

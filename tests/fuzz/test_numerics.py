@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from apex4_quant.calib.text import load_text
 from apex4_quant.checkpoint.check import check
 from apex4_quant.models.families import FAMILIES
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.models.tokenizers import load_tokenizer
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings

@@ -161,7 +161,7 @@ def test_a_newer_format_is_refused(demo_checkpoint: Path, tmp_path: Path) -> Non
 
 def test_quantizing_while_loading_is_refused() -> None:
     from apex4_quant.integrations.transformers.quantizer import Apex4Config
-    from apex4_quant.models.source import DEMO_PATH
+    from apex4_quant.models.place import DEMO_PATH
 
     with pytest.raises(Apex4Error, match="apex4 quantize"):
         AutoModelForCausalLM.from_pretrained(DEMO_PATH, quantization_config=Apex4Config(format_version=1))

@@ -26,7 +26,8 @@ from apex4_quant.calib.probes import InputProbe
 from apex4_quant.errors import Apex4Error, Stopped
 from apex4_quant.models.experts import UnfusedExperts, unfuse_experts
 from apex4_quant.models.layer_runner import LayerRunner
-from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.place import DEMO_PATH
+from apex4_quant.models.source import ModelSource
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.progress import Progress
 from apex4_quant.quantization.collector import SHARED_STATISTICS, Collector

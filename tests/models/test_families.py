@@ -66,7 +66,8 @@ from apex4_quant.kernels import reference
 from apex4_quant.models.experts import UnfusedExperts
 from apex4_quant.models.families import FAMILIES, auto_class_of, family_of
 from apex4_quant.models.layer_runner import LayerRunner
-from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.place import DEMO_PATH
+from apex4_quant.models.source import ModelSource
 from apex4_quant.nn.deferring import Deferring
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.nn.prepare import prepare_model

@@ -21,7 +21,8 @@ from apex4_quant.checkpoint.check import check
 from apex4_quant.models.experts import UnfusedExperts, unfuse_experts
 from apex4_quant.models.families import FAMILIES
 from apex4_quant.models.layer_runner import LayerRunner
-from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.place import DEMO_PATH
+from apex4_quant.models.source import ModelSource
 
 # As the models' own config.json say, with fewer layers. Qwen3-235B-A22B has 94, all alike.
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,7 +17,7 @@ from apex4_quant.calib.samples import draw_samples, windows
 from apex4_quant.calib.text import load_text
 from apex4_quant.errors import UsageError
 from apex4_quant.models import tokenizers
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.models.tokenizers import (
     Bos,
     beginning_of,

@@ -26,7 +26,8 @@ from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.models.families import expert_of
 from apex4_quant.models.layer_runner import LayerRunner
-from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.place import DEMO_PATH
+from apex4_quant.models.source import ModelSource
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.planning.options import Choice
 from apex4_quant.planning.sensitivity import (

@@ -22,7 +22,7 @@ from apex4_quant.checkpoint.check import check
 from apex4_quant.distributed.group import Group
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
 from apex4_quant.format.storage import RUN_FOLDER, sha256
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.quantization import run
 from apex4_quant.recipes import named_recipes
 

@@ -13,7 +13,8 @@ from click.testing import Result
 
 from apex4_quant.errors import Apex4Error, UsageError
 from apex4_quant.format.transform_kind import TransformKind
-from apex4_quant.models.source import DEMO_PATH, ModelSource
+from apex4_quant.models.place import DEMO_PATH
+from apex4_quant.models.source import ModelSource
 from apex4_quant.quantization.settings import QuantizeSettings, ResolvedSettings, require_same, same_model
 
 USAGE = 2

@@ -16,7 +16,7 @@ from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import ROWMAJOR
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.models.layer_runner import LayerRunner
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.run_state import RunState, Streams
 from apex4_quant.quantization.settings import QuantizeSettings

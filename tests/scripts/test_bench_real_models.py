@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apex4_quant.calib.text import load_text
-from apex4_quant.models.source import DEMO_PATH
+from apex4_quant.models.place import DEMO_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "bench" / "real_models"

@@ -121,7 +121,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, original: Callable[[str]
 
 def _write(folder: Path, name: str) -> Path:
     from apex4_quant.models.families import FAMILIES
-    from apex4_quant.models.source import DEMO_PATH
+    from apex4_quant.models.place import DEMO_PATH
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(name))

@@ -68,7 +68,7 @@ def test_two_gpus_generate_what_one_does(
 def prompts() -> list[list[int]]:
     """Text that demo knows: its predictions are far from ties."""
     from apex4_quant.calib.text import load_text
-    from apex4_quant.models.source import DEMO_PATH
+    from apex4_quant.models.place import DEMO_PATH
     from apex4_quant.models.tokenizers import load_tokenizer
 
     ids = load_tokenizer(DEMO_PATH).encode(load_text("heldout")[:20000])
