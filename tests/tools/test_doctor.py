@@ -20,6 +20,7 @@ from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.runtime import compiler
 from apex4_quant.kernels.runtime.architectures import EIGHT_BIT_FAMILIES
 from apex4_quant.kernels.sweeps import configs as sweep_configs
+from apex4_quant.kernels.training import configs as training_configs
 from apex4_quant.progress import Progress
 from apex4_quant.tools import doctor, kernel_build
 
@@ -188,7 +189,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     made = [Configuration(f"toy_{value}", str(source), "toy", {"VALUE": value}) for value in (1, 2)]
     of_modules: tuple[tuple[Any, list[Configuration]], ...] = (
         (gemm_configs, made[:1]), (fused_linear, []), (s8_configs, []), (sm90_s8_configs, []), (quantize_configs, made[1:]),
-        (expert_configs, []), (sweep_configs, []),
+        (expert_configs, []), (sweep_configs, []), (training_configs, []),
     )  # fmt: skip
     for module, configs in of_modules:
         monkeypatch.setattr(module, "all_configs", lambda sm, configs=configs: configs)

@@ -81,6 +81,7 @@ def test_the_operators_are_torch_backend_s_linear(dtype: torch.dtype, bits: int)
 def test_vllm_s_key_of_compiled_graphs_has_our_version_and_settings(
     quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
     from vllm.config import ModelConfig
 
     from apex4_quant.integrations.vllm import config, register
