@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,12 +122,6 @@ def cpu_launcher() -> Any:
     if cuda_on_cpu.COMPILER is None:
         pytest.skip("no C++ compiler to run the kernels' source with")
     return cuda_on_cpu.CpuLauncher((), "-O0")
-
-
-@pytest.fixture
-def on_cpu(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
 
 
 def generator(seed: int = 1) -> torch.Generator:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,19 +278,6 @@ M16, M64, M256 = (configuration(tile) for tile in ("m16n128", "m64n128", "m128n2
 WIDE_16, WIDE_64, WIDE_128 = (configuration(tile, wide=True) for tile in ("m16n128", "m64n128", "m128n128"))
 FP16 = configuration("m64n128", 86, out="fp16")
 EMULATED = [M16, M64, M256, WIDE_16, WIDE_64, WIDE_128, FP16]
-
-
-@pytest.fixture(scope="module")
-def cpu_launcher() -> Any:
-    if cuda_on_cpu.COMPILER is None:
-        pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher()
-
-
-@pytest.fixture
-def on_cpu(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
 
 
 def generator(case: Case) -> torch.Generator:

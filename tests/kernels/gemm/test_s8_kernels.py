@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,19 +113,6 @@ def test_every_configuration_compiles_without_spills(sm: int) -> None:
 UNTOUCHED = 12345.0
 M16, M32 = S8Config(16, 128, 2), S8Config(32, 128, 3, "fp16")
 M64, M128 = S8Config(64, 128, 3), S8Config(128, 128, 2)
-
-
-@pytest.fixture(scope="module")
-def cpu_launcher() -> Any:
-    if cuda_on_cpu.COMPILER is None:
-        pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher()
-
-
-@pytest.fixture
-def on_cpu(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
 
 
 Case = tuple[S8Plan, int, int]  # a plan, blocks of a group, columns that y has more

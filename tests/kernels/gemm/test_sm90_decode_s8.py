@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,19 +33,6 @@ CASES: list[Case] = [
     (WIDE, 33, 300, 17, 1, 4),
     (WIDE, 20, 128, 3, 3, 3),
 ]
-
-
-@pytest.fixture(scope="module")
-def cpu_launcher() -> Any:
-    if cuda_on_cpu.COMPILER is None:
-        pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher()
-
-
-@pytest.fixture
-def on_cpu(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
 
 
 def problems(case: Case) -> list[str]:

@@ -526,13 +526,6 @@ def test_machine_code_of_the_dense_quantizer(sm: int, format: str, tmp_path: Pat
 # ---- the kernels' own source on a CPU -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cpu_launcher() -> Any:
-    if cuda_on_cpu.COMPILER is None:
-        pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher()
-
-
 def variants(base: Any) -> list[Any]:
     few = replace(base, m=5, k=200)
     return [

@@ -40,13 +40,6 @@ def test_they_compile_without_a_word_and_without_spills(sm: int, config: Any) ->
     assert resources.registers <= 64  # two CTAs of 512 threads on a multiprocessor
 
 
-@pytest.fixture(scope="module")
-def cpu_launcher() -> Any:
-    if cuda_on_cpu.COMPILER is None:
-        pytest.skip("no C++ compiler to run the kernels' source with")
-    return cuda_on_cpu.CpuLauncher()
-
-
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """CPU tensors go through the kernels, as a GPU's do. The sources of those launched."""
