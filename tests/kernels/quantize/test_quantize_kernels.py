@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.errors import UsageError
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize import configs as quantize_configs
@@ -44,10 +44,10 @@ from apex4_quant.kernels.quantize.configs import (
 )
 from apex4_quant.kernels.quantize.launch import rows_are_aligned, run_quantize
 from apex4_quant.kernels.runtime import launcher
-from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
 
 from ... import cuda_on_cpu
 from ...kernel_cases import quantize as kernel_cases
+from ..conftest import compiled
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -416,15 +416,6 @@ def test_the_scale_of_a_token_is_a_correctly_rounded_division() -> None:
 
 
 # ---- machine code ---------------------------------------------------------------------------------------------------
-
-
-def compiled(config: Any, sm: int) -> Any:
-    try:
-        return compile_kernel(config.source, config.defines, arch_of(sm))
-    except Apex4Error as error:
-        if "is not installed" in str(error) or "is needed" in str(error):
-            pytest.skip(str(error))
-        raise
 
 
 THREADS_AND_CTAS = {

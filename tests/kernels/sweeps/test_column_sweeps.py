@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from apex4_quant.errors import Apex4Error
 from apex4_quant.kernels.runtime import launcher
-from apex4_quant.kernels.runtime.compiler import arch_of, compile_kernel
 from apex4_quant.kernels.sweeps import column_sweeps
 from apex4_quant.kernels.sweeps.configs import all_configs
 
 from ... import cuda_on_cpu
 from ...kernel_cases import sweeps as kernel_cases
+from ..conftest import compiled
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -28,12 +27,7 @@ SMALL = [shape for shape in kernel_cases.SHAPES if shape[0] < 1000]
 @pytest.mark.parametrize("config", all_configs(80), ids=lambda config: config.name)
 @pytest.mark.parametrize("sm", [80, 86, 89, 90])
 def test_they_compile_without_a_word_and_without_spills(sm: int, config: Any) -> None:
-    try:
-        result = compile_kernel(config.source, config.defines, arch_of(sm))
-    except Apex4Error as error:
-        if "is not installed" in str(error) or "is needed" in str(error):
-            pytest.skip(str(error))
-        raise
+    result = compiled(config, sm)
     assert result.warnings == ""
     resources = result.resources
     assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0
