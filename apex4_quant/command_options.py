@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +43,16 @@ def ranks_started() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+_FIRST_REFUSES_WITHIN = 10.0  # seconds
+
+
 def _refuse(sentence: str, exit_code: int) -> NoReturn:
-    if is_first_rank():
-        click.echo(f"apex4: {sentence}", err=True)
+    """Say it and exit, before ranks have met. What all ranks refuse is said by the first; what only this one does, by it."""
+    if not is_first_rank():
+        # A launcher ends all ranks when one fails. Were this the one, the first might be ended before it has said why.
+        time.sleep(_FIRST_REFUSES_WITHIN)
+        sentence = f"rank {os.environ['RANK']}: {sentence}"
+    click.echo(f"apex4: {sentence}", err=True)
     sys.exit(exit_code)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from apex4_quant import command_options
 from apex4_quant.distributed.starting import launch
 from apex4_quant.format.storage import RUN_FOLDER, read_json
 
@@ -46,6 +47,25 @@ def test_exit_code_is_the_ranks(signals: None, capfd: pytest.CaptureFixture[str]
     assert launch(2, ["gpus", "--json"], "cpu") == 2
     assert "'apex4 gpus' runs in one process and WORLD_SIZE is 2" in capfd.readouterr().err
     assert launch(1, ["gpus", "--json"], "cpu") == 0
+
+
+def test_what_all_refuse_is_said_though_the_first_is_late(
+    signals: None, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert launch(2, ["quantize"], "cpu") == 2
+    assert capfd.readouterr().err == "apex4: quantize needs a MODEL: give 'demo', a local folder, or a Hub id\n"
+
+
+def test_what_another_rank_alone_refuses_is_said_by_it(
+    invoke: Callable[..., Result], one_sentence: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(command_options, "_FIRST_REFUSES_WITHIN", 0.0)
+    one_sentence(invoke("quantize"), 2, "rank 1: quantize needs a MODEL")
 
 
 def children(pid: int) -> dict[int, int]:
