@@ -13,35 +13,50 @@ def rows_to_learn_from(features: int) -> int:
     return max(PROBE_ROWS, PROBE_ELEMENTS // features)
 
 
-def evenly_spaced(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """At most `count` of the rows [R, K], from the first on."""
-    return rows[:: max(1, -(-len(rows) // count))]
+def stratified(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the rows [R, K], in their order: a stratified sample."""
+    numbers = _one_of_every(-(-len(rows) // count), len(rows))
+    return rows if len(numbers) == len(rows) else rows[numbers.to(rows.device)]
+
+
+def _one_of_every(stride: int, total: int) -> torch.Tensor:
+    """Of 0 to stride - 1 a number that is drawn, of the next `stride` another, and so on to before `total`: int64, in order.
+
+    The same in every run. Every 32nd row, of windows of 2048 tokens, would be all first tokens, which are like no others.
+    """
+    numbers = torch.arange(0, total, stride)
+    sizes = (total - numbers).clamp_max(stride)  # the last stretch may be shorter
+    drawn = torch.rand(len(numbers), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return numbers + (drawn * sizes).long()
 
 
 class InputProbe:
-    """Keeps every `stride`-th token of what a linear reads, at most `tokens` rows of `total` in all.
+    """Keeps a stratified sample of the tokens of what a linear reads, at most `tokens` rows of `total` in all.
 
-    Evenly spaced over all calibration tokens, so it needs no random state and is the same in every run. If `total` is
-    None, it is not known beforehand (an expert's tokens): the stride doubles whenever twice too many rows are kept.
+    It is the same in every run. If `total` is None, it is not known beforehand (an expert's tokens): every `stride`-th is
+    kept, and the stride doubles whenever twice too many are.
 
     Of several probes that see one part of the tokens each, `before` is how many come before this one's; `rows` of all of
     them, in order, are those of one that sees all.
     """
 
     def __init__(self, total: int | None, tokens: int = PROBE_ROWS, before: int = 0) -> None:
-        self._stride = max(1, -(-(total or 1) // tokens))
-        self._most = None if total is not None else tokens
+        self._places = None if total is None else _one_of_every(max(1, -(-total // tokens)), total)
+        self._most, self._stride = tokens, 1
         self._before, self._seen, self._kept = before, before, 0
         self._rows: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
         """x [..., K]: the input of the linear for one batch."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        first = -self._seen % self._stride
-        self._rows.append(rows[first :: self._stride].clone())
-        self._seen += len(rows)
+        first, self._seen = self._seen, self._seen + len(rows)
+        if self._places is not None:
+            start, stop = torch.searchsorted(self._places, torch.tensor([first, self._seen])).tolist()
+            self._rows.append(rows[(self._places[start:stop] - first).to(rows.device)])
+            return
+        self._rows.append(rows[-first % self._stride :: self._stride].clone())
         self._kept += len(self._rows[-1])
-        while self._most is not None and self._kept >= 2 * self._most:
+        while self._kept >= 2 * self._most:
             self._halve()
 
     def _halve(self) -> None:
@@ -54,6 +69,6 @@ class InputProbe:
         """[kept tokens, K] in the dtype seen, of which there must be a token. `total`: the tokens of all probes, if this is
         one of several."""
         total = self._seen - self._before if total is None else total
-        while self._most is not None and -(-total // self._stride) > self._most:
+        while self._places is None and -(-total // self._stride) > self._most:
             self._halve()
         return torch.cat(self._rows)

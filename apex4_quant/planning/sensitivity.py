@@ -305,7 +305,7 @@ def _fewer(rows: torch.Tensor) -> torch.Tensor:
 def rows_to_measure(count: int) -> torch.Tensor:
     """Which of so many rows of an input to measure with, at most ROWS: bool [count]. The others are learned from.
 
-    They are drawn, the same in every run: among evenly spaced rows the first tokens of all windows would be, or none.
+    They are drawn, the same in every run: of every eighth row the first tokens of all windows would be, or none.
     """
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, min(ROWS, count // 2))]
     return torch.zeros(count, dtype=torch.bool).index_fill_(0, drawn, True)

@@ -11,6 +11,7 @@
       measure    that linear's output error                                     measure_error
       replace    the float linear in the module by the packed one
     write      what the packed linears store, and what was kept                 QuantizedLayer.tensors, run.py
+    read back  some rows of each, as readers decode them, against what was rounded  RoundedRows.require_in, run.py
 
 Memory: a float weight is handed out once (LayerTensors.take) and gone when its packed form is there; one part's Hessian and
 its factors are there at a time.
@@ -23,13 +24,17 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from ..calib.probes import evenly_spaced
+from ..calib.probes import stratified
 from ..distributed.group import Group
+from ..errors import Apex4Error
+from ..format.layouts import Layout
 from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
@@ -101,11 +106,53 @@ class GptqMoments:
 
 
 @dataclass(frozen=True)
+class RoundedRows:
+    """The rows of one tile of a linear, as rounding left them: int8 codes [R, padded K] and float16 scales [R, G].
+
+    Between rounding and a file lie packing, what a device's kernels do to a linear that computes, and the disk. Whatever goes
+    wrong there, a reader of the file finds other codes than these.
+    """
+
+    layout: Layout
+    tile: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, format: LinearFormat, codes: torch.Tensor, scales: torch.Tensor) -> RoundedRows:
+        """From all of them, [N, padded K] and [N, G]: those of the tile in the middle."""
+        tile, size = format.packed_shape[0] // 2, format.layout.tile_n
+        rows = slice(tile * size, (tile + 1) * size)
+        return cls(format.layout, tile, codes[rows].cpu().clone(), scales[rows].cpu().clone())
+
+    def require_in(self, path: Path, name: str) -> None:
+        """Raise Apex4Error unless the linear `name` of the checkpoint's file `path` has these rows."""
+        with safe_open(path, "pt") as file:
+            packed, scales = (
+                file.get_slice(f"{name}.{part}")[self.tile : self.tile + 1]
+                for part in ("weight_packed", "weight_scale")
+            )
+        count = len(self.codes)
+        if not (
+            torch.equal(self.layout.unpack(packed, count), self.codes)
+            and torch.equal(self.layout.unpack_scales(scales, count), self.scales)
+        ):
+            raise Apex4Error(
+                f"{name} has other codes or scales in {path.name} than it was rounded to, so memory or the disk failed, or apex4 "
+                "did: the layers before it are kept, go on with --resume, and report it if it comes again"
+            )
+
+
+@dataclass(frozen=True)
 class QuantizedLayer:
-    """`tensors`: the layer's part of the checkpoint, by full name. `records`: what the report says of each linear."""
+    """`tensors`: the layer's part of the checkpoint, by full name. `records`: what the report says of each linear.
+
+    `rounded`: by linear, what readers of the file must find.
+    """
 
     tensors: dict[str, torch.Tensor]
     records: list[dict[str, Any]]
+    rounded: dict[str, RoundedRows]
 
 
 class LayerQuantizer:
@@ -130,6 +177,7 @@ class LayerQuantizer:
         self._source, self._plan, self._recipe = source, plan, plan.recipe
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
         self._say, self._note, self._group = say, note, group or Group()
+        self._rounded: dict[str, RoundedRows] = {}  # of the layer in flight
         self._name_width = max(len(linear.name) for linear in plan.linears)
         hessians = self._recipe.rounding is Rounding.GPTQ
         self._collector = Collector(
@@ -147,6 +195,7 @@ class LayerQuantizer:
         planned = self._plan.of_layer(layer)
         packed: dict[str, Apex4Linear] = {}
         records: dict[str, dict[str, Any]] = {}
+        self._rounded = {}
         for inputs in self._collector.inputs_together(layer, module, planned, streams, self._group.size):
             sharing = [tuple(linear.name.removeprefix(prefix) for linear in each.linears) for each in inputs]
             for name, linear, record in self._quantize_inputs(layer, inputs, tensors, module, gradients):
@@ -158,6 +207,7 @@ class LayerQuantizer:
             tensors.untaken()
             | {key: tensor for name, linear in packed.items() for key, tensor in stored(name, linear)},
             [records[linear.name] for linear in planned if linear.name in records],
+            self._rounded,
         )
 
     def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
@@ -244,6 +294,7 @@ class LayerQuantizer:
                 codes, scales = group.broadcast(codes, rank), group.broadcast(scales, rank)
                 tensors.take_weight(planned.name)
                 bias = _replaced(module, planned.name.removeprefix(prefix)).bias
+                self._rounded[planned.name] = RoundedRows.of(format, codes, scales)
                 linear = pack(format, codes, scales, bias, matrix, owner)
                 yield self._replace(part, planned, linear, errors[number], module, prefix)
                 if isinstance(decide, InputDecision):
@@ -277,9 +328,10 @@ class LayerQuantizer:
             weight = tensors.take_weight(planned.name).to(self._runner.device)
             format = _with_clip(planned.format, decision)
             made = self._round_one(planned.name, format, weight, bias, inputs, decision, moments, owner, self._group)
-            linear, error = made[0], made[3]
+            linear, codes, scales, error = made
+            self._rounded[planned.name] = RoundedRows.of(format, codes, scales)
             owner = owner or linear
-            del made, weight
+            del made, codes, scales, weight
             yield self._replace(part, planned, linear, error, module, prefix)
 
     def _round_one(
@@ -433,7 +485,7 @@ def decide_input(
     if recipe.search_clip and format.activation_bits == BITS:
         amplifying = weighed() if found is None else iter([found.rows])  # an error of the input
         bases = (transform_weight(rows, format, matrix) for rows in amplifying)
-        inputs = evenly_spaced(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
+        inputs = stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
         clip = search_activation_clip(transform_input(inputs, format, matrix), bases, format.group_length, group)
     return InputDecision(matrix, clip)
 
@@ -493,7 +545,7 @@ def measure_error(linear: Apex4Linear, weight: torch.Tensor, inputs: torch.Tenso
     It is the error of the linear alone, also where GPTAQ aims at what the original model computes. Each process of the
     `group` computes a share of the rows.
     """
-    inputs, group = evenly_spaced(inputs, MEASURED_ROWS), group or Group()
+    inputs, group = stratified(inputs, MEASURED_ROWS), group or Group()
     inputs = inputs[group.share(len(inputs)).slice]
     exact = inputs @ weight.float().t()
     if linear.bias is not None:

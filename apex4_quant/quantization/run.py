@@ -415,6 +415,9 @@ class _Run:
         """Quantize, write and commit one layer. Returns the streams that leave it."""
         quantized = quantizer.quantize(layer, streams, advance)
         written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
+        if self.group.is_first:
+            for name, rows in quantized.rounded.items():
+                rows.require_in(self._shard_path(layer + 2), name)
         del quantized  # of its tensors the runner needs those that its module holds
         leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
         if self.original is not None and streams.original is not None:
