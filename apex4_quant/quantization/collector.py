@@ -49,7 +49,7 @@ EXPERT_ROWS = 1024  # kept of what an expert reads: a layer may have hundreds of
 
 
 class Statistics:
-    """Of what one set of linears reads: evenly spaced rows and, with `format`, the Hessian.
+    """Of what one set of linears reads: a sample of the rows and, with `format`, the Hessian.
 
     If the inputs of the original model are given too, how they differ is kept as E[(x~ - x) x^T].
     """

@@ -77,7 +77,7 @@ def test_a_transform_is_not_measured_on_what_it_was_learned_from(count: int, mea
 
 
 def test_of_the_first_tokens_of_windows_some_are_measured_and_some_are_learned_from() -> None:
-    """They are like no others in pretrained models, and stand at multiples of 256 of evenly spaced rows."""
+    """They are like no others in pretrained models, and stood at multiples of 256 of evenly spaced rows."""
     assert 0 < rows_to_measure(4096)[::256].sum() < 8
 
 
