@@ -15,7 +15,7 @@ def rows_to_learn_from(features: int) -> int:
 
 def stratified(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` of the rows [R, K], in their order: a stratified sample."""
-    numbers = _one_of_every(-(-len(rows) // count), len(rows))
+    numbers = _one_of_every(max(1, -(-len(rows) // count)), len(rows))
     return rows if len(numbers) == len(rows) else rows[numbers.to(rows.device)]
 
 

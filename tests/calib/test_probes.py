@@ -29,6 +29,10 @@ def test_one_row_of_every_so_many(total: int, tokens: int) -> None:
     assert kept == stratified(torch.arange(total), tokens).tolist()
 
 
+def test_of_no_rows_none() -> None:
+    assert stratified(torch.zeros(0, 3), 4).shape == (0, 3)
+
+
 def test_which_rows() -> None:
     assert kept_of(40, 8) == [4, 8, 12, 19, 23, 28, 30, 36]
 
