@@ -40,6 +40,13 @@ def is_first_rank() -> bool:
 
 
 def ranks_started() -> int:
+    """How many, where `is_rank`. Raises UsageError if what a launcher sets is no number."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name, "0")
+        if not (text.isascii() and text.isdecimal()):
+            raise UsageError(
+                f"{name} is {text!r} in the environment: give a whole number, or unset it and use torchrun"
+            )
     return int(os.environ["WORLD_SIZE"])
 
 

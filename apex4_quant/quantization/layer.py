@@ -11,7 +11,7 @@
       measure    that linear's output error                                     measure_error
       replace    the float linear in the module by the packed one
     write      what the packed linears store, and what was kept                 QuantizedLayer.tensors, run.py
-    read back  some rows of each, as readers decode them, against what was rounded  RoundedRows.require_in, run.py
+    read back  some rows of each, as a reader of the file decodes them           RoundedRows.require_in, run.py
 
 Memory: a float weight is handed out once (LayerTensors.take) and gone when its packed form is there; one part's Hessian and
 its factors are there at a time.
@@ -327,11 +327,12 @@ class LayerQuantizer:
             bias = _replaced(module, planned.name.removeprefix(prefix)).bias
             weight = tensors.take_weight(planned.name).to(self._runner.device)
             format = _with_clip(planned.format, decision)
-            made = self._round_one(planned.name, format, weight, bias, inputs, decision, moments, owner, self._group)
-            linear, codes, scales, error = made
+            linear, codes, scales, error = self._round_one(
+                planned.name, format, weight, bias, inputs, decision, moments, owner, self._group
+            )
             self._rounded[planned.name] = RoundedRows.of(format, codes, scales)
             owner = owner or linear
-            del made, codes, scales, weight
+            del codes, scales, weight
             yield self._replace(part, planned, linear, error, module, prefix)
 
     def _round_one(

@@ -68,6 +68,21 @@ def test_what_another_rank_alone_refuses_is_said_by_it(
     one_sentence(invoke("quantize"), 2, "rank 1: quantize needs a MODEL")
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+@pytest.mark.parametrize("text", ["x", "", "-1", "1.5"])
+def test_variables_that_are_no_numbers(
+    name: str,
+    text: str,
+    invoke: Callable[..., Result],
+    one_sentence: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for each, value in {"RANK": "0", "WORLD_SIZE": "2", name: text}.items():
+        monkeypatch.setenv(each, value)
+    monkeypatch.setattr(command_options, "_FIRST_REFUSES_WITHIN", 0.0)
+    one_sentence(invoke("quantize", "demo", "--dry-run"), 2, f"{name} is {text!r} in the environment")
+
+
 def children(pid: int) -> dict[int, int]:
     """The ranks that a launcher has started, by rank."""
     found = {}
