@@ -23,6 +23,9 @@ FORBIDDEN_CODE = -8
 
 BLOCK = 128  # the unit of groups, of group transforms and of tensor-parallel slices along K
 CHANNEL = "channel"  # a group size: one group spans all of K
+STEP_COLUMNS = 16  # of a block: with error feedback they are rounded together (feedback.py)
+FEEDBACK_STEPS = BLOCK // STEP_COLUMNS
+FEEDBACK_ROWS = FEEDBACK_STEPS * (FEEDBACK_STEPS - 1) // 2 * STEP_COLUMNS**2 // BLOCK  # of 128 values, for a block
 LARGEST_GROUP = 2**16  # the largest given as a number: K is padded to a multiple of it
 
 WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weight group gets

@@ -78,7 +78,7 @@ class LinearFormat:
         """Of the tensor `input_transform`, if this linear stores one."""
         if not self.transform.is_learned or self.transform_from is not None:
             return None
-        return self.transform.matrix_count(self.padded_k // BLOCK), BLOCK, BLOCK
+        return self.transform.matrix_count(self.padded_k // BLOCK), self.transform.matrix_rows, BLOCK
 
     @property
     def stored_bytes(self) -> int:
@@ -262,6 +262,11 @@ class QuantConfig:
             transform_from=override.get("transform_from"),
             activation_bits=self.activation_bits_of(name),
         )
+        if format.transform.has_feedback and (format.group_size != BLOCK or format.activation_bits != BITS):
+            raise Apex4Error(
+                f"{name} has the transform {format.transform} with groups of {format.group_size} and {format.activation_bits}-bit "
+                f"activations, and that is for groups of {BLOCK} and {BITS} bits: config.json is damaged"
+            )
         if format.activation_bits != BITS and not format.may_have_eight_bits:
             raise Apex4Error(
                 f"{name} has {format.padded_k} input features with 8-bit activations, and at most {LARGEST_K_OF_TOKENS} can be "

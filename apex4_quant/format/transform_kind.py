@@ -8,19 +8,40 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from .number_format import BITS, BLOCK, FEEDBACK_ROWS, GroupSize
+
 
 class TransformKind(StrEnum):
     """The value is what config.json, recipes and plan files say."""
 
     HADAMARD = "hadamard128"  # the Hadamard matrix over sqrt(128): nothing is stored
     DENSE = "dense128"  # learned, one matrix for every block of the input
+    FEEDBACK = "feedback128"  # the same, and rounding errors of a step are made up for by the columns that are left
     SHARED = "shared128"  # learned, one matrix for all blocks of the input
     NONE = "none"
 
     @property
     def is_learned(self) -> bool:
         """Whether the checkpoint stores matrices. Kernels have learned transforms with groups of 128 only."""
-        return self in (TransformKind.DENSE, TransformKind.SHARED)
+        return self in (TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.SHARED)
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether error feedback is stored behind every matrix (feedback.py)."""
+        return self is TransformKind.FEEDBACK
+
+    def fitting(self, group_size: GroupSize, activation_bits: int) -> TransformKind:
+        """What a linear has where this kind is wanted: feedback is for groups of 128 and 4-bit activations.
+
+        Errors of 8 bits are too small to be made up for.
+        """
+        fits = not self.has_feedback or (group_size == BLOCK and activation_bits == BITS)
+        return self if fits else TransformKind.DENSE
+
+    @property
+    def matrix_rows(self) -> int:
+        """Of 128 values, that are stored for a block: those of T, and of the feedback."""
+        return BLOCK + FEEDBACK_ROWS if self.has_feedback else BLOCK
 
     def matrix_count(self, blocks: int) -> int:
         """Matrices stored for an input of so many blocks of 128 channels."""

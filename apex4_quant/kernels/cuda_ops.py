@@ -27,6 +27,7 @@ from .operands import (
     TOKEN_FORMAT,
     Operands,
     empty_operands,
+    has_feedback,
     require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
@@ -111,7 +112,7 @@ class _Source:
             matrix, factor = signs(index, x.dtype), BLOCK**-0.5
         shape = QuantizerShape(
             index, m, k, k_padded // BLOCK, row_stride(m), x.stride(0), self.ld_second, self.aligned, _NAMES[x.dtype], format,
-            sm_count, group // BLOCK, "dense" if matrix is not None else "hadamard" if hadamard else "none", clip, self.input,
+            sm_count, group // BLOCK, _transform(matrix, hadamard), clip, self.input,
             self.eps, self.gain_offset, matrix is not None and len(matrix) == 1, factor, _is_programmatic(sm, format),
             sm == 90,
         )  # fmt: skip
@@ -183,6 +184,13 @@ def _linear(
     )  # fmt: skip
     _multiply(y, codes, scales, packed, scale, unit, bias, k_padded // BLOCK, m_stride, stream)
     return y
+
+
+def _transform(matrix: torch.Tensor | None, hadamard: bool) -> str:
+    """As a `QuantizerShape` has it."""
+    if matrix is None:
+        return "hadamard" if hadamard else "none"
+    return "feedback" if has_feedback(matrix) else "dense"
 
 
 def _is_programmatic(sm: int, format: str) -> bool:
@@ -369,4 +377,7 @@ def _a_kernel_adds(source: _Source, how: Any) -> bool:
         return token_adds(sm)
     if matrix is None:
         return format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK
-    return dense_adds(len(x), k_padded // BLOCK, aligned=source.aligned, format=format, sm_count=sm_count)
+    return dense_adds(
+        len(x), k_padded // BLOCK,
+        aligned=source.aligned, format=format, sm_count=sm_count, feedback=has_feedback(matrix),
+    )  # fmt: skip

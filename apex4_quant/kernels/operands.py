@@ -24,7 +24,7 @@ import torch
 from ..errors import Apex4Error
 from ..format.layout_name import KERNEL_TILE_N
 from ..format.layouts import S8, Layout, get_layout
-from ..format.number_format import BLOCK, LARGEST_K_OF_TOKENS, round_up
+from ..format.number_format import BLOCK, FEEDBACK_ROWS, LARGEST_K_OF_TOKENS, round_up
 from .folding import fold
 from .index import index_function
 
@@ -123,6 +123,14 @@ def unpack_activations(
 
 WEIGHT_TILE_BYTES = KERNEL_TILE_N * BLOCK // 2  # of 64 output features of one block of 128 input features
 MATRIX_ELEMENTS = BLOCK * BLOCK
+FEEDBACK_ELEMENTS = FEEDBACK_ROWS * BLOCK
+
+
+def has_feedback(matrix: torch.Tensor | None) -> bool:
+    """Whether error feedback lies behind the matrix of every block, prepacked [..., 23552] or as stored [..., 184, 128]."""
+    return matrix is not None and (
+        matrix.shape[-1] == MATRIX_ELEMENTS + FEEDBACK_ELEMENTS or matrix.shape[-2:] == (BLOCK + FEEDBACK_ROWS, BLOCK)
+    )
 
 
 def _refuse(operator: str, argument: str, got: object, needed: str) -> NoReturn:
@@ -169,6 +177,10 @@ def require_quantizer(
     if up is not None and (up.shape != shape or up.dtype != x.dtype or up.get_device() != x.get_device()):
         _refuse(operator, "up", _described(up), f"{_described(x)} beside the gate, as that is,")
     if matrix is not None:
+        if has_feedback(matrix) and (group != BLOCK or format == TOKEN_FORMAT):
+            _refuse(
+                operator, "group", group, f"{BLOCK}, and a format of 4-bit activations, with a matrix that has feedback"
+            )
         prepacked = kernels and (group == BLOCK or format == TOKEN_FORMAT)
         _require_matrix(operator, matrix, x, k_padded // BLOCK, prepacked)
 
@@ -201,10 +213,14 @@ def _require(
 
 
 def _require_matrix(operator: str, matrix: torch.Tensor, x: torch.Tensor, blocks: int, prepacked: bool) -> None:
+    feedback = has_feedback(matrix)
     if not prepacked:
-        _require(operator, "matrix", matrix, x, matrix.dtype, (blocks, BLOCK, BLOCK))
+        rows = BLOCK + FEEDBACK_ROWS if feedback else BLOCK
+        _require(operator, "matrix", matrix, x, matrix.dtype, (blocks, rows, BLOCK))
     else:  # one for all blocks, or one for each
-        _require(operator, "matrix", matrix, x, x.dtype, (1 if len(matrix) == 1 else blocks, MATRIX_ELEMENTS))
+        count = 1 if len(matrix) == 1 and not feedback else blocks
+        elements = MATRIX_ELEMENTS + FEEDBACK_ELEMENTS if feedback else MATRIX_ELEMENTS
+        _require(operator, "matrix", matrix, x, x.dtype, (count, elements))
 
 
 class _Weights(NamedTuple):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from ..format.number_format import ACTIVATION_SCALE_MIN, CODE_MAX, TOKEN_CODE_MAX
+from ..format.feedback import feedback_of, step_order, transform_of
+from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, STEP_COLUMNS, TOKEN_CODE_MAX
 from .hadamard import apply_block_hadamard, apply_block_matrix
 
 
@@ -19,20 +20,47 @@ def quantize_activation(
     """x [M, K], K a multiple of `group` -> integer codes int64 [M, K] and scales float64 [M, K / group].
 
     Each block of 128 inputs is first multiplied by its `matrix` [K / 128, 128, 128] or, without one, by the Hadamard
-    matrix if `hadamard`.
+    matrix if `hadamard`. With error feedback `matrix` is [K / 128, 184, 128] and `group` 128.
 
     s = max(clip * absmax / 7, floor) is rounded to float32, as stored; q = clamp(round_half_even(x / s), -7, 7).
     """
     grouped: torch.Tensor = _transformed(x, hadamard, matrix).unflatten(-1, (-1, group))
     scale = (clip * grouped.abs().amax(-1) / CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN).float().double()
-    codes = torch.round(grouped / scale[..., None]).clamp(-CODE_MAX, CODE_MAX)
+    units = grouped / scale[..., None]
+    feedback = None if matrix is None else feedback_of(matrix.double())
+    if feedback is not None:
+        codes = round_with_feedback(units, feedback)[0]
+    else:
+        codes = torch.round(units).clamp(-CODE_MAX, CODE_MAX)
     return codes.flatten(-2).long(), scale
+
+
+def round_with_feedback(
+    units: torch.Tensor, feedback: torch.Tensor, codes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in units of their scale, float64 [M, KB, 128], and G float64 [KB, 128, 128] in step order -> codes [M, KB, 128], and
+    the values that were rounded to them.
+
+    Steps of 16 columns from the last to the first: v = units + sum over later columns c of (q[c] - v[c]) G[c]; q = clamp(round(v)).
+    With `codes` given, of a kernel, they are taken as they are: the values then say what that kernel should have rounded.
+    """
+    order = step_order(units.device)
+    values = units[..., order].clone()
+    rounded = torch.zeros_like(values) if codes is None else codes[..., order].double()
+    for start in range(BLOCK - STEP_COLUMNS, -1, -STEP_COLUMNS):
+        step = slice(start, start + STEP_COLUMNS)
+        if codes is None:
+            rounded[..., step] = torch.round(values[..., step]).clamp(-CODE_MAX, CODE_MAX)
+        errors = rounded[..., step] - values[..., step]
+        values[..., :start] += torch.einsum("mbi,bij->mbj", errors, feedback[:, step, :start])
+    back = torch.argsort(order)
+    return rounded[..., back], values[..., back]
 
 
 def _transformed(x: torch.Tensor, hadamard: bool, matrix: torch.Tensor | None) -> torch.Tensor:
     x = x.double()
     if matrix is not None:
-        return apply_block_matrix(x, matrix.double())
+        return apply_block_matrix(x, transform_of(matrix.double()))
     return apply_block_hadamard(x) if hadamard else x
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, TOKEN_CODE_MAX
+from ..format.feedback import feedback_of, step_order, transform_of
+from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, STEP_COLUMNS, TOKEN_CODE_MAX
 from .folding import fold, fold_codes
 from .hadamard import apply_block_hadamard, apply_block_matrix
 
@@ -44,7 +45,8 @@ def quantize_activation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] of any float dtype, K a multiple of `group` -> codes float32 [M, G, g] (integers), scales float32 [M, G].
 
-    `matrix` [K / 128, 128, 128] is multiplied to the blocks of x in float32, in the place of the Hadamard matrix.
+    `matrix` [K / 128, 128, 128] is multiplied to the blocks of x in float32, in the place of the Hadamard matrix. With error
+    feedback it is [K / 128, 184, 128], and `group` is 128.
 
     NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
     """
@@ -73,14 +75,42 @@ def _quantize(
     x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None, code_max: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
+    feedback = None if matrix is None else feedback_of(matrix)
     if matrix is not None:
-        x = apply_block_matrix(x, matrix)
+        x = apply_block_matrix(x, transform_of(matrix).contiguous())
     elif hadamard:
         x = apply_block_hadamard(x)
+    return quantize_transformed(x, group, clip, feedback, code_max)
+
+
+def quantize_transformed(
+    x: torch.Tensor, group: int, clip: float = 1.0, feedback: torch.Tensor | None = None, code_max: int = CODE_MAX
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_activation`, of x float32 [M, K] that was transformed already. `feedback`: G [K / 128, 128, 128] in step order."""
     grouped = x.unflatten(-1, (-1, group))
     scale = (grouped.abs().amax(-1) * (clip / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
-    codes = (grouped / scale[..., None]).round_().clamp_(-code_max, code_max)
-    return codes, scale
+    units = grouped / scale[..., None]
+    if feedback is not None:
+        return round_with_feedback(units, feedback), scale
+    return units.round_().clamp_(-code_max, code_max), scale
+
+
+def round_with_feedback(units: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
+    """Values in units of their scale, float32 [M, KB, 128], and G [KB, 128, 128] in step order -> codes float32 [M, KB, 128]."""
+    order = step_order(units.device)
+    values = units.transpose(0, 1)[..., order]  # [KB, M, 128]
+    codes = torch.empty_like(values)
+    errors = torch.empty_like(values)
+    for start in range(BLOCK - STEP_COLUMNS, -1, -STEP_COLUMNS):
+        step, later = slice(start, start + STEP_COLUMNS), slice(start + STEP_COLUMNS, BLOCK)
+        wanted = values[..., step]
+        if start + STEP_COLUMNS < BLOCK:
+            wanted = torch.baddbmm(wanted, errors[..., later], feedback[:, later, step])
+        torch.round(wanted, out=codes[..., step]).clamp_(-CODE_MAX, CODE_MAX)
+        torch.sub(codes[..., step], wanted, out=errors[..., step])
+    rounded = torch.empty_like(codes)
+    rounded[..., order] = codes
+    return rounded.transpose(0, 1)
 
 
 def linear(

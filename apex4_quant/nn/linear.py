@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..errors import Apex4Error
+from ..format.feedback import transform_of
 from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
@@ -276,7 +277,10 @@ class Apex4Linear(nn.Module):
         return self._transform_owner[0] if self._transform_owner else self
 
     def transform_matrix(self) -> torch.Tensor | None:
-        """The learned transform of the input by block, float16 [padded K / 128, 128, 128], or None."""
+        """The learned transform of the input by block, float16 [padded K / 128, 128, 128], or None.
+
+        With error feedback, which 8-bit activations do without, [padded K / 128, 184, 128].
+        """
         if not self.format.transform.is_learned:
             return None
         owner = self.transform_owner
@@ -287,6 +291,8 @@ class Apex4Linear(nn.Module):
         if matrix is None:
             raise Apex4Error("a linear is run without the dense transform of its input: load the model as a whole")
         matrix = matrix.to(self.weight_scale.device)
+        if self.activation_bits != BITS:
+            matrix = transform_of(matrix)
         return (
             matrix.repeat(self.format.padded_k // BLOCK, 1, 1)
             if self.format.transform is TransformKind.SHARED

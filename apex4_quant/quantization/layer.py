@@ -34,6 +34,7 @@ from torch import nn
 from ..calib.probes import stratified
 from ..distributed.group import Group
 from ..errors import Apex4Error
+from ..format.feedback import feedback_of
 from ..format.layouts import Layout
 from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
@@ -49,6 +50,7 @@ from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
 from ..rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
 from ..rounding.nearest import quantize_weight_rtn, require_quantizable
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
+from ..transforms.error_feedback import error_feedback
 from ..transforms.importance import scale_by_readers
 from ..transforms.learned_transform import learn_transform
 from ..transforms.rewriter import Rewriter
@@ -86,7 +88,8 @@ class LayerTensors:
 class InputDecision:
     """What the linears of one input share, since it is transformed and quantized once.
 
-    `matrix` float16 [padded K / 128, 128, 128] is the learned transform, `clip` the searched clip ratio; None: there is none.
+    `matrix` float16 [padded K / 128, 128, 128] is the learned transform, with error feedback [padded K / 128, 184, 128], `clip` the
+    searched clip ratio; None: there is none.
     """
 
     matrix: torch.Tensor | None
@@ -307,7 +310,7 @@ class LayerQuantizer:
             return None
         matrix = own.matrix if rank == self._group.rank else None
         if matrix is None:
-            shape = (format.padded_k // BLOCK, BLOCK, BLOCK)
+            shape = (format.padded_k // BLOCK, format.transform.matrix_rows, BLOCK)
             matrix = torch.empty(shape, dtype=torch.float16, device=self._runner.device)
         return self._group.broadcast(matrix, rank)
 
@@ -461,8 +464,8 @@ def decide_input(
     say: Say,
     group: Group | None = None,
 ) -> InputDecision:
-    """Learn the input's transform, where the plan wants one, and search its clip ratio, where the recipe does and activations
-    have 4 bits.
+    """Learn the input's transform, where the plan wants one, work out its error feedback, likewise, and search its clip ratio, where
+    the recipe does and activations have 4 bits.
 
     `weighed` gives the weights that read the input, float32 [N_i, padded K], rows scaled by how much their errors matter;
     `gradients` are by full linear name, as far as they are known.
@@ -483,11 +486,20 @@ def decide_input(
             warn=lambda text: say(f"{reader}: {text}"),
             group=group,
         )
+
+    def amplifying() -> Iterator[torch.Tensor]:
+        """What an error of the input is multiplied by, in the basis of the transform."""
+        rows_of = weighed() if found is None else iter([found.rows])
+        return (transform_weight(rows, format, matrix) for rows in rows_of)
+
+    feedback = None
+    if format.transform.has_feedback:
+        assert matrix is not None
+        matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
+        feedback = feedback_of(matrix.float())
     if recipe.search_clip and format.activation_bits == BITS:
-        amplifying = weighed() if found is None else iter([found.rows])  # an error of the input
-        bases = (transform_weight(rows, format, matrix) for rows in amplifying)
-        inputs = stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS)
-        clip = search_activation_clip(transform_input(inputs, format, matrix), bases, format.group_length, group)
+        inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)
+        clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
     return InputDecision(matrix, clip)
 
 

@@ -125,7 +125,7 @@ def build_plan(
         1,
         group_size,
         get_layout(layout),
-        transform,
+        transform.fitting(group_size, activation_bits),
         _clip_of(asked, activation_bits),
         activation_bits=activation_bits,
     )
@@ -152,12 +152,14 @@ def build_plan(
                 if entries is not None and entry is None:
                     raise UsageError(f"the plan says nothing of {name}: add it, or keep it with --ignore")
                 bits = (entry.activation_bits if entry else None) or activation_bits
+                own_size = entry.group_size if entry else group_size
+                wanted = (entry.transform if entry else None) or transform
                 format = replace(
                     base,
                     out_features=out_features,
                     in_features=in_features,
-                    group_size=entry.group_size if entry else group_size,
-                    transform=(entry.transform if entry else None) or transform,
+                    group_size=own_size,
+                    transform=wanted.fitting(own_size, bits),
                     transform_from=owner,
                     activation_bits=bits,
                     activation_clip=_clip_of(asked, bits),
@@ -196,7 +198,7 @@ def build_plan(
     config = QuantConfig(
         group_size=group_size,
         layout=layout,
-        transform=transform,
+        transform=base.transform,
         activation_clip=base.activation_clip,
         activation_bits=base.activation_bits,
         format_version=(

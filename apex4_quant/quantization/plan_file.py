@@ -216,6 +216,11 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
             bits = parse_activation_bits(bits)
         except UsageError as error:
             raise UsageError(f"plan {path}, {name}: {error}") from error
+        if bits != BITS and transform is not None and TransformKind(transform).has_feedback:
+            raise UsageError(
+                f"plan {path} has transform {transform} and {bits}-bit activations for {name}, and that makes up for errors of "
+                f"{BITS} bits only: write transform: {TransformKind.DENSE}"
+            )
     return PlanEntry(
         group_size,
         None if transform is None else TransformKind(transform),

@@ -83,6 +83,11 @@ class QuantizeSettings:
         if self.plan is not None and group_size != 128:
             raise UsageError("--plan decides every group size: leave --group-size away")
         bits = BITS if self.activation_bits is None else parse_activation_bits(self.activation_bits)
+        if self.transform is not None and TransformKind(transform).fitting(group_size, bits) != transform:
+            raise UsageError(
+                f"--transform {transform} is for groups of 128 and {BITS}-bit activations: leave --transform away, or give "
+                f"{TransformKind.DENSE}"
+            )
         context = source.config.get("max_position_embeddings") or self.seq_len
         plan = self._plan()
         return ResolvedSettings(

@@ -2,13 +2,14 @@
 
 x -> x T and W -> W T^-T leave x W^T as it was, and H = E[x^T x] becomes T^T H T. T is block-diagonal, one 128 x 128 block
 per 128 channels: the Hadamard matrix (orthonormal and symmetric, so T = T^-T), or the learned `matrix` [K / 128, 128, 128]
-of the input.
+of the input; with error feedback, which is no part of the transform, [K / 128, 184, 128].
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..format.feedback import transform_of
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.hadamard import apply_block_hadamard, apply_block_matrix
@@ -25,14 +26,14 @@ def pad_input_features(x: torch.Tensor, format: LinearFormat) -> torch.Tensor:
 def _apply(x: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None) -> torch.Tensor:
     assert (matrix is not None) == format.transform.is_learned
     if matrix is not None:
-        return apply_block_matrix(x, matrix.float())
+        return apply_block_matrix(x, transform_of(matrix).float())
     return apply_block_hadamard(x) if format.transform is TransformKind.HADAMARD else x
 
 
 def transform_weight(weight: torch.Tensor, format: LinearFormat, matrix: torch.Tensor | None = None) -> torch.Tensor:
     """weight [N, K] -> float32 [N, padded K], W T^-T."""
     if matrix is not None:
-        matrix = torch.linalg.inv(matrix.double()).transpose(1, 2).float()
+        matrix = torch.linalg.inv(transform_of(matrix).double()).transpose(1, 2).float()
     return _apply(pad_input_features(weight, format), format, matrix)
 
 

@@ -16,6 +16,8 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
 * RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
 * A Hadamard transform is checked both ways: as butterflies, and as the product with a shared matrix, which the operators choose
   for some shapes (quantize_configs.product_is_faster).
+* With error feedback (transform "feedback") a code that rounds the other way moves all that follow. So the values that a step has
+  to round are worked out from the kernel's own codes of the steps before, and what those may be off by goes on, times |G|.
 * A residual is added first: the sum, rounded to 16 bits, is stored bit for bit as torch rounds it, and is what is normalised.
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
 
@@ -29,10 +31,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from apex4_quant.format.feedback import feedback_of, pack_feedback, step_order, transform_of
 from apex4_quant.format.number_format import (
     ACTIVATION_SCALE_MIN,
     BLOCK,
     CODE_MAX,
+    STEP_COLUMNS,
     TOKEN_CODE_MAX,
     GroupSize,
     group_length,
@@ -43,6 +47,7 @@ from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize.configs import INPUTS, NORMS, board_bytes, dense_adds, prepack_matrix
 from apex4_quant.kernels.quantize.launch import most_between_bytes, run_quantize
+from apex4_quant.transforms.error_feedback import feedback_by_moments
 from apex4_quant.transforms.learned_transform import storable
 
 U = 2.0**-24
@@ -54,6 +59,7 @@ EPS = 1e-5
 POISON, GUARD = 0xA5, 64
 LARGE_GPU = 132  # multiprocessors
 MOST_UNDECIDED = 0.03  # of the codes: with more near ties than that a check would say little
+MOST_UNDECIDED_WITH_FEEDBACK = 0.15  # bounds add up from step to step, which errors hardly do
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -124,7 +130,7 @@ def _strided(values: torch.Tensor, case: Case, device: torch.device) -> torch.Te
 class Operands:
     x: torch.Tensor
     second: torch.Tensor | None
-    matrix: torch.Tensor | None  # [KB or 1, 128, 128], exact in both 16-bit types
+    matrix: torch.Tensor | None  # [KB or 1, 128, 128] or with feedback [KB, 184, 128], exact in both 16-bit types
     factor: float
     residual: torch.Tensor | None = None
 
@@ -147,6 +153,11 @@ def make_operands(case: Case, device: torch.device) -> Operands:
             factor = BLOCK**-0.5
         else:
             matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
+    if case.transform == "feedback":
+        blocks = padded_in_features(case.k, case.group) // BLOCK
+        amplifying = normal(blocks, 200, BLOCK) @ (torch.eye(BLOCK, device=device) + 0.04 * normal(blocks, BLOCK, BLOCK))
+        feedback = pack_feedback(feedback_by_moments((amplifying.transpose(1, 2) @ amplifying).double()))
+        matrix = torch.cat((storable(normal(blocks, BLOCK, BLOCK)), feedback), 1)
     residual = _strided(normal(case.m, case.k), case, device) if case.input == "add_rms_norm" else None
     return Operands(_strided(x, case, device), second, matrix, factor, residual)
 
@@ -293,7 +304,7 @@ def transformed(
         matrix = hadamard_128(torch.float64, x.device)[None]
         own = BUTTERFLY_ERROR if case.format != "s8" else MMA_STEP_ERROR + BUTTERFLY_ERROR / 2
     else:
-        matrix, own = operands.matrix.double() * operands.factor, TENSOR_CORE_ERROR
+        matrix, own = transform_of(operands.matrix.double()) * operands.factor, TENSOR_CORE_ERROR
     matrix = matrix.expand(len(x), BLOCK, BLOCK)
     bound = own * (x.abs() @ matrix.abs()) + error @ matrix.abs()
     return tuple(each.transpose(0, 1).flatten(1) for each in (x @ matrix, bound))
@@ -327,6 +338,8 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         near = torch.where(bound > 0, bound / scale, -1.0)
     else:
         near = bound / scale + QUOTIENT_ERROR * exact.abs() + SHIFT_ERROR
+    if case.transform == "feedback":
+        exact, near = _with_feedback(case, operands, exact, near, codes)
     ideal = torch.round(exact).clamp(-code_max, code_max)
     undecided = ((exact - torch.floor(exact) - 0.5).abs() <= near) & (exact.abs() < code_max + 0.5)
     difference = (codes.double() - ideal).abs()
@@ -342,9 +355,33 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         )
     if bool((fine & (difference > 1) & (near < 1)).any()):
         wrong.append("a code is off by more than one")
-    if case.data == "normal" and float(undecided.double().mean()) > MOST_UNDECIDED:
+    most = MOST_UNDECIDED_WITH_FEEDBACK if case.transform == "feedback" else MOST_UNDECIDED
+    if case.data == "normal" and float(undecided.double().mean()) > most:
         wrong.append(f"{float(undecided.double().mean()):.1%} of the codes are too near to a tie to say")
     return wrong
+
+
+def _with_feedback(
+    case: Case, operands: Operands, units: torch.Tensor, near: torch.Tensor, codes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of values in units of the scale [m, KB, 128], which may be off by `near`, those that a kernel with these codes had to round,
+    and how far they may be off. Errors of a step are rounded to 16 bits; where that may go either way, both are possible."""
+    feedback, order = feedback_of(operands.matrix.double()), step_order(units.device)
+    values, bound, codes = (each[..., order].double().clone() for each in (units, near, codes))
+
+    def rounded(errors: torch.Tensor) -> torch.Tensor:
+        return errors.to(DTYPES[case.dtype]).double()
+
+    for start in range(BLOCK - STEP_COLUMNS, 0, -STEP_COLUMNS):
+        step = slice(start, start + STEP_COLUMNS)
+        errors, off = codes[..., step] - values[..., step], bound[..., step] + SHIFT_ERROR
+        to_left = feedback[:, step, :start]
+        values[..., :start] += torch.einsum("mbi,bij->mbj", rounded(errors), to_left)
+        apart = rounded(errors + off) - rounded(errors - off)
+        sums = torch.einsum("mbi,bij->mbj", errors.abs(), to_left.abs())
+        bound[..., :start] += torch.einsum("mbi,bij->mbj", apart, to_left.abs()) + MMA_STEP_ERROR * sums
+    back = torch.argsort(order)
+    return values[..., back], bound[..., back] + SHIFT_ERROR
 
 
 def check(case: Case, device: torch.device) -> list[str]:
@@ -377,9 +414,12 @@ def _listed(quick: bool, seed: int) -> Iterator[Case]:
     for format in ("sm80", "sm90", "s8"):
         for dtype in DTYPES:
             for input in INPUTS:
-                for transform in ("none", "hadamard", "dense"):
+                for transform in ("none", "hadamard", "dense", "feedback"):
+                    if transform == "feedback" and format == "s8":
+                        continue
                     base = Case(1, 1, format=format, dtype=dtype, input=input, transform=transform)
-                    groups: tuple[GroupSize, ...] = (128,) if transform == "dense" else (128, 256, "channel")
+                    dense = transform in ("dense", "feedback")
+                    groups: tuple[GroupSize, ...] = (128,) if dense else (128, 256, "channel")
                     if format == "s8":  # a group is a row
                         base, groups = replace(base, group="channel"), ("channel",)
                     for k in widths:
@@ -399,12 +439,12 @@ def _listed(quick: bool, seed: int) -> Iterator[Case]:
                         yield replace(small, gain_offset=True)
                         yield replace(small, gain_offset=True, k=4096, m=700)
                         yield replace(small, k=1000, m=2100)
-                    if transform != "dense":  # rows longer than a CTA holds
+                    if not dense:  # rows longer than a CTA holds
                         yield replace(small, m=5, k=20000, group="channel")
                         yield replace(small, m=5, k=53248, group="channel")
                         if format != "s8":
                             yield replace(small, m=9, k=2944, group=384)
-                    else:
+                    elif transform == "dense":
                         yield replace(small, shared_matrix=True)
                         yield replace(small, shared_matrix=True, m=1000, k=8192)
                         if input == "rms_norm":

@@ -80,7 +80,8 @@ class ExpertProducts:
             self._register(layer, part, (count, *shape), dtype, loader)
         if self.shared_owner is not None:
             blocks = self.shared_owner.matrices.stop - self.shared_owner.matrices.start
-            self._register(layer, "input_transform", (1, blocks, BLOCK, BLOCK), torch.float16, loader)
+            rows = self.format.transform.matrix_rows
+            self._register(layer, "input_transform", (1, blocks, rows, BLOCK), torch.float16, loader)
 
     def _register(
         self, layer: torch.nn.Module, part: str, shape: tuple[int, ...], dtype: torch.dtype, loader: Any
@@ -135,7 +136,9 @@ class ExpertProducts:
         matrix = self.tensor(layer, "input_transform")
         assert packed is not None and scale is not None
         if matrix is not None:
-            made = [kernel_matrix(each, kernel, self.padded_k, self.group, dtype) for each in matrix]
+            made = [
+                kernel_matrix(each, kernel, self.activation_bits, self.padded_k, self.group, dtype) for each in matrix
+            ]
             setattr(layer, f"{self.stem}_input_transform", constant(torch.stack(made)))
         if cached:
             floats = [

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ...errors import Apex4Error
+from ...format.feedback import transform_of
 from ...format.number_format import BITS, BLOCK, CODE_MAX
 from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
@@ -137,7 +138,9 @@ class Apex4LinearMethod(LinearMethodBase):
         layer.apex4_matrix = (
             None
             if matrix is None
-            else constant(kernel_matrix(matrix.data, self.kernel, self.padded_k, self.group, self.dtype))
+            else constant(
+                kernel_matrix(matrix.data, self.kernel, self.activation_bits, self.padded_k, self.group, self.dtype)
+            )
         )
         if matrix is not None:
             del layer.input_transform
@@ -208,9 +211,12 @@ def constant(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 
 def kernel_matrix(
-    matrix: torch.Tensor, kernel: str | None, padded_k: int, group: int, dtype: torch.dtype
+    matrix: torch.Tensor, kernel: str | None, activation_bits: int, padded_k: int, group: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A learned transform, float16 as stored, as the operator that computes reads it."""
+    """A learned transform, float16 as stored, as the operator that computes reads it: with its error feedback, if there is any and
+    activations have 4 bits."""
+    if activation_bits != BITS:
+        matrix = transform_of(matrix)
     if kernel is not None and (group == BLOCK or kernel == TOKEN_FORMAT) and matrix.device.type == "cuda":
         return prepack_matrix(matrix, dtype)
     matrix = matrix.expand(padded_k // BLOCK, -1, -1).contiguous()

@@ -105,7 +105,7 @@ class StoredLinears:
         }
         if self.owner is not None:
             count = self.owner.matrices.stop - self.owner.matrices.start
-            shapes["input_transform"] = ((count, BLOCK, BLOCK), torch.float16)
+            shapes["input_transform"] = ((count, self.owner.format.transform.matrix_rows, BLOCK), torch.float16)
         return shapes
 
     def _expected(self) -> Iterator[tuple[Member, str]]:

@@ -52,9 +52,9 @@ def gemm_configs_of(sm: int, format: str) -> list[ExpertConfig]:
     ]
 
 
-def quantizer_config(dtype: str, format: str) -> QuantizeConfig:
+def quantizer_config(dtype: str, format: str, feedback: bool = False) -> QuantizeConfig:
     """The quantizer of SiLU(gate) * up with a matrix for each expert; to eight bits the one that makes codes."""
-    config = dense_config(1, "silu_mul", dtype, format)
+    config = dense_config(1, "silu_mul", dtype, format, feedback=feedback)
     macros = (*config.macros, ("APEX4_EXPERTS", 1))
     return QuantizeConfig(f"{config.name}_experts", config.source, config.entry, macros)
 

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from ...errors import Apex4Error
-from ...format.number_format import BLOCK, CODE_MAX
+from ...format.number_format import BLOCK, CODE_MAX, FEEDBACK_ROWS
 from ...private_names import current_cuda_stream
 from .. import cpu_ops, cuda_ops
-from ..operands import HALVES, MATRIX_ELEMENTS, ROW_BYTES, TOKEN_FORMAT, row_stride
-from ..quantize.configs import DENSE_THREADS, MATRIX_CHUNKS, measuring_config
+from ..operands import FEEDBACK_ELEMENTS, HALVES, MATRIX_ELEMENTS, ROW_BYTES, TOKEN_FORMAT, has_feedback, row_stride
+from ..quantize.configs import DENSE_THREADS, FEEDBACK_CHUNKS, MATRIX_CHUNKS, measuring_config
 from ..quantize.hadamard_product import signs
 from ..quantize.launch import rows_are_aligned
 from ..runtime import launcher, workspace
@@ -143,9 +143,13 @@ def _require_operands(
         blocks = leaving.k // BLOCK
         fits = len(matrix) == experts and matrix.is_contiguous()
         if kernels:
-            fits &= matrix.dtype == x.dtype and matrix.shape[1:] in ((1, MATRIX_ELEMENTS), (blocks, MATRIX_ELEMENTS))
+            shapes = [(1, MATRIX_ELEMENTS), (blocks, MATRIX_ELEMENTS)]
+            if format != TOKEN_FORMAT:
+                shapes.append((blocks, MATRIX_ELEMENTS + FEEDBACK_ELEMENTS))
+            fits &= matrix.dtype == x.dtype and matrix.shape[1:] in shapes
         else:
-            fits &= matrix.shape[1:] == (blocks, BLOCK, BLOCK)
+            rows = (BLOCK, BLOCK + FEEDBACK_ROWS) if format != TOKEN_FORMAT else (BLOCK,)
+            fits &= matrix.shape[1:] in [(blocks, each, BLOCK) for each in rows]
         _require(fits, "out_matrix", matrix, f"a matrix for each of {experts} experts")
     if factors is not None:
         fits = factors.shape == (experts,) and factors.dtype == torch.float32 and format != TOKEN_FORMAT
@@ -222,6 +226,7 @@ class _Shape(NamedTuple):
     format: str
     own_quantizers: bool  # a transform or a clip for each expert
     expert_matrices: int  # of an expert; 0: all share one
+    feedback: bool  # behind each of them
     clip: float
 
 
@@ -313,12 +318,13 @@ def _made_layer(kernel: Any, shape: _Shape) -> _Layer:
         inner = shape.in_n // 2
         aligned = rows_are_aligned(inner, (0, shape.in_n))
         shared_matrix = shape.expert_matrices == 0
+        chunks = MATRIX_CHUNKS + FEEDBACK_CHUNKS * shape.feedback
         numbers = (
             choices, inner, out_stride, shape.in_n, shape.in_n, SMALL_TILE,
-            0 if shape.expert_matrices <= 1 else MATRIX_CHUNKS, BLOCK**-0.5 if shared_matrix else 1.0,
-            shape.clip / CODE_MAX, 0.0, 0, int(aligned), shape.expert_matrices * MATRIX_CHUNKS,
+            0 if shape.expert_matrices <= 1 else chunks, BLOCK**-0.5 if shared_matrix else 1.0,
+            shape.clip / CODE_MAX, 0.0, 0, int(aligned), shape.expert_matrices * chunks,
         )  # fmt: skip
-        config = quantizer_config(long, format)
+        config = quantizer_config(long, format, shape.feedback)
         grid = shape.out_blocks, small_tiles, 1
         quantize = bind(config, grid, DENSE_THREADS, 9 if eight_bit else 8, *numbers)
         if eight_bit:
@@ -376,7 +382,7 @@ def _compute(
             index, sm, sm_count, len(x), ids.shape[1], experts, experts if expert_map is None else len(expert_map),
             entering.n, entering.k // BLOCK, entering.blocks_per_group, leaving.n, leaving.k // BLOCK,
             leaving.blocks_per_group, 2 if ids.dtype == torch.int64 else 1, x.dtype, format, own_quantizers, matrices,
-            leaving.clip,
+            has_feedback(leaving.matrix), leaving.clip,
         )
     )  # fmt: skip
     stream = current_cuda_stream(index)

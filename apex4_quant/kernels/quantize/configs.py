@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...format.number_format import BLOCK
+from ...format.number_format import BLOCK, FEEDBACK_ROWS, FEEDBACK_STEPS
 from ..index import index_function
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ DENSE_SM90 = {"plain": (256, 2 * 128), "silu_mul": (256, 2 * 128), "rms_norm": (
 DENSE_SM90_TOKEN_ROWS = {"plain": 2 * 128, "silu_mul": 2 * 128, "rms_norm": 2 * 128 + 1}  # to eight bits; 256 threads
 DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
+FEEDBACK_CHUNKS = FEEDBACK_ROWS * BLOCK // 8  # of the error feedback behind it
 PRODUCT_START = 4_600_000  # picoseconds that quantize_dense_sm90.cu takes longer to start than quantize_rows.cu
 BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
 
@@ -136,8 +137,16 @@ def whole_rows_config(form: str, input: str, hadamard: bool, dtype: str) -> Quan
 
 
 @cache
-def dense_config(few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False) -> QuantizeConfig:
-    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, which of s8 decides, as the format sm90 says itself."""
+def dense_config(
+    few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False, feedback: bool = False
+) -> QuantizeConfig:
+    """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, which of s8 decides, as the format sm90 says itself.
+    `feedback`: to four bits, with error feedback, which quantize_dense.cu alone has."""
+    if feedback:
+        plain = dense_config(few_rows or 1, input, dtype, format)
+        macros = (("APEX4_FEW_ROWS", few_rows), *plain.macros[1:], ("APEX4_FEEDBACK", 1))
+        name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_feedback_{input}_{dtype}_{format}"
+        return QuantizeConfig(name, plain.source, plain.entry, macros)
     wgmma = format == "sm90" or (sm_90 and format == TOKEN_FORMAT)
     kind = "many_wgmma" if wgmma and not few_rows and format == TOKEN_FORMAT else ("many", "few", "fewest")[few_rows]
     name = f"quantize_dense_{kind}_{input}_{dtype}_{format}"
@@ -205,6 +214,7 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
                 continue
             for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
+                yield dense_config(few_rows, input, dtype, format, feedback=True)
 
 
 def token_adds(sm: int) -> bool:
@@ -327,6 +337,7 @@ def choose_dense(
     format: str = "sm80",
     sm_count: int = 132,
     sm_90: bool = False,
+    feedback: bool = False,
 ) -> QuantizePlan:
     """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them.
 
@@ -342,7 +353,7 @@ def choose_dense(
     slots = DENSE_CTAS_PER_SM * sm_count
     # With RMSNorm on Hopper thread blocks of the same rows wait for each other: all are there at the same time, one on a
     # multiprocessor.
-    together = input == "rms_norm" and format == "sm90"
+    together = input == "rms_norm" and format == "sm90" and not feedback
     # To eight bits the kernel for few rows takes longer: with three quarters of the GPU busy it loses (docs/kernel_measurements.md, item 17).
     enough = 3 * sm_count // 4 if format == TOKEN_FORMAT and sm_90 else sm_count
     if not aligned or m <= FEW_ROWS or runs * k_blocks < enough or (together and k_blocks > sm_count):
@@ -362,10 +373,12 @@ def choose_dense(
         least = -(-runs // GRID_Y)
         rows = DENSE_CTA_ROWS * min(range(least, max(least, min(DENSE_MOST_PASSES, runs)) + 1), key=cost)
     grid = k_blocks, -(-m // rows), 1
-    if together and not adds and _more_warps_sum(m, k_blocks):
-        return QuantizePlan(dense_config(2, input, dtype, format), grid, FEWEST_THREADS, rows_per_cta=rows)
+    if input == "rms_norm" and format == "sm90" and not adds and rows == FEW_ROWS and _more_warps_sum(m, k_blocks):
+        return QuantizePlan(
+            dense_config(2, input, dtype, format, feedback=feedback), grid, FEWEST_THREADS, rows_per_cta=rows
+        )
     eight_bit = format == TOKEN_FORMAT
-    config = dense_config(int(rows == FEW_ROWS), input, dtype, format, sm_90)
+    config = dense_config(int(rows == FEW_ROWS), input, dtype, format, sm_90, feedback)
     if config.source == "quantize/quantize_dense.cu" or eight_bit:
         few = rows == FEW_ROWS
         statistics = input == "rms_norm" and (m > OWN_RMS_ROWS or eight_bit or adds)
@@ -382,8 +395,11 @@ def choose_dense(
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
 
 
-def dense_adds(m: int, k_blocks: int, *, aligned: bool, format: str, sm_count: int) -> bool:
-    """Whether a dense transform of RMSNorm(x + residual) has row_rms.cu in front, which adds: not many rows on Hopper, of 4 bits."""
+def dense_adds(m: int, k_blocks: int, *, aligned: bool, format: str, sm_count: int, feedback: bool = False) -> bool:
+    """Whether a dense transform of RMSNorm(x + residual) has row_rms.cu in front, which adds: not many rows on Hopper, of 4 bits,
+    unless there is feedback."""
+    if feedback:
+        return True
     few = choose_dense(m, k_blocks, input="rms_norm", aligned=aligned, format=format, sm_count=sm_count)
     return format != "sm90" or few.rows_per_cta == FEW_ROWS
 
@@ -444,9 +460,38 @@ def fragment_order() -> NDArray[np.int64]:
     return order
 
 
+@cache
+def feedback_order() -> NDArray[np.int64]:
+    """int64 [7168]: which element of G (row * 128 + column, both in step order) stands where in its prepacked form."""
+    import numpy as np
+
+    column_out, byte = index_function("dense_output"), index_function("feedback_fragment_byte")
+    column = np.arange(BLOCK)
+    place = np.empty(BLOCK, dtype=np.int64)  # of a column in step order
+    place[np.argsort(column // 4 % FEEDBACK_STEPS * BLOCK + column)] = column
+    order = np.full(FEEDBACK_ROWS * BLOCK, -1)
+    lane, odd, half, e = np.ix_(*(np.arange(size) for size in (WARP, 2, 2, 2)))
+    for step in range(1, FEEDBACK_STEPS):
+        for pair in range(step):
+            # As in `fragment_order`; k counts the columns of tiles 2 step and 2 step + 1.
+            row = place[column_out(2 * step + half, 2 * (lane & 3) + e)]
+            where = byte(step, pair, lane) // 2 + 4 * odd + 2 * half + e
+            order[where] = row * BLOCK + place[column_out(2 * pair + odd, lane >> 2)]
+    return order
+
+
 def prepack_matrix(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """T [KB, 128, 128], as the checkpoint has it -> [KB, 16384] as quantize_dense.cu reads it, of `dtype` (that of x)."""
+    """T [KB, 128, 128] or T with feedback [KB, 184, 128], as the checkpoint has it -> [KB, 16384] or [KB, 23552] as
+    quantize_dense.cu reads it, of `dtype` (that of x)."""
     import torch
 
-    order = torch.from_numpy(fragment_order()).to(matrix.device)
-    return matrix.flatten(1).index_select(1, order).to(dtype or matrix.dtype).contiguous()
+    from ...format.feedback import feedback_of, transform_of
+
+    def ordered(matrices: torch.Tensor, order: NDArray[np.int64]) -> torch.Tensor:
+        return matrices.flatten(1).index_select(1, torch.from_numpy(order).to(matrix.device))
+
+    packed = ordered(transform_of(matrix), fragment_order())
+    feedback = feedback_of(matrix)
+    if feedback is not None:
+        packed = torch.cat((packed, ordered(feedback, feedback_order())), 1)
+    return packed.to(dtype or matrix.dtype).contiguous()

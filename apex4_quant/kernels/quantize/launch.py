@@ -15,6 +15,7 @@ from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..runtime import launcher
 from ..runtime.launcher import Kernel, Launch
 from .configs import (
+    FEEDBACK_CHUNKS,
     MATRIX_CHUNKS,
     TOKEN_FORMAT,
     QuantizePlan,
@@ -138,10 +139,12 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     m, k, k_blocks, m_stride, ldx, ld_second = shape[1:7]
     input, dtype, format, sm_count = shape.input, shape.dtype, shape.format, shape.sm_count
     scale_factor, eps, aligned = _float(shape.clip / CODE_MAX), _float(shape.eps), _int(shape.aligned)
-    if shape.transform not in ("none", "hadamard", "dense"):
-        raise ValueError(f"transform {shape.transform!r} is not none, hadamard or dense")
+    if shape.transform not in ("none", "hadamard", "dense", "feedback"):
+        raise ValueError(f"transform {shape.transform!r} is not none, hadamard, dense or feedback")
+    feedback = shape.transform == "feedback"
+    dense = feedback or shape.transform == "dense"
     adds = input == "add_rms_norm"
-    if format == TOKEN_FORMAT and shape.transform != "dense":
+    if format == TOKEN_FORMAT and not dense:
         plan = choose_whole_rows(
             m, k_blocks,
             input=input, hadamard=shape.transform == "hadamard", aligned=shape.aligned, dtype=dtype, sm_count=sm_count,
@@ -150,7 +153,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         numbers_of_rows = m, k, k_blocks, m_stride, ldx, ld_second, plan.rows_log2, plan.blocks_per_cta
         how = eps, _float(1 / k), _int(shape.gain_offset), aligned
         return Quantizer(bound(plan, 6 if adds else 4, *map(_int, numbers_of_rows), *how), dense=False, adds=adds)
-    if shape.transform != "dense":
+    if not dense:
         plan = choose_rows(
             m, k_blocks, shape.blocks_per_group,
             input=input, hadamard=shape.transform == "hadamard", dtype=dtype, format=format, sm_count=sm_count,
@@ -162,9 +165,12 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
         raise ValueError(f"a dense transform needs groups of {BLOCK}, not {shape.blocks_per_group * BLOCK}")
     statistics = None
     eight_bit = format == TOKEN_FORMAT
+    if feedback and (eight_bit or (shape.matrix_is_shared and k_blocks > 1)):
+        raise ValueError("error feedback is for 4-bit activations, and each block has its own")
     plan = choose_dense(
         m, k_blocks,
         input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count, sm_90=shape.sm_90,
+        feedback=feedback,
     )  # fmt: skip
     if plan.needs_statistics:
         strides = (ldx, ld_second) if adds else (ldx,)
@@ -173,7 +179,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     if adds:  # what follows reads the sum
         ldx, ld_second = k, 0
     statistics_bytes = 4 * round_up(m, VECTOR_BYTES) if plan.needs_statistics else 0
-    matrix_stride = 0 if shape.matrix_is_shared else MATRIX_CHUNKS
+    matrix_stride = 0 if shape.matrix_is_shared else MATRIX_CHUNKS + FEEDBACK_CHUNKS * feedback
     numbers = (
         *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, matrix_stride)),
         _float(shape.matrix_factor), scale_factor, eps, _int(shape.gain_offset), aligned,

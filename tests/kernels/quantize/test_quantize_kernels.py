@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from apex4_quant.errors import UsageError
+from apex4_quant.format.feedback import feedback_of, step_order
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize import configs as quantize_configs
@@ -36,6 +37,7 @@ from apex4_quant.kernels.quantize.configs import (
     choose_whole_rows,
     dense_config,
     dense_sm90_shared_bytes,
+    feedback_order,
     fragment_order,
     prepack_matrix,
     product_is_faster,
@@ -326,6 +328,27 @@ def test_prepacked_order_is_a_permutation() -> None:
     assert torch.equal(packed[1, :8], matrix[1].flatten()[torch.from_numpy(fragment_order()[:8])].bfloat16())
 
 
+def test_feedback_lies_behind_the_matrix() -> None:
+    """In the order of fragments: 16 columns whose errors are known, to 8 columns that are left, as mma.m16n8k16 reads B."""
+    order = feedback_order()
+    places = torch.arange(128) // 16
+    below = (places[:, None] > places[None, :]).flatten().nonzero().flatten()
+    assert sorted(order) == below.tolist()
+    fn, of_step = index_function, step_order().numpy()
+    lane, e = np.arange(32)[:, None], np.arange(2)
+    for step, tile in ((1, 0), (5, 7), (7, 13)):
+        for half in (0, 1):
+            where = fn("feedback_fragment_byte")(step, tile >> 1, lane) // 2 + 4 * (tile & 1) + 2 * half + e
+            row, column = np.divmod(order[where], 128)
+            assert (of_step[row] == fn("dense_output")(2 * step + half, 2 * (lane & 3) + e)).all()
+            assert (of_step[column] == fn("dense_output")(tile, lane >> 2)).all()
+    matrix = torch.randn(2, 184, 128).half()
+    packed = prepack_matrix(matrix)
+    assert packed.shape == (2, 16384 + 7168) and torch.equal(packed[:, :16384], prepack_matrix(matrix[:, :128]))
+    feedback = feedback_of(matrix)
+    assert torch.equal(packed[1, 16384:], feedback[1].flatten()[torch.from_numpy(order)])
+
+
 def test_renamed_mma_is_the_product() -> None:
     """quantize_dense in NumPy, lane by lane: words loaded, fragments by the PTX tables, columns a lane ends with."""
     rng = np.random.default_rng(0)
@@ -510,7 +533,12 @@ def test_machine_code_of_the_dense_quantizer(sm: int, format: str, tmp_path: Pat
         assert many["WARPGROUP.ARRIVE"] == 1  # no product waits for the one before
     few = opcodes(compiled(dense_config(True, "plain", "bfloat16", format), sm).cubin, tmp_path)
     assert hmma(few) == 4 * 8
-    for counts in (many, few):
+    feedback = [
+        opcodes(compiled(dense_config(rows, "plain", "bfloat16", format, feedback=True), sm).cubin, tmp_path)
+        for rows in (0, 1)
+    ]
+    assert hmma(feedback[0]) == 2 * (16 * 8 + 56) and hmma(feedback[1]) == 4 * 8 + 4 * 2 + 3 * 8
+    for counts in (many, few, *feedback):
         assert not any(name.startswith(("LDL", "STL", "F2I", "I2F")) for name in counts)
 
 
@@ -536,6 +564,7 @@ ROWS_S8 = Case(1, 1, group="channel", format="s8", dtype="bfloat16")
 DENSE_S8 = replace(ROWS_S8, transform="dense")
 DENSE_S8_90 = replace(DENSE_S8, m=300, k=1000, sm_90=True)
 DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
+FEEDBACK_80, FEEDBACK_90 = replace(ROWS_80, transform="feedback"), replace(ROWS_90, transform="feedback")
 FAMILIES: dict[str, list[Any]] = {
     "hadamard, sm80": variants(ROWS_80),
     "hadamard, sm90": variants(ROWS_90),
@@ -590,6 +619,13 @@ FAMILIES: dict[str, list[Any]] = {
     "dense, add, rms": [
         *variants(replace(DENSE_90, input="add_rms_norm")), *(replace(DENSE_90, m=m, k=8104, input="add_rms_norm") for m in (1, 8)),
         *(replace(DENSE_80, m=m, k=520, input="add_rms_norm", gain_offset=True) for m in (3, 140)),
+    ],
+    "feedback, few rows": [*variants(FEEDBACK_80), *variants(FEEDBACK_90)],
+    "feedback, many rows": [replace(FEEDBACK_80, m=161, k=520, clip=0.9), *(replace(FEEDBACK_90, m=150, k=640, data=data) for data in ("normal", "nan"))],
+    "feedback, fused": [
+        *(replace(base, m=m, k=520, input=input, gain_offset=m > 16) for base in (FEEDBACK_80, FEEDBACK_90) for m in (7, 140)
+          for input in INPUTS[1:]),
+        replace(FEEDBACK_90, m=3, k=8104, input="rms_norm"),
     ],
     "dense, silu": [replace(DENSE_80, m=m, k=520, input="silu_mul") for m in (7, 140)],
 }  # fmt: skip
@@ -667,6 +703,12 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "more warps' rows": (("quantize_dense.cu", "i < RMS_WARPS; i += rows", "i < RMS_WARPS / 2; i += rows"), replace(DENSE_90, m=3, k=4200, input="rms_norm")),
     "column of a post": (("quantize_dense_sm90.cu", "start + 8 * (32 * w + lane)", "start + 8 * (16 * w + lane)"),
                          replace(DENSE_90, m=400, k=504, input="rms_norm")),
+    "feedback's columns": (("index.cuh", "(step * (step - 1) >> 1) + pair", "(step * (step + 1) >> 1) + pair"), replace(FEEDBACK_80, m=150)),
+    "feedback's columns, few rows": (("index.cuh", "(step * (step - 1) >> 1) + pair", "(step * (step - 1) >> 1) + (pair ^ 1)"), FEEDBACK_90),
+    "errors of a step": (("quantize_feedback.cuh", "errors.word[2 * tile + half]", "errors.word[tile + 2 * half]"), FEEDBACK_80),
+    "sign of an error": (("quantize_feedback.cuh", "(code - ROUND_BIASED) - value", "value - (code - ROUND_BIASED)"), replace(FEEDBACK_80, m=150)),
+    "errors of other warps": (("quantize_dense.cu", "if (turn > 0) errors_of_steps", "if (turn > 1) errors_of_steps"), FEEDBACK_80),
+    "octets": (("quantize_dense.cu", "packed[i] + OCTET_WORDS * (step / 2)", "packed[i] + OCTET_WORDS * (3 - step / 2)"), replace(FEEDBACK_90, m=150)),
     "signs": (("index.cuh", "(k & 1) + 16 * (k >> 1 & 3)", "(k & 1) + 16 * (k >> 2 & 3)"), ROWS_S8),
     "byte": (("quantize_s8.cuh", "__byte_perm(c, d, 0x0040)", "__byte_perm(d, c, 0x0040)"), ROWS_S8),
     "scale's quotient": (("quantize_s8.cuh", "? quotient : near", "? near * 1.000001f : near"), replace(ROWS_S8, transform="none", data="ties", m=128)),

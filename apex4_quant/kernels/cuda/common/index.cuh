@@ -95,6 +95,9 @@ APEX4_INDEX(dense_input, (int step, int k), 32 * (step >> 1) + 8 * (k >> 1 & 3) 
 APEX4_INDEX(dense_output, (int tile, int n), 32 * (n >> 1) + 2 * tile + (n & 1))
 // The prepacked matrix: 16 bytes of a lane are b0, b1 of step 2 * pair, then b0, b1 of step 2 * pair + 1.
 APEX4_INDEX(dense_fragment_byte, (int pair, int tile, int lane), 512 * (16 * pair + tile) + 16 * lane)
+// Error feedback behind it: 16 bytes of a lane are b0, b1 of tile 2 * pair, then b0, b1 of tile 2 * pair + 1, of the columns that
+// the errors of step `step` go to. Step j has the columns of tiles 2 j and 2 j + 1, and goes to the j pairs of tiles before them.
+APEX4_INDEX(feedback_fragment_byte, (int step, int pair, int lane), 512 * ((step * (step - 1) >> 1) + pair) + 16 * lane)
 // The same as wgmma reads it from shared memory: core matrices of eight columns and eight k, in words; a word of a core matrix
 // is b0 (half 0) or b1 (half 1) of a lane.
 APEX4_INDEX(dense_core_word, (int step, int tile, int half, int lane), 1024 * step + 64 * tile + 32 * half + lane)

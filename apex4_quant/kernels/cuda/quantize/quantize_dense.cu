@@ -42,9 +42,18 @@
 //   clip_factors   float32 [experts], in the place of clip_over_7, or null
 //   matrix   [experts][KB or 1][16384]; experts lie expert_stride apart, 0 if they share one
 //
-// Macros: those of quantize.cuh, APEX4_FEW_ROWS, APEX4_PASS, APEX4_EXPERTS.
+// With the macro APEX4_FEEDBACK, to four bits, errors are made up for by columns that are rounded later (quantize_feedback.cuh):
+//   matrix   T [KB][16384 + 7168]: behind the matrix of every block its feedback, in fragment order; none is shared
+//   matrix_stride  2944
+// With many rows G is in shared memory behind the matrix; with few rows every warp reads what goes to its own columns into registers,
+// and warps round one after the other, the last columns first.
+//
+// Macros: those of quantize.cuh, APEX4_FEW_ROWS, APEX4_PASS, APEX4_EXPERTS, APEX4_FEEDBACK.
 constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // WARPS: of those that multiply
 #include "quantize/quantize_dense.cuh"
+#if APEX4_FEEDBACK
+#include "quantize/quantize_feedback.cuh"
+#endif
 
 #if APEX4_FORMAT == 8
 #define APEX4_TOKEN_OPERAND const float* block_absmax,
@@ -121,6 +130,56 @@ struct Input {
 #if APEX4_FEW_ROWS
 
 constexpr int ROWS = 16, WARP_TILES = TILES / WARPS;
+
+#if APEX4_FEEDBACK
+constexpr int WARP_STEPS = WARP_TILES / 2;
+
+// The part of G by which errors of all later steps go to the tiles of this warp: in registers, all of it in flight at once.
+struct OwnFeedback {
+  uint4 chunk[FEEDBACK_STEPS][WARP_STEPS];
+
+  __device__ __forceinline__ void load(const uint4* feedback, int warp, int lane) {
+#pragma unroll
+    for (int step = 1; step < FEEDBACK_STEPS; ++step)
+#pragma unroll
+      for (int i = 0; i < WARP_STEPS; ++i) {
+        const int pair = WARP_STEPS * warp + i;
+        if (pair < step) chunk[step][i] = feedback[feedback_fragment_byte(step, pair, lane) / 16];
+      }
+  }
+};
+
+// All warps' tiles of values in units of the scale become codes, as `round_step` leaves them. By all threads that multiply.
+__device__ __forceinline__ void round_with_feedback(float (&v)[WARP_TILES][4], const OwnFeedback& own, int warp, int lane) {
+  __shared__ uint4 errors_of_steps[FEEDBACK_STEPS][32];
+#pragma unroll
+  for (int turn = WARPS - 1; turn >= 0; --turn) {
+    if (warp == turn) {
+#pragma unroll
+      for (int i = WARP_STEPS - 1; i >= 0; --i) {
+        const int step = WARP_STEPS * turn + i;
+        const StepErrors errors = round_step(v[2 * i], v[2 * i + 1]);
+#pragma unroll
+        for (int left = 0; left < i; ++left) errors.correct(v[2 * left], v[2 * left + 1], own.chunk[step][left]);
+        if (turn > 0) errors_of_steps[step][lane] = make_uint4(errors.word[0], errors.word[1], errors.word[2], errors.word[3]);
+      }
+    }
+    if (turn == 0) break;
+    named_barrier<1, 32 * WARPS>();
+    if (warp < turn) {
+#pragma unroll
+      for (int i = WARP_STEPS - 1; i >= 0; --i) {
+        const int step = WARP_STEPS * turn + i;
+        const uint4 word = errors_of_steps[step][lane];
+        const StepErrors errors{{word.x, word.y, word.z, word.w}};
+#pragma unroll
+        for (int left = 0; left < WARP_STEPS; ++left)
+          errors.correct(v[2 * left], v[2 * left + 1], own.chunk[step][left]);
+      }
+    }
+  }
+}
+#endif
 
 #if APEX4_FEW_ROWS == 2 || APEX4_FORMAT == 8
 #define APEX4_BOUNDS __launch_bounds__(THREADS, 1)
@@ -254,6 +313,10 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     for (int t = 0; t < WARP_TILES; ++t)
       if (APEX4_FEW_ROWS == 1 || warp < WARPS)
         b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
+#if APEX4_FEEDBACK
+  OwnFeedback own;
+  if (APEX4_FEW_ROWS == 1 || warp < WARPS) own.load(fragments + MATRIX_CHUNKS, warp, lane);
+#endif
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
 #endif
@@ -293,22 +356,46 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     if ((lane & 3) == 0) warp_absmax[warp][accumulator_row(lane, half)] = absmax;
   }
   named_barrier<1, 32 * WARPS>();
+#if APEX4_FEEDBACK
+  float scales_of_halves[HALVES];
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    float absmax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][accumulator_row(lane, half)]);
+    scales_of_halves[half] = scale_of(absmax * matrix_factor, clip_over_7);
+    const float in_units = matrix_factor * reciprocal_of(scales_of_halves[half]);
+#pragma unroll
+    for (int t = 0; t < WARP_TILES; ++t)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) y[t][2 * half + e] *= in_units;
+  }
+  round_with_feedback(y, own, warp, lane);
+#endif
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
     const int in_tile = accumulator_row(lane, half), row = first + in_tile;
     if (row >= m) continue;
+#if APEX4_FEEDBACK
+    const float scale = scales_of_halves[half];
+    unsigned packed[OCTET_WORDS];
+    pack_rounded(packed, y[0], y[1], y[2], y[3], half);
+#else
     float absmax = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][in_tile]);
+#endif
 #if APEX4_FORMAT == 8
     if (warp == 0 && (lane & 3) == 0) scales[static_cast<long long>(block) * m_stride + row] = absmax * matrix_factor;
 #else
+#if !APEX4_FEEDBACK
     const float scale = scale_of(absmax * matrix_factor, clip_over_7);
     const ShiftedProduct quantized(scale, matrix_factor);
     unsigned octet[8], packed[OCTET_WORDS];
 #pragma unroll
     for (int i = 0; i < 8; ++i) octet[i] = quantized(y[i >> 1][2 * half + (i & 1)]);
     pack_octet(packed, octet);
+#endif
     const int column = dense_output(WARP_TILES * warp, 2 * (lane & 3));  // the first of this lane's eight
     unsigned char* where = codes + static_cast<long long>(block) * m_stride * ROW_BYTES + octet_byte(row, column);
 #if APEX4_FORMAT == 80
@@ -326,9 +413,69 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 
 constexpr int M_TILES = 2, WARP_ROWS = 16 * M_TILES, CTA_ROWS = WARP_ROWS * WARPS;
 
+#if APEX4_FEEDBACK
+constexpr int COPIED_CHUNKS = MATRIX_CHUNKS + FEEDBACK_CHUNKS;
+
+// Sums of M_TILES * 16 rows -> their scales, and the codes of their blocks.
+__device__ __forceinline__ void quantize_rows(
+    unsigned char* slab, float* block_scales, float (&v)[M_TILES][TILES][4], const uint4* feedback, int first, int m,
+    float matrix_factor, float clip_over_7, int lane) {
+#pragma unroll
+  for (int i = 0; i < M_TILES * HALVES; ++i) {
+    float(&tiles)[TILES][4] = v[i / HALVES];
+    const int half = i % HALVES, row = first + accumulator_row(lane, i);
+    float absmax = 0.0f;
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+      absmax = max_nan(absmax, max_nan(fabsf(tiles[t][2 * half]), fabsf(tiles[t][2 * half + 1])));
+    const float scale = scale_of(max_of_quad(absmax) * matrix_factor, clip_over_7);
+    if (row < m && (lane & 3) == 0) block_scales[row] = scale;
+    const float in_units = matrix_factor * reciprocal_of(scale);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) tiles[t][2 * half + e] *= in_units;
+  }
+  unsigned packed[M_TILES * HALVES][4 * OCTET_WORDS];
+#pragma unroll
+  for (int step = FEEDBACK_STEPS - 1; step >= 0; --step) {
+    StepErrors errors[M_TILES];
+#pragma unroll
+    for (int i = 0; i < M_TILES; ++i) errors[i] = round_step(v[i][2 * step], v[i][2 * step + 1]);
+#pragma unroll
+    for (int pair = step - 1; pair >= 0; --pair) {  // the next step's tiles first
+      const uint4 g = feedback[feedback_fragment_byte(step, pair, lane) / 16];
+#pragma unroll
+      for (int i = 0; i < M_TILES; ++i) errors[i].correct(v[i][2 * pair], v[i][2 * pair + 1], g);
+    }
+    if (step % 2 == 0)
+#pragma unroll
+      for (int i = 0; i < M_TILES * HALVES; ++i) {
+        const float(&tiles)[TILES][4] = v[i / HALVES];
+        pack_rounded(packed[i] + OCTET_WORDS * (step / 2), tiles[2 * step], tiles[2 * step + 1], tiles[2 * step + 2],
+                     tiles[2 * step + 3], i % HALVES);
+      }
+  }
+  asm volatile("" : "+r"(first), "+r"(lane));  // addresses are worked out now: there were no registers to keep them in
+#pragma unroll
+  for (int i = 0; i < M_TILES * HALVES; ++i) {
+    const int row = first + accumulator_row(lane, i);
+#if APEX4_FORMAT == 80
+    if (row < m)
+      *reinterpret_cast<uint4*>(slab + octet_byte(row, dense_output(0, 2 * (lane & 3)))) =
+          make_uint4(packed[i][0], packed[i][1], packed[i][2], packed[i][3]);
+#else
+    store_row(slab, packed[i], row, m, lane);
+#endif
+  }
+}
+#else
+constexpr int COPIED_CHUNKS = MATRIX_CHUNKS;
+#endif
+
 __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
 #pragma unroll
-  for (int i = 0; i < MATRIX_CHUNKS / THREADS; ++i) {
+  for (int i = 0; i < COPIED_CHUNKS / THREADS; ++i) {
     const int at = threadIdx.x + i * THREADS;
     copy_async(shared + at, from + at);
   }
@@ -338,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
     const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
     float matrix_factor, float clip_over_7, float, int gain_offset, int) {
-  __shared__ uint4 fragments[MATRIX_CHUNKS];
+  __shared__ uint4 fragments[COPIED_CHUNKS];
   let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
   // The matrix is no output of the kernel before: no need to wait for that one.
@@ -375,10 +522,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
       }
     const int next = first + CTA_ROWS;
     if (next < end) input.load(words, next, lane);
+#if APEX4_FEEDBACK
+    quantize_rows(slab, block_scales, y, fragments + MATRIX_CHUNKS, first, m, matrix_factor, clip_over_7, lane);
+#else
 #pragma unroll
     for (int i = 0; i < M_TILES * HALVES; ++i)
       quantize_row(slab, block_scales, y[i / HALVES], i % HALVES, first + accumulator_row(lane, i), m, matrix_factor,
                    clip_over_7, lane);
+#endif
   }
 }
 
