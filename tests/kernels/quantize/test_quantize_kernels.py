@@ -707,7 +707,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "feedback's columns, few rows": (("index.cuh", "(step * (step - 1) >> 1) + pair", "(step * (step - 1) >> 1) + (pair ^ 1)"), FEEDBACK_90),
     "errors of a step": (("quantize_feedback.cuh", "errors.word[2 * tile + half]", "errors.word[tile + 2 * half]"), FEEDBACK_80),
     "sign of an error": (("quantize_feedback.cuh", "(code - ROUND_BIASED) - value", "value - (code - ROUND_BIASED)"), replace(FEEDBACK_80, m=150)),
-    "errors of other warps": (("quantize_dense.cu", "if (turn > 0) errors_of_steps", "if (turn > 1) errors_of_steps"), FEEDBACK_80),
+    "errors of other warps": (("quantize_dense.cu", "if (turn > 0) errors_of_steps", "if (turn > 1) errors_of_steps"), replace(FEEDBACK_80, m=16)),
     "octets": (("quantize_dense.cu", "packed[i] + OCTET_WORDS * (step / 2)", "packed[i] + OCTET_WORDS * (3 - step / 2)"), replace(FEEDBACK_90, m=150)),
     "signs": (("index.cuh", "(k & 1) + 16 * (k >> 1 & 3)", "(k & 1) + 16 * (k >> 2 & 3)"), ROWS_S8),
     "byte": (("quantize_s8.cuh", "__byte_perm(c, d, 0x0040)", "__byte_perm(d, c, 0x0040)"), ROWS_S8),

@@ -456,7 +456,9 @@ __device__ __forceinline__ void quantize_rows(
                      tiles[2 * step + 3], i % HALVES);
       }
   }
+#if APEX4_FORMAT == 80
   asm volatile("" : "+r"(first), "+r"(lane));  // addresses are worked out now: there were no registers to keep them in
+#endif
 #pragma unroll
   for (int i = 0; i < M_TILES * HALVES; ++i) {
     const int row = first + accumulator_row(lane, i);
