@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .error_moments import error_moments
 from .step import Step, measured
 from .student import Distilled, Student
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 STEP_TOKENS = 8192  # of text in a step, in whole windows
 HELD_OUT, MOST_HELD_OUT = 16, 32  # every so manieth window of a source, and at most so many
 COMPARISONS = 8  # how often the state is measured on the windows that were kept out
+FEEDBACK_TOKENS = 16384  # of every source, whose gradients make up error feedback
 BYTES_A_PARAMETER = (
     26  # v, its gradient and two moments in float32, the best state, the weights of both models in 16 bits
 )
@@ -131,7 +133,11 @@ class Distillation:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self._best[name])
-        result = self._student.distilled()
+        moments = None
+        if self._student.has_feedback:
+            windows = torch.cat([windows[: -(-FEEDBACK_TOKENS // windows.shape[1])] for windows in self._text.sources])
+            moments = error_moments(self._student, windows, self._batch, self._seed)
+        result = self._student.distilled(moments)
         result.before, result.after = self._before, self._best_loss
         return result
 

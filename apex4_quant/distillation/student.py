@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..format.feedback import pack_feedback
 from ..format.quant_config import LinearFormat
+from ..transforms.error_feedback import feedback_by_moments
 from .trained_linear import TrainedInput, TrainedLinear
 
 if TYPE_CHECKING:
@@ -101,7 +103,26 @@ class Student:
         for input in self._inputs:
             input.forget()
 
-    def distilled(self) -> Distilled:
+    @property
+    def has_feedback(self) -> bool:
+        """Whether errors of an input are made up for when the student is computed from what is stored."""
+        return any(input.format.transform.has_feedback for input in self._inputs)
+
+    def logits_and_inputs(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As `logits`; and the transformed inputs [B, L, padded K] that have feedback, before they are rounded, by the name of the
+        linear that stores their transform."""
+        kept = {name: input for name, input in self._owners.items() if input.format.transform.has_feedback}
+        for input in kept.values():
+            input.keeps_unrounded = True
+        try:
+            logits = self.logits(ids)
+            return logits, {name: input.unrounded for name, input in kept.items() if input.unrounded is not None}
+        finally:
+            for input in kept.values():
+                input.keeps_unrounded = False
+
+    def distilled(self, error_moments: Mapping[str, torch.Tensor] | None = None) -> Distilled:
+        """`error_moments` by name, float64 [padded K / 128, 128, 128], of inputs with feedback, which is made from them."""
         result = Distilled()
         clips = {input: input.stored()[1] for input in self._inputs}
         for name, linear in self._linears.items():
@@ -111,6 +132,9 @@ class Student:
                 result.others[f"{name}.bias"] = linear.bias.detach()
         for name, input in self._owners.items():
             matrix, _ = input.stored()
+            if matrix is not None and input.format.transform.has_feedback:
+                assert error_moments is not None
+                matrix = torch.cat((matrix, pack_feedback(feedback_by_moments(error_moments[name]))), 1)
             if matrix is not None:
                 result.matrices[name] = matrix
         for name, (gain, dtype) in self._norms.items():

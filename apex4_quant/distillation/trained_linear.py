@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..format.feedback import transform_of
 from ..format.number_format import (
     ACTIVATION_SCALE_MIN,
     BITS,
@@ -122,17 +123,22 @@ class TrainedInput(nn.Module):
     """The quantizer of an input: its transform and clip ratio. Linears that read one input share it, and what it computes.
 
     `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one.
-    With 8 bits an input has one scale a token and no clip ratio to be learned, and the weights behind it are folded.
+    With 8 bits an input has one scale a token and no clip ratio to be learned, and the weights behind it are folded. Error feedback
+    that is stored behind `matrix` is not computed with: it is worked out anew (error_moments.py).
     """
 
     def __init__(self, format: LinearFormat, matrix: torch.Tensor | None, device: torch.device) -> None:
         super().__init__()
         self.format = format
-        self.matrix = None if matrix is None else nn.Parameter(matrix.to(device, torch.float32, copy=True))
+        self.matrix = (
+            None if matrix is None else nn.Parameter(transform_of(matrix).to(device, torch.float32, copy=True))
+        )
         self.log_clip = nn.Parameter(torch.tensor(math.log(format.activation_clip), device=device))
         self.of_tokens = format.activation_bits != BITS
         self.log_clip.requires_grad_(not self.of_tokens)
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.keeps_unrounded = False
+        self.unrounded: torch.Tensor | None = None  # the transformed input of the last call, if it is kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> quantized, [..., padded K]. The linears of one input are called with the same tensor."""
@@ -148,13 +154,16 @@ class TrainedInput(nn.Module):
         group, code_max = self.format.group_length, CODE_MAX
         if self.of_tokens:
             group, code_max = self.format.padded_k, TOKEN_CODE_MAX
-        quantized: torch.Tensor = _RoundActivation.apply(y.contiguous(), self.log_clip, group, code_max)  # type: ignore[no-untyped-call]
+        y = y.contiguous()
+        if self.keeps_unrounded:
+            self.unrounded = y
+        quantized: torch.Tensor = _RoundActivation.apply(y, self.log_clip, group, code_max)  # type: ignore[no-untyped-call]
         self._last = (x, quantized)
         return quantized
 
     def forget(self) -> None:
         """Let go of the last input and of the graph behind it."""
-        self._last = None
+        self._last = self.unrounded = None
 
     @torch.no_grad()
     def stored(self) -> tuple[torch.Tensor | None, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,21 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from apex4_quant import quantize
 from apex4_quant.checkpoint.check import check
+from apex4_quant.distillation.error_moments import error_moments
 from apex4_quant.distillation.own_text import write_windows
+from apex4_quant.distillation.trained_linear import TrainedInput, TrainedLinear
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
+from apex4_quant.format.feedback import feedback_of
+from apex4_quant.format.layouts import get_layout
+from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.storage import sha256
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.progress import Progress
 from apex4_quant.quantization import distilling
 from apex4_quant.quantization.settings import QuantizeSettings
@@ -58,6 +66,84 @@ def test_the_predictions_come_nearer(pair: tuple[Path, Path]) -> None:
     assert report["tokens_of_text"] == [
         (24 * 4 + 32 - 8) * 64
     ]  # more windows than calibration takes; every 16th is held out
+
+
+@pytest.fixture(scope="module")
+def pair_with_feedback(few_tokens: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("distill")
+    for name, steps in (("before", 0), ("after", 12)):
+        quantize(settings(transform="feedback128", transform_steps=2, distill_steps=steps), folder / name)
+    return folder / "before", folder / "after"
+
+
+def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]) -> None:
+    """The student learns without it; what is stored makes up for errors all the same."""
+    before, after = pair_with_feedback
+    quality = [
+        evaluate(EvalSettings(str(out), "demo", seq_len=64, limit=24, device="cpu"))["divergence"]
+        for out in (before, after)
+    ]
+    name = "model.layers.0.self_attn.q_proj.input_transform"
+    stored = [
+        next(load_file(file)[name] for file in sorted(out.glob("*.safetensors")) if name in load_file(file))
+        for out in (before, after)
+    ]
+    assert stored[0].shape == stored[1].shape == (2, 184, 128)
+    for matrix in stored:
+        feedback = feedback_of(matrix.float())
+        assert bool((feedback.abs().amax((1, 2)) > 0.02).all())
+    assert not torch.equal(stored[0][:, 128:], stored[1][:, 128:])
+    assert quality[1] < quality[0]
+    check(str(after))
+    without = after.parent / "without"
+    shutil.copytree(after, without)
+    for file in without.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key in tensors:
+            if key.endswith("input_transform"):
+                tensors[key][:, 128:] = 0
+        save_file(tensors, file, metadata={"format": "pt"})
+    (without / "apex4_report.json").unlink()
+    assert (
+        evaluate(EvalSettings(str(without), "demo", seq_len=64, limit=24, device="cpu"))["divergence"]
+        > 1.1 * quality[1]
+    )
+
+
+def test_error_moments_are_those_of_the_gradients() -> None:
+    """Of a student of one linear, whose gradients are known: the logits' times the weights, by blocks."""
+    torch.manual_seed(0)
+    format = LinearFormat(40, 200, 128, get_layout("rowmajor"), TransformKind.FEEDBACK, 1.0)
+    matrix = torch.cat((torch.linalg.qr(torch.randn(2, 128, 128))[0], torch.zeros(2, 56, 128)), 1).half()
+    codes, scales = torch.randint(-7, 8, (40, 256)).to(torch.int8), torch.full((40, 2), 0.01).half()
+
+    class One:
+        def __init__(self) -> None:
+            self.input = TrainedInput(format, matrix, torch.device("cpu"))
+            self.linear = TrainedLinear(format, self.input, codes, scales, torch.randn(40, 200), None)
+            self.states = torch.randn(50, 200)
+
+        def logits_and_inputs(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            self.input.keeps_unrounded = True
+            logits = self.linear(self.states[ids])
+            return logits, {"one": self.input.unrounded}
+
+        def forget(self) -> None:
+            self.input.forget()
+
+    student, ids = One(), torch.randint(50, (40, 30))
+    found = error_moments(student, ids, 4, 3)["one"]  # type: ignore[arg-type]
+    assert found.shape == (2, 128, 128) and found.dtype == torch.float64
+    assert torch.equal(found, found.transpose(1, 2))
+    # The mean over draws of g g^T is W^T (diag p - p p^T) W; of 1200 tokens, their sum, to within sampling.
+    weight = (codes * 0.01).double()
+    with torch.no_grad():
+        scores = student.linear(student.states[ids]).double().flatten(0, 1)
+    likely = torch.softmax(scores, -1)
+    expected = weight.t() @ (torch.diag(likely.sum(0)) - likely.t() @ likely) @ weight
+    for block in range(2):
+        part = slice(128 * block, 128 * block + 128)
+        assert float((found[block] - expected[part, part]).norm() / expected[part, part].norm()) < 0.25
 
 
 def test_the_checkpoint_is_whole(pair: tuple[Path, Path]) -> None:

@@ -155,7 +155,9 @@ def make_operands(case: Case, device: torch.device) -> Operands:
             matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
     if case.transform == "feedback":
         blocks = padded_in_features(case.k, case.group) // BLOCK
-        amplifying = normal(blocks, 200, BLOCK) @ (torch.eye(BLOCK, device=device) + 0.04 * normal(blocks, BLOCK, BLOCK))
+        amplifying = normal(blocks, 200, BLOCK) @ (
+            torch.eye(BLOCK, device=device) + 0.04 * normal(blocks, BLOCK, BLOCK)
+        )
         feedback = pack_feedback(feedback_by_moments((amplifying.transpose(1, 2) @ amplifying).double()))
         matrix = torch.cat((storable(normal(blocks, BLOCK, BLOCK)), feedback), 1)
     residual = _strided(normal(case.m, case.k), case, device) if case.input == "add_rms_norm" else None
