@@ -32,16 +32,17 @@ def _stored_places(device: torch.device) -> torch.Tensor:
 def pack_feedback(feedback: torch.Tensor) -> torch.Tensor:
     """G [KB, 128, 128] in step order -> its stored rows [KB, 56, 128]. What is not below the steps is left away."""
     places = _stored_places(feedback.device)
-    return feedback.flatten(1).index_select(1, places).unflatten(1, (FEEDBACK_ROWS, BLOCK))
+    rows: torch.Tensor = feedback.flatten(1).index_select(1, places).unflatten(1, (FEEDBACK_ROWS, BLOCK))
+    return rows
 
 
 def feedback_of(matrix: torch.Tensor) -> torch.Tensor | None:
     """The matrices of an input [KB, 128, 128] or [KB, 184, 128] -> G [KB, 128, 128] in step order, or None without feedback."""
     if matrix.shape[1] == BLOCK:
         return None
-    feedback = matrix.new_zeros(len(matrix), BLOCK * BLOCK)
-    feedback[:, _stored_places(matrix.device)] = matrix[:, BLOCK:].flatten(1)
-    return feedback.unflatten(1, (BLOCK, BLOCK))
+    feedback = matrix.new_zeros(len(matrix), BLOCK, BLOCK)
+    feedback.view(len(matrix), -1)[:, _stored_places(matrix.device)] = matrix[:, BLOCK:].flatten(1)
+    return feedback
 
 
 def transform_of(matrix: torch.Tensor) -> torch.Tensor:

@@ -144,9 +144,9 @@ def dense_config(
     `feedback`: to four bits, with error feedback, which quantize_dense.cu alone has."""
     if feedback:
         plain = dense_config(few_rows or 1, input, dtype, format)
-        macros = (("APEX4_FEW_ROWS", few_rows), *plain.macros[1:], ("APEX4_FEEDBACK", 1))
         name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_feedback_{input}_{dtype}_{format}"
-        return QuantizeConfig(name, plain.source, plain.entry, macros)
+        of_feedback = (("APEX4_FEW_ROWS", few_rows), *plain.macros[1:], ("APEX4_FEEDBACK", 1))
+        return QuantizeConfig(name, plain.source, plain.entry, of_feedback)
     wgmma = format == "sm90" or (sm_90 and format == TOKEN_FORMAT)
     kind = "many_wgmma" if wgmma and not few_rows and format == TOKEN_FORMAT else ("many", "few", "fewest")[few_rows]
     name = f"quantize_dense_{kind}_{input}_{dtype}_{format}"
