@@ -52,6 +52,16 @@ def test_what_was_measured_is_said(alone: list[str]) -> None:
     assert result["model_bytes"] == 2 * (2 * layer + 2 * 4096 * 128 + 128) and result["windows"] == 2
 
 
+def test_two_ranks_beside_one_process() -> None:
+    done = bench(*TINY, "--layers", 2, "--recipe", "rtn", "--no-rivals", "--gpus", "1,2")
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert [row.get("error") for row in result["apex4"]] == [None, None]
+    assert [row["ranks"] for row in result["apex4"]] == [1, 2]
+    assert all(row["quantized_linears"] == 2 * 7 and row["seconds_a_layer"] > 0 for row in result["apex4"])
+    assert done.stdout.splitlines()[-2].startswith("apex4 x 2      rtn")
+
+
 def test_a_recipe_that_is_not_there_is_refused_before_anything_is_made() -> None:
     done = bench(*TINY, "--recipe", "nonsense")
     assert done.returncode == 2 and "recipe 'nonsense' is not known" in done.stderr

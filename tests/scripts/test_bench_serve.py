@@ -35,6 +35,31 @@ def test_the_time_of_a_step_by_kind_of_kernel(serve: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
+def test_the_last_steps_are_taken_of_what_ran(serve: dict[str, Any]) -> None:
+    """Two layers; in front of the steps a longer one, which is left out."""
+    ran, now = [], 0.0
+    for step in range(serve["STEPS"] + 2):
+        for name, us in (
+            ("reshape_and_cache_flash", 2),
+            ("nvjet_sm90", 5),
+            ("reshape_and_cache_flash", 2),
+            ("nvjet_head", 50),
+        ):
+            ran.append((name, now, now + us * (10 if step == 0 else 1)))
+            now = ran[-1][2]
+    found = serve["of_steps"](ran, 2)
+    assert found["us"] == {
+        "kernels": 4.0,
+        "cache": 4.0,
+        "head": 50.0,
+        "linears": 5.0,
+        "between steps": 0.0,
+        "idle": 0.0,
+    }
+    assert found["longest"][0] == ["nvjet_head", 1.0, 50.0]
+    assert "error" in serve["of_steps"](ran[:8], 2)
+
+
 def test_every_kernel_has_a_kind(serve: dict[str, Any]) -> None:
     kinds = {
         "apex4_quantize_whole_rows": "quantizers", "apex4_row_rms": "quantizers", "apex4_gemm": "linears",

@@ -24,7 +24,8 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     folder, prompts, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    llm = LLM(folder, dtype="bfloat16", max_model_len=128, gpu_memory_utilization=0.2, disable_log_stats=True, **options)
+    llm = LLM(folder, dtype="bfloat16", max_model_len=128, gpu_memory_utilization=0.05, kv_cache_memory_bytes=2**28,
+              disable_log_stats=True, **options)
     sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     print("RESULT", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
