@@ -59,7 +59,7 @@ EPS = 1e-5
 POISON, GUARD = 0xA5, 64
 LARGE_GPU = 132  # multiprocessors
 MOST_UNDECIDED = 0.03  # of the codes: with more near ties than that a check would say little
-MOST_UNDECIDED_WITH_FEEDBACK = 0.15  # bounds add up from step to step, which errors hardly do
+MOST_UNDECIDED_WITH_FEEDBACK = 0.25  # bounds add up from step to step, which errors hardly do
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
