@@ -289,7 +289,7 @@ def gpus(as_json: bool) -> None:
     "--transform",
     PLANNED_TRANSFORMS,
     None,
-    f"For all.  [default: {TransformKind.HADAMARD}, and {TransformKind.DENSE} if the recipe has that]",
+    f"For all.  [default: {TransformKind.HADAMARD}, and the recipe's if that is learned]",
 )
 @options.calibration(None, f"Calibration windows.  [default: {TOKENS} tokens]")
 @options.GPUS

@@ -7,13 +7,15 @@ For M tokens, N outputs, K inputs (padded) in G groups:
     memory       B = (N K / 2 + 2 N G + M K / 2 + 4 M G + 2 M N) / bandwidth
     GEMM           = max(arithmetic, B)
     8-bit activations: M K + 4 M for M K / 2 + 4 M G, here and below, and the account of the 8-bit main loop
-    quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a dense transform adds
-                     256 K bytes of matrices, and its 256 M K operations at the 16-bit rate overlap with the memory
+    quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a learned transform adds
+                     2 R K bytes of matrices, and its 2 R M K operations at the 16-bit rate overlap with the memory: R
+                     is 128, and with error feedback 128 + 56, which is as many rows and as many products
 
 `dequantization_load` is lambda = c rho / g: CUDA-core time over tensor-core time of one GEMM. c counts the FP32
 instruction slots per accumulator and group, rho is the GPU's INT4 rate over its FP32 rate, g the group size. A mainloop
 that overlaps both hides its dequantization while lambda, and what else its CUDA cores do, is <= 1.
-Not modelled: waves that do not fill the GPU, launch latency, small tiles at few tokens.
+Not modelled: waves that do not fill the GPU, launch latency, small tiles at few tokens, the arithmetic of rounding (with
+error feedback its steps wait for each other).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..format.number_format import BLOCK, CHANNEL, GroupSize, group_count, group_length, padded_in_features
+from ..format.transform_kind import TransformKind
 from ..hardware.gpus import GPUS, Gpu, resolve_target
 from . import issue_model
 from .issue_model import FP16_SHARE, MEMORY_SHARE
@@ -66,6 +69,10 @@ DEFAULT_BUDGET = (
 )
 DEFAULT_TOKENS = 2048
 _EXAMPLE_K = 4096  # for tables of GPUs: the hidden size of an 8B model
+_LEARNED = {  # by key of gpus --json
+    "dense_transform": TransformKind.DENSE,
+    "feedback_transform": TransformKind.FEEDBACK,
+}
 _EXAMPLE_LAYER = (([4096, 1024, 1024], 4096), ([4096], 4096), ([14336, 14336], 4096), ([4096], 14336))
 
 
@@ -113,16 +120,22 @@ def gemm_seconds(
 
 
 def activation_seconds(
-    gpu: Gpu, m: int, k: int, group_size: GroupSize, dense: bool = False, activation_bits: int = 4
+    gpu: Gpu,
+    m: int,
+    k: int,
+    group_size: GroupSize,
+    transform: TransformKind = TransformKind.HADAMARD,
+    activation_bits: int = 4,
 ) -> float:
-    """Predicted seconds of quantizing x [m, k] from 16 bits, behind the Hadamard transform or a dense one."""
+    """Predicted seconds of transforming x [m, k] and quantizing it from 16 bits. Transforms that are not learned take none."""
     padded, groups = padded_in_features(k, group_size), group_count(k, group_size)
     stored = m * padded / 2 + 4 * m * groups if activation_bits == 4 else m * padded + 4 * m
     moved = 2 * m * k + stored
-    if not dense:
+    if not transform.is_learned:
         return _memory_seconds(gpu, moved)
-    products = 2 * m * padded * BLOCK / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
-    return max(_memory_seconds(gpu, moved + 2 * BLOCK * padded), products)
+    matrices = 2 * transform.matrix_count(padded // BLOCK) * transform.matrix_rows * BLOCK
+    products = 2 * m * padded * transform.matrix_rows / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
+    return max(_memory_seconds(gpu, moved + matrices), products)
 
 
 def input_group_seconds(
@@ -132,13 +145,12 @@ def input_group_seconds(
     k: int,
     group_size: GroupSize,
     mainloop: Mainloop = OURS,
-    dense: bool = False,
+    transform: TransformKind = TransformKind.HADAMARD,
     activation_bits: int = 4,
 ) -> float:
-    """Predicted seconds of the linears [n, k], n in `outputs`, that share one input: it is transformed, by a `dense`
-    transform or Hadamard's, and quantized once."""
+    """Predicted seconds of the linears [n, k], n in `outputs`, that share one input: it is transformed and quantized once."""
     gemms = sum(gemm_seconds(gpu, m, n, k, group_size, mainloop, activation_bits) for n in outputs)
-    return gemms + activation_seconds(gpu, m, k, group_size, dense, activation_bits)
+    return gemms + activation_seconds(gpu, m, k, group_size, transform, activation_bits)
 
 
 def fp16_seconds(gpu: Gpu, m: int, n: int, k: int) -> float:
@@ -146,29 +158,36 @@ def fp16_seconds(gpu: Gpu, m: int, n: int, k: int) -> float:
     return max(2 * m * n * k / (gpu.fp16_tflops * 1e12 * FP16_SHARE), _memory_seconds(gpu, 2 * (n * k + m * k + m * n)))
 
 
-def dense_transform_cost(gpu: Gpu, tokens: int) -> float:
-    """Predicted time of the linears of a Llama-3-8B layer at g128 with dense transforms over that with Hadamard's."""
-    return _layer_seconds(gpu, tokens, 128, dense=True) / _layer_seconds(gpu, tokens, 128)
+def learned_transform_cost(gpu: Gpu, tokens: int, transform: TransformKind) -> float:
+    """Predicted time of the linears of a Llama-3-8B layer at g128 with a learned transform over that with Hadamard's."""
+    return _layer_seconds(gpu, tokens, 128, transform=transform) / _layer_seconds(gpu, tokens, 128)
 
 
 def _layer_seconds(
-    gpu: Gpu, tokens: int, group_size: GroupSize, mainloop: Mainloop = OURS, dense: bool = False
+    gpu: Gpu,
+    tokens: int,
+    group_size: GroupSize,
+    mainloop: Mainloop = OURS,
+    transform: TransformKind = TransformKind.HADAMARD,
 ) -> float:
     return sum(
-        input_group_seconds(gpu, tokens, outputs, k, group_size, mainloop, dense) for outputs, k in _EXAMPLE_LAYER
+        input_group_seconds(gpu, tokens, outputs, k, group_size, mainloop, transform) for outputs, k in _EXAMPLE_LAYER
     )
 
 
-def default_choice(gpu: Gpu, mainloop: Mainloop = OURS) -> str:
-    """What the planner does on this GPU with a Llama-3-8B and 4-bit activations, in words that `apex4 gpus` explains."""
+def default_choice(gpu: Gpu, mainloop: Mainloop = OURS, learned: TransformKind = TransformKind.FEEDBACK) -> str:
+    """What the planner does on this GPU with a Llama-3-8B and 4-bit activations, in words that `apex4 gpus` explains.
 
-    def within_budget(dense: bool) -> bool:
+    `learned` is the recipe's transform. Where the dearest fits, which is the default, the other does.
+    """
+
+    def within_budget(transform: TransformKind) -> bool:
         fastest = min(_layer_seconds(gpu, DEFAULT_TOKENS, size, mainloop) for size in (128, 256, 512, CHANNEL))
-        return _layer_seconds(gpu, DEFAULT_TOKENS, 128, mainloop, dense) <= DEFAULT_BUDGET * fastest
+        return _layer_seconds(gpu, DEFAULT_TOKENS, 128, mainloop, transform) <= DEFAULT_BUDGET * fastest
 
-    if within_budget(dense=True):
-        return "g128, dense128"
-    return "g128, some dense128" if within_budget(dense=False) else "some g128, dense128"
+    if within_budget(learned):
+        return "g128, learned"
+    return "g128, some learned" if within_budget(TransformKind.HADAMARD) else "some g128, learned"
 
 
 def gpus_as_dict() -> dict[str, Any]:
@@ -190,8 +209,12 @@ def gpus_as_dict() -> dict[str, Any]:
                 "lambda": {
                     str(size): round(dequantization_load(gpu, _EXAMPLE_K, size), 4) for size in (128, 256, 512, CHANNEL)
                 },
-                "dense_transform": {
-                    str(tokens): round(dense_transform_cost(gpu, tokens), 4) for tokens in (1, DEFAULT_TOKENS)
+                **{
+                    key: {
+                        str(tokens): round(learned_transform_cost(gpu, tokens, transform), 4)
+                        for tokens in (1, DEFAULT_TOKENS)
+                    }
+                    for key, transform in _LEARNED.items()
                 },
                 "default": default_choice(gpu),
             }
@@ -203,26 +226,27 @@ def gpus_as_dict() -> dict[str, Any]:
 def gpus_as_text() -> str:
     """The table of `apex4 gpus`."""
     values = gpus_as_dict()
-    header = f"{'GPU':9} {'sm':>3} {'tensor TOPS':>12} {'FP16':>6} {'FP32':>6} {'GB/s':>5} {'rho':>5}"
-    lines = [header + "".join(f" {'l@' + size[:3]:>6}" for size in values["gpus"][0]["lambda"])]
-    lines[0] += (
-        "".join(f" {'T@' + tokens:>7}" for tokens in values["gpus"][0]["dense_transform"]) + "  planner's default"
-    )
+    header = f"{'GPU':9} {'sm':>3} {'tensor TOPS':>11} {'FP16':>6} {'FP32':>6} {'GB/s':>5} {'rho':>5}"
+    header += "".join(f" {'l@' + size[:3]:>5}" for size in values["gpus"][0]["lambda"])
+    header += "".join(f" {key[0].upper() + '@' + tokens:>6}" for key in _LEARNED for tokens in values["gpus"][0][key])
+    lines = [header + "  default"]
     for gpu in values["gpus"]:
         tops = f"{gpu['tensor_tops']:g} {'INT4' if gpu['tensor_bits'] == 4 else '8bit'}"
-        row = f"{gpu['name']:9} {gpu['sm']:3} {tops:>12} {gpu['fp16_tflops']:6g} {gpu['fp32_tflops']:6g}"
+        row = f"{gpu['name']:9} {gpu['sm']:3} {tops:>11} {gpu['fp16_tflops']:6g} {gpu['fp32_tflops']:6g}"
         row += f" {gpu['memory_gbs']:5g}"
-        loads = "".join(f" {load:6.3f}" for load in gpu["lambda"].values())
-        dense = "".join(f" {cost:6.2f}x" for cost in gpu["dense_transform"].values())
-        lines.append(f"{row} {gpu['rho']:5.1f}{loads}{dense}  {gpu['default']}")
+        loads = "".join(f" {load:5.3f}" for load in gpu["lambda"].values())
+        learned = "".join(f" {cost:5.2f}x" for key in _LEARNED for cost in gpu[key].values())
+        lines.append(f"{row} {gpu['rho']:5.1f}{loads}{learned}  {gpu['default']}")
     lines += [
         "FP16, FP32: dense TFLOPS. rho: tensor rate / FP32 rate.",
         f"l@g: lambda = c * rho / g with c = {values['slots_per_group']:g} FP32 slots per accumulator and group "
         f"(mainloop {OURS.name});",
         f"     cha: per channel, g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
-        "T@M: time of the linears of a Llama-3-8B layer, M tokens, with dense128 transforms over that with Hadamard's.",
-        "Default: with 4-bit activations, as --mode w4a4.",
-        f"Within {DEFAULT_BUDGET:g}x of the fastest: g128, dense128 = groups of 128 everywhere and a learned "
+        f"D@M, F@M: time of the linears of a Llama-3-8B layer, M tokens, with {TransformKind.DENSE} and with "
+        f"{TransformKind.FEEDBACK} transforms",
+        "     over that with Hadamard's.",
+        "Default: what the planner takes with 4-bit activations, as --mode w4a4.",
+        f"Within {DEFAULT_BUDGET:g}x of the fastest: g128, learned = groups of 128 everywhere and the recipe's learned "
         "transform for every",
         "input that gains by it; some = where most is gained.",
         "All predicted from datasheet rates and counted instructions, nothing is measured.",

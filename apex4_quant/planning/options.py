@@ -21,13 +21,14 @@ class Mode(StrEnum):
     """What a plan may choose from. The value is what `--mode` and plan files say.
 
     AUTO    the least loss within --budget, or the least time within --max-loss, from activations of 4 bits with group
-            sizes {128, 256, 512, channel} under hadamard128 and 128 under dense128, which kernels have with groups of 128
-            only, and activations of 8 bits with groups of 128 under either
+            sizes {128, 256, 512, channel} under hadamard128 and 128 under the recipe's learned transform (dense128 or
+            feedback128), which kernels have with groups of 128 only, and activations of 8 bits with groups of 128 under
+            hadamard128 and dense128: feedback is for errors of 4 bits
     W4A4    as AUTO, from activations of 4 bits: the paper's pure INT4
     MIXED   the paper's (arXiv 2606.08761), under hadamard128: sensitive inputs at 128, the others per channel. Sensitive
             are the inputs of the last residual writers (down_proj). With --budget or --max-loss the list of candidates is
             those, most loss first, then all others by loss saved per second; as many are taken as the bound allows or needs
-    G128    as W4A4, from 128 under hadamard128 and 128 under dense128
+    G128    as W4A4, from 128 under hadamard128 and 128 under the learned transform
     """
 
     AUTO = "auto"
@@ -105,10 +106,11 @@ def choices_of(
 ) -> list[Choice]:
     """What an input of K features may get: 4 bits first; one transform after the other, finest groups first.
 
-    With activations of 8 bits no arithmetic is left to do for a group, so that coarser groups than 128 save no time.
+    With activations of 8 bits no arithmetic is left to do for a group, so that coarser groups than 128 save no time; and
+    dense128 stands for feedback128.
     """
     return [
-        Choice(size, transform, bits)
+        Choice(size, transform.fitting(size, bits), bits)
         for bits in activation_bits
         for transform in transforms
         for size in ((BLOCK,) if transform.is_learned or bits != BITS else ladder_of(in_features))

@@ -26,6 +26,8 @@ PLANNED_KEYS = (
     "shape",
 )  # of a linear in the file; 4 bits go without saying
 
+_BESIDE = {TransformKind.FEEDBACK: ", and errors of rounding are made up for by what is rounded after them"}
+
 
 @dataclass(frozen=True)
 class QuantizationPlan:
@@ -172,8 +174,11 @@ class QuantizationPlan:
         exact = [transform for transform in self.transforms if not transform.is_learned]
         if exact:
             lines.append(f"  128, 256, 512, channel: group sizes, transform {exact[0]}")
-        if len(exact) < len(self.transforms):
-            lines.append(f"  {TransformKind.DENSE}: groups of {BLOCK}, a transform learned for the input")
+        lines += [
+            f"  {transform}: groups of {BLOCK}, a transform learned for the input{_BESIDE.get(transform, '')}"
+            for transform in dict.fromkeys(choice.transform for choice in offered)
+            if transform.is_learned
+        ]
         if any(choice.activation_bits != BITS for choice in offered):
             lines.append(f"  a8: groups of {BLOCK}, activations in 8 bits with one scale a token")
         total = self.predicted()

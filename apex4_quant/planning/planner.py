@@ -1,8 +1,8 @@
 """`apex4 plan`: which group size, transform and activation bits every linear gets, from predicted loss (sensitivity.py) and predicted time
 (cost_model.py).
 
-There are two transforms to choose from where the recipe has dense128; another recipe's transform, or that of --transform,
-is the only one (settings.py). What is chosen is said by the mode (options.py) and done in choosing.py.
+There are two transforms to choose from where the recipe has dense128 or feedback128; another recipe's transform, or that of
+--transform, is the only one (settings.py). What is chosen is said by the mode (options.py) and done in choosing.py.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def options_with_times(
                 in_features,
                 choice.group_size,
                 mainloop,
-                choice.transform.is_learned,
+                choice.transform,
                 choice.activation_bits,
             ),
             loss,

@@ -16,6 +16,8 @@ and the proxies that do not, are in docs/log.md, 2026-11-25 and 2026-11-29.
 A learned transform is one that LEARNING_STEPS steps find, on rows of its own: the errors are those of other rows, so that
 a transform which fits its rows too well gains nothing by it. A run learns longer, so its gain is predicted somewhat too
 small; which inputs gain most is the same. Kernels have learned transforms with groups of 128 only, and so does the choice.
+With error feedback (feedback128) the same transform is used, and the gradients that errors are weighed by say what makes up
+for an error. Of fewer tokens than an input has features its gain is predicted too large.
 
 The first pass keeps the hidden states that enter every layer, S L H numbers each, on the CPU. The second goes back from
 the last layer to the first, with the gradients of the predictions. Both have one layer in memory.
@@ -35,12 +37,13 @@ import torch
 
 from ..calib.probes import PROBE_ROWS
 from ..distributed.group import Group
+from ..format.feedback import feedback_of
 from ..format.layouts import get_layout
 from ..format.number_format import BITS
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.folding import fold, fold_codes
-from ..kernels.torch_backend import quantize_activation, quantize_token
+from ..kernels.torch_backend import quantize_token, quantize_transformed
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
@@ -53,6 +56,7 @@ from ..quantization.predictions import gradients_of_predictions
 from ..quantization.run_state import Streams
 from ..rounding.nearest import require_quantizable, round_to_codes, search_scales
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
+from ..transforms.error_feedback import error_feedback
 from ..transforms.learned_transform import learn_transform
 from .options import Choice, choices_of
 
@@ -108,14 +112,15 @@ def predict_errors(
 ) -> Errors:
     """What rounding the input rows [T, K] and `weights` [N_i, K] does, at `format`'s group size and transform.
 
-    `matrix` [padded K / 128, 128, 128] is the learned transform, where `format` has one. All processes of `group` have the
-    same arguments, and get the same errors.
+    `matrix` [padded K / 128, 128, 128] is the learned transform, where `format` has one, with error feedback [padded K / 128,
+    184, 128]. All processes of `group` have the same arguments, and get the same errors.
     """
     group = group or Group()
     x = transform_input(rows, format, matrix)
     # Like a weight: g . e = (g T^-T) . (e T).
     gradients = transform_weight(metric.rows[group.share(len(metric.rows)).slice], format, matrix)
-    errors = [rounded - x for rounded in _rounded_inputs(x, format)]
+    feedback = None if matrix is None else feedback_of(matrix.float())
+    errors = [rounded - x for rounded in _rounded_inputs(x, format, feedback)]
     shares = metric.tokens.sqrt()[:, None]
     energies = group.sum_of_numbers([float((shares * (error @ gradients.t())).square().sum()) for error in errors])
     best = energies.index(min(energies))
@@ -152,14 +157,14 @@ def _of_weight(
     return float((tokens[:, None] * of_weight * importance).sum()), noise, float((x @ base.t()).square().sum())
 
 
-def _rounded_inputs(x: torch.Tensor, format: LinearFormat) -> Iterator[torch.Tensor]:
+def _rounded_inputs(x: torch.Tensor, format: LinearFormat, feedback: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """What the codes of transformed rows x [T, padded K] stand for, for every clip ratio that a run may choose."""
     if format.activation_bits != BITS:
         codes, scale = quantize_token(x, hadamard=False)
         yield (codes * scale[..., None]).flatten(1)
         return
     for ratio in CLIP_RATIOS:
-        codes, scale = quantize_activation(x, format.group_length, clip=ratio, hadamard=False)
+        codes, scale = quantize_transformed(x, format.group_length, ratio, feedback)
         yield (codes * scale[..., None]).flatten(1)
 
 
@@ -277,9 +282,14 @@ def _measure_group(
     )
     first = linears[0]
     errors: dict[Choice, Errors] = {}
+    learned: torch.Tensor | None = None  # one for all choices: with 8 bits it is that of 4
     for choice in choices:
         format = replace(first.format, **choice._asdict(), layout=get_layout("rowmajor"))
-        matrix = _quickly_learned(others, weights, format, metric, group)
+        matrix = None
+        if choice.transform.is_learned:
+            if learned is None:
+                learned = _quickly_learned(others, weights, format, metric, group)
+            matrix = _with_feedback(learned, format, metric, group) if choice.transform.has_feedback else learned
         errors[choice] = predict_errors(rows, weights, format, metric, matrix, group)
     return GroupSensitivity(
         first.layer,
@@ -313,16 +323,20 @@ def rows_to_measure(count: int) -> torch.Tensor:
 
 def _quickly_learned(
     rows: torch.Tensor, weights: list[torch.Tensor], format: LinearFormat, metric: Metric, group: Group
-) -> torch.Tensor | None:
-    if not format.transform.is_learned:
-        return None
+) -> torch.Tensor:
+    """T [padded K / 128, 128, 128], one for each block."""
     weighed = (
         pad_input_features(weight, format) * importance.sqrt()[:, None]
         for weight, importance in zip(weights, metric.outputs, strict=True)
     )
     padded, gradients = (pad_input_features(matrix, format) for matrix in (rows, metric.rows))
-    shared = format.transform is TransformKind.SHARED
-    return learn_transform(padded, weighed, LEARNING_STEPS, shared, gradients, group=group)
+    return learn_transform(padded, weighed, LEARNING_STEPS, gradients=gradients, group=group)
+
+
+def _with_feedback(learned: torch.Tensor, format: LinearFormat, metric: Metric, group: Group) -> torch.Tensor:
+    """[padded K / 128, 184, 128]: the learned T, and the feedback that errors weighed by `metric` ask for."""
+    gradients = transform_weight(metric.rows, format, learned)
+    return torch.cat((learned, error_feedback([gradients], format.padded_k, group)), 1)
 
 
 def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:

@@ -13,7 +13,7 @@ from .cost_model import DEFAULT_TOKENS, OURS
 from .options import Mode
 
 # Those whose errors are predicted.
-PLANNED_TRANSFORMS = (TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.NONE)
+PLANNED_TRANSFORMS = (TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.NONE)
 TOKENS = 8192  # of calibration text, unless told otherwise: the hidden states entering every layer are kept
 
 
@@ -40,7 +40,7 @@ class PlanSettings:
 
 
 def transforms_of(settings: PlanSettings) -> tuple[TransformKind, ...]:
-    """The transforms that a plan chooses from.
+    """The transforms that a plan chooses from, for activations of 4 bits: `choices_of` says what others have in their place.
 
     Raises UsageError for one that no errors are predicted for, one that the mode cannot have, and bounds on nothing.
     """
@@ -59,8 +59,8 @@ def transforms_of(settings: PlanSettings) -> tuple[TransformKind, ...]:
                 "or give another mode"
             )
         return (TransformKind.HADAMARD if transform.is_learned else transform,)
-    if settings.transform is None and transform is TransformKind.DENSE:
-        return (TransformKind.HADAMARD, TransformKind.DENSE)
+    if settings.transform is None and transform.is_learned:
+        return (TransformKind.HADAMARD, transform)
     if mode == Mode.G128 or (transform.is_learned and mode != Mode.AUTO):
         for name, value in (("budget", settings.budget), ("max-loss", settings.max_loss)):
             if value is not None:
