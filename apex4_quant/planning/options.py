@@ -109,9 +109,10 @@ def choices_of(
     With activations of 8 bits no arithmetic is left to do for a group, so that coarser groups than 128 save no time; and
     dense128 stands for feedback128.
     """
-    return [
+    choices = (
         Choice(size, transform.fitting(size, bits), bits)
         for bits in activation_bits
         for transform in transforms
         for size in ((BLOCK,) if transform.is_learned or bits != BITS else ladder_of(in_features))
-    ]
+    )
+    return list(dict.fromkeys(choices))

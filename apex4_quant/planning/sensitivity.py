@@ -17,7 +17,7 @@ A learned transform is one that LEARNING_STEPS steps find, on rows of its own: t
 a transform which fits its rows too well gains nothing by it. A run learns longer, so its gain is predicted somewhat too
 small; which inputs gain most is the same. Kernels have learned transforms with groups of 128 only, and so does the choice.
 With error feedback (feedback128) the same transform is used, and the gradients that errors are weighed by say what makes up
-for an error. Of fewer tokens than an input has features its gain is predicted too large.
+for an error. They are the same gradients: of 2048 tokens the loss comes out 4 % too low, of 512 12 % (demo).
 
 The first pass keeps the hidden states that enter every layer, S L H numbers each, on the CPU. The second goes back from
 the last layer to the first, with the gradients of the predictions. Both have one layer in memory.

@@ -48,6 +48,10 @@ class PlanEntry:
     shape: tuple[int, int] | None = None  # [out, in] as the file claims it
     activation_bits: int | None = None  # None: those of the run
 
+    def transform_in(self, transform: TransformKind, activation_bits: int) -> TransformKind:
+        """What the linear has in a run with this transform and these bits."""
+        return (self.transform or transform).fitting(self.group_size, self.activation_bits or activation_bits)
+
     def as_dict(self) -> dict[str, Any]:
         """What a run records."""
         entry: dict[str, Any] = {"group_size": self.group_size}
@@ -103,11 +107,15 @@ class PlanFile:
                     first, other = self.linears[listed[0]], self.linears[name]
                     for what, of_first, of_other in (
                         ("group size", first.group_size, other.group_size),
-                        ("transform", first.transform or transform, other.transform or transform),
                         (
                             "activation_bits",
                             first.activation_bits or activation_bits,
                             other.activation_bits or activation_bits,
+                        ),
+                        (
+                            "transform",
+                            first.transform_in(transform, activation_bits),
+                            other.transform_in(transform, activation_bits),
                         ),
                     ):
                         if of_other != of_first:

@@ -24,10 +24,11 @@ from apex4_quant.planning.sensitivity import GroupSensitivity
 from apex4_quant.planning.settings import PlanSettings
 from apex4_quant.quantization.plan_file import read_plan_file
 from apex4_quant.quantization.run import QuantizeSettings, quantize
+from apex4_quant.recipes import DEFAULT_RECIPE, get_recipe
 
 from ..conftest import stop_after
 
-DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
+DENSE, FEEDBACK, HADAMARD = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.HADAMARD
 
 FAILED, USAGE = 1, 2
 Call = Callable[..., Any]  # the fixtures of conftest.py
@@ -37,14 +38,15 @@ SMALL = ("--samples", 2, "--seq-len", 32)
 # Options and their times
 
 
-def test_a_dense_transform_costs_its_time_once_an_input() -> None:
+@pytest.mark.parametrize("learned", [DENSE, FEEDBACK])
+def test_a_learned_transform_costs_its_time_once_an_input(learned: TransformKind) -> None:
     """q, k and v read one input: its transform is computed once, whatever it is that reads it."""
     gpu = GPUS["RTX 3090"]
-    losses = {choice: 0.1 for choice in choices_of(4096, (HADAMARD, DENSE))}
+    losses = {choice: 0.1 for choice in choices_of(4096, (HADAMARD, learned))}
     of_input = GroupSensitivity(0, 0, ("q", "k", "v"), (4096, 1024, 1024), 4096, False, {}, losses)
     seconds = {each.choice: each.seconds for each in group_options(of_input, gpu, 8192).options}
-    more = activation_seconds(gpu, 8192, 4096, 128, dense=True) - activation_seconds(gpu, 8192, 4096, 128)
-    assert seconds[Choice(128, DENSE)] - seconds[Choice(128, HADAMARD)] == pytest.approx(more) and more > 0
+    more = activation_seconds(gpu, 8192, 4096, 128, learned) - activation_seconds(gpu, 8192, 4096, 128)
+    assert seconds[Choice(128, learned)] - seconds[Choice(128, HADAMARD)] == pytest.approx(more) and more > 0
 
 
 # From the command line
@@ -68,6 +70,18 @@ def plan_of(model: Path, calib: Path, tmp_path: Path, invoke: Call) -> Call:
         return path
 
     return make
+
+
+@pytest.fixture
+def recipe_with(tmp_path: Path) -> Callable[[str], Path]:
+    """recipe_with(transform) -> a recipe that has it, and rounds to nearest."""
+
+    def write(transform: str) -> Path:
+        path = tmp_path / f"{transform}.recipe.yaml"
+        path.write_text(f"transform: {transform}\n")
+        return path
+
+    return write
 
 
 DOWN = "model.layers.{}.mlp.down_proj"
@@ -117,20 +131,24 @@ def test_modes_and_bounds_from_the_command_line(plan_of: Call, tmp_path: Path) -
     assert between not in (g128, fast)
 
 
-def test_transforms_from_the_command_line(plan_of: Call, tmp_path: Path) -> None:
+def test_transforms_from_the_command_line(plan_of: Call, recipe_with: Call, tmp_path: Path) -> None:
     """The planner chooses unless told otherwise, and a recipe without a learned transform leaves it nothing to choose."""
 
     def transforms(*options: object, name: str) -> set[int | str]:
         return set(column(plan_of(*options, name=name), "transform").values())
 
     # Of few tokens a transform is learned that is no better on others.
-    assert transforms("--mode", "g128", "--budget", 9, "--samples", 16, name="a.yaml") == {DENSE}
+    dense = ("--recipe", recipe_with(DENSE))
+    assert transforms("--mode", "g128", "--budget", 9, "--samples", 16, *dense, name="a.yaml") == {DENSE}
     assert transforms("--budget", 1, name="b.yaml") == {HADAMARD}
     assert transforms("--transform", HADAMARD, name="c.yaml") == {HADAMARD}
     assert transforms("--transform", "none", name="d.yaml") == {"none"}
     assert transforms("--recipe", "gptq", "--budget", 9, name="e.yaml") == {HADAMARD}
     assert transforms("--mode", "mixed", "--budget", 9, name="f.yaml") == {HADAMARD}
     assert transforms("--transform", DENSE, "--recipe", "rtn", name="g.yaml") == {DENSE}
+    assert transforms("--transform", FEEDBACK, "--recipe", "rtn", name="h.yaml") == {FEEDBACK}
+    assert transforms("--transform", DENSE, "--recipe", recipe_with(FEEDBACK), name="i.yaml") == {DENSE}
+    assert set(sizes(tmp_path / "h.yaml").values()) == {128}
     assert set(sizes(tmp_path / "g.yaml").values()) == {128}
     lines = (tmp_path / "a.yaml").read_text().splitlines()
     place = next(i for i, line in enumerate(lines) if DOWN.format(0) in line)
@@ -153,9 +171,9 @@ def test_table_for_people(model: Path, calib: Path, invoke: Call) -> None:
     assert "measuring" in result.stderr
 
 
-def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path) -> None:
+def test_plan_of_the_same_text_is_the_same(model: Path, calib: Path, recipe_with: Call) -> None:
     settings = PlanSettings(str(model), target="H200", calib=str(calib), samples=16, seq_len=32, device="cpu", budget=9)
-    settings = replace(settings, mode="w4a4")
+    settings = replace(settings, mode="w4a4", recipe=str(recipe_with(DENSE)))
     first, second = make_plan(settings), make_plan(settings)
     assert first.as_dict() == second.as_dict()
     assert {each.choice for each in first.chosen} == {(128, DENSE, 4)}
@@ -179,6 +197,7 @@ def test_what_plan_refuses_before_it_works(model: Path, tmp_path: Path, invoke: 
         (("--target", "A100", "--recipe", "apex4-shared"), ("transform 'shared128' has", "--transform")),
         (("--target", "A100", "--recipe", "best"), ("'best'",)),
         (("--target", "A100", "--mode", "mixed", "--transform", DENSE), ("--mode mixed", DENSE, "128")),
+        (("--target", "A100", "--mode", "mixed", "--transform", FEEDBACK), ("--mode mixed", FEEDBACK, "128")),
         (
             ("--target", "A100", "--mode", "w4a4", "--transform", DENSE, "--budget", "2"),
             (DENSE, "nothing to choose", "--budget"),
@@ -201,6 +220,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 
 UP = "model.layers.1.mlp.up_proj"
+LEARNED = get_recipe(DEFAULT_RECIPE).transform
 BAD_PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
     "unknown module": (lambda p: p["linears"].update({"lm_head": {"group_size": 128}}), ("lm_head", "no linear")),
     "illegal size": (lambda p: p["linears"][UP].update(group_size=100), (UP, "100", "multiple of 128")),
@@ -213,13 +233,21 @@ BAD_PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = 
         lambda p: p["linears"][DOWN.format(1)].update(transform=DENSE, group_size=256),
         (DOWN.format(1), DENSE, "256", "groups of 128 only"),
     ),
+    "feedback of large groups": (
+        lambda p: p["linears"][DOWN.format(1)].update(transform=FEEDBACK, group_size=256),
+        (DOWN.format(1), FEEDBACK, "256", "groups of 128 only"),
+    ),
+    "feedback of 8 bits": (
+        lambda p: p["linears"][DOWN.format(1)].update(transform=FEEDBACK, activation_bits=8),
+        (DOWN.format(1), FEEDBACK, "8-bit", DENSE),
+    ),
     "transforms that disagree": (
         lambda p: p["linears"][UP].update(transform="none"),
         ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", "and none", "read the same input"),
     ),
-    "a transform for one of two": (  # the other has the run's, dense128
+    "a transform for one of two": (  # the other has the run's
         lambda p: p["linears"][UP].pop("transform"),
-        ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", "and dense128", "read the same input"),
+        ("model.layers.1.mlp.gate_proj", UP, "transform hadamard128", f"and {LEARNED}", "read the same input"),
     ),
     "no size": (lambda p: p["linears"][UP].pop("group_size"), (UP, "no group_size")),
     "bare size": (lambda p: p["linears"].update({UP: 128}), (UP, "{group_size: 128}")),
@@ -406,3 +434,50 @@ def test_bits_go_into_the_plan_file_and_from_there_into_the_checkpoint(
     assert config["format_version"] == 2
     bits = {config["modules"].get(DOWN.format(i), {}).get("activation_bits", config["activation_bits"]) for i in (0, 1)}
     assert bits == {8}
+
+
+# Activations that make up for their own rounding
+
+
+def test_feedback_from_the_planner_into_the_checkpoint(
+    model: Path, calib: Path, plan_of: Call, recipe_with: Call, tmp_path: Path, invoke: Call
+) -> None:
+    """A recipe with it plans it for 4 bits; it is predicted to lose less than the transform alone, and a run stores it."""
+    common = ("--mode", "w4a4", "--budget", 9, "--samples", 16)
+    dense, feedback = (
+        plan_of(*common, "--recipe", recipe_with(kind), name=f"{kind}.yaml") for kind in (DENSE, FEEDBACK)
+    )
+    assert set(column(dense, "transform").values()) == {DENSE}
+    assert set(column(feedback, "transform").values()) == {FEEDBACK}
+    least, with_feedback = (yaml.safe_load(path.read_text())["predicted"]["loss"] for path in (dense, feedback))
+    assert 0 < with_feedback < 0.95 * least
+    first, out = DOWN.format(0), tmp_path / "out"
+    edited(feedback, lambda plan: plan["linears"][first].update(transform=DENSE, activation_bits=8))
+    command = ("quantize", model, "-o", out, "--plan", feedback, "--calib", calib, *SMALL, "--target", "none")
+    result = invoke(*command, "--recipe", "rtn", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    assert {name: entry["transform"] for name, entry in modules.items() if name != first} == dict.fromkeys(
+        (name for name in column(feedback, "transform") if name != first), FEEDBACK
+    )
+    assert (modules[first]["transform"], modules[first]["activation_bits"]) == (DENSE, 8)
+    assert invoke("check", out, "--json").exit_code == 0
+
+
+def test_with_8_bits_a_recipe_with_feedback_plans_dense_transforms(
+    model: Path, calib: Path, recipe_with: Call, tmp_path: Path, invoke: Call
+) -> None:
+    path = tmp_path / "plan.yaml"
+    command = ("plan", model, "-o", path, "--target", "A100", "--calib", calib, "--recipe", recipe_with(FEEDBACK))
+    command += ("--samples", 16, "--seq-len", 32, "--device", "cpu")
+    result = json.loads(invoke(*command, "--budget", 9, "--json").stdout)
+    assert list(result["linears"][0]["predicted_loss"]) == ["128", FEEDBACK, "128 a8", "dense128 a8"]
+    assert {entry["activation_bits"] for entry in result["linears"]} == {8}
+    assert {entry["transform"] for entry in result["linears"]} <= {HADAMARD, DENSE}
+    assert DENSE in column(path, "transform").values()
+    path.unlink()
+    text = invoke(*command).stdout
+    assert "  feedback128: groups of 128, a transform learned for the input, and errors of rounding" in text
+    assert "  dense128: groups of 128, a transform learned for the input\n" in text
+    assert "@feedback128" in text and "@dense128 a8" in text and "feedback128 a8" not in text
+    assert all(len(line) <= 150 for line in text.splitlines() if "proj" in line)

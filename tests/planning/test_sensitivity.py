@@ -44,8 +44,11 @@ from apex4_quant.progress import Progress
 from apex4_quant.quantization.gradients import gradients_through
 from apex4_quant.quantization.run import QuantizeSettings, plan_of, quantize
 from apex4_quant.rounding.nearest import quantize_weight_rtn
+from apex4_quant.transforms.block_transforms import transform_weight
+from apex4_quant.transforms.error_feedback import error_feedback
+from apex4_quant.transforms.learned_transform import learn_transform
 
-DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
+DENSE, FEEDBACK, HADAMARD = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.HADAMARD
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 SIZES: dict[str, Any] = {
@@ -118,6 +121,29 @@ def test_predicted_error_with_8_bit_activations_is_that_of_the_folded_linear(siz
     exact = rows @ weight.t()
     assert predicted == pytest.approx(float((linear(rows) - exact).square().sum() / exact.square().sum()), rel=0.04)
     assert loss == pytest.approx(predicted * float(exact.square().sum()) / len(rows) / 2, rel=1e-4)
+
+
+def test_predicted_error_with_feedback_is_that_of_the_linear() -> None:
+    """Which makes up for its errors; what it cannot make up for is less than without."""
+    torch.manual_seed(0)
+    rows, weight = torch.randn(256, 640) * torch.rand(640) * 3, torch.randn(64, 640) / 25
+    dense = LinearFormat(64, 640, 128, get_layout("rowmajor"), DENSE, 1.0)
+    format = replace(dense, transform=FEEDBACK)
+    learned = learn_transform(rows, [weight], 5)
+    matrix = torch.cat((learned, error_feedback([transform_weight(weight, dense, learned)], 640)), 1)
+    metric = Metric(weight, [torch.ones(64)])
+    (predicted,), loss = predict_errors(rows, [weight], format, metric, matrix)
+    codes, scales = quantize_weight_rtn("w", weight, format, matrix)
+    exact = rows @ weight.t()
+
+    def real(clip: float) -> float:
+        linear = Apex4Linear.from_codes(replace(format, activation_clip=clip), codes, scales, None, matrix)
+        return float((linear(rows) - exact).square().sum() / exact.square().sum())
+
+    assert predicted == pytest.approx(min(map(real, CLIP_RATIOS)), rel=0.04)
+    assert loss == pytest.approx(predicted * float(exact.square().sum()) / len(rows) / 2, rel=1e-4)
+    without = predict_errors(rows, [weight], dense, metric, learned)
+    assert loss < 0.8 * without.loss and predicted < 0.8 * without.relative[0]
 
 
 def test_only_what_matters_counts() -> None:
@@ -226,7 +252,7 @@ def measured(path: Path, ids: torch.Tensor) -> list[GroupSensitivity]:
     run = QuantizeSettings(str(path), "rtn", target="none", device="cpu").resolve(source)
     runner = LayerRunner(source, "cpu", torch.float32)
     return measure_sensitivity(
-        source, runner, ids, plan_of(source, run).linears, (HADAMARD, DENSE), (4, 8), 0, Progress()
+        source, runner, ids, plan_of(source, run).linears, (HADAMARD, DENSE, FEEDBACK), (4, 8), 0, Progress()
     )
 
 
@@ -238,7 +264,16 @@ def test_the_loss_is_the_divergence_of_the_quantized_model(
     path, ids = saved(name), torch.arange(1, 513).reshape(16, 32) * 37 % 4096
     settings = QuantizeSettings(str(path), "rtn", target="none", calib=str(calib), samples=2, seq_len=8, device="cpu")
     quantize(settings, tmp_path / "out")
+    learned = []
+
+    def learn(*given: Any, **how: Any) -> torch.Tensor:
+        learned.append(given)
+        return learn_transform(*given, **how)
+
+    monkeypatch.setattr("apex4_quant.planning.sensitivity.learn_transform", learn)
     groups = measured(path, ids)
+    assert len(learned) == len(groups), "of one input more than one transform was learned"
+    assert all(Choice(128, FEEDBACK, 8) not in group.losses for group in groups)
     assert [group.layer for group in groups] == sorted(group.layer for group in groups)
     predicted = sum(group.losses[Choice(128, HADAMARD)] for group in groups)
 
@@ -251,7 +286,8 @@ def test_the_loss_is_the_divergence_of_the_quantized_model(
         return float((exact.exp() * (exact - logits_of(folder))).sum(-1).mean())
 
     assert 0.7 < predicted / divergence_of(tmp_path / "out") < 1.4
-    assert sum(group.losses[Choice(128, DENSE)] for group in groups) < predicted
+    dense, feedback = (sum(group.losses[Choice(128, kind)] for group in groups) for kind in (DENSE, FEEDBACK))
+    assert feedback < 0.95 * dense and dense < predicted
     eight = sum(group.losses[Choice(128, HADAMARD, 8)] for group in groups)
     monkeypatch.setenv("APEX4_ACTIVATIONS", "8")
     assert 0.7 < eight / divergence_of(tmp_path / "out") < 1.4

@@ -86,6 +86,11 @@ def test_predictions_that_are_none(key: str, value: Any, tmp_path: Path) -> None
         ({"group_size": 100}, "group size 100"),
         ({"group_size": 128, "transform": "wush"}, "'wush'"),
         ({"group_size": 256, "transform": "dense128"}, "dense128 and group size 256"),
+        ({"group_size": 256, "transform": "feedback128"}, "feedback128 and group size 256"),
+        (
+            {"group_size": 128, "transform": "feedback128", "activation_bits": 8},
+            "feedback128 and 8-bit activations .* write transform: dense128",
+        ),
         ({"group_size": 128, "shape": [1]}, "out features"),
         ({"group_size": 128, "clip": 1}, "unknown key 'clip'"),
         ({}, "no group_size"),
@@ -108,6 +113,25 @@ def test_readers_of_one_input_need_one_size_and_one_transform(tiny_model: Callab
     assert set(plan_given(same).for_model(source, TransformKind.HADAMARD)) == {GATE, UP}  # the run's is the same
     with pytest.raises(UsageError, match=r"transform hadamard128 for .* and none for"):
         plan_given(same).for_model(source, TransformKind.NONE)
+
+
+def test_with_8_bits_the_feedback_of_the_run_is_a_dense_transform(tiny_model: Callable[..., Path]) -> None:
+    """So a linear without a transform agrees with one that names it."""
+    source = ModelSource(str(tiny_model()))
+    eight: dict[str, Any] = {"group_size": 128, "activation_bits": 8}
+    both = {GATE: eight | {"transform": "dense128"}, UP: eight}
+    assert set(plan_given(both).for_model(source, TransformKind.FEEDBACK)) == {GATE, UP}
+    with pytest.raises(UsageError, match=r"activation_bits 8 for .*gate_proj and 4 for .*up_proj"):
+        plan_given({GATE: eight, UP: {"group_size": 128}}).for_model(source, TransformKind.FEEDBACK)
+    with pytest.raises(UsageError, match=r"transform dense128 for .*gate_proj and feedback128 for .*up_proj"):
+        both = {GATE: {"group_size": 128, "transform": "dense128"}, UP: {"group_size": 128}}
+        plan_given(both).for_model(source, TransformKind.FEEDBACK)
+
+
+def test_a_plan_file_says_what_may_be_written_into_it() -> None:
+    text = plan_file_text({}, [{UP: ENTRIES[UP]}], ["loss 1"], {UP: "error 0.1"})
+    assert all(kind in text for kind in TransformKind if kind is not TransformKind.SHARED)
+    assert all(len(line) <= 130 for line in text.splitlines())
 
 
 def test_where_a_plan_may_be_written(tmp_path: Path) -> None:
