@@ -57,8 +57,16 @@ def test_every_number_has_a_place_and_nothing_else_is_stored() -> None:
     assert pack_feedback(feedback[:0]).shape == (0, 56, 128)
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.5])
-def test_codes_by_hand(clip: float) -> None:
+@pytest.mark.parametrize(
+    ("clip", "expected"),
+    [
+        # 28: 2, error -1/4. 4: 1, error -1/4. 32: 1.625 - 0.25 = 1.375. 0: 3.125 + 0.125 - 0.5 = 2.75.
+        (1.0, {28: 2, 4: 1, 32: 1, 0: 3, 1: 7}),
+        # 1 is clamped, to nobody's good. 28: 4.5 -> 4, error -1/2. 4: 2.5 -> 2, -1/2. 32: 3.25 - 0.5. 0: 6.25 + 0.25 - 1 = 5.5.
+        (0.5, {28: 4, 4: 2, 32: 3, 0: 6, 1: 7}),
+    ],
+)
+def test_codes_by_hand(clip: float, expected: dict[int, int]) -> None:
     """T is 1. The error of column 28 (place 112) goes to columns 0 and 32 (places 0 and 4), that of column 4 (place 16) to column 0."""
     matrix = torch.zeros(1, 184, 128)
     matrix[0, :128] = torch.eye(128)
@@ -67,10 +75,4 @@ def test_codes_by_hand(clip: float) -> None:
     x[0, 1], x[0, 28], x[0, 32], x[0, 4], x[0, 0] = 7.0, 2.25, 1.625, 1.25, 3.125
     codes, scale = quantize_activation(x, 128, clip, False, matrix)
     assert float(scale) == clip
-    if clip == 1:
-        # 28: 2, error -1/4. 4: 1, error -1/4. 32: 1.625 - 0.25 = 1.375. 0: 3.125 + 0.125 - 0.5 = 2.75.
-        expected = {28: 2, 4: 1, 32: 1, 0: 3, 1: 7}
-    else:
-        # 1 is clamped, to nobody's good. 28: 4.5 -> 4, error -1/2. 4: 2.5 -> 2, -1/2. 32: 3.25 - 0.5. 0: 6.25 + 0.25 - 1 = 5.5.
-        expected = {28: 4, 4: 2, 32: 3, 0: 6, 1: 7}
     assert {int(k): int(codes[0, k]) for k in codes[0].nonzero().flatten()} == expected

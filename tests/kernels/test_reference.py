@@ -130,12 +130,12 @@ def by_the_words_of_the_format(units: list[float], feedback: list[list[float]]) 
 def random_feedback(blocks: int, seed: int) -> torch.Tensor:
     """G as it may be stored, in step order; large enough that some values are clamped."""
     steps = torch.arange(128) // 16
-    return torch.randn(blocks, 128, 128, generator=generator(seed)).bfloat16().half() * 0.2 * (steps[:, None] > steps)
+    return round_to_halves(0.2 * torch.randn(blocks, 128, 128, generator=generator(seed))) * (steps[:, None] > steps)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.75])
 def test_feedback_column_by_column(clip: float) -> None:
-    x, feedback = torch.randn(3, 256, generator=generator(1)), round_to_halves(random_feedback(2, 2).float())
+    x, feedback = torch.randn(3, 256, generator=generator(1)), random_feedback(2, 2)
     transform = round_to_halves(torch.randn(2, 128, 128, generator=generator(3)))
     matrix = torch.cat((transform, pack_feedback(feedback)), 1)
     codes, scale = reference.quantize_activation(x, 128, clip, False, matrix)
