@@ -48,12 +48,6 @@ def require_distillable(source: ModelSource, plan: Plan, group: Group | None = N
             f"recipe {plan.recipe.name!r} distills, which a language model inside {source.family.architecture} cannot be: "
             "give --recipe apex4"
         )
-    fed_back = next((linear for linear in plan.linears if linear.format.transform.has_feedback), None)
-    if plan.recipe.distill_steps and fed_back is not None:
-        raise UsageError(
-            f"recipe {plan.recipe.name!r} distills, and {fed_back.name} has transform {fed_back.format.transform}, whose error "
-            f"feedback cannot be learned: use {TransformKind.DENSE} in its place"
-        )
 
 
 def require_windows(plan: Plan, windows: int) -> None:

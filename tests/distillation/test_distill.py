@@ -250,20 +250,6 @@ def test_one_window_is_too_few(few_tokens: None, tiny_model: Callable[..., Path]
         quantize(asked, tmp_path / "out")
 
 
-def test_error_feedback_is_refused_before_anything_is_loaded(
-    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("apex4_quant.quantization.run.draw_calibration", None)
-    said = "recipe 'short' distills, and .*q_proj has transform feedback128, .* cannot be learned: use dense128"
-    for asked in (
-        settings(tiny_model(), transform="feedback128"),
-        QuantizeSettings(str(tiny_model("other")), RECIPE, transform="feedback128", target="none", device="cpu"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            quantize(asked, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
