@@ -19,6 +19,7 @@ from ..models.experts import unfuse_experts
 from ..models.source import read_tensors
 from ..models.weight_files import index_of
 from ..nn.arithmetic import arithmetic_of
+from ..transforms.learned_transform import round_to_halves
 from .inspect import Checkpoint
 from .load import load_model, verify_checksums
 
@@ -174,6 +175,8 @@ def _values(checkpoint: Checkpoint) -> str:
                 raise Apex4Error(f"{name} in {info.file} holds a zero, negative, NaN or infinite scale")
         elif tensor.is_floating_point() and not all_finite(tensor):
             raise Apex4Error(f"{name} in {info.file} holds NaN or infinity")
+        elif name.endswith(".input_transform") and not torch.equal(round_to_halves(tensor.float()), tensor):
+            raise Apex4Error(f"{name} in {info.file} holds a number that float16 and bfloat16 do not both hold exactly")
     return f"{elements} codes in -7..7, all scales positive, everything finite"
 
 

@@ -46,5 +46,5 @@ def feedback_of(matrix: torch.Tensor) -> torch.Tensor | None:
 
 
 def transform_of(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrices of an input, with feedback or without -> T [KB, 128, 128]."""
-    return matrix[:, :BLOCK]
+    """The matrices of an input, with feedback or without -> T [KB, 128, 128] without gaps."""
+    return matrix[:, :BLOCK].contiguous()

@@ -15,12 +15,18 @@ from .hadamard import apply_block_hadamard, apply_block_matrix
 
 
 def quantize_activation(
-    x: torch.Tensor, group: int, clip: float = 1.0, hadamard: bool = True, matrix: torch.Tensor | None = None
+    x: torch.Tensor,
+    group: int,
+    clip: float = 1.0,
+    hadamard: bool = True,
+    matrix: torch.Tensor | None = None,
+    error_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K], K a multiple of `group` -> integer codes int64 [M, K] and scales float64 [M, K / group].
 
     Each block of 128 inputs is first multiplied by its `matrix` [K / 128, 128, 128] or, without one, by the Hadamard
-    matrix if `hadamard`. With error feedback `matrix` is [K / 128, 184, 128] and `group` 128.
+    matrix if `hadamard`. With error feedback `matrix` is [K / 128, 184, 128] and `group` 128;
+    `error_dtype` is that of `round_with_feedback`.
 
     s = max(clip * absmax / 7, floor) is rounded to float32, as stored; q = clamp(round_half_even(x / s), -7, 7).
     """
@@ -29,20 +35,24 @@ def quantize_activation(
     units = grouped / scale[..., None]
     feedback = None if matrix is None else feedback_of(matrix.double())
     if feedback is not None:
-        codes = round_with_feedback(units, feedback)[0]
+        codes = round_with_feedback(units, feedback, error_dtype=error_dtype)[0]
     else:
         codes = torch.round(units).clamp(-CODE_MAX, CODE_MAX)
     return codes.flatten(-2).long(), scale
 
 
 def round_with_feedback(
-    units: torch.Tensor, feedback: torch.Tensor, codes: torch.Tensor | None = None
+    units: torch.Tensor,
+    feedback: torch.Tensor,
+    codes: torch.Tensor | None = None,
+    error_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values in units of their scale, float64 [M, KB, 128], and G float64 [KB, 128, 128] in step order -> codes [M, KB, 128], and
     the values that were rounded to them.
 
     Steps of 16 columns from the last to the first: v = units + sum over later columns c of (q[c] - v[c]) G[c]; q = clamp(round(v)).
     With `codes` given, of a kernel, they are taken as they are: the values then say what that kernel should have rounded.
+    `error_dtype`: what errors are rounded to before they are multiplied; None: they are not.
     """
     order = step_order(units.device)
     values = units[..., order].clone()
@@ -52,6 +62,8 @@ def round_with_feedback(
         if codes is None:
             rounded[..., step] = torch.round(values[..., step]).clamp(-CODE_MAX, CODE_MAX)
         errors = rounded[..., step] - values[..., step]
+        if error_dtype is not None:
+            errors = errors.to(error_dtype).double()
         values[..., :start] += torch.einsum("mbi,bij->mbj", errors, feedback[:, step, :start])
     back = torch.argsort(order)
     return rounded[..., back], values[..., back]

@@ -75,9 +75,11 @@ def _quantize(
     x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None, code_max: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
-    feedback = None if matrix is None else feedback_of(matrix)
+    feedback = None
     if matrix is not None:
-        x = apply_block_matrix(x, transform_of(matrix).contiguous())
+        x = apply_block_matrix(x, transform_of(matrix))
+        if code_max == CODE_MAX:  # errors of 8 bits are not made up for
+            feedback = feedback_of(matrix)
     elif hadamard:
         x = apply_block_hadamard(x)
     return quantize_transformed(x, group, clip, feedback, code_max)

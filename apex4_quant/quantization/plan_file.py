@@ -131,6 +131,12 @@ class PlanFile:
                     f"plan {self.path} has {entry.shape[0]} x {entry.shape[1]} for {name}, which is "
                     f"{known[name][0]} x {known[name][1]} in {source.name}: it is the plan of another model"
                 )
+            bits = entry.activation_bits or activation_bits
+            if entry.transform is not None and entry.transform.fitting(entry.group_size, bits) != entry.transform:
+                raise UsageError(
+                    f"plan {self.path} has transform {entry.transform} for {name}, which has {bits}-bit activations, and it makes "
+                    f"up for errors of {BITS} bits only: write transform: {TransformKind.DENSE}"
+                )
         return dict(self.linears)
 
 
@@ -224,11 +230,6 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
             bits = parse_activation_bits(bits)
         except UsageError as error:
             raise UsageError(f"plan {path}, {name}: {error}") from error
-        if bits != BITS and transform is not None and TransformKind(transform).has_feedback:
-            raise UsageError(
-                f"plan {path} has transform {transform} and {bits}-bit activations for {name}, and that makes up for errors of "
-                f"{BITS} bits only: write transform: {TransformKind.DENSE}"
-            )
     return PlanEntry(
         group_size,
         None if transform is None else TransformKind(transform),

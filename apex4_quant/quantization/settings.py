@@ -83,7 +83,8 @@ class QuantizeSettings:
         if self.plan is not None and group_size != 128:
             raise UsageError("--plan decides every group size: leave --group-size away")
         bits = BITS if self.activation_bits is None else parse_activation_bits(self.activation_bits)
-        if self.transform is not None and TransformKind(transform).fitting(group_size, bits) != transform:
+        kind = TransformKind(transform).fitting(group_size, bits)  # the recipe's gives way, what was asked for does not
+        if self.transform is not None and kind != transform:
             raise UsageError(
                 f"--transform {transform} is for groups of 128 and {BITS}-bit activations: leave --transform away, or give "
                 f"{TransformKind.DENSE}"
@@ -95,11 +96,11 @@ class QuantizeSettings:
             # A file may change before a resume: its content is what is recorded.
             recipe=self.recipe if self.recipe in list(named_recipes()) else recipe.as_dict(),
             group_size=group_size,
-            plan=None if plan is None else plan.for_model(source, TransformKind(transform), bits),
+            plan=None if plan is None else plan.for_model(source, kind, bits),
             plan_origin=None if plan is None else plan.origin,
             target=target.gpu or target.arch or "none",
             layout=get_layout(self.layout or target.layout).name,
-            transform=TransformKind(transform),
+            transform=kind,
             activation_bits=bits,
             calib=self.calib,
             samples=self.samples,
@@ -208,6 +209,8 @@ class ResolvedSettings:
             values["transform"] = None
         if "plan" in asked or any(entry.activation_bits for entry in (self.plan or {}).values()):
             values["activation_bits"] = None
+        if self.transform.has_feedback and ("group_size" in asked or "activation_bits" in asked):
+            values["transform"] = None  # another may be all that fits
         return QuantizeSettings(**values | dict(asked))
 
 

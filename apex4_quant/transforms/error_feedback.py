@@ -23,6 +23,7 @@ from ..format.number_format import BLOCK, FEEDBACK_STEPS, STEP_COLUMNS
 from .learned_transform import round_to_halves
 
 DAMPING = 0.1  # of the mean of M's diagonal; a hundredth is worse (docs/log.md, 2026-11-29)
+ROWS_AT_ONCE = 256  # in float64
 LARGEST = 2.0**14  # of an entry of G, which float16 holds; damping keeps them far below it
 
 
@@ -35,11 +36,11 @@ def error_feedback(amplifying: Iterable[torch.Tensor], in_features: int, group: 
     share = group.share(count)
     moments: torch.Tensor | None = None
     for rows in amplifying:
-        blocks = rows.float()[:, share.first * BLOCK : share.stop * BLOCK].unflatten(1, (-1, BLOCK)).transpose(0, 1)
-        # Scaled, so that squares stay in float32: G is the same for M times a number.
         if moments is None:
             moments = rows.new_zeros(share.size, BLOCK, BLOCK, dtype=torch.float64)
-        moments += (blocks.double().transpose(1, 2) @ blocks.double()) if share.size else 0.0
+        for some in rows[:, share.first * BLOCK : share.stop * BLOCK].split(ROWS_AT_ONCE):
+            blocks = some.double().unflatten(1, (share.size, BLOCK)).transpose(0, 1)
+            moments.baddbmm_(blocks.transpose(1, 2), blocks)
     assert moments is not None
     return group.gather_share(pack_feedback(feedback_by_moments(moments)), count)
 

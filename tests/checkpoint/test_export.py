@@ -110,6 +110,7 @@ def linear(**changes: Any) -> LinearFormat:
     ("formats", "nouns"),
     [
         ({"a.q_proj": linear(transform=TransformKind.DENSE)}, ("a.q_proj", "dense128", "rtn", "gptq")),
+        ({"a.q_proj": linear(transform=TransformKind.FEEDBACK)}, ("a.q_proj", "learned", "feedback128", "rtn")),
         ({"a.q_proj": linear(activation_clip=0.9)}, ("a.q_proj", "0.9", "search_clip")),
         ({"a.q_proj": linear(activation_bits=8)}, ("a.q_proj", "8-bit")),
         ({"a.q_proj": linear(group_size=256)}, ("a.q_proj", "256", "--group-size 128")),

@@ -89,7 +89,41 @@ def test_activation_bits_of_each_linear() -> None:
     assert config.linear_format("a.down", 64, 131_100).padded_k == 131_200
 
 
-@pytest.mark.parametrize("values", [GOLDEN, FULL, EIGHT_BITS])
+FEEDBACK: dict[str, Any] = {
+    **GOLDEN,
+    "transform": "feedback128",
+    "modules": {"a.gate": {"transform_from": "a.up"}, "a.down": {"transform": "dense128", "group_size": 256}},
+}
+
+
+def test_feedback_of_each_linear() -> None:
+    config = QuantConfig.from_dict(FEEDBACK)
+    up, gate, down = (config.linear_format(f"a.{name}", 64, 200) for name in ("up", "gate", "down"))
+    assert [each.transform for each in (up, gate, down)] == ["feedback128", "feedback128", "dense128"]
+    assert [each.transform_shape for each in (up, gate, down)] == [(2, 184, 128), None, (2, 128, 128)]
+    assert up.stored_bytes - gate.stored_bytes == 2 * 2 * 184 * 128
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"activation_bits": 8, "format_version": 2}, "a.up has the transform feedback128 .* 8-bit activations"),
+        ({"group_size": 256}, "a.up has the transform feedback128 with groups of 256"),
+        ({"group_size": "channel"}, "a.up has the transform feedback128 with groups of channel"),
+        (
+            {"format_version": 2, "modules": {"a.up": {"activation_bits": 8}}},
+            "a.up .* that is for groups of 128 and 4 bits: config.json is damaged",
+        ),
+    ],
+)
+def test_feedback_where_it_cannot_be_is_refused(change: dict[str, Any], words: str) -> None:
+    config = QuantConfig.from_dict(FEEDBACK | change)
+    with pytest.raises(Apex4Error, match=words) as caught:
+        config.linear_format("a.up", 64, 128)
+    assert_sentence(caught.value)
+
+
+@pytest.mark.parametrize("values", [GOLDEN, FULL, EIGHT_BITS, FEEDBACK])
 def test_round_trip_through_json(values: dict[str, Any]) -> None:
     config = QuantConfig.from_dict(json.loads(json.dumps(values)))
     assert json.loads(json.dumps(config.to_dict())) == values

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from apex4_quant.format.number_format import BLOCK, round_up
+from apex4_quant.format.number_format import BLOCK, FEEDBACK_ROWS, round_up
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.experts import configs
 from apex4_quant.kernels.experts.configs import ExpertConfig, ExpertPlan
@@ -228,13 +228,14 @@ class Layer:
     format: str
     hidden: int
     inner: int
+    error_dtype: torch.dtype | None = None  # that errors are rounded to where they are fed back
 
 
 def layer(
     experts: int, hidden: int, inner: int, format: str, generator: torch.Generator, *, transform: str = "hadamard",
     dtype: torch.dtype = torch.bfloat16, clips: bool = False, kernels: bool = True,
 ) -> Layer:  # fmt: skip
-    """transform: "hadamard", "none", "dense" (a matrix for each block and expert) or "shared" (one for each expert)."""
+    """transform: "hadamard", "none", "dense" (a matrix for each block and expert), "feedback" (as well) or "shared" (one for each expert)."""
     device, layout = generator.device, layout_of_format(format)
     in_k, out_k = round_up(hidden, BLOCK), round_up(inner, BLOCK)
 
@@ -245,6 +246,9 @@ def layer(
 
     def matrices(k: int) -> torch.Tensor:
         made = torch.randn(k // BLOCK, BLOCK, BLOCK, generator=generator, device=device) * BLOCK**-0.5
+        if transform == "feedback":
+            behind = torch.randn(k // BLOCK, FEEDBACK_ROWS, BLOCK, generator=generator, device=device)
+            made = torch.cat((made, 0.1 * behind), 1)
         return (made[:1].expand(k // BLOCK, -1, -1) if transform == "shared" else made).half()
 
     def stacked(which: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor | None]:
@@ -256,7 +260,7 @@ def layer(
 
     entering = [weights(2 * inner, in_k) for _ in range(experts)]
     leaving = [weights(hidden, out_k) for _ in range(experts)]
-    learned = transform in ("dense", "shared")
+    learned = transform in ("dense", "feedback", "shared")
     in_matrix = matrices(in_k) if learned else None
     out_matrices = [matrices(out_k) if learned else None for _ in range(experts)]
     factor = [0.8 + 0.05 * (expert % 4) if clips else 1.0 for expert in range(experts)]
@@ -277,7 +281,8 @@ def layer(
         in_matrix, out_matrices = in_matrix.to(dtype), [each.to(dtype) for each in out_matrices if each is not None]
     codes = [(a[0], b[0]) for a, b in zip(entering, leaving, strict=True)]
     scales = [(a[1], b[1]) for a, b in zip(entering, leaving, strict=True)]
-    return Layer(arguments, codes, scales, in_matrix, out_matrices, factor, format, hidden, inner)
+    error_dtype = dtype if kernels else None
+    return Layer(arguments, codes, scales, in_matrix, out_matrices, factor, format, hidden, inner, error_dtype)
 
 
 def expected(
@@ -297,7 +302,8 @@ def expected(
             return reference.folded_linear(
                 *reference.quantize_token(x, hadamard, matrix), *reference.fold(codes, scale)
             )
-        return reference.linear(*reference.quantize_activation(x, BLOCK, clip, hadamard, matrix), codes, scale)
+        quantized = reference.quantize_activation(x, BLOCK, clip, hadamard, matrix, made.error_dtype)
+        return reference.linear(*quantized, codes, scale)
 
     for expert in range(len(made.codes)):
         tokens, places = torch.where(local == expert)

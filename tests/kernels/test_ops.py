@@ -120,6 +120,7 @@ WRONG: list[tuple[tuple[str, ...], str, Any, str]] = [
     ((*QUANTIZE, *LINEAR), "clip", 0.0, "clip is 0.0, and more than 0"),
     ((*QUANTIZE, *LINEAR), "matrix", torch.zeros(2, 128, 128), r"matrix is torch.float32 \[2, 128, 128\], and torch.float32 \[3"),
     ((*QUANTIZE, *LINEAR), "matrix", torch.zeros(3, 128, 256)[..., ::2], "without gaps"),
+    ((*QUANTIZE, *LINEAR), "matrix", torch.zeros(2, 184, 128), r"matrix is torch.float32 \[2, 184, 128\], and torch.float32 \[3, 184, 128\]"),
     (("quantize", "linear"), "x", torch.zeros(2, 3, K).bfloat16(), r"the input's shape is \[2, 3, 300\], and \[M, K\]"),
     (("rms_norm_quantize", "rms_norm_linear"), "gain", without_row, r"gain is torch.bfloat16 \[299\], and torch.bfloat16 \[300\]"),
     (("rms_norm_quantize", "rms_norm_linear"), "gain", torch.Tensor.float, "gain is torch.float32"),
@@ -193,6 +194,9 @@ def test_operands_that_do_not_fit_are_refused_in_one_sentence(
         ({"x": torch.zeros(M, K)}, "the input's dtype is torch.float32, and bfloat16 or float16 is needed"),
         ({"matrix": torch.zeros(2, 16384).bfloat16()}, r"matrix is torch.bfloat16 \[2, 16384\], and torch.bfloat16 \[3, 16384\]"),
         ({"matrix": torch.zeros(3, 16384).half()}, "matrix is torch.float16"),
+        ({"matrix": torch.zeros(1, 23552).bfloat16()}, r"matrix is torch.bfloat16 \[1, 23552\], and torch.bfloat16 \[3, 23552\]"),
+        ({"matrix": torch.zeros(3, 184, 128), "group": 384}, "group is 384, and 128, and a format of 4-bit activations, with a matrix that has feedback"),
+        ({"matrix": torch.zeros(3, 23552).bfloat16(), "group": 384, "format": "s8", "clip": 1.0}, "group is 384, and 128, and a format of 4-bit"),
         ({"matrix": torch.zeros(1, 16384).bfloat16(), "group": 384}, r"matrix is .*, and torch.bfloat16 \[3, 128, 128\] without gaps"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The float64 reference of 8-bit activations, against the format's text written out number by number."""
+"""The float64 reference of 8-bit activations and of error feedback, against the format's text written out number by number."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from fractions import Fraction
 import pytest
 import torch
 
+from apex4_quant.format.feedback import pack_feedback
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.hadamard import hadamard_128
+from apex4_quant.transforms.learned_transform import round_to_halves
 
 
 def generator(seed: int) -> torch.Generator:
@@ -103,3 +105,72 @@ def test_a_reader_that_folds_and_one_that_does_not_stay_within_the_bound() -> No
     other = reference.unfolded_linear(codes_a, scale_a, codes_w, ratio, unit)
     bound = 0.52 * scale_a[:, None] * unit * codes_a.abs().sum(1, keepdim=True)
     assert ((one - other).abs() <= bound).all() and ((one - other).abs() > 1e-4 * bound).any()
+
+
+# --- error feedback ---------------------------------------------------------------------------------------------------
+
+
+def by_the_words_of_the_format(units: list[float], feedback: list[list[float]]) -> tuple[list[int], list[float]]:
+    """One block of one token: docs/format.md, section 2, column by column, G in step order. Codes, and what was rounded to them."""
+    step = [column // 4 % 8 for column in range(128)]
+    place = [16 * step[column] + 4 * (column // 32) + column % 4 for column in range(128)]
+    codes, values = [0] * 128, list(units)
+    for now in range(7, -1, -1):
+        for column in range(128):
+            if step[column] != now:
+                continue
+            for later in range(128):
+                if step[later] > now:
+                    error = codes[later] - values[later]
+                    values[column] += error * feedback[place[later]][place[column]]
+            codes[column] = min(7, max(-7, round(values[column])))
+    return codes, values
+
+
+def random_feedback(blocks: int, seed: int) -> torch.Tensor:
+    """G as it may be stored, in step order; large enough that some values are clamped."""
+    steps = torch.arange(128) // 16
+    return round_to_halves(0.2 * torch.randn(blocks, 128, 128, generator=generator(seed))) * (steps[:, None] > steps)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.75])
+def test_feedback_column_by_column(clip: float) -> None:
+    x, feedback = torch.randn(3, 256, generator=generator(1)), random_feedback(2, 2)
+    transform = round_to_halves(torch.randn(2, 128, 128, generator=generator(3)))
+    matrix = torch.cat((transform, pack_feedback(feedback)), 1)
+    codes, scale = reference.quantize_activation(x, 128, clip, False, matrix)
+    plain, plain_scale = reference.quantize_activation(x, 128, clip, False, transform)
+    assert torch.equal(scale, plain_scale) and (codes != plain).double().mean() > 0.1
+    assert (codes == plain)[:, torch.arange(256) // 4 % 8 == 7].all(), "step 7 is rounded as without"
+    for row in range(3):
+        for block in range(2):
+            own = slice(128 * block, 128 * block + 128)
+            units = x[row, own].double() @ transform[block].double() / scale[row, block]
+            expected, _ = by_the_words_of_the_format(units.tolist(), feedback[block].tolist())
+            assert codes[row, own].tolist() == expected
+    assert int(codes.abs().max()) == 7
+
+
+def test_values_that_given_codes_were_rounded_from() -> None:
+    """Also of codes that nobody would have rounded to: what is left of every error goes on."""
+    units, feedback = 3 * torch.randn(2, 1, 128, generator=generator(1)).double(), random_feedback(1, 2).double()
+    codes, values = reference.round_with_feedback(units, feedback)
+    again, same = reference.round_with_feedback(units, feedback, codes)
+    assert torch.equal(again, codes) and torch.equal(same, values)
+    codes[0, 0, 28] += 1  # of step 7
+    _, moved = reference.round_with_feedback(units, feedback, codes)
+    assert torch.equal(moved[1], values[1]) and float(moved[0, 0, 28]) == float(values[0, 0, 28])
+    # Step 6 has one later error more; columns 24 + 32 i + e of it are places 96 + 4 i + e.
+    assert torch.allclose(moved[0, 0, 24:28] - values[0, 0, 24:28], feedback[0, 112, 96:100], atol=1e-12)
+    rounded, values16 = reference.round_with_feedback(units, feedback, error_dtype=torch.bfloat16)
+    errors = (rounded[..., 28] - values16[..., 28]).bfloat16().double()
+    assert not torch.equal(errors, rounded[..., 28] - values16[..., 28])
+
+
+def test_eight_bits_have_no_feedback() -> None:
+    x, transform = torch.randn(4, 256, generator=generator(1)), torch.randn(2, 128, 128, generator=generator(2))
+    matrix = torch.cat((transform, torch.full((2, 56, 128), 3.0)), 1)
+    for found, expected in zip(
+        reference.quantize_token(x, False, matrix), reference.quantize_token(x, False, transform), strict=True
+    ):
+        assert torch.equal(found, expected)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error
+from apex4_quant.format.feedback import feedback_of, transform_of
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
-from apex4_quant.kernels import reference, torch_backend
-from apex4_quant.kernels.hadamard import apply_block_hadamard, hadamard_128
+from apex4_quant.kernels import ops, reference, torch_backend
+from apex4_quant.kernels.hadamard import apply_block_hadamard, apply_block_matrix, hadamard_128
+from apex4_quant.kernels.operands import unpack_activations
 from apex4_quant.nn.linear import Apex4Linear
+from apex4_quant.transforms.learned_transform import round_to_halves
 
 EPS = 2.0**-24  # half a unit in the last place of float32
 MAX_SUM = 128 * 7 * 7  # 6272, the largest integer sum of a group of 128
@@ -135,6 +138,65 @@ def test_codes_depend_on_the_values_of_x_not_on_its_dtype(dtype: torch.dtype) ->
     y = torch_backend.linear(x, codes_w, scale_w)
     assert y.dtype == dtype
     assert torch.equal(y, torch_backend.linear(x.float(), codes_w, scale_w).to(dtype))
+
+
+def with_feedback(k: int) -> torch.Tensor:
+    """Matrices of an input of K features as they are stored, float16 [K / 128 rounded up, 184, 128]."""
+    matrix = torch.cat((normal(-(-k // 128), 128, 128, seed=7), 0.1 * normal(-(-k // 128), 56, 128, seed=8)), 1)
+    return round_to_halves(matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "k", "clip"), [(1, 200, 1.0), (70, 200, 0.8), (3, 1000, 0.9), (37, 1000, 1.0), (600, 128, 1.0)]
+)
+def test_codes_with_feedback_are_what_the_reference_rounds(dtype: torch.dtype, m: int, k: int, clip: float) -> None:
+    """A code on the other side of a tie moves those that follow: the reference goes on from the codes that were made."""
+    x, matrix = normal(m, k, seed=k + m).to(dtype), with_feedback(k)
+    padded = matrix.shape[0] * 128
+    operands = ops.quantize(x, matrix, padded, 128, clip, False, "sm80")
+    codes, scale = unpack_activations(*operands, m, "sm80")
+    whole = torch.nn.functional.pad(x, (0, padded - k))
+    direct, _ = torch_backend.quantize_activation(whole, 128, clip, False, matrix)
+    assert torch.equal(direct.flatten(1).to(torch.int8), codes)
+    expected, expected_scale = reference.quantize_activation(whole, 128, clip, False, matrix)
+    torch.testing.assert_close(scale.double(), expected_scale, rtol=4e-6, atol=0)
+    transformed = apply_block_matrix(whole.double(), transform_of(matrix).double()).unflatten(1, (-1, 128))
+    feedback = feedback_of(matrix.double())
+    assert feedback is not None
+    units = transformed / expected_scale[..., None]
+    _, values = reference.round_with_feedback(units, feedback, codes.unflatten(1, (-1, 128)))
+    difference = (codes.double().unflatten(1, (-1, 128)) - values.round().clamp(-7, 7)).abs()
+    at_tie = ((values.abs() % 1) - 0.5).abs() < 1e-4
+    assert not bool((difference[~at_tie] > 0).any()) and float(at_tie.double().mean()) < 2e-3
+    assert float((codes == expected).double().mean()) > 0.97
+
+
+def test_feedback_is_no_part_of_eight_bits() -> None:
+    x, matrix, weights = normal(5, 200), with_feedback(200), (random_codes(10, 256), random_scales(10, 2))
+    how = {"hadamard": False, "clip": 0.9}
+    for bits, same in ((8, True), (4, False)):
+        found = torch_backend.linear(x, *weights, matrix=matrix, activation_bits=bits, **how)
+        without = torch_backend.linear(x, *weights, matrix=transform_of(matrix), activation_bits=bits, **how)
+        assert torch.equal(found, without) == same
+    padded = torch.nn.functional.pad(x, (0, 56))
+    for found, without in zip(
+        torch_backend.quantize_token(padded, False, matrix),
+        torch_backend.quantize_token(padded, False, transform_of(matrix)),
+        strict=True,
+    ):
+        assert torch.equal(found, without)
+
+
+def test_nan_is_seen_and_stays_in_its_token_with_feedback() -> None:
+    x, matrix, weights = normal(3, 256), with_feedback(256), (random_codes(10, 256), random_scales(10, 2))
+    clean = torch_backend.linear(x, *weights, hadamard=False, matrix=matrix)
+    x[1, 130] = float("nan")
+    y = torch_backend.linear(x, *weights, hadamard=False, matrix=matrix)
+    assert bool(y[1].isnan().all()) and torch.equal(y[::2], clean[::2])
+    x[1, 130] = 0
+    x[1] *= 0
+    assert not torch_backend.linear(x, *weights, hadamard=False, matrix=matrix)[1].any()
 
 
 def test_zero_group_gets_the_floor_scale_and_zero_codes() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels import dispatch
 from apex4_quant.models.experts import Expert, UnfusedExperts
 from apex4_quant.nn.experts import PARTS, GroupedExperts, group_experts, why_not
@@ -32,14 +33,15 @@ def made(
         for part in PARTS:
             n, k = (HIDDEN, inner) if part == "down_proj" else (inner, HIDDEN)
             clip = 0.8 + 0.05 * index if clips and part == "down_proj" else 0.9
-            takes = owner is not None and part != "down_proj" and transform == "dense128"
+            kind = TransformKind(transform)
+            takes = owner is not None and part != "down_proj" and kind.is_learned
             format = LinearFormat(
                 n, k, 128, get_layout("rowmajor"), transform, clip, transform_from="a" if takes else None
             )
             codes = torch.randint(-7, 8, (n, format.padded_k), dtype=torch.int8)
             scales = (torch.rand(n, format.groups) * 0.02 + 5e-3).half()
-            learned = transform == "dense128" and not takes
-            matrix = torch.randn(format.padded_k // 128, 128, 128).half() / 128**0.5 if learned else None
+            learned = kind.is_learned and not takes
+            matrix = torch.randn(format.padded_k // 128, kind.matrix_rows, 128).half() / 128**0.5 if learned else None
             linear = Apex4Linear.from_codes(format, codes, scales, None, matrix)
             if takes and owner is not None:
                 linear.take_transform_from(owner)
@@ -75,7 +77,7 @@ def one_after_the_other(module: UnfusedExperts) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", ["s8", "sm80"])
-@pytest.mark.parametrize("transform", ["hadamard128", "dense128"])
+@pytest.mark.parametrize("transform", ["hadamard128", "dense128", "feedback128"])
 def test_they_are_the_modules_one_after_the_other(transform: str, kernel: str) -> None:
     module = made(transform, kernel=kernel)
     expected = one_after_the_other(module)

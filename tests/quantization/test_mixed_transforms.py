@@ -24,7 +24,7 @@ from apex4_quant.quantization.settings import QuantizeSettings
 
 from ..conftest import stop_after
 
-DENSE, HADAMARD = TransformKind.DENSE, TransformKind.HADAMARD
+DENSE, FEEDBACK, HADAMARD = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.HADAMARD
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 FAILED, USAGE = 1, 2
@@ -128,10 +128,10 @@ def test_a_loaded_model_computes_what_the_format_says(out: Path, model: Path) ->
 
 def test_config_names_what_differs_and_only_owners_store_a_transform(out: Path) -> None:
     section = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert section["transform"] == DENSE and section["format_version"] == 1  # of the recipe
+    assert section["transform"] == FEEDBACK and section["format_version"] == 1  # of the recipe
     for name, choice in PLAN.items():
         entry = section["modules"].get(name, {})
-        assert entry.get("transform", DENSE) == choice["transform"]
+        assert entry.get("transform", FEEDBACK) == choice["transform"]
         assert ("transform_from" in entry) == (choice["transform"] == DENSE and name not in OWNERS)
     assert {name.removesuffix(".input_transform") for name in tensors_of(out) if "input_transform" in name} == OWNERS
     report = json.loads((out / "apex4_report.json").read_text())
@@ -168,7 +168,7 @@ def test_check_and_inspect_know_the_transforms(out: Path, invoke: Call, one_sent
     config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]["modules"][MLP.format(1, "up")]["transform"]
     (out / "config.json").write_text(json.dumps(config))
-    one_sentence(invoke("check", out, "--json"), FAILED, MLP.format(1, "up"), DENSE, "none", "config.json")
+    one_sentence(invoke("check", out, "--json"), FAILED, MLP.format(1, "up"), FEEDBACK, "none", "config.json")
 
 
 def test_a_transform_of_another_kind_cannot_be_taken_over(out: Path, invoke: Call, one_sentence: Call) -> None:
@@ -228,7 +228,8 @@ def test_transform_beside_a_plan(
     planned = json.loads(invoke(*command, "--transform", "none", "--dry-run").stdout)["quantized"]
     assert {entry["transform"] for entry in planned} == {"none"}
     planned = json.loads(invoke(*command, "--dry-run").stdout)["quantized"]
-    assert {entry["transform"] for entry in planned} == {DENSE}  # also with a group per channel: PyTorch computes that
+    # Also with a group per channel: PyTorch computes that. Feedback is for groups of 128.
+    assert {(entry["group_size"], entry["transform"]) for entry in planned} == {(128, FEEDBACK), ("channel", DENSE)}
 
 
 def test_resume_with_the_same_plan_file(

@@ -63,9 +63,10 @@ def test_codes_and_scales_come_back_from_slices(layout: str, ranks: int, along_k
         assert torch.equal(scales, torch.cat([s for _, s in expected]))
 
 
-def test_a_transform_is_cut_with_the_input_features_and_whole_for_all_rows() -> None:
-    format = format_of(128, "sm90", TransformKind.DENSE, None)
-    matrix = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0)).half()
+@pytest.mark.parametrize(("kind", "rows"), [(TransformKind.DENSE, 128), (TransformKind.FEEDBACK, 184)])
+def test_a_transform_is_cut_with_the_input_features_and_whole_for_all_rows(kind: TransformKind, rows: int) -> None:
+    format = format_of(128, "sm90", kind, None)
+    matrix = torch.randn(3, rows, 128, generator=torch.Generator().manual_seed(0)).half()
     for along_k, expected in ((True, matrix[2:]), (False, matrix)):
         rank, ranks = (2, 3) if along_k else (1, 2)
         stored = StoredLinears([member("o", format, rank, ranks, along_k)])
@@ -73,6 +74,8 @@ def test_a_transform_is_cut_with_the_input_features_and_whole_for_all_rows() -> 
         target = torch.zeros(shape, dtype=dtype)
         stored.load("input_transform", target, matrix, "o")
         assert torch.equal(target, expected)
+        with pytest.raises(Apex4Error, match=r"o\.input_transform is float16 .* does not belong to its config\.json"):
+            stored.load("input_transform", target, matrix[:, :100], "o")
     shared = StoredLinears([member("o", replace(format, transform=TransformKind.SHARED), 2, 3, True)])
     assert shared.shapes["input_transform"][0] == (1, 128, 128)
 
@@ -83,6 +86,7 @@ def test_a_transform_is_cut_with_the_input_features_and_whole_for_all_rows() -> 
         ({"group_size": 256}, "a and b read one input.* group size 128 and 256"),
         ({"activation_clip": 0.9}, "a and b .* activation_clip 1.0 and 0.9"),
         ({"transform": TransformKind.HADAMARD, "transform_from": None}, "transform dense128 and hadamard128"),
+        ({"transform": TransformKind.FEEDBACK}, "transform dense128 and feedback128"),
         ({"transform_from": None}, "a and b .* have a transform each"),
         ({"transform_from": "c"}, "b takes its transform from c and a reads the same input"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,8 +37,10 @@ def inputs(
     return x, cases.ids_of(case, tokens, top_k, experts, made), torch.rand(tokens, top_k, generator=made)
 
 
-@pytest.mark.parametrize("transform", ["hadamard", "dense", "shared"])
-@pytest.mark.parametrize("format", ["s8", "sm80"])
+@pytest.mark.parametrize(
+    ("format", "transform"),
+    [*product(("s8", "sm80"), ("hadamard", "dense", "shared")), ("sm80", "feedback")],
+)
 def test_on_a_cpu_it_is_the_reference_of_every_expert(format: str, transform: str) -> None:
     layer = cases.layer(
         4, HIDDEN, INNER, format, generator(), transform=transform, clips=format == "sm80", kernels=False
@@ -82,6 +85,7 @@ def test_what_torch_asks_of_an_operator_and_compiles() -> None:
         (12, torch.zeros(3, 2, 1, 4096, dtype=torch.uint8), "out_packed is torch.uint8 \\[3, 2, 1, 4096\\]"),
         (13, torch.zeros(4, 2, 1, 64), "out_scale is torch.float32"),
         (15, torch.zeros(1, 1, 128, 128), "out_matrix is torch.float32 \\[1, 1, 128, 128\\]"),
+        (15, torch.zeros(4, 1, 184, 128), "out_matrix is torch.float32 \\[4, 1, 184, 128\\]"),
         (20, torch.ones(4), "out_clip_factors is torch.float32 \\[4\\]"),
         (21, "sm90", "format is 'sm90', and s8 or sm80"),
     ],
@@ -127,6 +131,7 @@ def as_on_a_gpu(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     [
         ("s8", "hadamard", False), ("s8", "dense", False), ("s8", "shared", False),
         ("sm80", "hadamard", False), ("sm80", "hadamard", True), ("sm80", "dense", True), ("sm80", "shared", False),
+        ("sm80", "feedback", True),
     ],
 )  # fmt: skip
 def test_its_kernels_give_the_reference_of_every_expert(

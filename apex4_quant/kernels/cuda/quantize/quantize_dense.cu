@@ -314,8 +314,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
       if (APEX4_FEW_ROWS == 1 || warp < WARPS)
         b[pair][t] = fragments[dense_fragment_byte(pair, WARP_TILES * warp + t, lane) / 16];
 #if APEX4_FEEDBACK
-  OwnFeedback own;
-  if (APEX4_FEW_ROWS == 1 || warp < WARPS) own.load(fragments + MATRIX_CHUNKS, warp, lane);
+  OwnFeedback feedback;
+  if (APEX4_FEW_ROWS == 1 || warp < WARPS) feedback.load(fragments + MATRIX_CHUNKS, warp, lane);
 #endif
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
@@ -370,7 +370,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 #pragma unroll
       for (int e = 0; e < 2; ++e) y[t][2 * half + e] *= in_units;
   }
-  round_with_feedback(y, own, warp, lane);
+  round_with_feedback(y, feedback, warp, lane);
 #endif
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
