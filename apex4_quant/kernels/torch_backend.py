@@ -100,7 +100,7 @@ def quantize_transformed(
 def round_with_feedback(units: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
     """Values in units of their scale, float32 [M, KB, 128], and G [KB, 128, 128] in step order -> codes float32 [M, KB, 128]."""
     order = step_order(units.device)
-    values = units.transpose(0, 1)[..., order]  # [KB, M, 128]
+    values = units.detach().transpose(0, 1)[..., order]  # [KB, M, 128]; rounding has no gradient
     codes = torch.empty_like(values)
     errors = torch.empty_like(values)
     for start in range(BLOCK - STEP_COLUMNS, -1, -STEP_COLUMNS):
@@ -108,8 +108,9 @@ def round_with_feedback(units: torch.Tensor, feedback: torch.Tensor) -> torch.Te
         wanted = values[..., step]
         if start + STEP_COLUMNS < BLOCK:
             wanted = torch.baddbmm(wanted, errors[..., later], feedback[:, later, step])
-        torch.round(wanted, out=codes[..., step]).clamp_(-CODE_MAX, CODE_MAX)
-        torch.sub(codes[..., step], wanted, out=errors[..., step])
+        code = wanted.round().clamp_(-CODE_MAX, CODE_MAX)
+        codes[..., step] = code
+        errors[..., step] = code.sub_(wanted)
     rounded = torch.empty_like(codes)
     rounded[..., order] = codes
     return rounded.transpose(0, 1)
