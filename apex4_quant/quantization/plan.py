@@ -118,7 +118,7 @@ def build_plan(
     Raises UsageError if an --ignore pattern matches nothing, or everything does, or a plan misses a linear, or the target has
     no kernel for 8-bit activations that are asked for.
     """
-    family = source.family
+    family, transform = source.family, TransformKind(transform)
     asked = get_recipe(recipe)
     base = LinearFormat(
         1,

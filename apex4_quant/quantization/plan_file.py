@@ -134,8 +134,8 @@ class PlanFile:
             bits = entry.activation_bits or activation_bits
             if entry.transform is not None and entry.transform.fitting(entry.group_size, bits) != entry.transform:
                 raise UsageError(
-                    f"plan {self.path} has transform {entry.transform} for {name}, which has {bits}-bit activations, and it makes "
-                    f"up for errors of {BITS} bits only: write transform: {TransformKind.DENSE}"
+                    f"plan {self.path} has transform {entry.transform} for {name} and {bits}-bit activations are asked for, and that "
+                    f"makes up for errors of {BITS} bits only: write transform: {TransformKind.DENSE}"
                 )
         return dict(self.linears)
 
@@ -230,6 +230,11 @@ def _read_entry(path: Path, name: str, entry: Any) -> PlanEntry:
             bits = parse_activation_bits(bits)
         except UsageError as error:
             raise UsageError(f"plan {path}, {name}: {error}") from error
+        if bits != BITS and transform is not None and TransformKind(transform).has_feedback:
+            raise UsageError(
+                f"plan {path} has transform {transform} and {bits}-bit activations for {name}, and that makes up for errors of "
+                f"{BITS} bits only: write transform: {TransformKind.DENSE}"
+            )
     return PlanEntry(
         group_size,
         None if transform is None else TransformKind(transform),

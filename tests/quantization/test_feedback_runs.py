@@ -254,7 +254,7 @@ def test_a_plan_that_asks_for_what_cannot_be(
     made: Path, tmp_path: Path, quantize_badly: Call, one_sentence: Call
 ) -> None:
     model, name = made / "model", "model.layers.0."
-    said = ("plan.yaml has transform feedback128", name, "8-bit activations", "write transform: dense128")
+    said = ("plan.yaml has transform feedback128", name, "8-bit activations", "4 bits only: write transform: dense128")
     plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128", activation_bits=8)
     one_sentence(quantize_badly(model, "--plan", plan), USAGE, *said)
     plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.errors import Apex4Error
+from apex4_quant.format.feedback import transform_of
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat, QuantConfig
 from apex4_quant.format.storage import REPORT_NAME
@@ -47,7 +48,7 @@ from apex4_quant.transforms.learned_transform import (
     with_equal_peaks,
 )
 
-DENSE, SHARED = TransformKind.DENSE, TransformKind.SHARED
+DENSE, FEEDBACK, SHARED = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.SHARED
 
 
 def dense_format(n: int, k: int, group: int | str = 128, owner: str | None = None) -> LinearFormat:
@@ -347,7 +348,7 @@ def test_an_outlier_channel_of_a_norm_is_quantized(
         for file in (tmp_path / recipe).glob("*.safetensors"):
             for name, tensor in load_file(file).items():
                 if name.endswith("input_transform"):
-                    assert bool(is_sound(tensor).all()), (recipe, name)
+                    assert bool(is_sound(transform_of(tensor)).all()), (recipe, name)
     assert invoke("check", tmp_path / "apex4", "--json").exit_code == 0
 
 
@@ -451,14 +452,14 @@ def test_impossible_owners_are_refused(transform: str, modules: dict[str, object
 @pytest.fixture
 def dense_model(demo_checkpoint: Path) -> Path:
     """The recipe of the demo checkpoint learns them."""
-    assert f'"transform": "{DENSE.value}"' in (demo_checkpoint / "config.json").read_text()
+    assert f'"transform": "{FEEDBACK.value}"' in (demo_checkpoint / "config.json").read_text()
     return demo_checkpoint
 
 
 def test_checkpoint_names_the_owner_and_loads(dense_model: Path, tmp_path: Path) -> None:
     section = json.loads((dense_model / "config.json").read_text())["quantization_config"]
     prefix = "model.layers.0.self_attn."
-    assert section["transform"] == DENSE
+    assert section["transform"] == FEEDBACK
     assert section["modules"][f"{prefix}v_proj"]["transform_from"] == f"{prefix}q_proj"
     assert "transform_from" not in section["modules"].get(f"{prefix}o_proj", {})
     model = AutoModelForCausalLM.from_pretrained(dense_model, dtype=torch.float32)
@@ -543,7 +544,7 @@ def test_damaged_transforms_are_found(
     one_sentence(invoke("check", damaged, "--json"), 1, name, "NaN")
     tensors[name] = good[:1]
     save_file(tensors, file, metadata={"format": "pt"})
-    one_sentence(invoke("check", damaged, "--json"), 1, name, "[1, 128, 128]")
+    one_sentence(invoke("check", damaged, "--json"), 1, name, "[1, 184, 128]")
     with pytest.raises(Apex4Error, match=name):
         AutoModelForCausalLM.from_pretrained(damaged)
 
@@ -551,7 +552,8 @@ def test_damaged_transforms_are_found(
 def test_inspect_counts_the_transform(dense_model: Path, invoke: Callable[..., Result]) -> None:
     linears = {entry["name"]: entry for entry in json.loads(invoke("inspect", dense_model, "--json").stdout)["linears"]}
     q, k = (linears[f"model.layers.0.self_attn.{name}_proj"]["bytes"] for name in "qk")
-    assert q - 2 * k == 2 * 2 * 128 * 128  # q has twice k's rows and stores the transform of 256 channels
+    # q has twice k's rows and stores the transform of 256 channels, and its error feedback.
+    assert q - 2 * k == 2 * 2 * 184 * 128
 
 
 def test_searched_clip_ratios_are_used_by_the_loaded_model(dense_model: Path) -> None:
