@@ -126,6 +126,14 @@ def read_json(path: Path) -> Any:
         raise Apex4Error(f"{path} is not valid JSON ({error}): the file is damaged, get it again") from error
 
 
+def _umask() -> int:
+    """Read from what the kernel says: to ask os.umask is to change it, for other threads too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o022
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file. Its bytes depend on the tensors alone."""
     from safetensors.torch import save_file  # torch: most of this module does without it
@@ -134,9 +142,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with _atomic(path) as temporary:
         # One metadata entry only: safetensors writes several in a random order.
         save_file(on_cpu, temporary, metadata={"format": "pt"})
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors creates files only their owner can read
+        temporary.chmod(0o666 & ~_umask())  # safetensors creates files only their owner can read
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -6,7 +6,8 @@
 
 Order of a layer: its shard is written; the quantized layer makes the hidden states that leave it, which are kept; the
 shard's record is written, which is the commit; what was kept for the layer is removed (run_state.py). The index, the report
-and config.json follow when all shards are committed.
+and config.json follow when all shards are committed. One process keeps and commits a layer while it works on the next one, which a
+kill may cost beside that: states of a large model take seconds to reach the disk.
 
 Several processes (docs/scaling.md) take the same way together. Each has hidden states of its own windows; the first writes
 everything else. None is a layer ahead of another.
@@ -19,7 +20,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +291,31 @@ def _finished(out: Path, group: Group) -> QuantizeResult:
     return result
 
 
+class BackgroundWork:
+    """A thread for what has to reach the disk while the next layer is worked on: one thing at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "apex4-keep")
+        self._work: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin with it, when all that was started before is done. Raises what that raised."""
+        self.finish()
+        self._work = self._thread.submit(work)
+
+    def finish(self) -> None:
+        """Wait for what was started. Raises what it raised, once."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def __enter__(self) -> BackgroundWork:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()  # a layer that is done is kept, whatever ends the run
+
+
 @dataclass
 class _Run:
     """One run from the embedding to config.json. Layers that are committed are left as they are."""
@@ -312,6 +340,7 @@ class _Run:
     share: Share = field(init=False)  # of the windows
     finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
     notes: list[str] = field(init=False, default_factory=list)  # since the last commit
+    background: BackgroundWork = field(init=False, default_factory=BackgroundWork)
 
     def __post_init__(self) -> None:
         recipe, source, runner = self.plan.recipe, self.source, self.runner
@@ -334,6 +363,10 @@ class _Run:
         self.progress.line(text)
         self.notes.append(text)
 
+    def _take_notes(self) -> list[str]:
+        notes, self.notes = self.notes, []
+        return notes
+
     @property
     def _runners(self) -> list[LayerRunner]:
         return [self.runner] if self.original is None else [self.runner, self.original]
@@ -344,6 +377,10 @@ class _Run:
 
     def execute(self) -> QuantizeResult:
         """Raises Stopped or Apex4Error."""
+        with self.background:
+            return self._execute()
+
+    def _execute(self) -> QuantizeResult:
         if self.group.from_first(lambda: self.state.is_distilled):
             return self._finish_distilled()
         for runner in self._runners:
@@ -359,7 +396,7 @@ class _Run:
         self._quantize_layers(layers)
         rest = [name for name in self.source.outer_tensors if name != embedding]
         written = self._write_shard(self._shard_count, self.rewriter.outer(self.source.read(rest)))
-        self._commit(self._shard_count, written, [])
+        self._commit(self._shard_count, written, [], self._take_notes())
         if not self.plan.recipe.distill_steps:
             return self._finish()
         return_free_memory()
@@ -375,7 +412,7 @@ class _Run:
         written = self._write_shard(1, tensors)
         hidden = self.runner.embed(self.samples[self.share.slice], tensors[embedding])
         self.state.save_hidden(0, Streams(hidden, self._copied(hidden) if self.original else None, self.share))
-        self._commit(1, written, [])
+        self._commit(1, written, [], self._take_notes())
 
     def _copied(self, states: States) -> States:
         return states.copy(self.state.folder) if isinstance(states, StoredStates) else states.clone()
@@ -402,18 +439,21 @@ class _Run:
                     self._drop_states(layer)
                     continue
                 if self.group.any(self.should_stop()):
+                    self.background.finish()
                     raise Stopped(
                         f"stopped before layer {layer} of {self.source.num_layers}, nothing is lost: "
                         f"'apex4 quantize --resume -o {self.state.out}' goes on"
                     )
                 streams = streams or self.state.load_hidden(layer, self.original is not None, self.share, self.streamed)
                 streams = self._quantize_layer(quantizer, layer, streams, advance)
+        self.background.finish()
 
     def _quantize_layer(
         self, quantizer: LayerQuantizer, layer: int, streams: Streams, advance: Callable[[int], None]
     ) -> Streams:
-        """Quantize, write and commit one layer. Returns the streams that leave it."""
+        """Quantize and write one layer, and have it committed. Returns the streams that leave it."""
         quantized = quantizer.quantize(layer, streams, advance)
+        self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
         written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
         if self.group.is_first:
             for name, rows in quantized.rounded.items():
@@ -422,13 +462,28 @@ class _Run:
         leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
         if self.original is not None and streams.original is not None:
             leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
-        self.state.save_hidden(layer + 1, leaving)
-        self._commit(layer + 2, written, records)
-        self._drop_states(layer)
+        keep = partial(self._keep, layer, leaving, written, records, self._take_notes())
+        if self.group.size == 1 and not self.streamed:
+            self.background.start(keep)
+        else:  # processes agree on a commit; and what is on the disk already is only renamed
+            keep()
         for runner in self._runners:
             runner.drop_layer(layer)
         return_free_memory()
         return leaving
+
+    def _keep(
+        self,
+        layer: int,
+        leaving: Streams,
+        written: dict[str, int],
+        records: list[dict[str, Any]],
+        notes: list[str],
+    ) -> None:
+        """Keep the streams that leave a layer, commit it, and drop what was kept for it."""
+        self.state.save_hidden(layer + 1, leaving)
+        self._commit(layer + 2, written, records, notes)
+        self._drop_states(layer)
 
     def _drop_states(self, layer: int) -> None:
         if self.group.is_first:
@@ -443,7 +498,7 @@ class _Run:
             write_tensors(self._shard_path(shard), tensors)
         return {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
 
-    def _commit(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]]) -> None:
+    def _commit(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]], notes: list[str]) -> None:
         """When all processes have kept their states. Without a barrier behind it: who is ahead asks for nothing that is missing."""
         self.group.barrier()
         if not self.group.is_first:
@@ -457,10 +512,9 @@ class _Run:
                 "sha256": sha256(path),
                 "tensors": tensors,
                 "linears": records,
-                "messages": self.notes,
+                "messages": notes,
             },
         )
-        self.notes = []
 
     def _finish(self) -> QuantizeResult:
         """config.json and what belongs to it; the result is known to all processes."""

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ import yaml
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.errors import Apex4Error, Stopped, UsageError
 from apex4_quant.format.storage import RUN_FOLDER, sha256
+from apex4_quant.quantization.layer import LayerQuantizer
+from apex4_quant.quantization.run import BackgroundWork
+from apex4_quant.quantization.run_state import RunState
 from apex4_quant.recipes import named_recipes
 
 from ..conftest import stop_after, write_calibration, write_tiny_model
@@ -394,3 +398,83 @@ def test_disk_full_at_every_write(job: Job, out: Path, monkeypatch: pytest.Monke
     kept = {f"{kind}-00001.safetensors" for kind in ("hidden", "entering", "gradients")}
     assert {"settings.json", "shard-00002.json", "config.json"} | kept < failed
     assert contents(out) == job.whole
+
+
+# ---- what is kept while the next layer is worked on ------------------------------------------------------------------
+
+
+def test_a_layer_is_kept_while_the_next_one_is_worked_on(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work on layer 1 begins before the states that leave layer 0 are on the disk."""
+    begun, saved, order = threading.Event(), RunState.save_hidden, []
+    work = LayerQuantizer.quantize
+
+    def save(self: RunState, layer: int, streams: Any) -> None:
+        if layer == 1:
+            assert begun.wait(30)
+        order.append(f"keeps {layer} on {threading.current_thread().name[:6]}")
+        saved(self, layer, streams)
+
+    def quantize_layer(self: LayerQuantizer, layer: int, *rest: Any) -> Any:
+        order.append(f"layer {layer}")
+        if layer == 1:
+            begun.set()
+        return work(self, layer, *rest)
+
+    monkeypatch.setattr(RunState, "save_hidden", save)
+    monkeypatch.setattr(LayerQuantizer, "quantize", quantize_layer)
+    quantize(job.settings, out)
+    assert order == ["keeps 0 on MainTh", "layer 0", "layer 1", "keeps 1 on apex4-", "keeps 2 on apex4-"]
+    assert contents(out) == job.whole
+
+
+def test_a_layer_that_is_done_is_committed_though_the_next_one_fails(
+    job: Job, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = LayerQuantizer.quantize
+
+    def fail(self: LayerQuantizer, layer: int, *rest: Any) -> Any:
+        if layer == 1:
+            raise Apex4Error("the second layer")
+        return work(self, layer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerQuantizer, "quantize", fail)
+        with pytest.raises(Apex4Error, match="the second layer"):
+            quantize(job.settings, out)
+    records = {path.name for path in (out / RUN_FOLDER).glob("shard-*.json")}
+    assert len(records) == 2, records  # the embedding and the first layer
+    quantize(job.settings, out, resume=True)
+    assert contents(out) == job.whole
+
+
+def test_what_fails_behind_a_layer_ends_the_run(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = RunState.save_hidden
+
+    def full(self: RunState, layer: int, streams: Any) -> None:
+        if layer == 1:
+            raise Apex4Error("no room for the states")
+        saved(self, layer, streams)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save_hidden", full)
+        with pytest.raises(Apex4Error, match="no room for the states"):
+            quantize(job.settings, out)
+    assert not (out / "config.json").exists()
+    quantize(job.settings, out, resume=True)
+    assert contents(out) == job.whole
+
+
+def test_one_thing_at_a_time() -> None:
+    done: list[str] = []
+    with BackgroundWork() as background:
+        background.start(lambda: (time.sleep(0.2), done.append("first"))[-1])
+        background.start(lambda: done.append("second"))
+        assert done[0] == "first"
+        background.finish()
+        assert done == ["first", "second"]
+        background.start(lambda: int("x") and None)
+        with pytest.raises(ValueError):
+            background.finish()
+        background.finish()  # it was said
+        background.start(lambda: (time.sleep(0.2), done.append("last"))[-1])
+    assert done[-1] == "last"
