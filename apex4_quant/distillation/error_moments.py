@@ -21,9 +21,8 @@ def error_moments(student: Student, windows: torch.Tensor, batch: int, seed: int
     for ids in windows.split(batch):
         logits, inputs = student.logits_and_inputs(ids)
         gradient = torch.empty_like(logits)
-        for into, scores in zip(
-            gradient, logits.detach(), strict=True
-        ):  # the vocabulary in float32 for one window at a time
+        # One window at a time: its vocabulary is in float32.
+        for into, scores in zip(gradient, logits.detach(), strict=True):
             likely = torch.softmax(scores.float(), -1)
             drawn = torch.multinomial(likely, 1, generator=generator)
             into.copy_(likely.scatter_add_(1, drawn, likely.new_full(drawn.shape, -1.0)))

@@ -128,9 +128,10 @@ def read_json(path: Path) -> Any:
 
 def _umask() -> int:
     """Read from what the kernel says: to ask os.umask is to change it, for other threads too."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
+    with contextlib.suppress(OSError):  # another system has no such file
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     return 0o022
 
 

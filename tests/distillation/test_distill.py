@@ -48,10 +48,13 @@ def few_tokens() -> Any:
 
 @pytest.fixture(scope="module")
 def pair(few_tokens: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_pair(tmp_path_factory.mktemp("distill"), "dense128", 24)
+
+
+def make_pair(folder: Path, transform: str, steps: int) -> tuple[Path, Path]:
     """The same run without distillation and with it."""
-    folder = tmp_path_factory.mktemp("distill")
-    for name, steps in (("before", 0), ("after", 24)):
-        quantize(settings(transform="dense128", transform_steps=2, distill_steps=steps), folder / name)
+    for name, count in (("before", 0), ("after", steps)):
+        quantize(settings(transform=transform, transform_steps=2, distill_steps=count), folder / name)
     return folder / "before", folder / "after"
 
 
@@ -70,10 +73,7 @@ def test_the_predictions_come_nearer(pair: tuple[Path, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def pair_with_feedback(few_tokens: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("distill")
-    for name, steps in (("before", 0), ("after", 12)):
-        quantize(settings(transform="feedback128", transform_steps=2, distill_steps=steps), folder / name)
-    return folder / "before", folder / "after"
+    return make_pair(tmp_path_factory.mktemp("distill"), "feedback128", 12)
 
 
 def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]) -> None:

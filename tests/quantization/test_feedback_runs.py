@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +23,9 @@ from apex4_quant.models.source import ModelSource
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.quantization.run import quantize
 from apex4_quant.quantization.settings import QuantizeSettings, require_same
+
+from ..conftest import write_calibration, write_tiny_model
+from .test_mixed_transforms import tensors_of
 
 Call = Callable[..., Any]
 FAILED, USAGE = 1, 2
@@ -38,8 +40,6 @@ OF_COMMAND = ("--samples", 2, "--seq-len", 32, "--target", "none", "--json")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """out: feedback, dense: the same run without. Read only."""
-    from ..conftest import write_calibration, write_tiny_model
-
     folder = tmp_path_factory.mktemp("feedback")
     model = write_tiny_model(folder / "model", intermediate_size=600)
     calib = write_calibration(folder / "calibration.txt")
@@ -51,14 +51,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(made: Path) -> Path:
     return made / "out"
-
-
-def tensors_of(out: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in out.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors
 
 
 def section_of(out: Path) -> dict[str, Any]:
