@@ -205,7 +205,7 @@ def test_an_account_of_shapes(tiny_model: Call) -> None:
 
     one, many = of(8, 64), of(800, 64)
     assert (one.states, many.states) == (2 * 2**17, 2 * 2**24)  # pinned: 131,072 and 13,107,200 bytes, each twice
-    assert many.host == one.host and many.streamed == one.streamed == 2 * 2048 * 128 * 2
+    assert many.host == one.host and many.streamed == one.streamed == 2 * 8192 * 128 * 2
     assert many.gpu > one.gpu  # rows are kept of inputs, which 8 x 64 tokens do not fill
     cpu = of(8, 64, device="cpu")
     assert cpu.gpu == 0 and cpu.host > one.host and resident_now() > 2**26

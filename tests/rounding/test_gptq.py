@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apex4_quant.calib import hessian
 from apex4_quant.calib.errors import CalibrationError
 from apex4_quant.calib.finite import all_finite
 from apex4_quant.calib.hessian import HessianAccumulator
@@ -68,6 +69,33 @@ def test_half_of_a_hessian_is_computed_and_all_of_it_returned(width: int, monkey
     torch.testing.assert_close(found.double(), rows.t() @ rows / len(rows), rtol=1e-5, atol=1e-6)
     assert torch.equal(found[:200, 200:], found[200:, :200].t()) or width <= 256
     assert sum(computed) / 3 <= width**2 * (1 if width <= 257 else 0.8 if width < 2000 else 0.57)
+
+
+@pytest.mark.parametrize("of_two", [False, True])
+def test_sixteen_bits_are_multiplied_as_they_are(of_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: pieces of a sum, some tokens at a time, are the same sum."""
+    x, y = torch.randn(2, 3, 50, 700, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = HessianAccumulator()
+    expected.add(x, y if of_two else None)
+    given: list[torch.Tensor] = []
+
+    def add_products(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        given.extend((left, right))
+        sums += left.float().t() @ right.float()
+
+    monkeypatch.setattr(hessian, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda *inputs: True)
+    monkeypatch.setattr(hessian, "adds_up_sixteen_bits", lambda device, dtype: True)
+    monkeypatch.setattr(hessian, "add_products", add_products)
+    accumulator = HessianAccumulator()
+    for window, of_window in zip(x, y, strict=True):
+        accumulator.add(window, of_window if of_two else None)
+    torch.testing.assert_close(accumulator.take_matrix(), expected.take_matrix(), rtol=1e-5, atol=1e-6)
+    assert {each.dtype for each in given} == {torch.bfloat16}
+
+
+def test_a_device_without_such_products_is_seen() -> None:
+    assert not hessian.adds_up_sixteen_bits(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
