@@ -20,7 +20,9 @@ from ... import cuda_on_cpu
 from ...kernel_cases import fused_s8, s8
 
 CONFIGS = {config.tile_name: config for config in all_configs(90) if config.few_tokens and config.out == "bf16"}
-WIDE, MOST = (next(config for config in CONFIGS.values() if (config.tile_m, config.tiles_n) == (rows, 2)) for rows in (32, 64))
+WIDE, MOST = (
+    next(config for config in CONFIGS.values() if (config.tile_m, config.tiles_n) == (rows, 2)) for rows in (32, 64)
+)
 MOST_BY_64 = next(config for config in CONFIGS.values() if (config.tile_m, config.tiles_n) == (64, 1))
 M8, M16 = (next(config for config in CONFIGS.values() if config.tile_m == rows) for rows in (8, 16))
 UNTOUCHED = 12345.0

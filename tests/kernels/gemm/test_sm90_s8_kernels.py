@@ -218,7 +218,9 @@ def test_it_compiles_without_spills_and_with_little_to_do_for_a_group(config: Sm
         pytest.skip(str(error))
     function = sass.parse(sass.disassemble(compiled.cubin))[config.entry]
     loop = sass.count(sass.main_loop(function))
-    if config.few_tokens:  # a group's sums are scaled: one FFMA each, and two FADD for the ratios of both rows of a tile
+    if (
+        config.few_tokens
+    ):  # a group's sums are scaled: one FFMA each, and two FADD for the ratios of both rows of a tile
         tiles = config.tiles_n
         assert loop.classes["ffma"] == loop.products == config.tile_m / 2 * tiles
         if config.tile_m >= WARPGROUPS_FROM:  # and one I2F
