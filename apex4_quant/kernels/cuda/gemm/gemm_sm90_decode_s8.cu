@@ -27,7 +27,7 @@
 #include "gemm/gemm_sm90_s8.cuh"
 
 constexpr bool BY_WARPGROUPS = TILE_M == 64;                // wgmma
-constexpr int CODES_ALIGNMENT = BY_WARPGROUPS ? 1024 : 128;  // what its swizzle needs
+[[maybe_unused]] constexpr int CODES_ALIGNMENT = BY_WARPGROUPS ? 1024 : 128;  // what its swizzle needs
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
 // Registers are handed from one warpgroup to others, so that those that copy are a whole one then.
 constexpr int THREADS = WARPGROUP * PARTS + (BY_WARPGROUPS ? WARPGROUP : 32 * COPYING_WARPS);
