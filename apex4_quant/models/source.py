@@ -10,6 +10,7 @@ import errno
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,23 @@ def read_config(folder: Path, kind: Kind = MODEL) -> dict[str, Any]:
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
         raise Apex4Error(f"{folder / 'config.json'} has max_position_embeddings = {context!r}: get the file again")
     return config
+
+
+class WeightsAhead:
+    """The tensors of one layer after the other. Those of the next are read while one is worked on, and are there beside it."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._thread = ThreadPoolExecutor(1, "apex4-read")
+        self._next: dict[int, Future[dict[str, torch.Tensor]]] = {}
+
+    def take(self, layer: int) -> dict[str, torch.Tensor]:
+        """Raises Apex4Error for a damaged file."""
+        source, found = self._source, self._next.pop(layer, None)
+        tensors = source.read(source.layer_tensors(layer)) if found is None else found.result()
+        if layer + 1 < source.num_layers:
+            self._next = {layer + 1: self._thread.submit(source.read, source.layer_tensors(layer + 1))}
+        return tensors
 
 
 _LARGEST_SIZE = 2**31  # of any dimension: beyond it, a damaged file would be counted through layer by layer
@@ -308,6 +326,9 @@ class ModelSource:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self.infos, names)
+
+    def read_ahead(self) -> WeightsAhead:
+        return WeightsAhead(self)
 
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.infos.values()})
