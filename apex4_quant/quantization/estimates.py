@@ -344,9 +344,10 @@ def seconds_by_part(
     of_columns = sum(linear.elements * linear.format.padded_k for linear in linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in linears}
     learned = {(p.layer, p.input_group): p.format.padded_k for p in linears if p.format.transform.is_learned}
-    searched = {
-        (p.layer, p.input_group): p.format.padded_k for p in linears if p.format.activation_bits == BITS
-    } if recipe.search_clip else {}  # fmt: skip
+    searched: dict[tuple[int, int], list[PlannedLinear]] = {}
+    for linear in linears if recipe.search_clip else ():
+        if linear.format.activation_bits == BITS:
+            searched.setdefault((linear.layer, linear.input_group), []).append(linear)
     by_gradients, gptq = recipe.importance is Importance.GRADIENTS, recipe.rounding is Rounding.GPTQ
     half = rates.product if rates.half is None else rates.half
     moment = rates.product if rates.moment is None else rates.moment
@@ -355,9 +356,7 @@ def seconds_by_part(
     parts = {"passes": rates.linear * passes * of_tokens}
     steps = recipe.transform_steps * (rates.step * sum(learned.values()) / BLOCK + rates.step_once * len(learned))
     parts["transforms"] = steps + rates.input_once * len(learned)
-    # W^T W or g^T g, and an error for each ratio.
-    clips = sum(k * k * (PROBE_ROWS + len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS) for k in searched.values())
-    parts["clips"] = rates.product * clips
+    parts["clips"] = rates.product * sum(_products_of_clips(readers, by_gradients) for readers in searched.values())
     parts["scales"] = rates.scale * elements
     # Exact, and as it is quantized.
     parts["errors"] = (rates.product + rates.linear) * MEASURED_ROWS * elements
@@ -406,6 +405,17 @@ def seconds_by_part(
     return parts
 
 
+def _products_of_clips(readers: list[PlannedLinear], by_gradients: bool) -> float:
+    """Multiply-adds: W^T W or g^T g and an error for each ratio, or where W or g has few rows their products alone."""
+    width, rows = readers[0].format.padded_k, PROBE_ROWS if by_gradients else _outputs(readers)
+    looked_at = len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS
+    return width * (width * (rows + looked_at) if rows > width else rows * looked_at)
+
+
+def _outputs(linears: list[PlannedLinear]) -> int:
+    return sum(linear.format.out_features for linear in linears)
+
+
 def _making_up(plan: Plan, rates: Rates, tokens: float, by_gradients: bool) -> dict[str, float]:
     """Of inputs with error feedback: what it is made of, in float64, and rounding with it, of so many `tokens` among others."""
     inputs: dict[tuple[int, int], list[PlannedLinear]] = {}
@@ -415,7 +425,7 @@ def _making_up(plan: Plan, rates: Rates, tokens: float, by_gradients: bool) -> d
     made = rounded = 0.0
     for linears in inputs.values():
         width = linears[0].format.padded_k
-        rows = PROBE_ROWS if by_gradients else sum(linear.format.out_features for linear in linears)
+        rows = PROBE_ROWS if by_gradients else _outputs(linears)
         searched = len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS if plan.recipe.search_clip else 0
         made += rows * width * BLOCK
         rounded += width * (tokens + searched + MEASURED_ROWS * len(linears))

@@ -407,7 +407,9 @@ class LayerQuantizer:
         ]
         leaving = self._rewriter.stream_gradients(self._predictions.leaving(layer))
         windows, share = self._predictions.windows, self._predictions.share
-        found, _ = gradients_through(self._runner, layer, readers, hidden[windows], leaving, self._group, share)
+        found, _ = gradients_through(
+            self._runner, layer, readers, hidden[windows], leaving, self._group, share, keep_entering=False
+        )
         for names in readers:
             if names[0] not in found:
                 self._note(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")

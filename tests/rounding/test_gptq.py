@@ -183,10 +183,12 @@ def test_a_hessian_that_cannot_be_decomposed_is_damped_with_a_message() -> None:
         inverse_factor("layer 3", -1e3 * torch.ones(128, 128) + torch.eye(128), warn=said.append)
 
 
-def test_clip_search_finds_the_least_output_error() -> None:
+@pytest.mark.parametrize("rows", [(32, 8), (32, 500), (250, 6), (250, 6, 1), (300,)])
+def test_clip_search_finds_the_least_output_error(rows: tuple[int, ...]) -> None:
+    """Of more rows than columns too, which are added up."""
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(300, 256, generator=generator)
-    weights = [torch.randn(32, 256, generator=generator), torch.randn(8, 256, generator=generator)]
+    weights = [torch.randn(count, 256, generator=generator) for count in rows]
     found = search_activation_clip(inputs, weights, 128)
 
     def error(clip: float) -> float:
