@@ -144,20 +144,23 @@ def read_config(folder: Path, kind: Kind = MODEL) -> dict[str, Any]:
     return config
 
 
-class WeightsAhead:
-    """The tensors of one layer after the other. Those of the next are read while one is worked on, and are there beside it."""
+MOST_AT_ONCE = 4  # files whose checksums are computed: more are more than a disk gives
 
-    def __init__(self, source: ModelSource) -> None:
+
+class LayerReader:
+    """The tensors of one layer after another. `ahead`: those of the next are read while one is worked on, and are there beside it."""
+
+    def __init__(self, source: ModelSource, ahead: bool) -> None:
         self._source = source
-        self._thread = ThreadPoolExecutor(1, "apex4-read")
+        self._thread = ThreadPoolExecutor(1, "apex4-read") if ahead else None
         self._next: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
-    def take(self, layer: int) -> dict[str, torch.Tensor]:
-        """Raises Apex4Error for a damaged file."""
+    def take(self, layer: int, then: int | None = None) -> dict[str, torch.Tensor]:
+        """`then`: the layer that will be asked for next, if any. Raises Apex4Error for a damaged file."""
         source, found = self._source, self._next.pop(layer, None)
         tensors = source.read(source.layer_tensors(layer)) if found is None else found.result()
-        if layer + 1 < source.num_layers:
-            self._next = {layer + 1: self._thread.submit(source.read, source.layer_tensors(layer + 1))}
+        if self._thread is not None and then is not None and 0 <= then < source.num_layers:
+            self._next = {then: self._thread.submit(source.read, source.layer_tensors(then))}
         return tensors
 
 
@@ -327,8 +330,8 @@ class ModelSource:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self.infos, names)
 
-    def read_ahead(self) -> WeightsAhead:
-        return WeightsAhead(self)
+    def layer_reader(self, ahead: bool) -> LayerReader:
+        return LayerReader(self, ahead)
 
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.infos.values()})
@@ -340,7 +343,11 @@ class ModelSource:
         or tensor.
         """
         known = _listed_checksums(self.folder) | self._cached_checksums()
-        digests = {path.name: _verified(path, known) for path in self.files()}
+        files, threads = self.files(), min(MOST_AT_ONCE, torch.get_num_threads())
+        with ThreadPoolExecutor(threads) as pool:
+            digests = dict(
+                zip([path.name for path in files], pool.map(lambda path: _verified(path, known), files), strict=True)
+            )
         for name, info in self.infos.items():
             tensor = self.read([name])[name]
             if tensor.is_floating_point() and not all_finite(tensor):

@@ -174,13 +174,11 @@ class LayerQuantizer:
         note: Say,
         group: Group | None = None,
         experts_at_once: int | None = None,
-        read_ahead: bool = False,
     ) -> None:
         """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients.
-        Of so many experts of a layer statistics are there `experts_at_once`; None: of all. `read_ahead`: there is memory for the
-        weights of another layer."""
+        Of so many experts of a layer statistics are there `experts_at_once`; None: of all."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
-        self._ahead = source.read_ahead() if read_ahead else None
+        self._reader = source.layer_reader(runner.reads_ahead)
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
         self._say, self._note, self._group = say, note, group or Group()
         self._rounded: dict[str, RoundedRows] = {}  # of the layer in flight
@@ -218,9 +216,7 @@ class LayerQuantizer:
 
     def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
         """Read, rewrite, load."""
-        source, ahead = self._source, self._ahead
-        read = source.read(source.layer_tensors(layer)) if ahead is None else ahead.take(layer)
-        tensors = self._rewriter.layer(layer, read, hidden)
+        tensors = self._rewriter.layer(layer, self._reader.take(layer, layer + 1), hidden)
         if self._original is not None:
             self._original.load_layer(layer, tensors)
         return LayerTensors(tensors), self._runner.load_layer(layer, tensors)

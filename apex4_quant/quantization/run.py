@@ -437,7 +437,6 @@ class _Run:
             self._note,
             self.group,
             self.experts_at_once or None,
-            read_ahead=self.runner.device.type == "cuda" and not self.streamed,
         )
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:

@@ -75,9 +75,9 @@ def test_weights_of_the_next_layer_are_read_ahead(tiny_model: Call, monkeypatch:
         return found
 
     monkeypatch.setattr(ModelSource, "read", noted)
-    ahead = source.read_ahead()
+    ahead = source.layer_reader(True)
     for layer, tensors in enumerate(expected):
-        found = ahead.take(layer)
+        found = ahead.take(layer, layer + 1)
         assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
         assert asked.acquire(timeout=30), "it is read before it is asked for"
     assert not asked.acquire(timeout=0.1), "a layer is read twice"
@@ -95,10 +95,11 @@ def test_a_file_that_cannot_be_read_ahead_is_said_when_its_layer_comes(
         return read(self, names)
 
     monkeypatch.setattr(ModelSource, "read", damaged)
-    ahead = source.read_ahead()
-    ahead.take(0)
-    with pytest.raises(Apex4Error, match="damaged"):
-        ahead.take(1)
+    ahead, at_once = source.layer_reader(True), source.layer_reader(False)
+    for reader in (ahead, at_once):
+        reader.take(0, 1)
+        with pytest.raises(Apex4Error, match="damaged"):
+            reader.take(1, 2)
 
 
 class Shapes(MemoryAccount):
