@@ -47,10 +47,10 @@ class Replayed:
 
     def _capture(self, key: Hashable, operations: Callable[[], None]) -> None:
         graph, stream = torch.cuda.CUDAGraph(), _stream(self._device)
-        self._pool = self._pool or torch.cuda.MemPool()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream):  # and on its device
+                self._pool = self._pool or torch.cuda.MemPool()
                 # torch.cuda.graph would give all cached memory back first. Other threads, as those of NCCL, go on.
                 graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
                 try:

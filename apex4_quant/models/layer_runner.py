@@ -120,6 +120,12 @@ class LayerRunner:
     def _set(self, name: str, module: nn.Module) -> None:
         self.model.set_submodule(name, module)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether weights of the next layer are read while one is computed: a GPU leaves the host time for it, and memory unless
+        states have to stay on the disk."""
+        return self.device.type == "cuda" and self._states_folder is None
+
     def keep_states_in(self, folder: Path) -> None:
         """From now on states that leave a layer are written into this folder, and nothing of a layer is remembered."""
         self._states_folder = folder

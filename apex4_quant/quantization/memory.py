@@ -85,7 +85,8 @@ class MemoryAccount:
         remembered = 0 if account.on_gpu else min(max(KEPT_BYTES, stream), widest)
         # Pinned memory comes in powers of two.
         states = 2 * (1 << (stream - 1).bit_length()) if account.on_gpu else 3 * stream
-        streams = account.streams * (states + remembered)
+        # On a GPU weights of the next layer are there too, unless states are on the disk.
+        streams = account.streams * (states + remembered) + (account.layer if account.on_gpu else 0)
         at_once = 2 * account.streams * batch_tokens(windows.length, account.on_gpu) * account.hidden * itemsize
         working, distilling = account.working(experts_at_once), distilling_bytes(self._plan)
         if not account.on_gpu:

@@ -391,6 +391,7 @@ class _ReplayedWalk(_Walk):
         for place, made in zip(places, (self.transform, self.inverse), strict=True):
             place.copy_(made)
         self.transform, self.inverse = places
+        self._change = self._first  # what was made in a capture is the graph's
 
     def follow(self) -> None:
         """Done already."""

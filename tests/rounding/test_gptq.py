@@ -12,8 +12,6 @@ from apex4_quant.calib.hessian import HessianAccumulator
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import ROWMAJOR, get_layout
 from apex4_quant.format.quant_config import LinearFormat
-from apex4_quant.kernels import reference
-from apex4_quant.rounding.activation_clip import ACTIVATION_CLIP_RATIOS, search_activation_clip
 from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.rounding.nearest import quantize_weight_rtn, search_scales
 
@@ -181,27 +179,6 @@ def test_a_hessian_that_cannot_be_decomposed_is_damped_with_a_message() -> None:
     assert said and all("layer 3" in text and "damping" in text for text in said)
     with pytest.raises(Apex4Error, match="layer 3"):
         inverse_factor("layer 3", -1e3 * torch.ones(128, 128) + torch.eye(128), warn=said.append)
-
-
-def test_clip_search_finds_the_least_output_error() -> None:
-    generator = torch.Generator().manual_seed(5)
-    inputs = torch.randn(300, 256, generator=generator)
-    weights = [torch.randn(32, 256, generator=generator), torch.randn(8, 256, generator=generator)]
-    found = search_activation_clip(inputs, weights, 128)
-
-    def error(clip: float) -> float:
-        codes, scale = reference.quantize_activation(inputs, 128, clip, hadamard=False)
-        rounded = (codes.double().unflatten(1, (-1, 128)) * scale[..., None]).flatten(1)
-        return sum(float(((rounded - inputs.double()) @ w.double().t()).square().sum()) for w in weights)
-
-    errors = {round(ratio, 2): error(ratio) for ratio in ACTIVATION_CLIP_RATIOS}
-    assert found == min(errors, key=errors.__getitem__)
-    assert found < 1.0  # Gaussian groups of 128 always gain from a little clipping
-
-
-def test_clip_search_keeps_the_range_when_every_value_is_at_its_end() -> None:
-    inputs = torch.randint(0, 2, (64, 128), generator=torch.Generator().manual_seed(6)) * 2.0 - 1
-    assert search_activation_clip(inputs, [torch.eye(128)], 128) == 1.0
 
 
 def test_the_models_weight_is_left_as_it_was() -> None:
