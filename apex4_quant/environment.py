@@ -13,9 +13,13 @@ ACTIVATIONS = "APEX4_ACTIVATIONS"
 CACHE_DIR = "APEX4_CACHE_DIR"
 FUSE = "APEX4_FUSE"
 GEMM = "APEX4_GEMM"
+KEEP_EVERY = "APEX4_KEEP_EVERY"
 KERNEL = "APEX4_KERNEL"
 TIMEOUT = "APEX4_TIMEOUT"
 
+SECONDS_TO_KEEP = (
+    60  # of KEEP_EVERY: the states of a large model are gigabytes a layer, and a GPU takes seconds for one
+)
 SECONDS_TO_WAIT = 600  # of TIMEOUT: more than the longest work of one process between two meetings
 
 MEANING = {
@@ -23,6 +27,7 @@ MEANING = {
     CACHE_DIR: "Folder for compiled kernels and tuned plans.  [default: apex4 in the user's cache folder]",
     FUSE: "0: every linear quantizes its input by itself, apart from norms and activation functions.",
     GEMM: "One plan of the GEMM for all shapes, to measure it.  [default: the tuned one or the heuristic's]",
+    KEEP_EVERY: f"Seconds of quantizing that a kill may cost; 0 keeps every layer for itself.  [default: {SECONDS_TO_KEEP}]",
     KERNEL: "reference: compute with PyTorch operations, also on a GPU that has kernels.",
     TIMEOUT: f"Seconds that the processes of one run wait for each other.  [default: {SECONDS_TO_WAIT}]",
 }

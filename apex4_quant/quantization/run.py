@@ -6,18 +6,23 @@
 
 Order of a layer: its shard is written; the quantized layer makes the hidden states that leave it, which are kept; the
 shard's record is written, which is the commit; what was kept for the layer is removed (run_state.py). The index, the report
-and config.json follow when all shards are committed. A layer is kept and committed while the next one is worked on, which a
-kill may cost beside that: states of a large model take seconds to reach the disk.
+and config.json follow when all shards are committed.
+
+States of a large model are gigabytes, which take longer to reach a disk than a GPU takes for the next layer. So they are kept and
+layers committed while the next layer is worked on, and only when APEX4_KEEP_EVERY seconds have passed since that was done
+last: a few layers are then committed together. A kill costs these, and the one in flight; a run that is told to stop keeps all.
 
 Several processes (docs/scaling.md) take the same way together. Each has hidden states of its own windows; the first writes
 everything else. None is a layer ahead of another. Between the linears of a layer they ask each other whether all have kept what
-entered it: then the first commits the layer before.
+entered it: then the first commits the layers before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +38,7 @@ from .. import __version__
 from ..distributed.agreement import settings_here, versions_here
 from ..distributed.group import Group
 from ..distributed.shares import Share
+from ..environment import KEEP_EVERY, SECONDS_TO_KEEP
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.quant_config import QuantConfig
 from ..format.storage import (
@@ -167,6 +173,7 @@ def quantize(
     """
     started = time.perf_counter()
     progress, group = progress or Progress(), group or Group()
+    keep_every = _seconds_to_keep()
     out = Path(out)
     found = OutputFolder.look(out) if resume else OutputFolder.EMPTY
     if found in (OutputFolder.RUN, OutputFolder.CHECKPOINT):
@@ -215,7 +222,7 @@ def quantize(
         },
     }
     group.require_equal(_seen_here(recorded, found, runner))
-    state = _state(out, recorded, found, group)
+    state = _state(out, recorded, found, source.num_layers, len(samples), group)
     try:
         run = _Run(
             source,
@@ -228,6 +235,7 @@ def quantize(
             progress,
             should_stop,
             group,
+            keep_every,
             kept_to.streamed,
             experts_at_once,
         )
@@ -260,7 +268,20 @@ def _seen_here(recorded: Mapping[str, Any], found: OutputFolder, runner: LayerRu
     }
 
 
-def _state(out: Path, recorded: dict[str, Any], found: OutputFolder, group: Group) -> RunState:
+def _seconds_to_keep() -> float:
+    text = os.environ.get(KEEP_EVERY, str(SECONDS_TO_KEEP))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{KEEP_EVERY} is {text!r}: give a number of seconds, 0 or more")
+    return seconds
+
+
+def _state(
+    out: Path, recorded: dict[str, Any], found: OutputFolder, layers: int, windows: int, group: Group
+) -> RunState:
     """Begun or resumed by the first process, joined by the others. Raises UsageError or Apex4Error."""
 
     def begin() -> RunState:
@@ -268,6 +289,7 @@ def _state(out: Path, recorded: dict[str, Any], found: OutputFolder, group: Grou
             return RunState.begin(out, recorded)
         state = RunState.resume(out, recorded)
         state.drop_uncommitted()
+        state.withdraw_unfollowed(layers, windows)
         return state
 
     if group.is_first:
@@ -336,6 +358,7 @@ class _Run:
     progress: Progress
     should_stop: Callable[[], bool]
     group: Group
+    keep_every: float  # seconds
     streamed: bool = False  # hidden states stay on the disk
     experts_at_once: int | None = None  # of a layer, of which there are statistics
     original: LayerRunner | None = field(
@@ -347,7 +370,10 @@ class _Run:
     finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
     notes: list[str] = field(init=False, default_factory=list)  # since the last commit
     background: BackgroundWork = field(init=False, default_factory=BackgroundWork)
-    # Of several processes: a layer whose states are being kept by all, how it is committed.
+    # Layers that are written, how they are committed: when states that enter a layer behind them are kept.
+    written: list[Callable[[], None]] = field(init=False, default_factory=list)
+    kept_at: float = field(init=False, default_factory=time.monotonic)  # when that was begun last
+    # Of several processes: what is committed when all have kept their states.
     waiting: Callable[[], None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -448,6 +474,9 @@ class _Run:
                     continue
                 if self.group.any(self.should_stop()):
                     self._commit_waiting()
+                    if self.written and streams is not None:
+                        self._keep(layer, streams)
+                        self._commit_waiting()
                     self.background.finish()
                     self.group.barrier()  # who ends first may take the others along
                     raise Stopped(
@@ -479,8 +508,33 @@ class _Run:
         leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
         if self.original is not None and streams.original is not None:
             leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
-        keep = partial(self.state.save_hidden, layer + 1, leaving)
-        commit = partial(self._commit_layer, layer, written, records, self._take_notes())
+        self.written.append(partial(self._record, layer + 2, written, records, self._take_notes()))
+        if self.streamed or layer + 1 == self.source.num_layers or self._keeps_now():
+            self._keep(layer + 1, leaving)
+        for runner in self._runners:
+            runner.drop_layer(layer)
+        return_free_memory()
+        return leaving
+
+    def _keeps_now(self) -> bool:
+        """Whether it is time again; one answer for all processes."""
+        return self.group.from_first(lambda: time.monotonic() - self.kept_at >= self.keep_every)
+
+    def _keep(self, layer: int, streams: Streams) -> None:
+        """Keep the streams that enter `layer`, if there is one, and have the layers that are written committed."""
+        layers, self.written = self.written, []
+
+        def keep() -> None:
+            if self.streamed or layer < self.source.num_layers:
+                self.state.save_hidden(layer, streams)
+
+        def commit() -> None:
+            for each in layers:
+                each()
+            # Not before all are: a kill in between goes on with the first of them (RunState.withdraw_unfollowed).
+            for before in range(layer - len(layers), layer):
+                self._drop_states(before)
+
         if self.streamed:  # what is on the disk already is only renamed
             keep()
             self.group.barrier()
@@ -490,13 +544,10 @@ class _Run:
         else:  # processes agree on a commit
             self.background.start(keep)
             self.waiting = commit
-        for runner in self._runners:
-            runner.drop_layer(layer)
-        return_free_memory()
-        return leaving
+        self.kept_at = time.monotonic()
 
     def _commit_waiting(self, at_once: bool = False) -> None:
-        """Have the first process commit the layer whose states are being kept, when all have kept theirs; `at_once`: if they have.
+        """Have the first process commit what waits for states that are being kept, when all have kept theirs; `at_once`: if they have.
 
         All processes ask together. A failure is met by who has it before the others hear that it has kept its states.
         """
@@ -509,13 +560,6 @@ class _Run:
             return
         commit, self.waiting = self.waiting, None
         self.background.start(commit)
-
-    def _commit_layer(
-        self, layer: int, written: dict[str, int], records: list[dict[str, Any]], notes: list[str]
-    ) -> None:
-        """When all have kept the streams that leave it: commit it, and drop what was kept for it."""
-        self._record(layer + 2, written, records, notes)
-        self._drop_states(layer)
 
     def _drop_states(self, layer: int) -> None:
         if self.group.is_first:

@@ -10,8 +10,8 @@
     OUT/.apex4-run/distilled.safetensors, distilled.json      its outcome; writing the second is the commit
     OUT/.apex4-run/entering-00003.safetensors, gradients-00003.safetensors   of the float model, see predictions.py
 
-Order per layer: the shard, the next hidden states, then the record. A kill between them repeats the layer, which gives
-the same bytes again. config.json is written last of all, so an unfinished OUT loads nowhere.
+Order: the shards of one or more layers, the hidden states behind the last of them, then their records, then what was kept for them
+is removed. A kill between them repeats the layers, which gives the same bytes again. config.json is written last of all, so an unfinished OUT loads nowhere.
 
 Of several processes (docs/scaling.md) each writes the states of its own windows, hidden-00003.00064-00128.safetensors those of
 windows 64 to 127, and any number of others can read them. All else is written by the first.
@@ -291,6 +291,20 @@ class RunState:
                 layer = int(path.name.removeprefix(f"{kind}-")[:5])
                 if self.record(layer + 1) is None:
                     path.unlink()
+
+    def withdraw_unfollowed(self, layers: int, windows: int) -> None:
+        """Layers that were being committed, one after the other, when a kill came: no states enter the next one, and those that
+        enter the first of them are there still. `layers` and `windows`: of the run."""
+        finished = {shard - 2 for shard in self.records()}
+        following = next((layer for layer in range(layers) if layer not in finished), None)
+        if following is None:
+            return
+        begins = following
+        while begins > 0 and not self.has(StateKind.HIDDEN, begins, windows):
+            begins -= 1
+        if self.has(StateKind.HIDDEN, begins, windows):
+            for layer in reversed(range(begins, following)):  # the first of them last: a kill may come here, too
+                self.withdraw(layer + 2)
 
     def _save_part(self, kind: StateKind, layer: int, tensors: Mapping[str, torch.Tensor], share: Share) -> None:
         write_tensors(self._path(kind, layer, share), tensors)
