@@ -3,10 +3,10 @@
 Both have the same kernels. What differs are roundings of attention, norms and sums, each of which may move an activation over a
 tie between two codes (test_ties.py), in 16 bits in every layer. With 4-bit activations that decides more than anything else does:
 in transformers alone embeddings that differ by their own rounding move logprobs as far as the quantization of activations does.
-So the measure is that: vLLM's logprobs lie as near to transformers' as those of transformers with such embeddings do. A transform,
-scale or order that is wrong in vLLM moves them several times as far.
+So the measure is that: vLLM's logprobs lie as near to transformers' as those of transformers with such embeddings do.
 
-Where nothing is compiled, every linear of vLLM is compared with that of transformers, on the input that vLLM's had.
+With 8 bits that meets a wrong transform, scale or order in one linear of the demo. With 4 bits one wrong transform or order is twice to four
+times the measure, and a scale that is off in one linear hides behind it: test_linears.py compares linears by themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 
 from apex4_quant.nn.fused_inputs import LinearInput
-from apex4_quant.nn.linear import Apex4Linear
 
 from .generating import Generated, generate_apart
 
@@ -35,7 +34,6 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1,
 KEPT = {"ignore": ("*.kv_b_proj",)}
 # Several hundred tokens: the means of two sets of seeds differ by 10 %, a rounding in every layer and one in front by 20 %.
 SEEDS, TIMES = 4, 2.0
-MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def on_gpu(folder: Path, dtype: str) -> Any:
@@ -123,30 +121,6 @@ def test_the_probabilities_of_transformers(
     folder = quantized(name, recipe, layout="sm90", **settings)
     generated = generate_apart(tmp_path / "generated.json", folder, dtype=dtype, **SMALL | options)
     require_near(generated, on_gpu(folder, dtype), original(name), dtype, record_property)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@torch.no_grad()
-def test_every_linear_computes_what_that_of_transformers_does(
-    bits: int, quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, Any], None],
-) -> None:  # fmt: skip
-    monkeypatch.setenv("APEX4_ACTIVATIONS", str(bits))
-    folder, file = quantized("demo", "apex4", layout="sm90"), tmp_path / "linears.pt"
-    generate_apart(tmp_path / "generated.json", folder, dtype="float16", linears=str(file), **SMALL)
-    model = on_gpu(folder, "float16")
-    compared, unequal = 0, 0.0
-    for name, (x, y) in torch.load(file).items():
-        parent, _, last = name.rpartition(".")
-        linears = [model.get_submodule(f"{parent}.{each}") for each in MEMBERS.get(last, (last,))]
-        assert all(isinstance(each, Apex4Linear) and each.activation_bits == bits for each in linears)
-        expected = torch.cat([each(x.cuda()) for each in linears], -1).cpu()
-        torch.testing.assert_close(y, expected, rtol=2**-8, atol=float(2**-8 * expected.abs().mean()), msg=name)
-        compared, unequal = compared + y.numel(), unequal + float((y != expected).sum())
-    assert compared
-    record_property("outputs", compared)
-    record_property("unequal", unequal / compared)
-    print(f"{compared} outputs, {unequal / compared:.2%} not equal to the bit")
 
 
 @torch.no_grad()
