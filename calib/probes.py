@@ -42,6 +42,7 @@ class InputProbe:
 
     def __init__(self, total: int | None, tokens: int = PROBE_ROWS, before: int = 0) -> None:
         self._places = None if total is None else _one_of_every(max(1, -(-total // tokens)), total)
+        self._places_there = self._places  # on the device of the rows: sent once, since a GPU is waited for whenever
         self._most, self._stride = tokens, 1
         self._before, self._seen, self._kept = before, before, 0
         self._rows: list[torch.Tensor] = []
@@ -52,7 +53,9 @@ class InputProbe:
         first, self._seen = self._seen, self._seen + len(rows)
         if self._places is not None:
             start, stop = torch.searchsorted(self._places, torch.tensor([first, self._seen])).tolist()
-            self._rows.append(rows[(self._places[start:stop] - first).to(rows.device)])
+            assert self._places_there is not None
+            self._places_there = self._places_there.to(rows.device)
+            self._rows.append(rows[self._places_there[start:stop] - first])
             return
         self._rows.append(rows[-first % self._stride :: self._stride].clone())
         self._kept += len(self._rows[-1])

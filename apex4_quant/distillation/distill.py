@@ -3,7 +3,8 @@
 Learned are codes, weight scales, activation clip ratios, transforms, norm gains and biases: all that is stored of the layers.
 The loss is KL(original || quantized) over the vocabulary, as a mean over the tokens of windows of text. Every HELD_OUT-th
 window is kept out of it; what is taken in the end is the state that was the best on those, and that may be the one before the
-first step.
+first step. Error feedback is in the loop, and worked out anew before every comparison but the first: in the first it is what the
+quantized model has.
 
 The rates are relative ones: v is in units of a code, scales and clips are logarithms. Adam, along a cosine.
 
@@ -130,22 +131,16 @@ class Distillation:
 
     def result(self) -> Distilled:
         """The best state."""
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(self._best[name])
-        moments = None
-        if self._student.has_feedback:
-            windows = torch.cat([windows[: -(-FEEDBACK_TOKENS // windows.shape[1])] for windows in self._text.sources])
-            moments = error_moments(self._student, windows, self._batch, self._seed)
-        result = self._student.distilled(moments)
+        self._student.take(self._best)
+        result = self._student.distilled()
         result.before, result.after = self._before, self._best_loss
         return result
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that is needed to go on."""
         tensors = {f"best {name}": tensor for name, tensor in self._best.items()}
+        tensors |= {f"now {name}": tensor for name, tensor in self._student.tensors().items()}
         for name, parameter in self._parameters.items():
-            tensors[f"now {name}"] = parameter.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 if parameter in self._optimizer.state:
                     tensors[f"{moment} {name}"] = self._optimizer.state[parameter][moment]
@@ -155,15 +150,15 @@ class Distillation:
     def _restore(self, saved: Mapping[str, torch.Tensor]) -> None:
         step, self._best_loss, self._before = saved["progress"].tolist()
         self.step = int(step)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(saved[f"now {name}"])
-                self._best[name] = saved[f"best {name}"].to(parameter.device, copy=True)
-                if f"exp_avg {name}" in saved:
-                    self._optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self.step), device=parameter.device),
-                        **{m: saved[f"{m} {name}"].to(parameter.device, copy=True) for m in ("exp_avg", "exp_avg_sq")},
-                    }
+        now = self._student.tensors()
+        self._student.take({name: saved[f"now {name}"] for name in now})
+        self._best = {name: saved[f"best {name}"].to(tensor.device, copy=True) for name, tensor in now.items()}
+        for name, parameter in self._parameters.items():
+            if f"exp_avg {name}" in saved:
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step), device=parameter.device),
+                    **{m: saved[f"{m} {name}"].to(parameter.device, copy=True) for m in ("exp_avg", "exp_avg_sq")},
+                }
 
     def _learn(self) -> None:
         self._gradients(self._windows_of(self.step))
@@ -183,13 +178,15 @@ class Distillation:
             found.append(windows[order[turn % len(windows)]])
         return torch.stack(found)
 
-    @torch.no_grad()
     def _compare(self) -> None:
+        if self.step and self._student.has_feedback:
+            windows = torch.cat([windows[: -(-FEEDBACK_TOKENS // windows.shape[1])] for windows in self._text.sources])
+            self._student.renew_feedback(error_moments(self._student, windows, self._batch, self._seed))
         loss = measured(self._original, self._student, self._text.held_out, self._batch)
         if loss < self._best_loss or not self._best:
             self._best_loss = loss
-            for name, parameter in self._parameters.items():
-                self._best.setdefault(name, torch.empty_like(parameter)).copy_(parameter)
+            for name, tensor in self._student.tensors().items():
+                self._best.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
 
 
 def _fused(device: torch.device) -> dict[str, bool]:

@@ -1,8 +1,8 @@
 """What errors of a student's inputs do to its predictions, from which their error feedback is worked out anew.
 
-Transforms and weights are others after distillation, and so is what an error does. As for any input (quantization/gradients.py): with y
+Transforms and weights change in distillation, and so does what an error does. As for any input (quantization/gradients.py): with y
 drawn from the model's own prediction and g the gradient of -log p(y) by the transformed input, errors e of a token cost E (g . e)^2. The
-quantizers stay in the loop. What is learned is learned without feedback: it makes a step's rounding errors smaller, and no step waits for it.
+quantizers, with the feedback that there was, stay in the loop.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..format.feedback import pack_feedback
 from ..format.quant_config import LinearFormat
 from ..transforms.error_feedback import feedback_by_moments
 from .trained_linear import TrainedInput, TrainedLinear
@@ -103,15 +102,36 @@ class Student:
         for input in self._inputs:
             input.forget()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the student consists of: what is learned, and the error feedback, which is worked out."""
+        found: dict[str, torch.Tensor] = {name: each.detach() for name, each in self.parameters().items()}
+        return found | {f"{name}.feedback": each for name, each in self._feedback().items()}
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Become what `tensors` of another student, or of this one before, gave."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(tensors[name])
+        for name, feedback in self._feedback().items():
+            self._owners[name].set_feedback(tensors[f"{name}.feedback"].to(feedback.device))
+
+    def _feedback(self) -> dict[str, torch.Tensor]:
+        return {name: each.feedback for name, each in self._owners.items() if each.feedback is not None}
+
     @property
     def has_feedback(self) -> bool:
-        """Whether errors of an input are made up for when the student is computed from what is stored."""
-        return any(input.format.transform.has_feedback for input in self._inputs)
+        """Whether errors of an input are made up for."""
+        return bool(self._feedback())
+
+    def renew_feedback(self, error_moments: Mapping[str, torch.Tensor]) -> None:
+        """`error_moments` by name, float64 [padded K / 128, 128, 128], of all inputs with feedback."""
+        for name in self._feedback():
+            self._owners[name].set_feedback(feedback_by_moments(error_moments[name]))
 
     def logits_and_inputs(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As `logits`; and the transformed inputs [B, L, padded K] that have feedback, before they are rounded, by the name of the
         linear that stores their transform."""
-        kept = {name: input for name, input in self._owners.items() if input.format.transform.has_feedback}
+        kept = {name: self._owners[name] for name in self._feedback()}
         for input in kept.values():
             input.keeps_unrounded = True
         try:
@@ -121,8 +141,8 @@ class Student:
             for input in kept.values():
                 input.keeps_unrounded = False
 
-    def distilled(self, error_moments: Mapping[str, torch.Tensor] | None = None) -> Distilled:
-        """`error_moments` by name, float64 [padded K / 128, 128, 128], of inputs with feedback, which is made from them."""
+    def distilled(self) -> Distilled:
+        """As it is to be stored."""
         result = Distilled()
         clips = {input: input.stored()[1] for input in self._inputs}
         for name, linear in self._linears.items():
@@ -132,9 +152,6 @@ class Student:
                 result.others[f"{name}.bias"] = linear.bias.detach()
         for name, input in self._owners.items():
             matrix, _ = input.stored()
-            if matrix is not None and input.format.transform.has_feedback:
-                assert error_moments is not None
-                matrix = torch.cat((matrix, pack_feedback(feedback_by_moments(error_moments[name]))), 1)
             if matrix is not None:
                 result.matrices[name] = matrix
         for name, (gain, dtype) in self._norms.items():

@@ -9,7 +9,8 @@ the quotient that is rounded,
     d Q_a / d x = 1 where |r| <= 7.5, else 0         d Q_a / d s_a = q - r there (as in LSQ, arXiv 1902.08153), else q
     d (s q) / d v = s                                d (s q) / d s = q
 
-and s_a = c absmax / 7 hands its gradient on to c and to the largest value of the group.
+and s_a = c absmax / 7 hands its gradient on to c and to the largest value of the group. With error feedback q is round(r + what
+earlier errors add), and the gradients are those above all the same: what is added is rounding noise, as q - r is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..format.feedback import transform_of
+from ..format.feedback import feedback_of, pack_feedback, transform_of
 from ..format.number_format import (
     ACTIVATION_SCALE_MIN,
     BITS,
@@ -34,6 +35,8 @@ from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.folding import fold
 from ..kernels.hadamard import apply_block_hadamard
+from ..kernels.quantize.configs import prepack_feedback
+from ..kernels.torch_backend import round_with_feedback
 from ..kernels.training import ops as training
 from ..transforms.block_transforms import transform_weight
 from ..transforms.learned_transform import round_to_halves
@@ -42,38 +45,55 @@ WITHIN_CELL = 0.45  # of a code: how far the start of v may be from it, so that 
 
 
 class _RoundActivation(torch.autograd.Function):
-    """y [..., K], in groups, and log c -> what the quantizer makes of y, in its dtype."""
+    """y [..., K], in groups, and log c -> what the quantizer makes of y, in its dtype. `feedback` is what TrainedInput keeps."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, log_clip: torch.Tensor, group: int, code_max: int) -> torch.Tensor:
-        ctx.save_for_backward(y, log_clip)
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        log_clip: torch.Tensor,
+        group: int,
+        code_max: int,
+        feedback: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         ctx.group, ctx.code_max = group, code_max
         if training.run_on(y.device):
-            return training.round_activation(y, log_clip, group, code_max)
-        grouped = y.unflatten(-1, (-1, group)).float()
-        scale = _scale(grouped.abs().amax(-1, keepdim=True), log_clip, code_max)
-        codes = (grouped / scale).round_().clamp_(-code_max, code_max)
-        quantized: torch.Tensor = codes.mul_(scale).to(y.dtype).flatten(-2)
+            if feedback is None:
+                quantized = training.round_activation(y, log_clip, group, code_max)
+            else:
+                quantized = training.round_activation_with_feedback(y, log_clip, feedback)
+        else:
+            grouped = y.unflatten(-1, (-1, group)).float()
+            scale = _scale(grouped.abs().amax(-1, keepdim=True), log_clip, code_max)
+            if feedback is None:
+                codes = (grouped / scale).round_().clamp_(-code_max, code_max)
+            else:
+                codes = round_with_feedback((grouped / scale).flatten(0, -3), feedback).view_as(grouped)
+            quantized = codes.mul_(scale).to(y.dtype).flatten(-2)
+        ctx.save_for_backward(y, log_clip, None if feedback is None else quantized)
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        y, log_clip = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, log_clip, quantized = ctx.saved_tensors
         group, code_max = ctx.group, ctx.code_max
         if training.run_on(y.device):
-            return *training.round_activation_back(y, log_clip, gradients[0].contiguous(), group, code_max), None, None
+            gradient = gradients[0].contiguous()
+            found = training.round_activation_back(y, log_clip, gradient, quantized, group, code_max)
+            return *found, None, None, None
         grouped = y.unflatten(-1, (-1, group)).float()
         gradient = gradients[0].unflatten(-1, (-1, group)).float()
         largest, place = grouped.abs().max(-1, keepdim=True)
         scale = _scale(largest, log_clip, code_max)
         ratio = grouped / scale
         inside = ratio.abs() <= code_max + 0.5
-        codes = ratio.round().clamp_(-code_max, code_max)
+        rounded = ratio if quantized is None else quantized.unflatten(-1, (-1, group)).float() / scale
+        codes = rounded.round().clamp_(-code_max, code_max)
         by_scale = (gradient * torch.where(inside, codes - ratio, codes)).sum(-1, keepdim=True)
         by_y = gradient * inside
         sign = grouped.gather(-1, place).sign()
         by_y.scatter_add_(-1, place, by_scale * sign * (log_clip.exp() / code_max))
-        return by_y.to(y.dtype).flatten(-2), (by_scale * scale).sum(), None, None
+        return by_y.to(y.dtype).flatten(-2), (by_scale * scale).sum(), None, None, None
 
 
 def _scale(largest: torch.Tensor, log_clip: torch.Tensor, code_max: int) -> torch.Tensor:
@@ -122,9 +142,9 @@ def _codes(v: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
 class TrainedInput(nn.Module):
     """The quantizer of an input: its transform and clip ratio. Linears that read one input share it, and what it computes.
 
-    `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one.
-    With 8 bits an input has one scale a token and no clip ratio to be learned, and the weights behind it are folded. Error feedback
-    that is stored behind `matrix` is not computed with: it is worked out anew (error_moments.py).
+    `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one; with error
+    feedback behind it, which is computed with and not learned but set anew, [padded K / 128, 184, 128].
+    With 8 bits an input has one scale a token and no clip ratio to be learned, and the weights behind it are folded.
     """
 
     def __init__(self, format: LinearFormat, matrix: torch.Tensor | None, device: torch.device) -> None:
@@ -139,6 +159,20 @@ class TrainedInput(nn.Module):
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self.keeps_unrounded = False
         self.unrounded: torch.Tensor | None = None  # the transformed input of the last call, if it is kept
+        self.feedback: torch.Tensor | None = None  # G float16 [padded K / 128, 128, 128] in step order
+        self._kept_feedback: torch.Tensor | None = None  # the same as _RoundActivation reads it
+        feedback = None if matrix is None else feedback_of(matrix)
+        if feedback is not None:
+            self.set_feedback(feedback.to(device))
+
+    def set_feedback(self, feedback: torch.Tensor) -> None:
+        """Into the tensors that are there: a step that was captured into a graph reads them."""
+        read = prepack_feedback(feedback) if training.run_on(feedback.device) else feedback.float()
+        if self.feedback is None or self._kept_feedback is None:
+            self.feedback, self._kept_feedback = feedback.clone(), read
+        else:
+            self.feedback.copy_(feedback)
+            self._kept_feedback.copy_(read)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> quantized, [..., padded K]. The linears of one input are called with the same tensor."""
@@ -157,7 +191,7 @@ class TrainedInput(nn.Module):
         y = y.contiguous()
         if self.keeps_unrounded:
             self.unrounded = y
-        quantized: torch.Tensor = _RoundActivation.apply(y, self.log_clip, group, code_max)  # type: ignore[no-untyped-call]
+        quantized: torch.Tensor = _RoundActivation.apply(y, self.log_clip, group, code_max, self._kept_feedback)  # type: ignore[no-untyped-call]
         self._last = (x, quantized)
         return quantized
 
@@ -169,6 +203,8 @@ class TrainedInput(nn.Module):
     def stored(self) -> tuple[torch.Tensor | None, float]:
         """The transform as it is stored, float16, and the clip ratio."""
         matrix = None if self.matrix is None else round_to_halves(self.matrix)
+        if matrix is not None and self.feedback is not None:
+            matrix = torch.cat((matrix, pack_feedback(self.feedback)), 1)
         return matrix, float(self.log_clip.exp())
 
 

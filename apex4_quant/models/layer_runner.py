@@ -24,11 +24,17 @@ from .expert_tensors import published_name
 from .experts import unfuse_experts
 from .replaying import KEPT_BYTES, Replaying
 from .source import ModelSource
-from .states import States, StoredStates, put
+from .states import States, StoredStates, brought, put
 
-# Of short windows so many go through a layer at once; of long ones, one. More would only take more memory.
-BATCH_TOKENS = 2048
+# Of short windows so many go through a layer at once; of long ones, one. On a CPU more would only take more memory. A GPU
+# has then less to do than the calls that start it take.
+BATCH_TOKENS, BATCH_TOKENS_ON_GPU = 2048, 8192
 HEAD_TOKENS = 512  # whose logits are there at once
+
+
+def batch_tokens(length: int, on_gpu: bool) -> int:
+    """How many tokens of windows of `length` go through a layer at once."""
+    return max(length, (BATCH_TOKENS_ON_GPU if on_gpu else BATCH_TOKENS) // length * length)
 
 
 class _Recorder(nn.Module):
@@ -113,6 +119,12 @@ class LayerRunner:
 
     def _set(self, name: str, module: nn.Module) -> None:
         self.model.set_submodule(name, module)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether weights of the next layer are read while one is computed: a GPU leaves the host time for it, and memory unless
+        states have to stay on the disk."""
+        return self.device.type == "cuda" and self._states_folder is None
 
     def keep_states_in(self, folder: Path) -> None:
         """From now on states that leave a layer are written into this folder, and nothing of a layer is remembered."""
@@ -269,9 +281,9 @@ class LayerRunner:
                 tensor.data = data
 
     def _batches(self, hidden: States) -> Iterator[torch.Tensor]:
-        """hidden [S, L, H] by a few windows at a time, on the device."""
-        for batch in hidden.split(max(1, BATCH_TOKENS // hidden.shape[1])):
-            yield batch.to(self.device, non_blocking=True)
+        """hidden [S, L, H] by a few windows at a time, on the device. A batch is there until the next is asked for."""
+        length = hidden.shape[1]
+        return brought(hidden.split(batch_tokens(length, self.device.type == "cuda") // length), self.device)
 
     @torch.no_grad()
     def calls_of(
@@ -282,7 +294,7 @@ class LayerRunner:
         For a linear that is one tensor [B, L, K], for experts their hidden_states [B L, H] and routing (experts.py).
         `settled` are modules of the layer that run before it and will not change until the next layer is loaded: they
         are computed in the first pass that names them only. `last`: nothing but `module`, a linear, will change in the
-        module that holds it (replaying.py). The iterator must be exhausted.
+        module that holds it (replaying.py). The iterator must be exhausted. What it gives is there until the next is asked for.
         """
         seen: list[tuple[torch.Tensor, ...]] = []
 

@@ -10,6 +10,7 @@ import errno
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def read_config(folder: Path, kind: Kind = MODEL) -> dict[str, Any]:
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
         raise Apex4Error(f"{folder / 'config.json'} has max_position_embeddings = {context!r}: get the file again")
     return config
+
+
+MOST_AT_ONCE = 4  # files whose checksums are computed: more are more than a disk gives
+
+
+class LayerReader:
+    """The tensors of one layer after another. `ahead`: those of the next are read while one is worked on, and are there beside it."""
+
+    def __init__(self, source: ModelSource, ahead: bool) -> None:
+        self._source = source
+        self._thread = ThreadPoolExecutor(1, "apex4-read") if ahead else None
+        self._next: dict[int, Future[dict[str, torch.Tensor]]] = {}
+
+    def take(self, layer: int, then: int | None = None) -> dict[str, torch.Tensor]:
+        """`then`: the layer that will be asked for next, if any. Raises Apex4Error for a damaged file."""
+        source, found = self._source, self._next.pop(layer, None)
+        tensors = source.read(source.layer_tensors(layer)) if found is None else found.result()
+        if self._thread is not None and then is not None and 0 <= then < source.num_layers:
+            self._next = {then: self._thread.submit(source.read, source.layer_tensors(then))}
+        return tensors
 
 
 _LARGEST_SIZE = 2**31  # of any dimension: beyond it, a damaged file would be counted through layer by layer
@@ -309,6 +330,9 @@ class ModelSource:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self.infos, names)
 
+    def layer_reader(self, ahead: bool) -> LayerReader:
+        return LayerReader(self, ahead)
+
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.infos.values()})
 
@@ -319,7 +343,11 @@ class ModelSource:
         or tensor.
         """
         known = _listed_checksums(self.folder) | self._cached_checksums()
-        digests = {path.name: _verified(path, known) for path in self.files()}
+        files, threads = self.files(), min(MOST_AT_ONCE, torch.get_num_threads())
+        with ThreadPoolExecutor(threads) as pool:
+            digests = dict(
+                zip([path.name for path in files], pool.map(lambda path: _verified(path, known), files), strict=True)
+            )
         for name, info in self.infos.items():
             tensor = self.read([name])[name]
             if tensor.is_floating_point() and not all_finite(tensor):

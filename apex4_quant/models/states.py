@@ -12,7 +12,7 @@ import os
 import struct
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -144,6 +144,40 @@ def put(states: States, first: int, part: torch.Tensor) -> None:
         states.put(first, part)
     else:
         states[first : first + len(part)].copy_(part, non_blocking=True)
+
+
+def brought(parts: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Parts [B, L, H] of one size, of which the last may be smaller, on the device. A part is there until the next is asked for."""
+    if device.type == "cuda":
+        yield from _brought_ahead(parts, device)
+    else:
+        for part in parts:
+            yield part.to(device)
+
+
+def _brought_ahead(parts: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """A GPU computes with one while it copies the next: two rooms take turns."""
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    rooms: list[torch.Tensor] = []
+    before: tuple[torch.Tensor, torch.cuda.Event] | None = None
+    try:
+        for number, part in enumerate(parts):
+            if len(rooms) < 2:
+                rooms.append(torch.empty(part.shape, dtype=part.dtype, device=device))
+            there = rooms[number % 2][: len(part)]
+            copying.wait_stream(computing)  # with what this room held until now
+            with torch.cuda.stream(copying):
+                there.copy_(part, non_blocking=True)
+            arrived = copying.record_event()
+            if before is not None:
+                computing.wait_event(before[1])
+                yield before[0]
+            before = there, arrived
+        if before is not None:
+            computing.wait_event(before[1])
+            yield before[0]
+    finally:
+        computing.wait_stream(copying)  # also if nobody asked for all: the rooms are given back
 
 
 def in_memory(states: States) -> torch.Tensor:

@@ -34,7 +34,7 @@ from ..hardware.dtype_names import wider_than
 from ..models.experts import Expert, UnfusedExperts, routed
 from ..models.families import Experts, Family, InputGroup, expert_of
 from ..models.layer_runner import LayerRunner
-from ..transforms.block_transforms import pad_input_features, transform_hessian
+from ..transforms.block_transforms import transform_hessian
 from .plan import PlannedLinear
 from .run_state import Streams
 
@@ -66,12 +66,19 @@ class Statistics:
         """x [..., K], as the linears read it, and the same tokens in the original model."""
         self._probe.add(x)
         if self._hessian is not None and self._format is not None:
-            padded = pad_input_features(x, self._format)
+            padded = self._padded(x)
             self._hessian.add(padded)
             if original is not None:
                 self._drift = self._drift or HessianAccumulator()
-                self._drift.add(padded, pad_input_features(original, self._format) - padded)
+                # In float32: a difference is no number of 16 bits.
+                self._drift.add(padded, self._padded(original).float() - padded.float())
         self.tokens += x.numel() // x.shape[-1]
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """In the dtype seen, in which a GPU multiplies it."""
+        assert self._format is not None
+        more = self._format.padded_k - x.shape[-1]
+        return nn.functional.pad(x, (0, more)) if more else x
 
     def forget_moments(self) -> None:
         """Those that nobody asks for."""

@@ -8,6 +8,7 @@ What is learned, and how, is in distillation/distill.py.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -88,6 +89,7 @@ def distill(
     text = _text(source, plan, settings, original, state, progress, should_stop)
     student = Student(original, _packed(plan, state))
     work = Distillation(original, student, text, steps, settings.seed, state.load_distilling(), progress.line)
+    before, started = work.step, time.monotonic()
     with progress.stage("distilling", steps, " steps") as advance:
         advance(work.step)
         if not work.run(advance, should_stop, state.save_distilling):
@@ -103,8 +105,11 @@ def distill(
         "divergence_before": result.before,
         "divergence_after": result.after,
     }
+    minutes = (time.monotonic() - started) / 60
+    billions = sum(linear.elements for linear in plan.linears) / 1e9
     progress.line(
-        f"distilled: divergence on held-out windows {1000 * result.before:.2f} -> {1000 * result.after:.2f} / 1000"
+        f"distilled: divergence on held-out windows {1000 * result.before:.2f} -> {1000 * result.after:.2f} / 1000; "
+        f"{steps - before} steps in {minutes:.1f} minutes, {minutes / billions:.1f} for a billion quantized weights"
     )
     tensors = _tensors(plan, result)
     records = {str(shard): record for shard, record in state.records().items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..calib.hessian import HessianAccumulator, panels
 from ..calib.probes import PROBE_ROWS
 from ..distillation.distill import STEP_TOKENS
 from ..format.layout_name import LayoutName
@@ -21,8 +22,9 @@ from ..format.transform_kind import TransformKind
 from ..hardware.devices import DTYPES
 from ..hardware.memory import MemoryBudget, resident_now
 from ..kernels import torch_backend
+from ..kernels.torch_backend import quantize_transformed
 from ..models.families import expert_of
-from ..models.layer_runner import LayerRunner
+from ..models.layer_runner import LayerRunner, batch_tokens
 from ..models.source import ModelSource
 from ..recipes import Importance, Rounding
 from ..rounding.activation_clip import ACTIVATION_CLIP_RATIOS, CLIP_SEARCH_ROWS
@@ -33,7 +35,7 @@ from .calibration import windows_needed
 from .distilling import windows_read
 from .layer import MEASURED_ROWS
 from .memory import MemoryAccount, MemoryEstimate, Windows, fit
-from .plan import Plan, plan_as_dict, plan_of
+from .plan import Plan, PlannedLinear, plan_as_dict, plan_of
 from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk
 from .settings import QuantizeSettings, ResolvedSettings
 
@@ -124,11 +126,13 @@ def estimate_disk(source: ModelSource, plan: Plan, windows: Sequence[int], dtype
 @dataclass(frozen=True)
 class Rates:
     """Seconds, on this machine: of a multiply-add of a quantized linear and of a float32 product, of an element whose scale
-    is searched, of a block in a step of learning its transform, and of a column that is rounded once those before it are.
+    is searched, of a block in a step of learning its transform, of a column that is rounded once those before it are, and of an
+    element of an activation that makes up for the rounding of others.
 
     On a GPU small work takes as long as the calls that start it, and products of 16-bit numbers are faster: `input_once` is of
     an input whose transform is learned, `step_once` of a step whatever the number of blocks, `column_row` of a row of a column,
-    `half` of a multiply-add of 16-bit numbers (None: as of float32), `byte` of a byte between host and GPU.
+    `half` of a multiply-add of 16-bit numbers (None: as of float32), `moment` of one of a Hessian (likewise), `byte` of a byte
+    between host and GPU, `call` of an operation that is small.
     """
 
     linear: float
@@ -136,11 +140,14 @@ class Rates:
     scale: float
     step: float
     column: float
+    activation: float = 0.0
     input_once: float = 0.0
     step_once: float = 0.0
     column_row: float = 0.0
     half: float | None = None
+    moment: float | None = None
     byte: float = 0.0
+    call: float = 0.0
 
 
 def estimate_seconds(
@@ -213,7 +220,7 @@ def measured_rates(device: str, clock: Clock | None = None) -> tuple[Rates, Rate
     codes, scales = torch.ones(size, size, dtype=torch.int8, device=device), torch.ones(size, 8, device=device).half()
     blocks, square = weight[:, : 2 * BLOCK], weight[:BLOCK, :BLOCK]
     format = LinearFormat(BLOCK, BLOCK, BLOCK, get_layout(LayoutName.ROWMAJOR), TransformKind.NONE, 1.0)
-    factor = torch.eye(BLOCK, device=device)
+    factor, feedback = torch.eye(BLOCK, device=device), torch.zeros(size // BLOCK, BLOCK, BLOCK, device=device)
     once, more = (clock.timing(device, partial(learn_transform, blocks, [blocks], steps)) for steps in STEPS_TIMED)
     steps = STEPS_TIMED[1] - STEPS_TIMED[0]
     learning = Timing(  # not below what the longer one would be if nothing were done once
@@ -225,6 +232,7 @@ def measured_rates(device: str, clock: Clock | None = None) -> tuple[Rates, Rate
         "scale": clock.timing(device, lambda: search_scales(weight, BLOCK)).per(size**2),
         "step": learning,
         "column": clock.timing(device, lambda: quantize_weight_gptq("", square, format, factor)).per(BLOCK),
+        "activation": clock.timing(device, lambda: quantize_transformed(weight, BLOCK, 1.0, feedback)).per(size**2),
     }
     return (
         Rates(**{name: timing.least for name, timing in timings.items()}),
@@ -237,6 +245,7 @@ GPU_STEPS = (2, 42)  # of learning; in some of them an inverse is computed
 GPU_CHANNELS = (256, GPU_SIZE)  # of the inputs whose transforms are learned
 GPU_ROWS = (512, GPU_SIZE)  # of the weights whose columns are rounded
 GPU_COLUMNS = 1024  # of these
+GPU_CALLS = 200  # small operations, one after the other
 
 
 def _rates_of_gpu(device: str, clock: Clock) -> tuple[Rates, Rates]:
@@ -246,7 +255,8 @@ def _rates_of_gpu(device: str, clock: Clock) -> tuple[Rates, Rates]:
     half = weight.bfloat16()
     here = torch.empty(2**22, dtype=torch.bfloat16, pin_memory=device.startswith("cuda"))
     format = LinearFormat(size, GPU_COLUMNS, BLOCK, get_layout(LayoutName.ROWMAJOR), TransformKind.NONE, 1.0)
-    factor = torch.eye(GPU_COLUMNS, device=device)
+    factor, feedback = torch.eye(GPU_COLUMNS, device=device), torch.zeros(size // BLOCK, BLOCK, BLOCK, device=device)
+    some, moments, small = half[: size // 2], HessianAccumulator(), torch.zeros(32, device=device)
     learning = {
         (channels, steps): clock.timing(
             device, partial(learn_transform, weight[:, :channels], [weight[:, :channels]], steps)
@@ -265,6 +275,10 @@ def _rates_of_gpu(device: str, clock: Clock) -> tuple[Rates, Rates]:
     sixteen = clock.timing(device, lambda: half @ half).per(size**3)
     scale = clock.timing(device, lambda: search_scales(weight, BLOCK)).per(size**2)
     copied = clock.timing(device, lambda: here.to(device, non_blocking=True)).per(here.nbytes)
+    computed = sum((stop - start) * stop for start, stop in panels(size))
+    moment = clock.timing(device, lambda: moments.add(some)).per(len(some) * computed)
+    activation = clock.timing(device, lambda: quantize_transformed(weight, BLOCK, 1.0, feedback)).per(size**2)
+    call = clock.timing(device, lambda: [small.add_(1.0) for _ in range(GPU_CALLS)]).per(GPU_CALLS)
 
     def rates(which: str) -> Rates:
         def of(timing: Timing) -> float:
@@ -288,8 +302,11 @@ def _rates_of_gpu(device: str, clock: Clock) -> tuple[Rates, Rates]:
             input_once=max(0.0, of(learning[many, short]) - short * steps[many]),
             step_once=once,
             column_row=row,
+            activation=of(activation),
             half=of(sixteen),
+            moment=of(moment),
             byte=of(copied),
+            call=of(call),
         )
 
     return rates("least"), rates("typical")
@@ -303,8 +320,12 @@ def _rates_here(device: str, threads: int) -> tuple[Rates, Rates]:
 
 BEGINNING = 1.5  # seconds: the model without weights, the text as tokens
 BEGINNING_ON_GPU = 5.0  # seconds more: the GPU's own, its libraries', kernels that are loaded
-LINEAR_ON_GPU = 5e-3  # seconds a linear: it is packed, and compared with what it was, by some hundred calls
 READING = 2e-9  # seconds a byte of weights: checksums, NaN, and once more layer by layer
+KEEPING = 1e-9  # seconds a byte of hidden states on the disk, most of which pass while the next layer is worked on
+WINDOW = 2048  # tokens, as by default: of others there are more or fewer
+# Operations on a GPU: of a linear, which is packed and compared with what it was; of a batch on its way through a layer, and
+# through an expert; of a window forwards and back.
+CALLS_OF_A_LINEAR, CALLS_OF_A_LAYER, CALLS_OF_AN_EXPERT, CALLS_BACK = 400, 150, 12, 600
 
 
 def seconds_by_part(
@@ -323,37 +344,44 @@ def seconds_by_part(
     of_columns = sum(linear.elements * linear.format.padded_k for linear in linears)
     inputs = {(p.layer, p.input_group, expert_of(p.name)): p.format.padded_k for p in linears}
     learned = {(p.layer, p.input_group): p.format.padded_k for p in linears if p.format.transform.is_learned}
-    searched = {
-        (p.layer, p.input_group): p.format.padded_k for p in linears if p.format.activation_bits == BITS
-    } if recipe.search_clip else {}  # fmt: skip
+    searched: dict[tuple[int, int], list[PlannedLinear]] = {}
+    for linear in linears if recipe.search_clip else ():
+        if linear.format.activation_bits == BITS:
+            searched.setdefault((linear.layer, linear.input_group), []).append(linear)
     by_gradients, gptq = recipe.importance is Importance.GRADIENTS, recipe.rounding is Rounding.GPTQ
     half = rates.product if rates.half is None else rates.half
-    hessians = rates.product if rates.half is None else 2 * rates.half  # in TF32
+    moment = rates.product if rates.moment is None else rates.moment
     # A GPU runs a linear again for every later input of its layer and once at the end; a CPU remembers most of it.
-    parts = {"passes": rates.linear * (1.25 if device == "cpu" else 3) * of_tokens}
+    passes = 1.25 if device == "cpu" else 3
+    parts = {"passes": rates.linear * passes * of_tokens}
     steps = recipe.transform_steps * (rates.step * sum(learned.values()) / BLOCK + rates.step_once * len(learned))
     parts["transforms"] = steps + rates.input_once * len(learned)
-    # W^T W or g^T g, and an error for each ratio.
-    clips = sum(k * k * (PROBE_ROWS + len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS) for k in searched.values())
-    parts["clips"] = rates.product * clips
+    parts["clips"] = rates.product * sum(_products_of_clips(readers, by_gradients) for readers in searched.values())
     parts["scales"] = rates.scale * elements
     # Exact, and as it is quantized.
     parts["errors"] = (rates.product + rates.linear) * MEASURED_ROWS * elements
+    parts |= _making_up(plan, rates, tokens * passes if device == "cpu" else 0, by_gradients)
     parts["files"] = BEGINNING + READING * source.total_bytes
+    states = tokens * int(source.config["hidden_size"]) * DTYPES["bfloat16"].itemsize * (2 if recipe.gptaq else 1)
     if device != "cpu":
         parts["files"] += BEGINNING_ON_GPU + READING * plan.bytes_after
-        parts["linears"] = LINEAR_ON_GPU * len(linears)
+        parts["linears"] = CALLS_OF_A_LINEAR * rates.call * len(linears)
         stages = sum(len(source.family.stages(source.config, layer)) for layer in range(source.num_layers))
-        # Hidden states go to the GPU for every stage, and for the last pass, and come back from that.
-        states = tokens * int(source.config["hidden_size"]) * DTYPES["bfloat16"].itemsize
-        parts["states"] = rates.byte * states * (stages + 2 * source.num_layers)
+        # Hidden states go to the GPU for every stage while it computes, and come back from the last pass.
+        parts["states"] = rates.byte * states * source.num_layers
+        # A pass for every stage, up to it, and one through all; calls and what they start go on beside each other.
+        batches = -(-tokens // batch_tokens(1, True)) * (stages / 2 + source.num_layers)
+        of_experts = 0 if experts is None else experts.count(source.config) * CALLS_OF_AN_EXPERT
+        parts["passes"] = max(parts["passes"], rates.call * batches * (CALLS_OF_A_LAYER + of_experts))
     if by_gradients:
         # Forwards; back through every layer, for what enters it and for its linears: each again forwards, and two products.
         head = int(source.config["vocab_size"]) * int(source.config["hidden_size"])
-        parts["gradients"] = half * min(tokens, GRADIENT_TOKENS) * (7 * elements + 3 * head)
+        some = min(tokens, GRADIENT_TOKENS)
+        parts["gradients"] = half * some * (7 * elements + 3 * head)
+        parts["gradients"] += rates.call * CALLS_BACK * -(-some // WINDOW) * 2 * source.num_layers
     if gptq:
         # A good half of K^2 a token and input for the Hessian; Cholesky, its inverse; N K^2 a linear, column by column.
-        parts["Hessians"] = hessians * 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
+        parts["Hessians"] = moment * 0.6 * sum(seen(expert) * k * k for (_, _, expert), k in inputs.items())
         parts["factors"] = rates.product * sum(k**3 for k in inputs.values())
         columns = sum(linear.format.padded_k for linear in linears)
         rows = sum(linear.elements for linear in linears) * rates.column_row
@@ -372,4 +400,33 @@ def seconds_by_part(
         dense = sum(linear.elements for linear in linears if expert_of(linear.name) is None)
         portions = -(-experts.count(source.config) // experts_at_once)
         parts["portions"] = rates.linear * 2 * (portions - 1) * tokens * dense
+    of_a_layer = sum(seconds for part, seconds in parts.items() if part != "files") / source.num_layers
+    parts["keeping"] = KEEPING * states + source.num_layers * max(0.0, KEEPING * states - of_a_layer)
     return parts
+
+
+def _products_of_clips(readers: list[PlannedLinear], by_gradients: bool) -> float:
+    """Multiply-adds: W^T W or g^T g and an error for each ratio, or where W or g has few rows their products alone."""
+    width, rows = readers[0].format.padded_k, PROBE_ROWS if by_gradients else _outputs(readers)
+    looked_at = len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS
+    return width * (width * (rows + looked_at) if rows > width else rows * looked_at)
+
+
+def _outputs(linears: list[PlannedLinear]) -> int:
+    return sum(linear.format.out_features for linear in linears)
+
+
+def _making_up(plan: Plan, rates: Rates, tokens: float, by_gradients: bool) -> dict[str, float]:
+    """Of inputs with error feedback: what it is made of, in float64, and rounding with it, of so many `tokens` among others."""
+    inputs: dict[tuple[int, int], list[PlannedLinear]] = {}
+    for linear in plan.linears:
+        if linear.format.transform.has_feedback:
+            inputs.setdefault((linear.layer, linear.input_group), []).append(linear)
+    made = rounded = 0.0
+    for linears in inputs.values():
+        width = linears[0].format.padded_k
+        rows = PROBE_ROWS if by_gradients else _outputs(linears)
+        searched = len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS if plan.recipe.search_clip else 0
+        made += rows * width * BLOCK
+        rounded += width * (tokens + searched + MEASURED_ROWS * len(linears))
+    return {"feedback": 2 * rates.product * made + rates.activation * rounded}

@@ -59,6 +59,7 @@ def gradients_through(
     leaving: torch.Tensor,
     group: Group | None = None,
     share: Share | None = None,
+    keep_entering: bool = True,
 ) -> tuple[dict[str, InputGradients], torch.Tensor]:
     """Of every tensor that linears read, by the name of the first of its `readers` (names relative to the layer); and the
     gradients by what enters the layer, float32 [S, L, H] on the CPU.
@@ -68,12 +69,12 @@ def gradients_through(
     is not finite or all zero: then nothing is known of it. Raises Apex4Error if those by what enters are not finite.
 
     Each process of `group` has the windows of its `share`, which may be none, and gets what is known from all of them; the
-    gradients by what enters are those of its own.
+    gradients by what enters are those of its own, or none without `keep_entering`.
     """
     readers, group, share = list(readers), group or Group(), share or Share.whole(len(hidden))
     tokens = share.total * hidden.shape[1]
     seen = {names[0]: _Seen(InputProbe(tokens, before=share.first * hidden.shape[1])) for names in readers}
-    entering = []
+    entering, finite = [], True
     with runner.widened(layer) as module:
         for window, states in enumerate(hidden.split(1) if len(hidden) else ()):
             inputs: dict[str, torch.Tensor] = {}
@@ -90,7 +91,9 @@ def gradients_through(
                     handle.remove()
             result.backward(leaving[window : window + 1].to(result.device, result.dtype))
             assert batch.grad is not None
-            entering.append(batch.grad.float().cpu())
+            finite = finite and all_finite(batch.grad)
+            if keep_entering:
+                entering.append(batch.grad.float().cpu())
             for first, x in inputs.items():
                 if x.grad is not None:
                     seen[first].probe.add(x.grad)
@@ -111,11 +114,10 @@ def gradients_through(
             rows /= (len(rows) * (tokens / seen[names[0]].tokens)) ** 0.5
             if _usable(rows):
                 found[names[0]] = InputGradients(rows, means)
-    gradients = torch.cat(entering) if entering else torch.empty(hidden.shape)
-    if not all_finite(gradients):
+    if not finite:
         dtype = str(runner.dtype).removeprefix("torch.")
         raise Apex4Error(f"the gradients of decoder layer {layer} are not finite in {dtype}: {wider_than(dtype)}")
-    return found, gradients
+    return found, torch.cat(entering) if entering else torch.empty(hidden.shape if keep_entering else 0)
 
 
 def _combine(seen: _Seen, linears: dict[str, nn.Module], group: Group, runner: LayerRunner) -> None:

@@ -178,6 +178,7 @@ class LayerQuantizer:
         """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients.
         Of so many experts of a layer statistics are there `experts_at_once`; None: of all."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
+        self._reader = source.layer_reader(runner.reads_ahead)
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
         self._say, self._note, self._group = say, note, group or Group()
         self._rounded: dict[str, RoundedRows] = {}  # of the layer in flight
@@ -215,8 +216,7 @@ class LayerQuantizer:
 
     def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
         """Read, rewrite, load."""
-        read = self._source.read(self._source.layer_tensors(layer))
-        tensors = self._rewriter.layer(layer, read, hidden)
+        tensors = self._rewriter.layer(layer, self._reader.take(layer, layer + 1), hidden)
         if self._original is not None:
             self._original.load_layer(layer, tensors)
         return LayerTensors(tensors), self._runner.load_layer(layer, tensors)
@@ -403,7 +403,9 @@ class LayerQuantizer:
         ]
         leaving = self._rewriter.stream_gradients(self._predictions.leaving(layer))
         windows, share = self._predictions.windows, self._predictions.share
-        found, _ = gradients_through(self._runner, layer, readers, hidden[windows], leaving, self._group, share)
+        found, _ = gradients_through(
+            self._runner, layer, readers, hidden[windows], leaving, self._group, share, keep_entering=False
+        )
         for names in readers:
             if names[0] not in found:
                 self._note(f"{prefix}{names[0]}: its gradients say nothing, weights are used in their place")

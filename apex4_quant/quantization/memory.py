@@ -26,7 +26,7 @@ from ..format.number_format import BLOCK
 from ..format.storage import format_bytes
 from ..hardware.memory import MemoryBudget
 from ..models.families import expert_of
-from ..models.layer_runner import BATCH_TOKENS, HEAD_TOKENS
+from ..models.layer_runner import HEAD_TOKENS, batch_tokens
 from ..models.replaying import KEPT_BYTES
 from ..models.source import ModelSource
 from ..recipes import Importance, Rounding
@@ -85,8 +85,9 @@ class MemoryAccount:
         remembered = 0 if account.on_gpu else min(max(KEPT_BYTES, stream), widest)
         # Pinned memory comes in powers of two.
         states = 2 * (1 << (stream - 1).bit_length()) if account.on_gpu else 3 * stream
-        streams = account.streams * (states + remembered)
-        at_once = 2 * account.streams * max(BATCH_TOKENS, windows.length) * account.hidden * itemsize
+        # On a GPU weights of the next layer are there too, unless states are on the disk.
+        streams = account.streams * (states + remembered) + (account.layer if account.on_gpu else 0)
+        at_once = 2 * account.streams * batch_tokens(windows.length, account.on_gpu) * account.hidden * itemsize
         working, distilling = account.working(experts_at_once), distilling_bytes(self._plan)
         if not account.on_gpu:
             return MemoryEstimate(0, max(working, 2 * outer, distilling), streams, at_once)
@@ -136,7 +137,7 @@ class _Account:
 
     def _batch(self) -> int:
         """A batch on its way through a layer: a few tensors of its widest linears, one in float32."""
-        tokens = max(BATCH_TOKENS, self.windows.length)
+        tokens = batch_tokens(self.windows.length, self.on_gpu)
         unpacked = 0 if self.on_gpu else 5 * max(linear.elements for linear in self.plan.linears)
         return self.streams * (tokens * self.widest * (3 * self.itemsize + 8) + unpacked)
 

@@ -49,9 +49,10 @@ def gradients_of_predictions(
     group, share = group or Group(), share or Share.whole(len(samples))
     embedding = f"{source.family.embedding}.weight"
     hidden = runner.embed(samples, source.read([embedding])[embedding])
+    reader = source.layer_reader(runner.reads_ahead)
     for layer in range(source.num_layers):
         keep(layer, hidden)
-        runner.load_layer(layer, source.read(source.layer_tensors(layer)))
+        runner.load_layer(layer, reader.take(layer, layer + 1))
         hidden = runner.run_layer(layer, hidden)
         runner.drop_layer(layer)
         advance(1)
@@ -90,6 +91,7 @@ class LeavingGradients:
         windows = torch.arange(count) * len(samples) // count
         first, stop = torch.searchsorted(windows, torch.tensor([here.first, here.stop])).tolist()
         self.share = Share(first, stop, count)
+        self._reader = source.layer_reader(runner.reads_ahead)
         self._samples = samples[windows[self.share.slice]]
         self.windows = windows[self.share.slice] - here.first
 
@@ -127,15 +129,15 @@ class LeavingGradients:
                 go_on()
                 self._state.save(StateKind.LEAVING_GRADIENTS, layer, gradients.to(GRADIENT_DTYPE), share)
                 if layer > first:
-                    gradients = self._through(layer, gradients)
+                    gradients = self._through(layer, gradients, layer - 1 if layer - 1 > first else None)
                 advance(1)
         group.barrier()
         for layer in range(layers) if group.is_first else ():
             self._state.drop(StateKind.ENTERING, layer)
 
-    def _through(self, layer: int, gradients: torch.Tensor) -> torch.Tensor:
+    def _through(self, layer: int, gradients: torch.Tensor, then: int | None) -> torch.Tensor:
         runner, source = self._runner, self._source
-        runner.load_layer(layer, source.read(source.layer_tensors(layer)))
+        runner.load_layer(layer, self._reader.take(layer, then))
         hidden = self._state.load(StateKind.ENTERING, layer, self.share) if self.share.size else gradients
         _, entering = gradients_through(runner, layer, (), hidden, gradients, self._group, self.share)
         runner.drop_layer(layer)

@@ -6,11 +6,12 @@
 
 Order of a layer: its shard is written; the quantized layer makes the hidden states that leave it, which are kept; the
 shard's record is written, which is the commit; what was kept for the layer is removed (run_state.py). The index, the report
-and config.json follow when all shards are committed. One process keeps and commits a layer while it works on the next one, which a
+and config.json follow when all shards are committed. A layer is kept and committed while the next one is worked on, which a
 kill may cost beside that: states of a large model take seconds to reach the disk.
 
 Several processes (docs/scaling.md) take the same way together. Each has hidden states of its own windows; the first writes
-everything else. None is a layer ahead of another.
+everything else. None is a layer ahead of another. Between the linears of a layer they ask each other whether all have kept what
+entered it: then the first commits the layer before.
 """
 
 from __future__ import annotations
@@ -303,6 +304,11 @@ class BackgroundWork:
         self.finish()
         self._work = self._thread.submit(work)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._work is None or self._work.done()
+
     def finish(self) -> None:
         """Wait for what was started. Raises what it raised, once."""
         work, self._work = self._work, None
@@ -341,6 +347,8 @@ class _Run:
     finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
     notes: list[str] = field(init=False, default_factory=list)  # since the last commit
     background: BackgroundWork = field(init=False, default_factory=BackgroundWork)
+    # Of several processes: a layer whose states are being kept by all, how it is committed.
+    waiting: Callable[[], None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         recipe, source, runner = self.plan.recipe, self.source, self.runner
@@ -439,20 +447,29 @@ class _Run:
                     self._drop_states(layer)
                     continue
                 if self.group.any(self.should_stop()):
+                    self._commit_waiting()
                     self.background.finish()
+                    self.group.barrier()  # who ends first may take the others along
                     raise Stopped(
                         f"stopped before layer {layer} of {self.source.num_layers}, nothing is lost: "
                         f"'apex4 quantize --resume -o {self.state.out}' goes on"
                     )
                 streams = streams or self.state.load_hidden(layer, self.original is not None, self.share, self.streamed)
                 streams = self._quantize_layer(quantizer, layer, streams, advance)
+        self._commit_waiting()
         self.background.finish()
 
     def _quantize_layer(
         self, quantizer: LayerQuantizer, layer: int, streams: Streams, advance: Callable[[int], None]
     ) -> Streams:
         """Quantize and write one layer, and have it committed. Returns the streams that leave it."""
-        quantized = quantizer.quantize(layer, streams, advance)
+
+        def done(elements: int) -> None:
+            advance(elements)
+            self._commit_waiting(at_once=True)
+
+        quantized = quantizer.quantize(layer, streams, done)
+        self._commit_waiting()
         self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
         written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
         if self.group.is_first:
@@ -462,27 +479,42 @@ class _Run:
         leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
         if self.original is not None and streams.original is not None:
             leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
-        keep = partial(self._keep, layer, leaving, written, records, self._take_notes())
-        if self.group.size == 1 and not self.streamed:
-            self.background.start(keep)
-        else:  # processes agree on a commit; and what is on the disk already is only renamed
+        keep = partial(self.state.save_hidden, layer + 1, leaving)
+        commit = partial(self._commit_layer, layer, written, records, self._take_notes())
+        if self.streamed:  # what is on the disk already is only renamed
             keep()
+            self.group.barrier()
+            commit()
+        elif self.group.size == 1:
+            self.background.start(lambda: (keep(), commit())[-1])
+        else:  # processes agree on a commit
+            self.background.start(keep)
+            self.waiting = commit
         for runner in self._runners:
             runner.drop_layer(layer)
         return_free_memory()
         return leaving
 
-    def _keep(
-        self,
-        layer: int,
-        leaving: Streams,
-        written: dict[str, int],
-        records: list[dict[str, Any]],
-        notes: list[str],
+    def _commit_waiting(self, at_once: bool = False) -> None:
+        """Have the first process commit the layer whose states are being kept, when all have kept theirs; `at_once`: if they have.
+
+        All processes ask together. A failure is met by who has it before the others hear that it has kept its states.
+        """
+        if self.waiting is None:
+            return
+        kept = self.background.is_done or not at_once
+        if kept:
+            self.background.finish()
+        if self.group.any(not kept):
+            return
+        commit, self.waiting = self.waiting, None
+        self.background.start(commit)
+
+    def _commit_layer(
+        self, layer: int, written: dict[str, int], records: list[dict[str, Any]], notes: list[str]
     ) -> None:
-        """Keep the streams that leave a layer, commit it, and drop what was kept for it."""
-        self.state.save_hidden(layer + 1, leaving)
-        self._commit(layer + 2, written, records, notes)
+        """When all have kept the streams that leave it: commit it, and drop what was kept for it."""
+        self._record(layer + 2, written, records, notes)
         self._drop_states(layer)
 
     def _drop_states(self, layer: int) -> None:
@@ -501,6 +533,9 @@ class _Run:
     def _commit(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]], notes: list[str]) -> None:
         """When all processes have kept their states. Without a barrier behind it: who is ahead asks for nothing that is missing."""
         self.group.barrier()
+        self._record(shard, tensors, records, notes)
+
+    def _record(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]], notes: list[str]) -> None:
         if not self.group.is_first:
             return
         path = self._shard_path(shard)

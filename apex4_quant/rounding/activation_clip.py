@@ -28,18 +28,38 @@ def search_activation_clip(
     is quantized; K is a multiple of the group length `group`. `feedback`: G float32 [K / 128, 128, 128] in step order, if errors are made
     up for. Each of the `processes`, which have the same arguments, looks at a share of the rows.
     """
-    processes = processes or Group()
-    gram = rows.new_zeros(rows.shape[1], rows.shape[1])  # ||d W^T||^2 = d (W^T W) d^T
-    for weight in weights:
-        gram.addmm_(weight.t(), weight)
+    processes, outputs = processes or Group(), _Outputs(weights)
     rows = rows[processes.share(len(rows)).slice]
     errors = []
     for ratio in ACTIVATION_CLIP_RATIOS:
         codes, scale = quantize_transformed(rows, group, ratio, feedback)
-        difference = (codes * scale[..., None]).flatten(1) - rows
-        errors.append(float(((difference @ gram) * difference).sum()))
+        errors.append(outputs.square_of((codes * scale[..., None]).flatten(1) - rows))
     best_ratio, best_error = 1.0, float("inf")
-    for ratio, error in zip(ACTIVATION_CLIP_RATIOS, processes.sum_of_numbers(errors), strict=True):
+    numbers = torch.stack(errors).tolist()  # at once: a GPU is waited for
+    for ratio, error in zip(ACTIVATION_CLIP_RATIOS, processes.sum_of_numbers(numbers), strict=True):
         if error < best_error:
             best_ratio, best_error = ratio, error
     return round(best_ratio, 2)
+
+
+class _Outputs:
+    """Of linears float32 [N_i, K]: ||d W^T||^2 = d (W^T W) d^T. W^T W is made where they have more rows than columns."""
+
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+        self._weights: list[torch.Tensor] = []
+        self._gram: torch.Tensor | None = None
+        rows = 0
+        for weight in weights:
+            rows, width = rows + len(weight), weight.shape[1]
+            self._weights.append(weight)
+            if rows > width:
+                gram = weight.new_zeros(width, width) if self._gram is None else self._gram
+                for each in self._weights:
+                    gram.addmm_(each.t(), each)
+                self._weights, self._gram = [], gram
+
+    def square_of(self, differences: torch.Tensor) -> torch.Tensor:
+        """The sum over d [T, K], []."""
+        if self._gram is not None:
+            return ((differences @ self._gram) * differences).sum()
+        return torch.stack([(differences @ weight.t()).square().sum() for weight in self._weights]).sum()

@@ -47,14 +47,15 @@ def refine_codes(
     gradient = (hessian @ error).add_(error, alpha=float(added))  # [K, N]
     del error
     curvature = (diagonal + added).masked_fill(diagonal == 0, torch.inf)
-    kernels = grid is None and column_sweeps.run_on(code.device)
+    kernels = column_sweeps.run_on(code.device)
     visit, width = (_visit_in_a_kernel, BLOCK) if kernels else (_visit, group)
+    visit_folded = _visit_folded_in_a_kernel if kernels else _visit_folded
     damped = float(added)
     with few_threads(2.0 * group * code.numel()):
         for _ in range(sweeps):
             for start in range(0, len(code), width):
                 if grid is not None:
-                    _visit_folded(
+                    visit_folded(
                         code,
                         worth,
                         gradient,
@@ -128,6 +129,25 @@ def _visit_in_a_kernel(
     here = slice(start, stop)
     change = torch.empty_like(code[here])
     column_sweeps.descend_columns(code[here], change, gradient[here], hessian[here, here], curvature[here], step, added)
+    _follow(gradient, hessian, change, start, stop)
+
+
+def _visit_folded_in_a_kernel(
+    code: torch.Tensor,
+    worth: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    curvature: torch.Tensor,
+    added: float,
+    grid: GroupGrid,
+    start: int,
+    stop: int,
+) -> None:
+    here = slice(start, stop)
+    change = torch.empty_like(code[here])
+    column_sweeps.descend_columns_on_grid(
+        code[here], worth[here], change, gradient[here], hessian[here, here], curvature[here], grid.levels, added
+    )
     _follow(gradient, hessian, change, start, stop)
 
 

@@ -17,9 +17,15 @@ class FoldedGrid:
 
     def __init__(self, scales: torch.Tensor) -> None:
         self._ratio, self._unit = fold(scales)
+        self._groups: dict[int, GroupGrid] = {}
 
     def group(self, g: int) -> GroupGrid:
         """The numbers of group g, of all rows."""
+        if g not in self._groups:
+            self._groups[g] = self._group(g)
+        return self._groups[g]
+
+    def _group(self, g: int) -> GroupGrid:
         sizes = torch.arange(CODE_MAX + 1, dtype=torch.int32, device=self._ratio.device)
         magnitudes = (sizes[:, None] * self._ratio[:, g].int() + 128) >> 8
         return GroupGrid(magnitudes * self._unit)

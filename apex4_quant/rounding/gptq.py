@@ -169,10 +169,11 @@ def _round_to_grid(
     grid: FoldedGrid,
     group: int,
 ) -> None:
-    """`_round_groups` with the scales known, to folded weights; by operations of PyTorch on every device."""
+    """`_round_groups` with the scales known, to folded weights."""
+    kernels = column_sweeps.run_on(pending.device)
     for g, start in enumerate(range(0, len(pending), group)):
         stop = start + group
-        _sweep(pending, codes, errors, factor, grid.group(g), start, stop, False)
+        _sweep(pending, codes, errors, factor, grid.group(g), start, stop, kernels)
         if stop < len(pending):
             pending[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
 
@@ -188,19 +189,23 @@ def _sweep(
     kernels: bool,
 ) -> None:
     """Round columns start..stop-1, each corrected by those before it within the range."""
-    if isinstance(scale, GroupGrid):
-        if stop - start == 1:
-            codes[start], worth = scale.round(pending[start])
-            errors[start] = (pending[start] - worth) / factor[start, start]
-            return
-    elif kernels and stop - start == BLOCK:
-        here = slice(start, stop)
-        column_sweeps.round_columns(pending[here], codes[here], errors[here], scale, factor[here, here])
+    here = slice(start, stop)
+    if kernels and stop - start == BLOCK:
+        if isinstance(scale, GroupGrid):
+            column_sweeps.round_columns_to_grid(
+                pending[here], codes[here], errors[here], scale.levels, factor[here, here]
+            )
+        else:
+            column_sweeps.round_columns(pending[here], codes[here], errors[here], scale, factor[here, here])
         return
-    elif stop - start == 1:
-        code = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
+    if stop - start == 1:
+        if isinstance(scale, GroupGrid):
+            code, worth = scale.round(pending[start])
+        else:
+            code = (pending[start] / scale).round_().clamp_(-CODE_MAX, CODE_MAX)
+            worth = code * scale
         codes[start] = code
-        errors[start] = (pending[start] - code * scale) / factor[start, start]
+        errors[start] = (pending[start] - worth) / factor[start, start]
         return
     middle = (start + stop) // 2
     if kernels:

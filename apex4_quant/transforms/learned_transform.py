@@ -54,12 +54,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..distributed.group import Group
 from ..distributed.shares import Share
 from ..format.number_format import BITS, BLOCK, CODE_MAX, TOKEN_CODE_MAX
+from ..hardware.replayed import Replayed
 from ..hardware.threads import few_threads
 from ..kernels.hadamard import apply_block_hadamard
 
@@ -288,32 +290,121 @@ def balanced_hadamard(blocks: BlockStatistics) -> torch.Tensor:
 
 def descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.Tensor:
     """T after `steps` steps from `start`, float32 [G, 128, 128], or [1, 128, 128] for one that all blocks share."""
-    transform, inverse = start, _inverse(start)
-    first, second = torch.zeros_like(start), torch.zeros_like(start)
+    walk = (_ReplayedWalk if replays_on(start.device) else _Walk)(blocks, start)
     for step in range(steps):
         if step % SAME_MOMENTS == 0:
-            moments = moments_in_basis(blocks, transform, inverse)
+            moments = moments_in_basis(blocks, walk.transform, walk.inverse)
         x, w = rows_of_step(blocks.x, INPUT_ROWS_PER_STEP, step), rows_of_step(blocks.w, WEIGHT_ROWS_PER_STEP, step)
+        rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
+        walk.step(x, w, moments, -rate / (1 - BETAS[0] ** (step + 1)), 1 - BETAS[1] ** (step + 1))
+        if step % EXACT_INVERSE == EXACT_INVERSE - 1:
+            walk.set_inverse(_inverse(walk.transform))
+        else:
+            walk.follow()
+    walk.end()
+    return walk.transform
+
+
+class _Walk:
+    """Where `descend` is: T, its inverse, and Adam's moments."""
+
+    def __init__(self, blocks: BlockStatistics, start: torch.Tensor) -> None:
+        self._blocks = blocks
+        self.transform, self.inverse = start, _inverse(start)
+        self._first, self._second = torch.zeros_like(start), torch.zeros_like(start)
+        self._change = self._first  # S of the last step
+
+    def step(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor],
+        factor: float | torch.Tensor,
+        level: float | torch.Tensor,
+    ) -> None:
+        """A step of T by rows x and w: `factor` times Adam's first moment over the root of its second, over `level`."""
+        blocks, first, second = self._blocks, self._first, self._second
         slope = slope_of_log_error(
             blocks.weight_rows,
-            x @ transform,
-            w @ inverse.transpose(1, 2),
+            x @ self.transform,
+            w @ self.inverse.transpose(1, 2),
             *moments,
-            len(start) == 1,
+            len(self.transform) == 1,
             blocks.input_weight,
         )
         first.lerp_(slope, 1 - BETAS[0])
         second.lerp_(slope.square_(), 1 - BETAS[1])
-        rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
-        size = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
-        change = first / size * (-rate / (1 - BETAS[0] ** (step + 1)))  # S
-        transform = torch.baddbmm(transform, transform, change)
-        if step % EXACT_INVERSE == EXACT_INVERSE - 1:
-            inverse = _inverse(transform)
-        else:
-            linear = torch.baddbmm(inverse, change, inverse, alpha=-1)
-            inverse = torch.baddbmm(inverse, change, linear, alpha=-1)
-    return transform
+        size = (second / level).sqrt_().add_(EPSILON)
+        self._change = first / size * factor
+        self.transform = torch.baddbmm(self.transform, self.transform, self._change)
+
+    def follow(self) -> None:
+        """With the inverse, to second order."""
+        linear = torch.baddbmm(self.inverse, self._change, self.inverse, alpha=-1)
+        self.inverse = torch.baddbmm(self.inverse, self._change, linear, alpha=-1)
+
+    def set_inverse(self, inverse: torch.Tensor) -> None:
+        """The exact one."""
+        self.inverse = inverse
+
+    def end(self) -> None:
+        """No step comes any more."""
+
+
+class _ReplayedWalk(_Walk):
+    """The same on a GPU, for which a step is a hundred launches: a graph of them reads all that differs from places of its own."""
+
+    def __init__(self, blocks: BlockStatistics, start: torch.Tensor) -> None:
+        super().__init__(blocks, start)
+        self.transform, self.inverse = start.clone(), self.inverse.clone()
+        self._chain = Replayed(start.device)
+        self._moments = torch.zeros_like(blocks.a), torch.zeros_like(blocks.a)
+        self._numbers = torch.zeros(2, device=start.device)
+        self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by how many there are of x and w
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def step(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor],
+        factor: float | torch.Tensor,
+        level: float | torch.Tensor,
+    ) -> None:
+        key = x.shape[1], w.shape[1]
+        if key not in self._rows:
+            self._rows[key] = torch.empty_like(x), torch.empty_like(w)
+        for place, rows in zip(self._rows[key], (x, w), strict=True):
+            place.copy_(rows)
+        if moments is not self._made:
+            self._made = moments
+            for place, made in zip(self._moments, moments, strict=True):
+                place.copy_(made)
+        for place, number in zip(self._numbers, (factor, level), strict=True):
+            place.fill_(number)
+        self._chain.run(key, partial(self._step_and_follow, *self._rows[key]))
+
+    def _step_and_follow(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        places = self.transform, self.inverse
+        super().step(x, w, self._moments, *self._numbers)
+        super().follow()
+        for place, made in zip(places, (self.transform, self.inverse), strict=True):
+            place.copy_(made)
+        self.transform, self.inverse = places
+        self._change = self._first  # what was made in a capture is the graph's
+
+    def follow(self) -> None:
+        """Done already."""
+
+    def set_inverse(self, inverse: torch.Tensor) -> None:
+        self.inverse.copy_(inverse)
+
+    def end(self) -> None:
+        self._chain.forget()
+
+
+def replays_on(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _inverse(transform: torch.Tensor) -> torch.Tensor:
@@ -396,7 +487,8 @@ def slope_of_log_error(
     error = x_peak * b_trace + w_peak * a_trace
     if shared:
         slope, error = slope.sum(0, keepdim=True), error.sum(0, keepdim=True)
-    return torch.where(error[:, None, None] > 0, slope / error.clamp_min(1e-30)[:, None, None], 0.0)
+    # Not by torch.where and a number: that is sent to a GPU, which is waited for.
+    return (slope / error.clamp_min(1e-30)[:, None, None]).masked_fill_(~(error[:, None, None] > 0), 0.0)
 
 
 def _trace(matrices: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """Kernels on a CPU: their own source, compiled by a C++ compiler with cuda_on_cpu.h in CUDA's place. Of sm_90's GEMMs the one for
-few tokens and 8-bit activations, without clusters: wgmma is not there."""
+few tokens and 8-bit activations, without clusters: of wgmma its product of int8 is there."""
 
 from __future__ import annotations
 

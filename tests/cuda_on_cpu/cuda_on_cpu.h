@@ -172,6 +172,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __saturatef(float a) { return a > 0.0f ? (a < 1.0f ? a : 1.0f) : 0.0f; }  // NaN: 0
 inline float rsqrtf(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float __int_as_float(int bits) { return __uint_as_float(bits); }
+inline float __int2float_rn(int a) { return static_cast<float>(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -1,5 +1,5 @@
 // kernels/cuda/ptx.cuh on a CPU, as far as gemm_sm80.cu, gemm_s8.cu and gemm_sm90_decode_s8.cu need it: the same functions, and the 16-bit
-// types that CUDA's headers have. Lanes of a warp give their registers to `exchange`; the last one does the warp's work (meet_warp).
+// types that CUDA's headers have; of wgmma.cuh the products of int8. Lanes of a warp give their registers to `exchange`; the last one does the warp's work (meet_warp).
 #pragma once
 
 typedef unsigned char uint8;
@@ -217,6 +217,49 @@ inline void stmatrix_x2_trans(uint32 shared_wr, uint32 a, uint32 b) {
     }
   });
 }
+
+// ---- wgmma m64nNk32 s32.s8.s8, A in registers ------------------------------------------------------------------------------
+// A warp has 16 of the 64 rows, A and D as of mma.m16n8k32; B is [n][k] in shared memory, 128 bytes a row, whose 16-byte chunks are
+// swizzled by bits of their address. Products are done at once.
+inline uint32 descriptor_address(uint32 shared_rd) { return (shared_rd & 0x3ffff) >> 4; }
+inline uint64 wgmma_descriptor(uint32 address) { return address; }
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int>
+void wgmma_wait() {}
+template <int N>
+struct Wgmma {
+  static void s8(int (&d)[N / 2], const uint32* a, uint64 b, int keep) {
+    static int sums[64][16][N];  // of every warp
+    uint32_t (&own)[8] = cpu::mine();
+    std::memcpy(own, a, 16);
+    own[4] = static_cast<uint32>(b);
+    cpu::meet_warp([] {
+      short rows[16][64] = {}, columns[8][64] = {};
+      int products[16][8];
+      for (int lane = 0; lane < 32; ++lane)
+        for (int r = 0; r < 4; ++r)
+          for (int i = 0; i < 4; ++i)
+            rows[lane / 4 + 8 * (r % 2)][4 * (lane % 4) + 16 * (r / 2) + i] =
+                static_cast<signed char>(cpu::of_lane(lane)[r] >> 8 * i);
+      for (int first = 0; first < N; first += 8) {
+        for (int n = 0; n < 8; ++n)
+          for (int chunk = 0; chunk < 32; chunk += 16) {
+            const uint32 address = 16 * cpu::of_lane(0)[4] + 128 * (first + n) + chunk;
+            const unsigned char* codes = cpu::at_shared(address ^ (address >> 7 & 7) << 4, 16);
+            for (int i = 0; i < 16; ++i) columns[n][chunk + i] = static_cast<signed char>(codes[i]);
+          }
+        multiply(products, rows, columns);
+        for (int m = 0; m < 16; ++m) std::memcpy(&sums[cpu::current / 32][m][first], products[m], sizeof(products[m]));
+      }
+    });
+    const int lane = cpu::current % 32;
+    for (int i = 0; i < N / 2; ++i) {
+      const int sum = sums[cpu::current / 32][lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
+      d[i] = keep ? d[i] + sum : sum;
+    }
+  }
+};
 
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}

@@ -77,7 +77,7 @@ def pair_with_feedback(few_tokens: None, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]) -> None:
-    """The student learns without it; what is stored makes up for errors all the same."""
+    """And it is what the student was measured with."""
     before, after = pair_with_feedback
     quality = [
         evaluate(EvalSettings(str(out), "demo", seq_len=64, limit=24, device="cpu"))["divergence"]
@@ -95,6 +95,8 @@ def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]
     assert not torch.equal(stored[0][:, 128:], stored[1][:, 128:])
     assert quality[1] < quality[0]
     check(str(after))
+    report = json.loads((after / "apex4_report.json").read_text())["distillation"]
+    assert report["divergence_after"] < report["divergence_before"]
     without = after.parent / "without"
     shutil.copytree(after, without)
     for file in without.glob("*.safetensors"):
@@ -170,10 +172,11 @@ class Stop:
         return self.left < 0
 
 
+@pytest.mark.parametrize("transform", ["hadamard128", "feedback128"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path
+    transform: str, few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    asked = settings(tiny_model())
+    asked = settings(tiny_model(), transform=transform, transform_steps=2)
     quantize(asked, tmp_path / "whole")
     stop = Stop(2 + 3)  # two layers, three steps
     with pytest.raises(Stopped, match="steps of distillation"):

@@ -8,14 +8,21 @@ import pytest
 import torch
 
 from apex4_quant.distillation.trained_linear import TrainedInput, TrainedLinear, _RoundActivation, _RoundWeight
+from apex4_quant.format.feedback import feedback_of, pack_feedback
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.kernels.torch_backend import round_with_feedback
 from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.rounding.nearest import quantize_weight_rtn
 from apex4_quant.transforms.learned_transform import round_to_halves
 
-KINDS = [TransformKind.NONE, TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.SHARED]
+KINDS = [TransformKind.NONE, TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.SHARED, TransformKind.FEEDBACK]
+
+
+def random_feedback(blocks: int, random: torch.Generator) -> torch.Tensor:
+    """As stored, float16 [blocks, 56, 128]."""
+    return pack_feedback(round_to_halves(0.1 * torch.randn(blocks, 128, 128, generator=random)))
 
 
 def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4) -> tuple[Apex4Linear, TrainedLinear]:
@@ -33,6 +40,9 @@ def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4)
         matrix = matrix[:1].expand(blocks, -1, -1) if kind is TransformKind.SHARED else matrix
         matrix = round_to_halves(matrix)
     codes, scales = quantize_weight_rtn("x", weight, format, matrix)
+    if kind.has_feedback:
+        assert matrix is not None
+        matrix = torch.cat((matrix, random_feedback(len(matrix), random)), 1)
     stored = Apex4Linear.from_codes(format, codes, scales, bias, matrix)
     input = TrainedInput(format, stored.input_transform, torch.device("cpu"))
     return stored, TrainedLinear(format, input, codes, scales, weight, bias)
@@ -44,6 +54,8 @@ def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4)
 def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group: int, bits: int) -> None:
     if kind.is_learned and group != 128:
         pytest.skip("learned transforms have groups of 128")
+    if kind.has_feedback and bits == 8:
+        pytest.skip("errors of 8 bits are not made up for")
     stored, trained = made(kind, in_features, group, bits)
     codes, scales = trained.stored()
     matrix, clip = trained.input.stored()
@@ -79,6 +91,34 @@ def test_gradients_of_activations() -> None:
     ours = gradients(lambda y, log_clip: _RoundActivation.apply(y, log_clip, 128, 7))
     for found, wanted in zip(ours, gradients(plain), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_activations_with_feedback() -> None:
+    """What earlier errors add moves codes, and gradients as rounding noise does: q - r is of the codes that there are."""
+    random = torch.Generator().manual_seed(2)
+    y, weights = torch.randn(6, 256, generator=random), torch.randn(6, 256, generator=random)
+    feedback = feedback_of(torch.cat((torch.zeros(2, 128, 128).half(), random_feedback(2, random)), 1))
+    assert feedback is not None
+    log_clip = torch.tensor(-0.4)
+    scale = y.unflatten(-1, (-1, 128)).abs().amax(-1, keepdim=True) * log_clip.exp() / 7
+    codes = round_with_feedback(y.unflatten(-1, (-1, 128)) / scale, feedback.float())
+
+    def gradients(with_feedback: bool) -> tuple[torch.Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in (y, log_clip)]
+        if with_feedback:
+            rounded = _RoundActivation.apply(*leaves, 128, 7, feedback.float())  # type: ignore[no-untyped-call]
+        else:
+            own = leaves[0].unflatten(-1, (-1, 128))
+            s = own.abs().amax(-1, keepdim=True) * leaves[1].exp() / 7
+            inside = (own / s).detach().abs() <= 7.5
+            rounded = (torch.where(inside, own / s + (codes - own / s).detach(), codes) * s).flatten(-2)
+        torch.testing.assert_close(rounded, (codes * scale).flatten(-2))
+        (rounded * weights).sum().backward()
+        return tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
+
+    assert not torch.equal(codes, (y.unflatten(-1, (-1, 128)) / scale).round().clamp(-7, 7))
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_weights() -> None:

@@ -18,6 +18,7 @@ from ..kernel_cases import training
 
 CASES: dict[str, Callable[[int, pytest.Config], dict[str, Any]]] = {
     "test_activations": lambda *_: _named(training.ACTIVATIONS),
+    "test_feedback": lambda *_: _named(training.WITH_FEEDBACK),
     "test_weights": lambda *_: _named(training.WEIGHTS),
     "test_divergence": lambda *_: _named(training.VOCABULARIES),
     "test_a_step_in_a_graph_has_the_same_gradients": lambda *_: {"once": None},
@@ -31,6 +32,10 @@ def _named(cases: tuple[Any, ...]) -> dict[str, Any]:
 
 def test_activations(case: Any, gpu: Any) -> None:
     training.check_activation(*case, gpu.device, gpu.seed)
+
+
+def test_feedback(case: Any, gpu: Any) -> None:
+    training.check_feedback(*case, gpu.device, gpu.seed)
 
 
 def test_weights(case: Any, gpu: Any) -> None:

@@ -17,6 +17,7 @@ from apex4_quant.format.number_format import CODE_MAX, GroupSize
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels.sweeps import column_sweeps
 from apex4_quant.rounding.coordinate_descent import refine_codes
+from apex4_quant.rounding.folded_grid import FoldedGrid
 from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 
 # n, k, group size: rows that fill no CTA, one block, groups of several.
@@ -30,7 +31,7 @@ DEAD = (5, -1)  # columns whose input is always zero
 class Problem:
     """A weight, one row of it zero, and the Hessian of correlated inputs."""
 
-    def __init__(self, n: int, k: int, group: GroupSize, device: torch.device, seed: int) -> None:
+    def __init__(self, n: int, k: int, group: GroupSize, device: torch.device, seed: int, bits: int = 4) -> None:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(2 * k, k, generator=generator)
         x = x @ (torch.randn(k, k, generator=generator) / k**0.5 + torch.eye(k))
@@ -39,18 +40,27 @@ class Problem:
         weight[n // 2] = 0
         self.weight, x = weight.to(device), x.to(device)
         self.hessian = x.t() @ x / len(x)
-        self.format = LinearFormat(n, k, group, ROWMAJOR, "none", 1.0)
+        # Groups of very different sizes: of the small ones several codes are worth the same.
+        self.weight *= torch.logspace(0, -2 if bits == 8 else 0, k, device=device)
+        self.format = LinearFormat(n, k, group, ROWMAJOR, "none", 1.0, activation_bits=bits)
         self.factor = inverse_factor("w", self.hessian)
 
     def gptq(self) -> tuple[torch.Tensor, torch.Tensor]:
         return quantize_weight_gptq("w", self.weight, self.format, self.factor)
 
     def descent(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return refine_codes(codes, scales, self.weight, self.hessian, DAMPING, 3)
+        return refine_codes(codes, scales, self.weight, self.hessian, DAMPING, 3, self._grid(scales))
+
+    def _grid(self, scales: torch.Tensor) -> FoldedGrid | None:
+        return FoldedGrid(scales) if self.format.activation_bits == 8 else None
 
     def loss(self, codes: torch.Tensor, scales: torch.Tensor) -> float:
-        wide = scales.double().repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
-        error = self.weight.double() - codes.double() * wide
+        width = codes.shape[1] // scales.shape[1]
+        if (grid := self._grid(scales)) is None:
+            worth = codes * scales.double().repeat_interleave(width, dim=1)
+        else:
+            worth = torch.cat([grid.group(g).worth(part.t()).t() for g, part in enumerate(codes.split(width, 1))], 1)
+        error = self.weight.double() - worth
         damped = self.hessian.double()
         damped.diagonal().add_(DAMPING * float(damped.diagonal().mean()))
         return float(((error @ damped) * error).sum())
@@ -71,8 +81,8 @@ def _require_same(
     assert abs(loss / wanted - 1) <= DIFFERENT_LOSS, f"the loss is {loss:.6g} and not {wanted:.6g}"
 
 
-def check(n: int, k: int, group: GroupSize, device: torch.device, seed: int) -> None:
-    problem = Problem(n, k, group, device, seed)
+def check(n: int, k: int, group: GroupSize, device: torch.device, seed: int, bits: int = 4) -> None:
+    problem = Problem(n, k, group, device, seed, bits)
     with patch.object(column_sweeps, "run_on", lambda device: False):
         expected = problem.gptq()
         expected_descent = problem.descent(*expected)

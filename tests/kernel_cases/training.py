@@ -5,6 +5,7 @@ tests/gpu/test_training.py runs the checks on a GPU, tests/kernels/training/test
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +14,11 @@ import torch
 from apex4_quant.distillation.step import divergence
 from apex4_quant.distillation.student import PackedLinear
 from apex4_quant.distillation.trained_linear import _RoundActivation, _RoundWeight
+from apex4_quant.format.feedback import feedback_of, pack_feedback
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
+from apex4_quant.kernels.quantize.configs import prepack_feedback
 from apex4_quant.kernels.training import ops
 from apex4_quant.rounding.nearest import quantize_weight_rtn
 
@@ -24,12 +27,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS: tuple[tuple[int, int, int, int, float], ...] = (
     (5, 256, 128, 7, 0.0), (11, 640, 128, 7, -0.4), (3, 512, 256, 7, 0.1), (4, 384, 384, 127, 0.0), (513, 1536, 128, 7, -0.1),
 )  # fmt: skip
+# Rows, padded K, log of the clip ratio.
+WITH_FEEDBACK: tuple[tuple[int, int, float], ...] = ((5, 256, 0.0), (67, 384, -0.4), (513, 1536, -0.1))
 # N, padded K, groups of a row, folded.
 WEIGHTS = ((7, 256, 2, False), (5, 640, 5, True), (3, 512, 1, False), (3, 512, 1, True), (576, 1536, 12, False))
 VOCABULARIES = ((3, 1000), (2, 1001), (40, 49152))  # tokens, entries
 DIFFERENT = (
     0.01  # of the elements: scales may differ by a rounding, and a value beside a tie then falls to the other side
 )
+DIFFERENT_FEEDBACK = 0.02
 VALUES_A_TIE = 2**18  # so many have one or two beside a tie, in bfloat16
 
 
@@ -42,6 +48,37 @@ def check_activation(
     y[1, 3], y[1, 9] = -20, 20  # the first of two counts
     leaves = y.to(device, dtype), torch.tensor(log_clip, device=device)
     _check(lambda y, c: _RoundActivation.apply(y, c, group, code_max), leaves, gradient.to(device, dtype))
+
+
+def check_feedback(rows: int, k: int, log_clip: float, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    """G and its errors are float16 in the kernel: a value beside a tie falls to either side, and others of its group after it."""
+    random = torch.Generator().manual_seed(seed)
+    y, gradient = (torch.randn(rows, k, generator=random) for _ in range(2))
+    y[0, :128] = 0
+    later = (0.1 * torch.randn(k // 128, 128, 128, generator=random)).half()
+    feedback = feedback_of(torch.cat((torch.zeros_like(later), pack_feedback(later)), 1))
+    assert feedback is not None
+    leaves = y.to(device, dtype), torch.tensor(log_clip, device=device)
+    packed, plain = prepack_feedback(feedback).to(device), feedback.float().to(device)
+    # Two calls, as each reads G in its own way; the way back of either is of its own codes.
+    ours = _outcome(lambda y, c: _RoundActivation.apply(y, c, 128, 7, packed), leaves, gradient.to(device, dtype))
+    with patch.object(ops, "run_on", lambda device: False):
+        wanted = _outcome(lambda y, c: _RoundActivation.apply(y, c, 128, 7, plain), leaves, gradient.to(device, dtype))
+    without = _outcome(lambda y, c: _RoundActivation.apply(y, c, 128, 7), leaves, gradient.to(device, dtype))[0]
+    assert ours[0].dtype == ours[1].dtype == dtype and ours[0].shape == ours[1].shape == y.shape
+    scale = (y.to(dtype).float().unflatten(1, (-1, 128)).abs().amax(-1) * math.exp(log_clip) / 7).to(device)
+    units = scale.clamp_min(1e-20).repeat_interleave(128, 1)
+    codes, exact = (each[0].float() / units for each in (ours, wanted))
+    tolerance = 0.03 if dtype is torch.bfloat16 else 1e-4
+    assert float((codes - codes.round()).abs().max()) < tolerance and float(codes.abs().max()) < 7.1
+    assert float((codes - exact).abs().max()) < 2.1
+    assert float(((codes - exact).abs() > 0.5).float().mean()) <= DIFFERENT_FEEDBACK
+    assert float(((codes - without.float() / units).abs() > 0.5).float().mean()) > 0.1
+    same = ((codes - exact).abs() < 0.5).unflatten(1, (-1, 128)).all(-1).repeat_interleave(128, 1)
+    differ = (ours[1].float() - wanted[1].float()).abs() > (0.02 if dtype is torch.bfloat16 else 1e-3)
+    assert float(differ[same].float().mean()) <= DIFFERENT
+    size = float(wanted[2].abs()) + math.sqrt(rows * k)
+    assert abs(float(ours[2]) - float(wanted[2])) < 0.1 * size
 
 
 def check_weight(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.storage import write_tensors
-from apex4_quant.models.states import TENSOR_NAME, StoredStates, in_memory
+from apex4_quant.models.states import TENSOR_NAME, StoredStates, _brought_ahead, brought, in_memory
 
 
 def test_stored_states_are_a_file_that_safetensors_would_write(tmp_path: Path) -> None:
@@ -46,3 +49,70 @@ def test_a_truncated_file_is_said(tmp_path: Path) -> None:
         file.truncate(120)
     with pytest.raises(Apex4Error, match=r"states\.safetensors is truncated"):
         stored.load()
+
+
+class Stream:
+    """Of a GPU: says in `log` what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self.events += 1
+        return f"copy {self.events - 1}"
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    log: list[str] = []
+    copy = torch.Tensor.copy_
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        def logged(self: torch.Tensor, part: torch.Tensor, **options: Any) -> torch.Tensor:
+            log.append(f"{stream.name} copies {int(part[0])}")
+            return copy(self, part, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "copy_", logged)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("computing", log))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying", log))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    return log
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_the_next_part_is_copied_while_one_is_computed_with(count: int, streams: list[str]) -> None:
+    states = torch.arange(count)
+    found = [part.tolist() for part in _brought_ahead(states.split(2), torch.device("cpu"))]
+    assert found == [part.tolist() for part in brought(states.split(2), torch.device("cpu"))]
+    assert [number for part in found for number in part] == states.tolist()
+
+
+def test_a_room_is_filled_when_what_it_held_was_computed_with(streams: list[str]) -> None:
+    for part in _brought_ahead(torch.arange(3).split(1), torch.device("cpu")):
+        streams.append(f"computing with {int(part)}")
+    assert streams == [
+        "copying waits for computing", "copying copies 0",
+        "copying waits for computing", "copying copies 1",
+        "computing waits for copy 0", "computing with 0",
+        "copying waits for computing", "copying copies 2",  # where 0 was
+        "computing waits for copy 1", "computing with 1",
+        "computing waits for copy 2", "computing with 2",
+        "computing waits for copying",
+    ]  # fmt: skip
+
+
+def test_rooms_are_given_back_when_no_copy_is_on_its_way(streams: list[str]) -> None:
+    parts = _brought_ahead(torch.arange(3).split(1), torch.device("cpu"))
+    next(parts)
+    parts.close()  # type: ignore[attr-defined]
+    assert streams[-1] == "computing waits for copying"

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from apex4_quant.calib.hessian import HessianAccumulator
+from apex4_quant.calib.probes import InputProbe
+from apex4_quant.format.layouts import ROWMAJOR
+from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.source import ModelSource
-from apex4_quant.quantization.collector import Collector
+from apex4_quant.quantization.collector import Collector, Statistics
 from apex4_quant.quantization.plan import build_plan
 from apex4_quant.quantization.run_state import Streams
 
@@ -53,3 +59,25 @@ def test_experts_see_the_tokens_of_the_quantized_models_router_in_both_streams(t
         if "down_proj" in part.planned[0].name:
             rows = tuple(experts[expert].inner(side) for side in rows)
         torch.testing.assert_close(part.statistics.take_drift(None), drift(*rows), rtol=1e-3, atol=1e-5)
+
+
+def test_moments_are_made_of_what_the_linears_read_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU multiplies 16 bits many times as fast as float32, to which they were widened once."""
+    given: list[tuple[torch.dtype, ...]] = []
+    add = HessianAccumulator.add
+
+    def noted(self: HessianAccumulator, *sides: torch.Tensor) -> None:
+        given.append(tuple(side.dtype for side in sides))
+        add(self, *sides)
+
+    monkeypatch.setattr(HessianAccumulator, "add", noted)
+    x, original = torch.randn(2, 1, 40, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    format = LinearFormat(128, 200, 128, ROWMAJOR, TransformKind.NONE, 1.0)
+    statistics = Statistics("x", InputProbe(40), torch.bfloat16, format)
+    statistics.add(x, original)
+    assert given == [(torch.bfloat16,), (torch.bfloat16, torch.float32)]
+    rows, others = (torch.nn.functional.pad(side[0].float(), (0, 56)) for side in (x, original))
+    hessian, drift = statistics.take_hessian(None), statistics.take_drift(None)
+    assert hessian is not None and drift is not None
+    torch.testing.assert_close(hessian, rows.t() @ rows / 40)
+    torch.testing.assert_close(drift, (others - rows).t() @ rows / 40)

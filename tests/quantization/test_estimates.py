@@ -113,6 +113,7 @@ def test_rates_of_a_gpu_are_of_large_work_and_of_calls(monkeypatch: pytest.Monke
     found, _ = estimates._rates_of_gpu("cpu", Clock(Ticking(0.1), Ticking(0.010 * torch.get_num_threads())))
     assert found.half == found.product == found.linear == pytest.approx(0.010 / 256**3)
     assert (found.step, found.step_once, found.column_row) == (0, 0, 0)
+    assert found.moment is not None and found.call == pytest.approx(0.010 / estimates.GPU_CALLS)
     assert found.column == pytest.approx(0.010 / 256) and found.input_once == pytest.approx(0.010)
 
 
@@ -120,16 +121,30 @@ def test_the_account_of_a_gpu_counts_calls(tiny_model: Call) -> None:
     """By rates of nothing but one second a call: of 8 inputs in two layers."""
     source = ModelSource(str(tiny_model()))
     settings = QuantizeSettings(source.name, "apex4-fast", target="none", device="cpu").resolve(source)
-    rates = Rates(0, 0, 0, 0, 0, input_once=1, step_once=1, half=0.0, byte=1)
-    parts = seconds_by_part(source, plan_of(source, settings), 10, "cuda", rates)
+    rates = Rates(0, 0, 0, 0, 0, input_once=1, step_once=1, half=0.0, moment=0.0, byte=1, call=1)
+    parts = seconds_by_part(source, plan_of(source, settings), 8192 + 10, "cuda", rates)
     steps = named_recipes()["apex4-fast"].transform_steps
-    assert parts["transforms"] == 8 * (1 + steps) and parts["states"] == 10 * 128 * 2 * (8 + 2 * 2)
-    assert parts["passes"] == parts["Hessians"] == 0 and parts["linears"] == pytest.approx(14 * estimates.LINEAR_ON_GPU)
+    assert parts["transforms"] == 8 * (1 + steps) and parts["states"] == 8202 * 128 * 2 * 2
+    # Two batches: half a layer for each of 8 inputs, and both layers once.
+    assert parts["passes"] == 2 * (8 / 2 + 2) * estimates.CALLS_OF_A_LAYER
+    assert parts["Hessians"] == 0 and parts["linears"] == 14 * estimates.CALLS_OF_A_LINEAR
+
+
+def test_states_are_kept_while_a_layer_is_worked_on(tiny_model: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the disk later than the next layer is done is waited for."""
+    monkeypatch.setattr(estimates, "KEEPING", 1.0)
+    source = ModelSource(str(tiny_model()))
+    settings = QuantizeSettings(source.name, "rtn", target="none", device="cpu").resolve(source)
+    plan = plan_of(source, settings)
+    states = 10 * 128 * 2  # of the embedding, once
+    waited = seconds_by_part(source, plan, 10, "cpu", Rates(0, 0, 0, 0, 0))["keeping"]
+    assert waited == states + 2 * states
+    assert seconds_by_part(source, plan, 10, "cpu", Rates(1, 1, 1, 1, 1))["keeping"] == states
 
 
 def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:
     """By rates of one second for everything: what is done how often."""
-    ones = Rates(1, 1, 1, 1, 1)
+    ones = Rates(1, 1, 1, 1, 1, 1)
 
     def parts(model: Path, recipe: str, tokens: int, at_once: int | None = None) -> dict[str, float]:
         source = ModelSource(str(model))
@@ -145,7 +160,14 @@ def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:
     learned = parts(model, "apex4-fast", 100)
     steps = named_recipes()["apex4-fast"].transform_steps
     assert learned["transforms"] == steps * 2 * (1 + 1 + 1 + 2)
-    assert learned["clips"] == 2 * (3 * 128**2 + 256**2) * (4096 + 13 * 1024) and "gradients" not in learned
+    # Products in float64 of rows of weights with themselves: 256, 128, 512 and 128 rows of 128, 128, 128 and 256.
+    rounded = 2 * (125 * 640 + 13 * 1024 * 640 + 1024 * (3 * 128 + 128 + 2 * 128 + 256))
+    made = 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256) * 128
+    assert learned["feedback"] == 2 * made + rounded and gptq["feedback"] == 0
+    assert parts(model, "apex4", 100)["feedback"] == 2 * 2 * 640 * 4096 * 128 + rounded
+    looked_at = 13 * 1024  # o and down have no more rows than columns
+    clips = 128**2 * (256 + looked_at) + 128**2 * looked_at + 128**2 * (512 + looked_at) + 256 * 128 * looked_at
+    assert learned["clips"] == 2 * clips and "gradients" not in learned
     assert {"transforms", "gradients", "rounding"} <= set(parts(model, "apex4", 100))
     rtn = parts(model, "rtn", 200)
     assert rtn["passes"] == 2 * gptq["passes"] and not {"Hessians", "rounding", "gradients"} & set(rtn)

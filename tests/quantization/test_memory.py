@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from click.testing import Result
 
 from apex4_quant import QuantizeSettings, quantize
-from apex4_quant.errors import Stopped, UsageError
+from apex4_quant.errors import Apex4Error, Stopped, UsageError
 from apex4_quant.hardware.memory import MemoryBudget, resident_now
 from apex4_quant.models.source import ModelSource
 from apex4_quant.quantization import run
@@ -61,6 +62,44 @@ def test_states_on_the_disk_change_no_byte(
         streaming(not first)
         quantize(settings, out, resume=True)
         assert same_files(tmp_path / "whole", out)
+
+
+def test_weights_of_the_next_layer_are_read_ahead(tiny_model: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ModelSource(str(tiny_model()))
+    expected = [source.read(source.layer_tensors(layer)) for layer in range(source.num_layers)]
+    read, asked = ModelSource.read, threading.Semaphore(0)
+
+    def noted(self: ModelSource, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        found = read(self, names)
+        asked.release()
+        return found
+
+    monkeypatch.setattr(ModelSource, "read", noted)
+    ahead = source.layer_reader(True)
+    for layer, tensors in enumerate(expected):
+        found = ahead.take(layer, layer + 1)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+        assert asked.acquire(timeout=30), "it is read before it is asked for"
+    assert not asked.acquire(timeout=0.1), "a layer is read twice"
+
+
+def test_a_file_that_cannot_be_read_ahead_is_said_when_its_layer_comes(
+    tiny_model: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ModelSource(str(tiny_model()))
+    read = ModelSource.read
+
+    def damaged(self: ModelSource, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        if any("layers.1." in name for name in names):
+            raise Apex4Error("damaged")
+        return read(self, names)
+
+    monkeypatch.setattr(ModelSource, "read", damaged)
+    ahead, at_once = source.layer_reader(True), source.layer_reader(False)
+    for reader in (ahead, at_once):
+        reader.take(0, 1)
+        with pytest.raises(Apex4Error, match="damaged"):
+            reader.take(1, 2)
 
 
 class Shapes(MemoryAccount):
@@ -204,8 +243,9 @@ def test_an_account_of_shapes(tiny_model: Call) -> None:
         return MemoryAccount(source, plan, Windows(count, length, count), torch.bfloat16, device).estimate()
 
     one, many = of(8, 64), of(800, 64)
-    assert (one.states, many.states) == (2 * 2**17, 2 * 2**24)  # pinned: 131,072 and 13,107,200 bytes, each twice
-    assert many.host == one.host and many.streamed == one.streamed == 2 * 2048 * 128 * 2
+    layer = sum(source.infos[name].elements * 2 for name in source.layer_tensors(0))  # the next, which is read ahead
+    assert one.states - layer == 2 * 2**17 and many.states - layer == 2 * 2**24  # pinned: 131,072 and 13,107,200 bytes
+    assert many.host == one.host and many.streamed == one.streamed == 2 * 8192 * 128 * 2
     assert many.gpu > one.gpu  # rows are kept of inputs, which 8 x 64 tokens do not fill
     cpu = of(8, 64, device="cpu")
     assert cpu.gpu == 0 and cpu.host > one.host and resident_now() > 2**26

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,13 @@ from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.calib.text import load_text
 from apex4_quant.checkpoint.check import check
 from apex4_quant.distributed.group import Group
+from apex4_quant.errors import Apex4Error
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
 from apex4_quant.format.storage import RUN_FOLDER, sha256
 from apex4_quant.models.place import DEMO_PATH
 from apex4_quant.quantization import run
+from apex4_quant.quantization.layer import LayerQuantizer
+from apex4_quant.quantization.run_state import RunState
 from apex4_quant.recipes import named_recipes
 
 from ..conftest import TOKENIZER_FILES, write_tiny_model
@@ -240,6 +244,75 @@ def test_rank_that_is_killed_ends_all_and_the_run_goes_on_to_the_same_bytes(
         assert other.code == STOPPED and len(lines) == 1 and f"rank {victim} ended without a word" in lines[0]
         assert "Traceback" not in other.stderr
     assert contents(tmp_path / "out") == contents(by_two)
+
+
+def test_a_layer_is_kept_while_the_next_one_is_worked_on_and_committed_when_all_have_kept_it(
+    folder: Path, model: Path, by_two: Path, tmp_path: Path
+) -> None:
+    """Rank 1 is slow to keep the states that leave layer 0."""
+    settings, out, log = settings_of(folder, model), tmp_path / "out", tmp_path / "log"
+
+    def note(text: str) -> None:
+        with log.open("a") as file:
+            file.write(text + "\n")
+
+    def work(group: Group) -> None:
+        begun = threading.Event()
+        save, quantize_layer, commit = RunState.save_hidden, LayerQuantizer.quantize, RunState.commit
+
+        def saved(self: RunState, layer: int, streams: Any) -> None:
+            if group.rank == 1 and layer == 1:
+                assert begun.wait(60)
+                time.sleep(0.3)
+            save(self, layer, streams)
+            note(f"rank {group.rank} kept {layer}")
+
+        def quantized(self: LayerQuantizer, layer: int, *rest: Any) -> Any:
+            if layer == 1:
+                begun.set()
+            note(f"rank {group.rank} begins {layer}")
+            return quantize_layer(self, layer, *rest)
+
+        def committed(self: RunState, shard: int, record: dict[str, Any]) -> None:
+            commit(self, shard, record)
+            note(f"rank {group.rank} committed {shard}")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunState, "save_hidden", saved)
+            patch.setattr(RunState, "commit", committed)
+            patch.setattr(LayerQuantizer, "quantize", quantized)
+            quantize(settings, out, group=group)
+
+    whole(Several(2, tmp_path / "said", work).wait())
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if "committed" in line] == [f"rank 0 committed {shard}" for shard in (1, 2, 3, 4)]
+    assert lines.index("rank 1 begins 1") < lines.index("rank 1 kept 1") < lines.index("rank 0 committed 2")
+    assert contents(out) == contents(by_two)
+
+
+def test_a_layer_that_one_rank_cannot_keep_is_not_committed(
+    folder: Path, model: Path, by_two: Path, tmp_path: Path
+) -> None:
+    settings, out = settings_of(folder, model), tmp_path / "out"
+
+    def work(group: Group) -> None:
+        save = RunState.save_hidden
+
+        def saved(self: RunState, layer: int, streams: Any) -> None:
+            if group.rank == 1 and layer == 1:
+                raise Apex4Error("no room for the states")
+            save(self, layer, streams)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunState, "save_hidden", saved)
+            quantize(settings, out, group=group)
+
+    ended = Several(2, tmp_path / "said", work).wait()
+    assert [each.code for each in ended] == [1, 1]
+    assert "".join(each.stderr for each in ended) == "apex4: rank 1: no room for the states\n"
+    assert [path.name for path in (out / RUN_FOLDER).glob("shard-*.json")] == ["shard-00001.json"]  # the embedding
+    whole(by_ranks(2, settings, out, resume=True))
+    assert contents(out) == contents(by_two)
 
 
 @pytest.mark.parametrize(("size", "by"), [(2, 3), pytest.param(3, 1, marks=more), pytest.param(1, 2, marks=more)])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apex4_quant.calib import hessian
 from apex4_quant.calib.errors import CalibrationError
 from apex4_quant.calib.finite import all_finite
 from apex4_quant.calib.hessian import HessianAccumulator
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import ROWMAJOR, get_layout
 from apex4_quant.format.quant_config import LinearFormat
-from apex4_quant.kernels import reference
-from apex4_quant.rounding.activation_clip import ACTIVATION_CLIP_RATIOS, search_activation_clip
 from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.rounding.nearest import quantize_weight_rtn, search_scales
 
@@ -68,6 +67,33 @@ def test_half_of_a_hessian_is_computed_and_all_of_it_returned(width: int, monkey
     torch.testing.assert_close(found.double(), rows.t() @ rows / len(rows), rtol=1e-5, atol=1e-6)
     assert torch.equal(found[:200, 200:], found[200:, :200].t()) or width <= 256
     assert sum(computed) / 3 <= width**2 * (1 if width <= 257 else 0.8 if width < 2000 else 0.57)
+
+
+@pytest.mark.parametrize("of_two", [False, True])
+def test_sixteen_bits_are_multiplied_as_they_are(of_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: pieces of a sum, some tokens at a time, are the same sum."""
+    x, y = torch.randn(2, 3, 50, 700, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = HessianAccumulator()
+    expected.add(x, y if of_two else None)
+    given: list[torch.Tensor] = []
+
+    def add_products(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        given.extend((left, right))
+        sums += left.float().t() @ right.float()
+
+    monkeypatch.setattr(hessian, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda *inputs: True)
+    monkeypatch.setattr(hessian, "adds_up_sixteen_bits", lambda device, dtype: True)
+    monkeypatch.setattr(hessian, "add_products", add_products)
+    accumulator = HessianAccumulator()
+    for window, of_window in zip(x, y, strict=True):
+        accumulator.add(window, of_window if of_two else None)
+    torch.testing.assert_close(accumulator.take_matrix(), expected.take_matrix(), rtol=1e-5, atol=1e-6)
+    assert {each.dtype for each in given} == {torch.bfloat16}
+
+
+def test_a_device_without_such_products_is_seen() -> None:
+    assert not hessian.adds_up_sixteen_bits(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -153,27 +179,6 @@ def test_a_hessian_that_cannot_be_decomposed_is_damped_with_a_message() -> None:
     assert said and all("layer 3" in text and "damping" in text for text in said)
     with pytest.raises(Apex4Error, match="layer 3"):
         inverse_factor("layer 3", -1e3 * torch.ones(128, 128) + torch.eye(128), warn=said.append)
-
-
-def test_clip_search_finds_the_least_output_error() -> None:
-    generator = torch.Generator().manual_seed(5)
-    inputs = torch.randn(300, 256, generator=generator)
-    weights = [torch.randn(32, 256, generator=generator), torch.randn(8, 256, generator=generator)]
-    found = search_activation_clip(inputs, weights, 128)
-
-    def error(clip: float) -> float:
-        codes, scale = reference.quantize_activation(inputs, 128, clip, hadamard=False)
-        rounded = (codes.double().unflatten(1, (-1, 128)) * scale[..., None]).flatten(1)
-        return sum(float(((rounded - inputs.double()) @ w.double().t()).square().sum()) for w in weights)
-
-    errors = {round(ratio, 2): error(ratio) for ratio in ACTIVATION_CLIP_RATIOS}
-    assert found == min(errors, key=errors.__getitem__)
-    assert found < 1.0  # Gaussian groups of 128 always gain from a little clipping
-
-
-def test_clip_search_keeps_the_range_when_every_value_is_at_its_end() -> None:
-    inputs = torch.randint(0, 2, (64, 128), generator=torch.Generator().manual_seed(6)) * 2.0 - 1
-    assert search_activation_clip(inputs, [torch.eye(128)], 128) == 1.0
 
 
 def test_the_models_weight_is_left_as_it_was() -> None:

@@ -110,6 +110,36 @@ def test_on_a_gpu_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(mean, values.abs().amax(-1).square().mean(1), rtol=1e-4, atol=0)
 
 
+class Chains:
+    """What a GPU replays, run again in the same places: what a chain reads from elsewhere is as it was when it was captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.captured: dict[object, Callable[[], None]] = {}
+
+    def run(self, key: object, operations: Callable[[], None]) -> None:
+        self.captured.setdefault(key, operations)()
+
+    def forget(self) -> None:
+        self.captured.clear()
+
+
+@pytest.mark.parametrize("tokens", [2048, 2050])  # steps with as many rows, and with one row more or less
+@pytest.mark.parametrize(("shared", "damping"), [(False, None), (True, None), (False, 0.01)])
+def test_replayed_steps_are_the_same_steps(
+    tokens: int, shared: bool, damping: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = inputs_and_weight(48, 256, tokens=tokens)
+    blocks = BlockStatistics.of(x, [w])
+    blocks.damping = damping
+    start = balanced_hadamard(blocks)[: 1 if shared else None]
+    kept = start.clone()
+    expected = learned_transform.descend(blocks, start, 45)
+    monkeypatch.setattr(learned_transform, "Replayed", Chains)
+    monkeypatch.setattr(learned_transform, "replays_on", lambda device: True)
+    torch.testing.assert_close(learned_transform.descend(blocks, start, 45), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(start, kept) and not torch.allclose(expected, start, rtol=0.01)
+
+
 def test_every_row_is_looked_at_before_one_is_again() -> None:
     rows = torch.arange(10.0).view(1, 10, 1).expand(2, -1, 128)
     seen = [rows_of_step(rows, 4, step)[0, :, 0].tolist() for step in range(4)]

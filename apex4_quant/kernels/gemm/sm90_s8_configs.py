@@ -20,16 +20,18 @@ _LAYOUT_BYTES = KERNEL_TILE_N * BLOCK // 2  # of a tile of weights
 _CONSUMERS = 2  # warpgroups that multiply, of the kernel for many tokens
 _CHUNK = 32  # tokens that a warpgroup stores at a time
 FEW_TOKENS = 64  # beyond them, reading weights is not what a GEMM is about
+WARPGROUPS_FROM = 64  # tokens of a tile for which the kernel for few multiplies with wgmma
 
 
 def few_tokens_shared_bytes(
     tile_m: int, stages: int, token_bytes: int, parts: int = DECODE_PARTS, tiles: int = 1
 ) -> int:
     """Of struct Shared of gemm_sm90_decode_s8.cu, which asserts it. `token_bytes`: tokens' codes of a block in a stage."""
-    stage = round_up(parts * (token_bytes + tiles * (_LAYOUT_BYTES + 2 * KERNEL_TILE_N)) + 16, BLOCK)
+    alignment = 1024 if tile_m >= WARPGROUPS_FROM else BLOCK
+    stage = round_up(parts * (token_bytes + tiles * (_LAYOUT_BYTES + 2 * KERNEL_TILE_N)) + 16, alignment)
     # y; sums of the other warpgroups, and of a cluster's second block; units and biases; the tokens' scales and absmax; two barriers.
     output = tile_m * tiles * KERNEL_TILE_N * (2 + 4 * parts) + 8 * tiles * KERNEL_TILE_N + 8 * tile_m + 16
-    return round_up(stages * stage + output, BLOCK)
+    return round_up(stages * stage + output, alignment)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Sm90S8Config:
 
     @property
     def threads(self) -> int:
-        return 128 * self.parts + 64 if self.few_tokens else 128 * (_CONSUMERS + 1)
+        if not self.few_tokens:
+            return 128 * (_CONSUMERS + 1)
+        return 128 * self.parts + (128 if self.tile_m >= WARPGROUPS_FROM else 64)
 
     @cached_property
     def shared_bytes(self) -> int:
@@ -98,7 +102,8 @@ class Sm90S8Config:
 
 
 _TILES = (
-    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(32, 7, 2, 2), Sm90S8Config(32, 5, DECODE_PARTS),
+    Sm90S8Config(256, 5), Sm90S8Config(128, 8), Sm90S8Config(64, 12), Sm90S8Config(64, 4, 2, 2), Sm90S8Config(64, 3, DECODE_PARTS),
+    Sm90S8Config(32, 7, 2, 2), Sm90S8Config(32, 5, DECODE_PARTS),
     Sm90S8Config(16, 8, DECODE_PARTS), Sm90S8Config(8, 10, DECODE_PARTS),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which quantizer kernel runs for which input, and with what grid. Knows no torch (but for `prepack_matrix`) and no CUDA.
+"""Which quantizer kernel runs for which input, and with what grid. Knows no torch (but for `prepack_...`) and no CUDA.
 
 The kernels are quantize_rows.cu (no transform or the Hadamard matrix; any group size), quantize_whole_rows.cu (the same to eight
 bits, with a scale a row), quantize_dense.cu (a dense matrix per block; group size 128, or a row of eight bits),
@@ -487,11 +487,19 @@ def prepack_matrix(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> to
 
     from ...format.feedback import feedback_of, transform_of
 
-    def ordered(matrices: torch.Tensor, order: NDArray[np.int64]) -> torch.Tensor:
-        return matrices.flatten(1).index_select(1, torch.from_numpy(order).to(matrix.device))
-
-    packed = ordered(transform_of(matrix), fragment_order())
+    packed = _ordered(transform_of(matrix), fragment_order())
     feedback = feedback_of(matrix)
     if feedback is not None:
-        packed = torch.cat((packed, ordered(feedback, feedback_order())), 1)
+        packed = torch.cat((packed, prepack_feedback(feedback)), 1)
     return packed.to(dtype or matrix.dtype).contiguous()
+
+
+def prepack_feedback(feedback: torch.Tensor) -> torch.Tensor:
+    """G [KB, 128, 128] in step order -> [KB, 7168] as kernels read it."""
+    return _ordered(feedback, feedback_order())
+
+
+def _ordered(matrices: torch.Tensor, order: NDArray[np.int64]) -> torch.Tensor:
+    import torch
+
+    return matrices.flatten(1).index_select(1, torch.from_numpy(order).to(matrices.device))

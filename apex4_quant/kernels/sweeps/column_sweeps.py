@@ -2,7 +2,8 @@
 
 What gptq.py and coordinate_descent.py do by operations of PyTorch is a dozen launches a column, tens of thousands of columns
 a layer. Matrices are transposed as there: a column of the weight is a row of n. Operands: cuda/sweeps/gptq_sweep.cu,
-cuda/sweeps/descent_sweep.cu.
+cuda/sweeps/descent_sweep.cu; of codes that are worth the numbers of a grid (folded_grid.py), cuda/sweeps/gptq_grid_sweep.cu,
+cuda/sweeps/descent_grid_sweep.cu.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ...format.number_format import BLOCK, CODE_MAX, WEIGHT_SCALE_MAX, WEIGHT_SC
 from .. import dispatch
 from ..runtime import launcher
 from ..runtime.configuration import Configuration
-from .configs import DESCENT, GPTQ, WARPS
+from .configs import DESCENT, DESCENT_GRID, GPTQ, GPTQ_GRID, WARPS
 
 
 def run_on(device: torch.device) -> bool:
@@ -54,6 +55,29 @@ def descend_columns(
     """Visit codes float32 [128, n] with their `slope` by their block of H [128, 128]: changes both, writes `change`."""
     n, ld = codes.shape[1], _leading(hessian, codes, change, slope, curvature, step)
     _launch(DESCENT, n, (n, ld, added), codes, change, slope, hessian, curvature, step)
+
+
+def round_columns_to_grid(
+    weights: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor, levels: torch.Tensor, factor: torch.Tensor
+) -> None:
+    """`round_columns` to what codes are worth: `levels` float32 [8, n], of the codes 0 to 7 of each row, not falling."""
+    n, ld = weights.shape[1], _leading(factor, weights, codes, errors, levels)
+    _launch(GPTQ_GRID, n, (n, ld), codes, errors, weights, factor, levels)
+
+
+def descend_columns_on_grid(
+    codes: torch.Tensor,
+    worth: torch.Tensor,
+    change: torch.Tensor,
+    slope: torch.Tensor,
+    hessian: torch.Tensor,
+    curvature: torch.Tensor,
+    levels: torch.Tensor,
+    added: float,
+) -> None:
+    """`descend_columns` by what codes are worth, float32 [128, n], which changes too; `change` is that of it."""
+    n, ld = codes.shape[1], _leading(hessian, codes, worth, change, slope, curvature, levels)
+    _launch(DESCENT_GRID, n, (n, ld, added), codes, worth, change, slope, hessian, curvature, levels)
 
 
 def _leading(block: torch.Tensor, *others: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The kernels of rounding.py and divergence.py. Torch-free, for who only compiles them."""
+"""The kernels of ops.py. Torch-free, for who only compiles them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from ..runtime.configuration import Configuration
 
 WARPS = 8  # of a thread block, a group each
 DIVERGENCE_THREADS = 512
+FEEDBACK_WARPS, FEEDBACK_TILE_ROWS = 4, 16  # of a thread block; rows of a warp
 
 
 def rounding_config(entry: str, float32: bool) -> Configuration:
@@ -13,6 +14,15 @@ def rounding_config(entry: str, float32: bool) -> Configuration:
     source = f"training/{entry.removesuffix('_back')}.cu"
     defines: dict[str, int | str] = {"APEX4_FLOAT32": int(float32)}
     return Configuration(f"{entry}{_suffix(float32)}", source, f"apex4_{entry}", defines)
+
+
+def feedback_config(float32: bool) -> Configuration:
+    name = f"round_activation_feedback{_suffix(float32)}"
+    # Of the quantizers' headers it takes the rounding alone: the input and the format of codes are any that they have.
+    defines: dict[str, int | str] = {
+        "APEX4_FLOAT32": int(float32), "APEX4_BF16": 0, "APEX4_INPUT": 0, "APEX4_FORMAT": 80,
+    }  # fmt: skip
+    return Configuration(name, "training/round_feedback.cu", "apex4_round_activation_feedback", defines)
 
 
 def divergence_config(float32: bool, whole: bool) -> Configuration:
@@ -31,5 +41,6 @@ def all_configs(sm: int) -> list[Configuration]:
     entries = ("round_activation", "round_activation_back", "round_weight", "round_weight_back")
     return [
         *(rounding_config(entry, float32) for entry in entries for float32 in (False, True)),
+        *(feedback_config(float32) for float32 in (False, True)),
         *(divergence_config(float32, whole) for float32 in (False, True) for whole in (True, False)),
     ]

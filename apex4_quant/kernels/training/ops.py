@@ -1,7 +1,7 @@
 """What distillation computes with kernels: rounding with gradients, and the divergence of predictions with its gradient.
 
 By operations of PyTorch each is a dozen passes over its tensor in float32. Tensors are contiguous, and a model's are bfloat16 or
-float32. Operands, and what is computed: cuda/training/round_activation.cu, round_weight.cu, divergence.cu.
+float32. Operands, and what is computed: cuda/training/round_activation.cu, round_feedback.cu, round_weight.cu, divergence.cu.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import torch
 from ...format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX
 from .. import dispatch
 from ..runtime import launcher
-from .configs import DIVERGENCE_THREADS, WARPS, divergence_config, rounding_config
+from .configs import (
+    DIVERGENCE_THREADS,
+    FEEDBACK_TILE_ROWS,
+    FEEDBACK_WARPS,
+    WARPS,
+    divergence_config,
+    feedback_config,
+    rounding_config,
+)
 
 Kinds = tuple[type[ctypes.c_int] | type[ctypes.c_int64] | type[ctypes.c_float], ...]
 _COUNTS_OF_GROUPS: Kinds = (ctypes.c_int64, ctypes.c_int)
@@ -34,15 +42,36 @@ def round_activation(y: torch.Tensor, log_clip: torch.Tensor, group: int, code_m
     return out
 
 
+def round_activation_with_feedback(y: torch.Tensor, log_clip: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
+    """As `round_activation`, 4-bit codes in groups of 128; `feedback` float16 [K / 128, 7168] is prepacked G
+    (quantize/configs.py, prepack_feedback)."""
+    blocks = y.shape[-1] // BLOCK
+    assert feedback.shape[0] == blocks and feedback.dtype is torch.float16
+    out = torch.empty_like(y)
+    _launch(
+        _feedback(_is_float32(y.dtype), y.device.index or 0, _groups(y, BLOCK) // blocks, blocks),
+        out,
+        y,
+        feedback,
+        log_clip,
+    )
+    return out
+
+
 def round_activation_back(
-    y: torch.Tensor, log_clip: torch.Tensor, gradient: torch.Tensor, group: int, code_max: int
+    y: torch.Tensor,
+    log_clip: torch.Tensor,
+    gradient: torch.Tensor,
+    rounded: torch.Tensor | None,
+    group: int,
+    code_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of y, as y, and of log_clip, float32 []."""
+    """The gradients of y, as y, and of log_clip, float32 []. `rounded` is what was made of y with feedback, if it was."""
     by_y = torch.empty_like(y)
     by_clip = torch.empty(_groups(y, group), dtype=torch.float32, device=y.device)
     kinds = (*_COUNTS_OF_GROUPS, ctypes.c_float, ctypes.c_float)
     numbers = (_groups(y, group), group, float(code_max), ACTIVATION_SCALE_MIN)
-    _round("round_activation_back", y.dtype, kinds, numbers, by_y, by_clip, y, log_clip, gradient)
+    _round("round_activation_back", y.dtype, kinds, numbers, by_y, by_clip, y, log_clip, gradient, rounded)
     return by_y, by_clip.sum()
 
 
@@ -105,6 +134,17 @@ def _rounding(
     kernel = launcher.kernel(config.source, config.entry, config.defines, device)
     grid = -(-int(numbers[0]) // WARPS)
     return kernel.bind((grid, 1, 1), 32 * WARPS, pointers, _typed(kinds, numbers))
+
+
+@cache
+def _feedback(float32: bool, device: int, rows: int, blocks: int) -> launcher.Launch:
+    config = feedback_config(float32)
+    kernel = launcher.kernel(config.source, config.entry, config.defines, device)
+    grid = blocks, -(-rows // (FEEDBACK_TILE_ROWS * FEEDBACK_WARPS)), 1
+    kinds: Kinds = (ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_float)
+    return kernel.bind(
+        grid, 32 * FEEDBACK_WARPS, 4, _typed(kinds, (rows, blocks, float(CODE_MAX), ACTIVATION_SCALE_MIN))
+    )
 
 
 @cache

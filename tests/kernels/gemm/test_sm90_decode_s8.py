@@ -20,7 +20,10 @@ from ... import cuda_on_cpu
 from ...kernel_cases import fused_s8, s8
 
 CONFIGS = {config.tile_name: config for config in all_configs(90) if config.few_tokens and config.out == "bf16"}
-WIDE = next(config for config in CONFIGS.values() if config.tiles_n == 2)
+WIDE, MOST = (
+    next(config for config in CONFIGS.values() if (config.tile_m, config.tiles_n) == (rows, 2)) for rows in (32, 64)
+)
+MOST_BY_64 = next(config for config in CONFIGS.values() if (config.tile_m, config.tiles_n) == (64, 1))
 M8, M16 = (next(config for config in CONFIGS.values() if config.tile_m == rows) for rows in (8, 16))
 UNTOUCHED = 12345.0
 MULTIPROCESSORS = 2  # a thread block takes several tiles
@@ -32,6 +35,8 @@ CASES: list[Case] = [
     (M16, 17, 136, 6, 3, 0),
     (WIDE, 33, 300, 17, 1, 4),
     (WIDE, 20, 128, 3, 3, 3),
+    (MOST, 61, 300, 11, 1, 4),
+    (MOST_BY_64, 40, 136, 14, 2, 0),
 ]
 
 
@@ -126,8 +131,16 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Case]] = {
     "a block past the end": ((KERNEL, "block + part < p.k_blocks ? ratios : 0", "ratios"), (M8, 3, 64, 5, 1, 0)),
     "where sums start": ((KERNEL, "START_VALUE = 12582912.0f", "START_VALUE = 12582911.0f"), CASES[1]),
     "order of the tokens' codes": (("exact_fragments.cuh", "0x6420", "0x6240"), CASES[1]),
+    "inputs in their order": (("exact_fragments.cuh", "0x5140", "0x4150"), CASES[4]),
+    "inputs 16 further": (("exact_fragments.cuh", "0x7362", "0x6372"), CASES[5]),
+    "a stage that wgmma leaves late": ((KERNEL, "wait<0>();\n          if (ptx::elect_one())", "wait<0>();\n          if (false)"), CASES[4]),
+    "a step's codes": ((KERNEL, "codes + (32 * step >> 4)", "codes"), CASES[4]),
+    "sums of a step": ((KERNEL, "(32 * step >> 4)), step > 0)", "(32 * step >> 4)), step > 1)"), CASES[5]),
+    "ratios of a tile": ((KERNEL, "p.k_blocks ? ratios[t] : 0", "p.k_blocks ? ratios[0] : 0"), CASES[4]),
+    "a block of wgmma past the end": ((KERNEL, "p.k_blocks ? ratios[t] : 0", "p.k_blocks + 1 ? ratios[t] : 0"), CASES[4]),
+    "whose tokens": ((KERNEL, "a_codes) + part * TILE_M * BLOCK);", "a_codes));"), CASES[5]),
     "sums of others": ((SHARED, "other < PARTS - 1; ++other", "other < PARTS - 2; ++other"), CASES[0]),
-    "a stage that is left late": ((KERNEL, "if (ptx::elect_one()) ptx::barrier_arrive(stage", "if (false) ptx::barrier_arrive(stage"), CASES[0]),
+    "a stage that is left late": ((KERNEL, "__syncwarp();\n      if (ptx::elect_one())", "__syncwarp();\n      if (false)"), CASES[0]),
     "the ring's parity": ((SHARED, "parity ^= 1;\n  }\n};", "parity ^= 0;\n  }\n};"), CASES[0]),
     "edge": ((KERNEL, "vectors && column + 8 <= p.n", "vectors"), (M8, 3, 196, 4, 1, 4)),
 }  # fmt: skip

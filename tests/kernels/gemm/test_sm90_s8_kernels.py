@@ -20,6 +20,7 @@ from apex4_quant.kernels.gemm.configs import SHARED_LIMITS, PlanSource
 from apex4_quant.kernels.gemm.eight_bit import choose_eight_bit_gemm
 from apex4_quant.kernels.gemm.sm90_s8_configs import (
     FEW_TOKENS,
+    WARPGROUPS_FROM,
     Sm90S8Config,
     Sm90S8Plan,
     all_configs,
@@ -219,10 +220,15 @@ def test_it_compiles_without_spills_and_with_little_to_do_for_a_group(config: Sm
     loop = sass.count(sass.main_loop(function))
     if (
         config.few_tokens
-    ):  # a group's sums are scaled: one FADD and one FFMA, and two FADD for the ratios of both rows of a tile
+    ):  # a group's sums are scaled: one FFMA each, and two FADD for the ratios of both rows of a tile
         tiles = config.tiles_n
         assert loop.classes["ffma"] == loop.products == config.tile_m / 2 * tiles
-        assert loop.classes["fadd"] == loop.products + 2 * tiles
+        if config.tile_m >= WARPGROUPS_FROM:  # and one I2F
+            assert loop.classes["i2f"] == loop.products and loop.classes["fadd"] == 2 * tiles
+            assert loop.opcodes[f"IGMMA.64x{config.tile_m}x32.S8.S8"] == 4 * tiles
+            assert not {"fmul", "convert", "half", "spill"} & set(loop.classes)
+            return
+        assert loop.classes["fadd"] == loop.products + 2 * tiles  # and one FADD
         assert (
             loop.opcodes["IMMA.16832.S8.S8"] == config.tile_m / 2 * tiles
             and loop.opcodes["LDSM.16.M88.4"] == config.tile_m / 4

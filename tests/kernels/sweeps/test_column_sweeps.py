@@ -61,6 +61,17 @@ def test_kernels_do_what_operations_of_pytorch_do(
     assert sources == ["sweeps/gptq_sweep.cu"] * 2 * blocks + ["sweeps/descent_sweep.cu"] * 3 * blocks
 
 
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_kernels_round_to_a_grid_as_operations_of_pytorch_do(
+    shape: tuple[int, int, Any], cpu_launcher: Any, sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_with(cpu_launcher, sources, monkeypatch)
+    kernel_cases.check(*shape, CPU, seed=1, bits=8)
+    blocks = shape[1] // 128
+    gptq = ["sweeps/gptq_sweep.cu"] * blocks + ["sweeps/gptq_grid_sweep.cu"] * blocks
+    assert sources == gptq * 2 + ["sweeps/descent_grid_sweep.cu"] * 3 * blocks
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_check_of_hessians_passes_on_a_cpu(dtype: torch.dtype) -> None:
     kernel_cases.check_hessian(dtype, CPU, seed=1)
@@ -74,6 +85,12 @@ MUTATIONS = {
     "first ratio": ("gptq_sweep.cu", "error < least", "error > least"),
     "damping": ("descent_sweep.cu", "__fmaf_rn(-added, moved, gradient[c])", "gradient[c]"),
     "change": ("descent_sweep.cu", "(code[c] - before[c]) * scale", "(code[c] - before[c])"),
+    "grid: another column's error": ("gptq_grid_sweep.cu", "subtract(w, u, error)", "subtract(w, u, value)"),
+    "grid: bound": ("column_sweep.cuh", "(grid.level[i + 1] + grid.level[i]) * 0.5f", "grid.level[i]"),
+    "grid: sign": ("column_sweep.cuh", "value < 0.0f ? -worth : worth", "worth"),
+    "grid: worth": ("descent_grid_sweep.cu", "const float moved = code.worth - now", "const float moved = code.number - now"),
+    "grid: damping": ("descent_grid_sweep.cu", "__fmaf_rn(-added, moved, gradient[c])", "gradient[c]"),
+    "grid: change": ("descent_grid_sweep.cu", "before[c] = after[c] - before[c]", "before[c] = after[c]"),
     "slope": ("descent_sweep.cu", "subtract(gradient, h, moved)", "subtract(gradient, h, -moved)"),
 }  # fmt: skip
 
@@ -86,4 +103,4 @@ def test_a_changed_line_is_noticed(name: str, sources: list[str], monkeypatch: p
     launch_with(changed, sources, monkeypatch)
     monkeypatch.setattr(kernel_cases, "DAMPING", 0.5)  # so much that to forget it changes codes
     with pytest.raises(AssertionError):
-        kernel_cases.check(37, 384, 128, CPU, seed=1)
+        kernel_cases.check(37, 384, 128, CPU, seed=1, bits=8 if name.startswith("grid") else 4)

@@ -18,6 +18,7 @@ from ..conftest import compiled
 
 CPU = torch.device("cpu")
 SMALL_ACTIVATIONS = [case for case in kernel_cases.ACTIVATIONS if case[0] < 100]
+SMALL_FEEDBACK = [case for case in kernel_cases.WITH_FEEDBACK if case[0] < 100]
 SMALL_WEIGHTS = [case for case in kernel_cases.WEIGHTS if case[0] < 100]
 SMALL_VOCABULARIES = [case for case in kernel_cases.VOCABULARIES if case[1] < 2000]
 
@@ -39,14 +40,14 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch, edits: Any = ()) -> None:
     monkeypatch.setattr(ops, "run_on", lambda device: True)
     monkeypatch.setattr(ops, "_stream", lambda device: 0)
     monkeypatch.setattr(launcher, "kernel", lambda source, entry, *rest: of_cpu.kernel(source, entry, *rest))
-    for kept in (ops._rounding, ops._divergence):
+    for kept in (ops._rounding, ops._feedback, ops._divergence):
         kept.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def forget_kernels() -> Any:
     yield
-    for kept in (ops._rounding, ops._divergence):
+    for kept in (ops._rounding, ops._feedback, ops._divergence):
         kept.cache_clear()
 
 
@@ -55,6 +56,13 @@ def forget_kernels() -> Any:
 def test_activations(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     run_kernels(monkeypatch)
     kernel_cases.check_activation(*case, dtype, CPU, seed=1)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL_FEEDBACK, ids=str)
+def test_feedback(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_kernels(monkeypatch)
+    kernel_cases.check_feedback(*case, dtype, CPU, seed=1)
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
@@ -76,6 +84,9 @@ MUTATIONS = {
     "first of equals": ("round_activation.cu", "other_place < place", "other_place > place"),
     "clip": ("round_activation.cu", "by_clip[group] = by_scale * scale", "by_clip[group] = by_scale"),
     "sign of the largest": ("round_activation.cu", "largest < 0.0f ? -1.0f : 0.0f", "largest < 0.0f ? 1.0f : 0.0f"),
+    "codes with feedback": ("round_activation.cu", "__fdiv_rn(made[i], scale) : ratio", "ratio : ratio"),
+    "the step": ("round_feedback.cu", "feedback_fragment_byte(step, pair, lane)", "feedback_fragment_byte(step, 0, lane)"),
+    "the scale": ("round_feedback.cu", "expf(*log_clip) / code_max", "1.0f / code_max"),
     "gradient of scales": ("round_weight.cu", "sum = fmaf(g[i], code_of(x[i], code_max), sum)", "sum += g[i]"),
     "rounding of folded weights": ("round_weight.cu", "folding, 128.0f) / 256.0f", "folding, 0.0f) / 256.0f"),
     "shrinking": ("divergence.cu", "exponentials *= shrink, differences *= shrink", "exponentials *= shrink"),
@@ -88,7 +99,9 @@ def test_a_changed_line_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     run_kernels(monkeypatch, [MUTATIONS[name]])
     monkeypatch.setattr(kernel_cases, "DIFFERENT", 0)
     with pytest.raises(AssertionError):
-        if MUTATIONS[name][0] == "round_activation.cu":
+        if name == "codes with feedback" or MUTATIONS[name][0] == "round_feedback.cu":
+            kernel_cases.check_feedback(*SMALL_FEEDBACK[1], torch.float32, CPU, seed=1)
+        elif MUTATIONS[name][0] == "round_activation.cu":
             kernel_cases.check_activation(*SMALL_ACTIVATIONS[1], torch.float32, CPU, seed=1)
         elif MUTATIONS[name][0] == "round_weight.cu":
             kernel_cases.check_weight(*SMALL_WEIGHTS[1], torch.float32, CPU, seed=1)

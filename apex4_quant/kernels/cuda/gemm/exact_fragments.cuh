@@ -21,6 +21,18 @@ __device__ __forceinline__ void widen(uint32 (&a)[4], uint32 first, uint32 secon
   widen(second, a[1], a[3]);
 }
 
+// The same with inputs in their order, for tokens' codes that are read as they are: those of k = 4q .. 4q+3, and 16 further.
+__device__ __forceinline__ void widen_in_order(uint32 word, uint32& near, uint32& far) {
+  uint32 even, odd;
+  widen(word, even, odd);
+  near = ptx::permute_bytes(even, odd, 0x5140);
+  far = ptx::permute_bytes(even, odd, 0x7362);
+}
+__device__ __forceinline__ void widen_in_order(uint32* a, uint32 first, uint32 second) {
+  widen_in_order(first, a[0], a[2]);
+  widen_in_order(second, a[1], a[3]);
+}
+
 // The B fragment of one k32 step, from the registers that ldmatrix gives.
 __device__ __forceinline__ void reorder(uint32& b0, uint32& b1) {
   const uint32 even = ptx::permute_bytes(b0, b1, 0x6420), odd = ptx::permute_bytes(b0, b1, 0x7531);

@@ -6,6 +6,8 @@
 // A warp multiplies 16 outputs of each of TILES tiles of weights by TILE_M tokens with mma.m16n8k32: its sums of a group start at
 // 1.5 * 2^23 as bits, a constant operand, so that they are floats when they are done, off by that number. 16 * 127 * 7 * 128 < 2^22
 // keeps them exact. With 32 tokens and more two tiles of weights share what is read of the tokens, from L2 and from shared memory.
+// With 64 tokens a warpgroup multiplies 64 outputs of each of TILES tiles with wgmma, which reads the tokens from shared memory once
+// for four warps; its sums become floats by I2F.
 //
 // Two kernels, by the macro QUANTIZES:
 //   0, apex4_gemm: arguments as gemm_sm90_s8.cu has them; `partial`, `counter` and `span` are not used.
@@ -24,8 +26,13 @@
 #include "gemm/exact_fragments.cuh"
 #include "gemm/gemm_sm90_s8.cuh"
 
+constexpr bool BY_WARPGROUPS = TILE_M == 64;                // wgmma
+[[maybe_unused]] constexpr int CODES_ALIGNMENT = BY_WARPGROUPS ? 1024 : 128;  // what its swizzle needs
 constexpr int COPYING_WARPS = QUANTIZES ? 1 : 2;
-constexpr int THREADS = WARPGROUP * PARTS + 32 * COPYING_WARPS;
+// Registers are handed from one warpgroup to others, so that those that copy are a whole one then.
+constexpr int THREADS = WARPGROUP * PARTS + (BY_WARPGROUPS ? WARPGROUP : 32 * COPYING_WARPS);
+constexpr int LAUNCH_REGISTERS = PARTS == 2 ? 168 : 96, COPYING_REGISTERS = PARTS == 2 ? 24 : 32, OTHER_REGISTERS = PARTS == 2 ? 240 : 112;
+static_assert(COPYING_REGISTERS + PARTS * OTHER_REGISTERS == (PARTS + 1) * LAUNCH_REGISTERS, "registers of a thread block");
 constexpr int LANE_SUMS = TILES * SUMS, VECTORS = LANE_SUMS / 4;
 static_assert(TILES * WEIGHT_TILE_N <= WARPGROUP, "a thread asks for an output's factors");
 static_assert(TILE_M % 8 == 0 && TILE_M <= 64, "tokens of an mma, and registers");
@@ -41,7 +48,7 @@ constexpr int PREPARED = 5;                    // all threads: the other barrier
 // PARTS consecutive blocks of 128 inputs, one for each warpgroup.
 struct Stage {
 #if !QUANTIZES
-  alignas(128) uint8 a_codes[PARTS][TILE_M * BLOCK];
+  alignas(CODES_ALIGNMENT) uint8 a_codes[PARTS][TILE_M * BLOCK];
 #endif
   alignas(128) uint8 w_packed[TILES][PARTS][WEIGHT_TILE_BYTES];
   unsigned short w_ratio[TILES][PARTS][WEIGHT_TILE_N];
@@ -140,9 +147,17 @@ struct Consumer {
                        __uint_as_float(ptx::permute_bytes(ratios, BITS, 0x7632)) - 8388608.0f);
   }
 
+  // Of tile t of a stage's weights: this lane's words of a half, and its ratios.
+  __device__ __forceinline__ uint4 words_of(uint32 stage, int t, int half) const {
+    return ptx::shared_read_128(stage + w_lane + t * PARTS * WEIGHT_TILE_BYTES + sm90_weight_byte(half, 0, 0));
+  }
+  __device__ __forceinline__ uint32 ratios_of(uint32 stage, int t) const {
+    return ptx::shared_read_32(stage + ratio_lane + t * PARTS * WEIGHT_SCALE_BYTES);
+  }
+
   // This tile's blocks of this warpgroup. The ratio of a block that does not exist is zero, and its sums, of whatever stands there, are
   // finite: 16 * 8 * 128 * 128 < 2^22, too.
-  __device__ __forceinline__ void multiply(float (&acc)[LANE_SUMS], const Problem& p, const Share& share) {
+  __device__ __forceinline__ void multiply_by_warps(float (&acc)[LANE_SUMS], const Problem& p, const Share& share) {
     constexpr int START = 0x4b400000;  // the bits of 1.5 * 2^23
     constexpr float START_VALUE = 12582912.0f;
     const int start[4] = {START, START, START, START};
@@ -156,14 +171,13 @@ struct Consumer {
       float2 ratio[TILES];
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-        const uint32 w_smem_rd = stage + w_lane + t * PARTS * WEIGHT_TILE_BYTES;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint4 words = ptx::shared_read_128(w_smem_rd + sm90_weight_byte(half, 0, 0));
+          const uint4 words = words_of(stage, t, half);
           widen(a[t][2 * half], words.x, words.y);
           widen(a[t][2 * half + 1], words.z, words.w);
         }
-        const uint32 ratios = ptx::shared_read_32(stage + ratio_lane + t * PARTS * WEIGHT_SCALE_BYTES);
+        const uint32 ratios = ratios_of(stage, t);
         ratio[t] = as_floats(block + part < p.k_blocks ? ratios : 0);
       }
 #pragma unroll
@@ -188,6 +202,66 @@ struct Consumer {
       ring.next();
       tokens.next();
     }
+  }
+
+#if !QUANTIZES
+  // The same with wgmma. While one tile's products are in the tensor cores, the next one's weights are widened, or the sums of the one
+  // before are scaled.
+  __device__ __forceinline__ void multiply_by_warpgroups(float (&acc)[LANE_SUMS], const Problem& p, const Share& share) {
+#pragma unroll 1
+    for (int block = share.first_block(); block < p.k_blocks; block += share.step()) {
+      const uint32 stage = ring.stage;
+      const uint32 codes = ptx::descriptor_address(stage + offsetof(Stage, a_codes) + part * TILE_M * BLOCK);
+      int sum[TILES][SUMS];
+      uint32 ratios[TILES];
+      ptx::barrier_wait(stage + offsetof(Stage, full), ring.parity);
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+        uint32 a[16];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4 words = words_of(stage, t, half);
+          widen_in_order(a + 8 * half, words.x, words.y);
+          widen_in_order(a + 8 * half + 4, words.z, words.w);
+        }
+        ratios[t] = ratios_of(stage, t);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i]));  // operands are written before the fence
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < BLOCK / 32; ++step) {
+          ptx::Wgmma<TILE_M>::s8(sum[t], a + 4 * step, ptx::wgmma_descriptor(codes + (32 * step >> 4)), step > 0);
+        }
+        ptx::wgmma_commit();
+      }
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+        const float2 ratio = as_floats(block + part < p.k_blocks ? ratios[t] : 0);
+        if (t < TILES - 1) {
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+          if (ptx::elect_one()) ptx::barrier_arrive(stage + offsetof(Stage, empty));
+        }
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) asm volatile("" : "+r"(sum[t][i])::"memory");  // not before the wait
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) {
+          float& to = acc[t * SUMS + i];
+          to = __fmaf_rn(__int2float_rn(sum[t][i]), i & 2 ? ratio.y : ratio.x, to);
+        }
+      }
+      ring.next();
+    }
+  }
+  static_assert(!BY_WARPGROUPS || TILES <= 2, "products that are waited for");
+#endif
+
+  __device__ __forceinline__ void multiply(float (&acc)[LANE_SUMS], const Problem& p, const Share& share) {
+#if !QUANTIZES
+    if (BY_WARPGROUPS) return multiply_by_warpgroups(acc, p, share);
+#endif
+    multiply_by_warps(acc, p, share);
   }
 
   __device__ __forceinline__ void run(const Problem& p, Shared& s, const Share& share) {
@@ -337,8 +411,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Share share;
   if (share.ranks > 1) ptx::cluster_arrive();
   if (warp < 4 * PARTS) {
+    if (BY_WARPGROUPS) ptx::more_registers<OTHER_REGISTERS>();
     Consumer(s, warp / 4, Tokens(warp / 4)).run(given, s, share);
   } else {
+    if (BY_WARPGROUPS) ptx::fewer_registers<COPYING_REGISTERS>();
     if (warp == 4 * PARTS + WEIGHTS) Producer<WEIGHTS>{Ring(s)}.run(given, share);
     if (warp == 4 * PARTS + CODES) Producer<CODES>{Ring(s)}.run(given, share);
     if (share.ranks > 1) ptx::cluster_wait();

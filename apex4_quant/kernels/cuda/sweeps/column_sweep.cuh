@@ -1,4 +1,4 @@
-// What gptq_sweep.cu and descent_sweep.cu share: 128 columns of one row of a weight in the registers of a warp.
+// What the sweeps share: 128 columns of one row of a weight in the registers of a warp.
 #pragma once
 
 constexpr int WARPS = 16;   // rows of a CTA: neighbours in memory, so that together they read whole sectors
@@ -8,6 +8,36 @@ constexpr float CODE_MAX = 7.0f;
 
 // Half to even, as PyTorch rounds.
 __device__ __forceinline__ float code_of(float quotient) { return fminf(fmaxf(rintf(quotient), -CODE_MAX), CODE_MAX); }
+
+// What the codes of a row are worth, where that is no multiple of a scale; and where the next code begins to be nearer.
+constexpr int LEVELS = 8;
+struct Grid {
+  float level[LEVELS], bound[LEVELS - 1];
+};
+struct Code {
+  float number, worth;
+};
+
+// Of `levels`, float32 [8, n].
+__device__ __forceinline__ Grid grid_of(const float* levels, int n, int row) {
+  Grid grid;
+#pragma unroll
+  for (int i = 0; i < LEVELS; ++i) grid.level[i] = levels[static_cast<long long>(i) * n + row];
+#pragma unroll
+  for (int i = 0; i + 1 < LEVELS; ++i) grid.bound[i] = (grid.level[i + 1] + grid.level[i]) * 0.5f;
+  return grid;
+}
+
+// Of two that are as near, and of several that are worth the same, the smaller.
+__device__ __forceinline__ Code nearest(const Grid& grid, float value) {
+  const float size = fabsf(value);
+  float number = 0.0f, worth = grid.level[0];
+#pragma unroll
+  for (int i = 0; i + 1 < LEVELS; ++i) {
+    if (size > grid.bound[i]) number = i + 1.0f, worth = grid.level[i + 1];
+  }
+  return {value < 0.0f ? -number : number, value < 0.0f ? -worth : worth};
+}
 
 // Of `rows`, float32 [128, n].
 __device__ __forceinline__ void load_columns(float (&own)[COLUMNS], const float* rows, int n, int row, int lane) {

@@ -6,7 +6,8 @@
 //
 // Operands of the way there:   out, y Element [groups, length]; log_clip float32, one; groups, length, code_max, scale_min
 // Operands of the way back:    by_y Element [groups, length], by_clip float32 [groups] (to be summed), both written;
-//                              y, log_clip as above; gradient Element [groups, length]; the numbers as above
+//                              y, log_clip as above; gradient Element [groups, length]; rounded Element [groups, length], what
+//                              round_feedback.cu made of y, whose codes are not round(r), or null; the numbers as above
 // length is a multiple of 128; everything is aligned to four elements. Grid: (ceil(groups / WARPS)), 32 WARPS threads.
 // Macro: APEX4_FLOAT32 (elements.cuh).
 #include "training/elements.cuh"
@@ -39,12 +40,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     apex4_round_activation_back(Element* by_y, float* by_clip, const Element* y, const float* log_clip,
-                                const Element* gradient, int64 groups, int length, float code_max, float scale_min) {
+                                const Element* gradient, const Element* rounded, int64 groups, int length, float code_max,
+                                float scale_min) {
   const int64 group = static_cast<int64>(blockIdx.x) * WARPS + (threadIdx.x >> 5);
   if (group >= groups) return;  // a whole warp
   const int lane = threadIdx.x & 31, first = WIDTH * lane;
   y += group * length, by_y += group * length, gradient += group * length;
-  float x[WIDTH], g[WIDTH], largest = 0.0f;  // with its sign
+  if (rounded != nullptr) rounded += group * length;
+  float x[WIDTH], g[WIDTH], made[WIDTH], largest = 0.0f;  // with its sign
   int place = 0;
   for (int at = first; at < length; at += SPAN) {
     load(x, y + at);
@@ -64,9 +67,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   for (int at = first; at < length; at += SPAN) {
     load(x, y + at);
     load(g, gradient + at);
+    if (rounded != nullptr) load(made, rounded + at);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-      const float ratio = __fdiv_rn(x[i], scale), code = code_of(ratio, code_max);
+      const float ratio = __fdiv_rn(x[i], scale);
+      const float code = code_of(rounded != nullptr ? __fdiv_rn(made[i], scale) : ratio, code_max);
       by_scale = fmaf(g[i], fabsf(ratio) <= code_max + 0.5f ? code - ratio : code, by_scale);
     }
   }
