@@ -73,6 +73,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "integrations/vllm/test_humming.py::test_stock_vllm_runs_it[demo*",
         "integrations/vllm/test_humming.py::test_stock_vllm_runs_it[phi3*",
         "integrations/vllm/test_humming.py::test_stock_vllm_runs_it[qwen3*",
+        "integrations/vllm/test_linears.py::*[8]",
         "integrations/vllm/test_published_model.py::*",
         "integrations/vllm/test_ties.py::test_codes_differ_at_ties_only[gemma*",
         "integrations/vllm/test_ties.py::test_codes_differ_at_ties_only[qwen3*",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ...conftest import locked
 from .generating import ENVIRONMENT, Generated, generate
 
 SIZES: dict[str, Any] = {
@@ -95,31 +96,58 @@ def _models() -> dict[str, Callable[[], Any]]:
 
 
 @pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """original(name) -> a seeded random model that is not quantized. Made once; read only."""
-    return cache(lambda name: _write(tmp_path_factory.mktemp(name), name))
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the models are made. APEX4_TEST_MODELS names a folder that keeps them: a GPU then need not wait for a slow CPU."""
+    kept = os.environ.get("APEX4_TEST_MODELS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory, original: Callable[[str], Path]) -> Callable[..., Path]:
-    """quantized(name, recipe, **settings) -> the checkpoint of `original(name)`, or of "demo". Made once; read only."""
-    made: dict[str, Path] = {}
-
-    def make(name: str, recipe: str = "rtn", **settings: Any) -> Path:
-        from apex4_quant import QuantizeSettings, quantize
-
-        key = f"{name}-{recipe}-{settings}"
-        if key not in made:
-            source = "demo" if name == "demo" else str(original(name))
-            made[key] = tmp_path_factory.mktemp("quantized") / name
-            small = {"target": "none", "samples": 2, "seq_len": 64, "device": "cpu"}
-            quantize(QuantizeSettings(model=source, recipe=recipe, **small | settings), made[key])
-        return made[key]
-
-    return make
+def original(models_folder: Path) -> Callable[[str], Path]:
+    """original(name) -> a seeded random model that is not quantized, or "demo". Made once; read only."""
+    return lambda name: original_model(models_folder, name)
 
 
-def _write(folder: Path, name: str) -> Path:
+@pytest.fixture(scope="session")
+def quantized(models_folder: Path) -> Callable[..., Path]:
+    """quantized(name, recipe, **settings) -> the checkpoint of `original(name)`. Made once; read only."""
+    return lambda name, recipe="rtn", **settings: quantized_model(models_folder, name, recipe, settings)
+
+
+def original_model(folder: Path, name: str) -> Path:
+    """The folder of the model, made in `folder` if it is not there."""
+    from apex4_quant.models.place import DEMO_PATH
+
+    if name == "demo":
+        return DEMO_PATH
+    return _made_once(folder / name, lambda out: _write(out, name))
+
+
+def quantized_model(folder: Path, name: str, recipe: str, settings: dict[str, Any]) -> Path:
+    """The folder of the checkpoint, made in `folder` if it is not there."""
+    from apex4_quant import QuantizeSettings, quantize
+
+    def make(out: Path) -> None:
+        source = "demo" if name == "demo" else str(original_model(folder, name))
+        small = {"target": "none", "samples": 2, "seq_len": 64, "device": "cpu"}
+        quantize(QuantizeSettings(model=source, recipe=recipe, **small | settings), out)
+
+    said = "-".join([name, recipe, *(f"{key}={value}" for key, value in settings.items())])
+    return _made_once(folder / re.sub(r"[^\w.=-]+", "_", said), make)
+
+
+def _made_once(path: Path, make: Callable[[Path], None]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f"{path.name}.lock")):
+        if not path.exists():
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(path)
+    return path
+
+
+def _write(folder: Path, name: str) -> None:
     from apex4_quant.models.families import FAMILIES
     from apex4_quant.models.place import DEMO_PATH
 
@@ -135,7 +163,6 @@ def _write(folder: Path, name: str) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_PATH / file, folder)
-    return folder
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from apex4_quant.kernels import torch_backend
 from apex4_quant.kernels.hadamard import apply_block_hadamard
 from apex4_quant.nn.linear import Apex4Linear
 
-from .generating import Generated, prompts
+from .generating import Generated, model_of, prompts
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 
@@ -50,8 +50,7 @@ def test_codes_differ_at_ties_only(
     theirs: dict[str, torch.Tensor] = {}
 
     def watch(llm: Any) -> None:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        for path, module in worker.model_runner.model.named_modules():
+        for path, module in model_of(llm).named_modules():
             parent, _, last = path.rpartition(".")
             if last in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
                 watched(module, f"{parent}.{FIRST.get(last, last)}", ours)
