@@ -319,7 +319,7 @@ def _rates_here(device: str, threads: int) -> tuple[Rates, Rates]:
 
 
 BEGINNING = 1.5  # seconds: the model without weights, the text as tokens
-BEGINNING_ON_GPU = 5.0  # seconds more: the GPU's own, its libraries', kernels that are loaded
+BEGINNING_ON_GPU = 9.0  # seconds more: the GPU's own, its libraries', kernels that are loaded; on a slow processor
 READING = 2e-9  # seconds a byte of weights: checksums, NaN, and once more layer by layer
 KEEPING = 1e-9  # seconds a byte of hidden states on the disk, most of which pass while the next layer is worked on
 WINDOW = 2048  # tokens, as by default: of others there are more or fewer
@@ -401,7 +401,9 @@ def seconds_by_part(
         portions = -(-experts.count(source.config) // experts_at_once)
         parts["portions"] = rates.linear * 2 * (portions - 1) * tokens * dense
     of_a_layer = sum(seconds for part, seconds in parts.items() if part != "files") / source.num_layers
-    parts["keeping"] = KEEPING * states + source.num_layers * max(0.0, KEEPING * states - of_a_layer)
+    # Nothing is worked on while those that enter the first layer are kept, and those that leave the last.
+    waited = max(0.0, KEEPING * states - of_a_layer)
+    parts["keeping"] = 2 * KEEPING * states + (source.num_layers - 1) * waited
     return parts
 
 
