@@ -190,6 +190,12 @@ _FEW_LATENCY = 3280.0
 _FEW_MEMORY, _FEW_L2, _FEW_ALONE = 24.0, 41.5, 33.0
 _FEW_TILE = 10.0  # of a tile's end, for each token by 64 outputs
 _FEW_ADDING = 2500.0  # of a cluster's sums
+# The same of tiles of 64 tokens, whose products are wgmma's (item 20): bytes a clock of a multiprocessor that reads alone, by the tiles of
+# weights side by side; a block's clocks at least; of a cluster's sums. For so few tokens the kernel for many takes longer than is modelled.
+_WARPGROUPS_ALONE = {1: 39.0, 2: 36.0}
+_WARPGROUPS_BLOCK = 290.0
+_WARPGROUPS_ADDING = 4500.0
+_MANY_FOR_FEW = 1.12
 
 
 def _clocks(plan: Sm90S8Plan) -> float:
@@ -201,13 +207,17 @@ def _clocks(plan: Sm90S8Plan) -> float:
         waves, own = -(-tiles // (sm_count // plan.cluster)), -(-k_blocks // plan.cluster)
         everything = weights + rows * BLOCK
         read_by_all = tiles * k_blocks / sm_count * max(weights / _FEW_MEMORY, everything / _FEW_L2)
-        a_tile = _FEW_TILE * config.tile_m * config.tile_n / KERNEL_TILE_N + (plan.cluster - 1) * _FEW_ADDING
-        return _FEW_LATENCY + max(read_by_all, waves * own * everything / _FEW_ALONE) + waves * a_tile
+        alone, adding = everything / _FEW_ALONE, _FEW_ADDING
+        if config.tile_m >= WARPGROUPS_FROM:
+            alone, adding = max(everything / _WARPGROUPS_ALONE[config.tiles_n], _WARPGROUPS_BLOCK), _WARPGROUPS_ADDING
+        a_tile = _FEW_TILE * config.tile_m * config.tile_n / KERNEL_TILE_N + (plan.cluster - 1) * adding
+        return _FEW_LATENCY + max(read_by_all, waves * own * alone) + waves * a_tile
     # Activations are re-read by every column of tiles, mostly from L2, which has about three times the bandwidth.
     a_block = max(_BLOCK[config.tile_m], (weights + rows * BLOCK / 6) / _BYTES_PER_CLOCK)
+    slower = _MANY_FOR_FEW if plan.m <= FEW_TOKENS else 1.0
     if plan.span:
-        return _LATENCY + plan.span * a_block + _SPANS[0] + _SPANS[1] * config.tile_m
-    return _LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m])
+        return slower * (_LATENCY + plan.span * a_block + _SPANS[0] + _SPANS[1] * config.tile_m)
+    return slower * (_LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m]))
 
 
 def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[Sm90S8Plan]:
