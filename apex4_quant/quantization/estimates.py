@@ -37,6 +37,7 @@ from .layer import MEASURED_ROWS
 from .memory import MemoryAccount, MemoryEstimate, Windows, fit
 from .plan import Plan, PlannedLinear, plan_as_dict, plan_of
 from .predictions import GRADIENT_TOKENS, gradient_bytes_on_disk
+from .run_state import seconds_to_keep
 from .settings import QuantizeSettings, ResolvedSettings
 
 
@@ -400,10 +401,12 @@ def seconds_by_part(
         dense = sum(linear.elements for linear in linears if expert_of(linear.name) is None)
         portions = -(-experts.count(source.config) // experts_at_once)
         parts["portions"] = rates.linear * 2 * (portions - 1) * tokens * dense
-    of_a_layer = sum(seconds for part, seconds in parts.items() if part != "files") / source.num_layers
-    # Nothing is worked on while those that enter the first layer are kept, and those that leave the last.
-    waited = max(0.0, KEEPING * states - of_a_layer)
-    parts["keeping"] = 2 * KEEPING * states + (source.num_layers - 1) * waited
+    work = sum(seconds for part, seconds in parts.items() if part != "files")
+    # Those that enter the first layer are kept while nothing is worked on, others meanwhile, and not behind every layer.
+    waited = max(0.0, KEEPING * states - work / source.num_layers)
+    apart = seconds_to_keep() - waited  # of work, from one keeping to the next
+    often = min(source.num_layers - 1, work / apart) if apart > 0 else source.num_layers - 1
+    parts["keeping"] = KEEPING * states + often * waited
     return parts
 
 

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -38,7 +36,6 @@ from .. import __version__
 from ..distributed.agreement import settings_here, versions_here
 from ..distributed.group import Group
 from ..distributed.shares import Share
-from ..environment import KEEP_EVERY, SECONDS_TO_KEEP
 from ..errors import Apex4Error, Stopped, UsageError
 from ..format.quant_config import QuantConfig
 from ..format.storage import (
@@ -70,7 +67,7 @@ from .layer import LayerQuantizer, return_free_memory
 from .memory import MemoryAccount, Windows, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
-from .run_state import OutputFolder, RunState, Streams, stored_settings
+from .run_state import OutputFolder, RunState, Streams, seconds_to_keep, stored_settings
 from .settings import QuantizeSettings, ResolvedSettings, require_same
 
 
@@ -173,7 +170,7 @@ def quantize(
     """
     started = time.perf_counter()
     progress, group = progress or Progress(), group or Group()
-    keep_every = _seconds_to_keep()
+    keep_every = seconds_to_keep()
     out = Path(out)
     found = OutputFolder.look(out) if resume else OutputFolder.EMPTY
     if found in (OutputFolder.RUN, OutputFolder.CHECKPOINT):
@@ -266,17 +263,6 @@ def _seen_here(recorded: Mapping[str, Any], found: OutputFolder, runner: LayerRu
         **{name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in recorded["inputs"].items()},
         **settings_here({name: value for name, value in recorded.items() if name not in ("inputs", "apex4_version")}),
     }
-
-
-def _seconds_to_keep() -> float:
-    text = os.environ.get(KEEP_EVERY, str(SECONDS_TO_KEEP))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise UsageError(f"{KEEP_EVERY} is {text!r}: give a number of seconds, 0 or more")
-    return seconds
 
 
 def _state(
@@ -535,12 +521,16 @@ class _Run:
             for before in range(layer - len(layers), layer):
                 self._drop_states(before)
 
+        def keep_and_commit() -> None:
+            keep()
+            commit()
+
         if self.streamed:  # what is on the disk already is only renamed
             keep()
             self.group.barrier()
             commit()
         elif self.group.size == 1:
-            self.background.start(lambda: (keep(), commit())[-1])
+            self.background.start(keep_and_commit)
         else:  # processes agree on a commit
             self.background.start(keep)
             self.waiting = commit

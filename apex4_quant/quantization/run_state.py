@@ -20,6 +20,8 @@ windows 64 to 127, and any number of others can read them. All else is written b
 from __future__ import annotations
 
 import fcntl
+import math
+import os
 import shutil
 from collections.abc import Mapping
 from enum import Enum, StrEnum, auto
@@ -31,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..distributed.shares import Share
+from ..environment import KEEP_EVERY, SECONDS_TO_KEEP
 from ..errors import Apex4Error, UsageError
 from ..format.storage import (
     REPORT_NAME,
@@ -368,6 +371,18 @@ class RunState:
             first, _, stop = windows.partition("-")
             found[Share(int(first), int(stop), total) if windows else Share.whole(total)] = path
         return found
+
+
+def seconds_to_keep() -> float:
+    """That a run may go on before it keeps states again. Raises UsageError."""
+    text = os.environ.get(KEEP_EVERY, str(SECONDS_TO_KEEP))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{KEEP_EVERY} is {text!r}: give a number of seconds, 0 or more")
+    return seconds
 
 
 def stored_settings(out: Path) -> ResolvedSettings:

@@ -137,9 +137,19 @@ def test_states_are_kept_while_a_layer_is_worked_on(tiny_model: Call, monkeypatc
     settings = QuantizeSettings(source.name, "rtn", target="none", device="cpu").resolve(source)
     plan = plan_of(source, settings)
     states = 10 * 128 * 2
-    waited = seconds_by_part(source, plan, 10, "cpu", Rates(0, 0, 0, 0, 0))["keeping"]
-    assert waited == 3 * states  # before the first layer, behind the first and behind the last
-    assert seconds_by_part(source, plan, 10, "cpu", Rates(1, 1, 1, 1, 1))["keeping"] == 2 * states
+
+    def keeping(rate: float, every: float) -> float:
+        monkeypatch.setenv("APEX4_KEEP_EVERY", str(every))
+        parts = seconds_by_part(source, plan, 10, "cpu", Rates(*[rate] * 5))
+        return parts["keeping"]
+
+    # Before the first layer, and behind the first of two: of those behind the last there are none.
+    assert keeping(0, 0) == 2 * states
+    assert keeping(0, states) == 2 * states and keeping(0, states + 1) == states
+    assert keeping(1, 0) == states  # while the next layer is worked on
+    work = keeping(1e-4, 0)
+    assert states < work < 2 * states
+    assert states < keeping(1e-4, 1e6) < work  # the less often, the less there is to wait for
 
 
 def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:

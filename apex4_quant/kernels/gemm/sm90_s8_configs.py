@@ -60,6 +60,11 @@ class Sm90S8Config:
         return KERNEL_TILE_N * (self.tiles_n if self.few_tokens else _CONSUMERS)
 
     @property
+    def is_unchecked(self) -> bool:
+        """Whether a GPU has never shown that it gives the right products: it is chosen by its name only."""
+        return self.few_tokens and self.tile_m >= WARPGROUPS_FROM
+
+    @property
     def tile_name(self) -> str:
         """Without the dtype: what `APEX4_GEMM` takes."""
         return f"{PREFIX}m{self.tile_m}n{self.tile_n}s{self.stages}"
@@ -220,11 +225,11 @@ def _clocks(plan: Sm90S8Plan) -> float:
     return slower * (_LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m]))
 
 
-def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[Sm90S8Plan]:
-    """Every plan that may compute the shape; groups of any width are alike."""
+def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str, unchecked: bool = False) -> list[Sm90S8Plan]:
+    """Every plan that may compute the shape; groups of any width are alike. `unchecked`: of kernels that are, too."""
     found = []
     smallest = min(config.tile_m for config in _TILES)
-    for config in (each for each in all_configs(90) if each.out == out):
+    for config in (each for each in all_configs(90) if each.out == out and (unchecked or not each.is_unchecked)):
         if config.tile_m > smallest and config.tile_m >= 2 * m:  # mostly padding
             continue
         plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)
