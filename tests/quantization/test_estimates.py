@@ -147,9 +147,9 @@ def test_states_are_kept_while_a_layer_is_worked_on(tiny_model: Call, monkeypatc
     assert keeping(0, 0) == 2 * states
     assert keeping(0, states) == 2 * states and keeping(0, states + 1) == states
     assert keeping(1, 0) == states  # while the next layer is worked on
-    work = keeping(1e-4, 0)
+    work = keeping(1e-6, 0)
     assert states < work < 2 * states
-    assert states < keeping(1e-4, 1e6) < work  # the less often, the less there is to wait for
+    assert states < keeping(1e-6, 1e6) < work  # the less often, the less there is to wait for
 
 
 def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:
