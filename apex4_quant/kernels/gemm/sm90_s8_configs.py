@@ -225,11 +225,11 @@ def _clocks(plan: Sm90S8Plan) -> float:
     return slower * (_LATENCY + -(-tiles // sm_count) * (k_blocks * a_block + _TILE[config.tile_m]))
 
 
-def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str, unchecked: bool = False) -> list[Sm90S8Plan]:
-    """Every plan that may compute the shape; groups of any width are alike. `unchecked`: of kernels that are, too."""
+def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[Sm90S8Plan]:
+    """Every plan that may compute the shape, but for those of kernels that are unchecked; groups of any width are alike."""
     found = []
     smallest = min(config.tile_m for config in _TILES)
-    for config in (each for each in all_configs(90) if each.out == out and (unchecked or not each.is_unchecked)):
+    for config in (each for each in all_configs(90) if each.out == out and not each.is_unchecked):
         if config.tile_m > smallest and config.tile_m >= 2 * m:  # mostly padding
             continue
         plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)
