@@ -69,6 +69,13 @@ def group_scheme(observer: str = "mse") -> dict[str, Any]:
     return {"config_groups": {"w4a4": scheme}, "ignore": ["lm_head"]}
 
 
+def weight_scheme() -> dict[str, Any]:
+    """W4A16: weights in groups of 128 with a searched clip, activations as they are."""
+    int4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**int4, observer="mse"))
+    return {"config_groups": {"w4a16": scheme}, "ignore": ["lm_head"]}
+
+
 def spinquant(*rotations: str, block: int | None = None) -> SpinQuantModifier:
     """Of the kinds of Hadamard matrix only the randomized one exists for widths that are no power of two."""
     return SpinQuantModifier(rotations=list(rotations), transform_type="random-hadamard", transform_block_size=block)
@@ -81,7 +88,8 @@ def quip(block: int | None) -> QuIPModifier:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`activations` is the reach of one activation scale; `online` what is multiplied at run time."""
+    """`activations` is the reach of one activation scale, NONE where they are not rounded; `online` what is multiplied at
+    run time."""
 
     activations: str
     summary: str
@@ -89,7 +97,7 @@ class Recipe:
     online: str = "nothing"
 
 
-TOKEN, G128 = "token", "g128"
+TOKEN, G128, NONE = "token", "g128", "none"
 RECIPES: dict[str, Recipe] = {
     "token-rtn": Recipe(TOKEN, "preset W4A4, nearest", lambda: [QuantizationModifier(**token_scheme())]),
     "token-gptq": Recipe(TOKEN, "preset W4A4, GPTQ", lambda: [GPTQModifier(**token_scheme())]),
@@ -153,6 +161,7 @@ RECIPES: dict[str, Recipe] = {
         G128, "AWQ, QuIP in blocks of 128, GPTQ",
         lambda: [AWQModifier(), quip(GROUP), GPTQModifier(**group_scheme())], "every input",
     ),
+    "w4a16-gptq": Recipe(NONE, "W4A16, GPTQ", lambda: [GPTQModifier(**weight_scheme())]),
     "g128-autoround": Recipe(G128, "AutoRound, 200 steps", lambda: [AutoRoundModifier(**group_scheme("minmax"))]),
     "g128-r12-autoround": Recipe(
         G128, "SpinQuant R1 R2, AutoRound, 200 steps",
@@ -188,7 +197,7 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "quantized_linears": sum(quantizes_both_sides(module) for module in model.modules()),
+        "quantized_linears": sum(is_quantized(each, RECIPES[name].activations) for each in model.modules()),
         "fallbacks": fallbacks,
         "versions": {name: version(name) for name in ("llmcompressor", "torch", "transformers")},
     }
@@ -224,10 +233,12 @@ def mark_layers(model: torch.nn.Module, device: str) -> list[float]:
     return times
 
 
-def quantizes_both_sides(module: torch.nn.Module) -> bool:
+def is_quantized(module: torch.nn.Module, activations: str) -> bool:
     scheme = getattr(module, "quantization_scheme", None)
     enabled = getattr(module, "quantization_enabled", True)
-    return bool(enabled and scheme is not None and scheme.weights and scheme.input_activations)
+    if not enabled or scheme is None or not scheme.weights:
+        return False
+    return (scheme.input_activations is None) == (activations == NONE)
 
 
 def main() -> None:
