@@ -64,26 +64,16 @@ def moved_by_rounding(model: Any, generated: Sequence[Generated]) -> float:
         hook.remove()
 
 
-def distances(
+def require_near(
     generated: Sequence[Generated], model: Any, original: Path, dtype: str, record: Callable[[str, Any], None]
-) -> dict[str, float]:
-    """How far from each other the logprobs of vLLM, of transformers and of the model in `original` are, in the mean."""
+) -> None:
     vllm, ours = torch.tensor([one.logprobs for one in generated]), logprobs(model, generated)
-    unquantized = logprobs(on_gpu(original, dtype), generated)
     found = {
         "vllm - transformers": apart(vllm, ours),
         "a rounding": moved_by_rounding(model, generated),
-        "quantized - not": apart(ours, unquantized),
-        "vllm - not quantized": apart(vllm, unquantized),
+        "quantized - not": apart(logprobs(on_gpu(original, dtype), generated), ours),
     }
     for name, value in found.items():
         record(name, round(value, 4))
     print(" ".join(f"{name} {value:.4f}," for name, value in found.items()))
-    return found
-
-
-def require_near(
-    generated: Sequence[Generated], model: Any, original: Path, dtype: str, record: Callable[[str, Any], None]
-) -> None:
-    found = distances(generated, model, original, dtype, record)
     assert found["vllm - transformers"] < TIMES * found["a rounding"], found

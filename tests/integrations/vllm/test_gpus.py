@@ -1,9 +1,8 @@
 """vLLM over two GPUs: what tensor, pipeline and expert parallel ranks generate has the probabilities that transformers gives it.
 
-As on one GPU (test_one_gpu.py), where every rank computes what one would but for the order of sums: with 4-bit activations, whose groups
-no rank cuts, and in a pipeline. With 8-bit activations each rank has a scale of its own for its part of a token, in the linears
-that are cut along their input features: other codes in `o_proj` and `down_proj` than with one rank, and as good ones. Then logprobs
-must lie within half of the way from the quantized model to the one that is not, and as near to that one as transformers' do.
+By the measure of test_one_gpu.py. With 4-bit activations, whose groups no rank cuts, and in a pipeline, ranks compute what one does but
+for the order of sums. With 8 bits each has a scale of its own for its part of a token, so that `o_proj` and `down_proj` get other codes:
+that moves logprobs as far as the roundings in front of them do.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from .generating import generate_apart
-from .probabilities import COMPILED, SMALL, distances, on_gpu, require_near
+from .probabilities import COMPILED, SMALL, on_gpu, require_near
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/test-vllm")
 
@@ -53,10 +52,4 @@ def test_two_gpus(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # as under `vllm serve`
     folder = quantized(name, recipe, layout="sm90")
     generated = generate_apart(tmp_path / "generated.json", folder, dtype=dtype, **SMALL | options)
-    model = on_gpu(folder, dtype)
-    if bits == 8 and "tensor_parallel_size" in options:
-        found = distances(generated, model, original(name), dtype, record_property)
-        assert found["vllm - transformers"] < found["quantized - not"] / 2, found
-        assert found["vllm - not quantized"] < 1.1 * found["quantized - not"], found
-    else:
-        require_near(generated, model, original(name), dtype, record_property)
+    require_near(generated, on_gpu(folder, dtype), original(name), dtype, record_property)
