@@ -63,7 +63,7 @@ def test_the_last_steps_are_taken_of_what_ran(serve: dict[str, Any]) -> None:
 def test_every_kernel_has_a_kind(serve: dict[str, Any]) -> None:
     kinds = {
         "apex4_quantize_whole_rows": "quantizers", "apex4_row_rms": "quantizers", "apex4_gemm": "linears",
-        "apex4_route": "routing of experts", "fused_moe_kernel": "products", "void flash::prepare_varlen_num_blocks": "attention",
+        "apex4_route": "routing of experts", "fused_moe_kernel": "linears", "void flash::prepare_varlen_num_blocks": "attention",
         "triton_poi_fused_cat_cos": "rope and what else is compiled", "Memcpy DtoD": "sampling and inputs",
     }  # fmt: skip
     assert {name: serve["kind_of"](name) for name in kinds} == kinds
