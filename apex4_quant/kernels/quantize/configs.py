@@ -27,7 +27,7 @@ INPUTS = ("plain", "rms_norm", "silu_mul", "add_rms_norm")  # APEX4_INPUT is the
 NORMS = ("rms_norm", "add_rms_norm")  # of whole rows
 DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read; a sum is made by row_rms.cu in front of them
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
-WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of quantize_whole_rows.cu
+WHOLE_FORMS = ("", "resident", "long", "cluster", "stream", "few", "few_cluster")  # APEX4_FORM of quantize_whole_rows.cu
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
 TOKEN_FORMAT = "s8"  # that of eight bits, one scale a token
@@ -49,6 +49,9 @@ WHOLE_SLICES, WHOLE_LONG_THREADS = (
     224,
     512,
 )  # the most slices of a CTA that are kept; threads of one that reads a row again
+FEW_FORMS = ("few", "few_cluster")
+FEW_LANES, FEW_SLICES = 8, 128  # of those: threads of a slice; the most slices of a CTA
+FEW_TOKENS = 64  # rows for which they are faster: with more, registers count
 WHOLE_LEAST_SLICES, WHOLE_MOST_ROWS = 16, 8  # a CTA of short rows has several of them
 CLUSTER_CTAS, CLUSTER_GRID = 8, 64  # the most CTAs that share a row, and of all rows
 CLUSTER_LEAST_BLOCKS = 96  # of a row: a shorter one takes less time in one CTA than CTAs take to tell each other
@@ -295,7 +298,8 @@ def choose_whole_rows(
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
 
     def plan(form: str, grid: int, rows: int, blocks: int, shared_bytes: int = 0, cluster: int = 1) -> QuantizePlan:
-        block = -(-rows * blocks * WHOLE_LANES // WARP) * WARP
+        lanes = FEW_LANES if form in FEW_FORMS else WHOLE_LANES
+        block = -(-rows * blocks * lanes // WARP) * WARP
         config = whole_rows_config(form, input, hadamard, dtype)
         block = min(block, WHOLE_LONG_THREADS) if form == "long" else block
         return QuantizePlan(
@@ -306,7 +310,9 @@ def choose_whole_rows(
         return plan("long", m, 1, k_blocks)
     ctas = min(CLUSTER_CTAS, _power_of_two_up_to(CLUSTER_GRID // m))
     if sm_90 and ctas > 1 and k_blocks >= CLUSTER_LEAST_BLOCKS:
-        return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
+        return plan("few_cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
+    if sm_90 and m <= FEW_TOKENS and WHOLE_LEAST_SLICES <= k_blocks <= FEW_SLICES:
+        return plan("few", m, 1, k_blocks)
     rows = 1
     while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:
         rows *= 2

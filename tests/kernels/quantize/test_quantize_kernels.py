@@ -276,6 +276,15 @@ def test_lanes_of_a_whole_row_cover_its_blocks() -> None:
         assert sorted((slices * 128 + columns).flatten()) == list(range(0, 8 * 128, 16))
 
 
+def test_eight_lanes_of_a_whole_row_cover_its_blocks() -> None:
+    fn, lane, part = index_function, np.arange(32)[:, None], np.arange(2)
+    columns = fn("few_slice")(lane) * 128 + fn("few_column")(lane, part)
+    assert sorted(columns.flatten()) == list(range(0, 4 * 128, 8))
+    assert sorted((fn("few_slice")(lane) * 128 + fn("rows_column")(lane)).flatten()) == list(range(0, 4 * 128, 16))
+    after = fn("few_transformed_slice")(lane) * 128 + fn("whole_transformed_column")(lane)
+    assert sorted(after.flatten()) == list(range(0, 4 * 128, 16))
+
+
 def test_lanes_read_what_others_have_copied() -> None:
     """quantize_whole_rows, STREAM: columns and slots of copies and reads agree, and eight lanes read all banks at a time."""
     fn, lane, copied = index_function, np.arange(32), {}
@@ -603,6 +612,13 @@ FAMILIES: dict[str, list[Any]] = {
     "eight bits, add, rms": [
         *variants(replace(ROWS_S8, input="add_rms_norm")),
         replace(ROWS_S8, input="add_rms_norm", transform="none", m=40, k=4096, gain_offset=True, dtype="float16", sm_90=True),
+    ],
+    "eight bits, few rows": [
+        *(replace(ROWS_S8, m=m, k=k, input=input, transform=transform, dtype=dtype, gain_offset=m == 1, sm_90=True, seed=m)
+          for m, k, dtype in ((1, 2048, "bfloat16"), (3, 4000, "float16")) for input in INPUTS for transform in ("none", "hadamard")),
+        *(replace(ROWS_S8, m=2, k=2144, transform=transform, sm_90=True, data=data)
+          for data in ("extreme", "zero", "nan", "infinity", "ties") for transform in ("none", "hadamard")),
+        replace(ROWS_S8, m=2, k=11008, input="silu_mul", padding=8, sm_90=True),
     ],
     "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in INPUTS],
     "eight bits, many rows": [
