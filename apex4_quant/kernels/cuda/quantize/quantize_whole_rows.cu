@@ -39,7 +39,6 @@
 #define APEX4_STREAM 4
 #define APEX4_FEW 5
 #define APEX4_FEW_CLUSTER 6
-#define APEX4_CLUSTERS (APEX4_FORM == APEX4_CLUSTER || APEX4_FORM == APEX4_FEW_CLUSTER)
 #define APEX4_EIGHT_LANES (APEX4_FORM == APEX4_FEW || APEX4_FORM == APEX4_FEW_CLUSTER)
 
 constexpr int LANES = APEX4_EIGHT_LANES ? 8 : 4, SLICES = 32 / LANES;  // of a slice; of a warp
@@ -200,9 +199,14 @@ struct Signs {
 #endif
 
 // A lane's columns in float32; times the unscaled Hadamard matrix, which moves them.
-__device__ __forceinline__ void transform(float (&y)[RUNS][COLUMNS], const unsigned (&pairs)[PARTS][WORDS], int lane) {
 #if APEX4_HADAMARD
-  const Signs signs(lane);
+using Transform = Signs;
+#else
+using Transform = int;  // nothing
+#endif
+__device__ __forceinline__ void transform(
+    float (&y)[RUNS][COLUMNS], const unsigned (&pairs)[PARTS][WORDS], [[maybe_unused]] const Transform& signs) {
+#if APEX4_HADAMARD
   float d[WORDS][4];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
@@ -346,25 +350,43 @@ __device__ __forceinline__ void store_tile(
 #endif
 
 #if APEX4_FORM == APEX4_FEW
-// A number of the CTA's row from those of its warps. `of_warps`: room for one of each.
-__device__ __forceinline__ float sum_of_row(float* of_warps, float value, int lane) {
-  value = over_lanes<1, 32>(value, Sum());
-  if (lane == 0) of_warps[threadIdx.x / 32] = value;
+// `value`: of a warp, in all its lanes. What the warp `lane` has, or 0. `found`: room for one of each.
+__device__ __forceinline__ float of_warps(float* found, float value, int lane) {
+  if (lane == 0) found[threadIdx.x / 32] = value;
   __syncthreads();
-  const int warps = blockDim.x / 32;
-  value = lane < warps ? of_warps[lane] : 0.0f;
-  return over_lanes<1, 32>(value, Sum());
-}
-__device__ __forceinline__ float largest_of_row(float* of_warps, float value, int lane) {
-  value = largest_of_warp(value);
-  if (lane == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  const int warps = blockDim.x / 32;
-  return largest_of_warp(lane < warps ? of_warps[lane] : 0.0f);
+  return lane < static_cast<int>(blockDim.x) / 32 ? found[lane] : 0.0f;
 }
 #endif
 
-#if APEX4_CLUSTERS
+#if APEX4_FORM == APEX4_FEW_CLUSTER
+// A number of a row that the CTAs of a cluster tell each other: every warp sends its own to all of them, and each counts the bytes
+// that have come. Unlike a barrier of the cluster it waits for no store to global memory. A CTA leaves when all has come that is sent
+// to it, so that what is sent has somebody to come to.
+struct Exchange {
+  float* of_warps;
+  unsigned long long* arrived;
+  int ctas, warps;  // of the cluster; of a CTA
+
+  __device__ __forceinline__ Exchange(float* of_warps, unsigned long long* arrived)
+      : of_warps(of_warps), arrived(arrived), ctas(cluster_size()), warps(blockDim.x / 32) {}
+  // Before the cluster meets.
+  __device__ __forceinline__ void prepare() const {
+    if (threadIdx.x == 0) expect_bytes(arrived, 4 * ctas * warps);
+  }
+  // `value`: of the warp, in all its lanes.
+  template <class Combine>
+  __device__ __forceinline__ float of_lane(float value, int lane, Combine combine) const {
+    if (lane < ctas) send_to_rank(of_warps + cluster_rank() * warps + threadIdx.x / 32, arrived, lane, value);
+    await_bytes(arrived);
+    value = 0.0f;
+#pragma unroll 1
+    for (int i = lane; i < ctas * warps; i += 32) value = combine(value, of_warps[i]);
+    return value;
+  }
+};
+#endif
+
+#if APEX4_FORM == APEX4_CLUSTER
 // A number of a row from those of the lanes of all its CTAs: every warp writes its own to all CTAs. `of_warps`: of the cluster's.
 template <class Combine>
 __device__ __forceinline__ float of_cluster(float* of_warps, float value, int lane, Combine combine) {
@@ -397,31 +419,81 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   Lane values;
   [[maybe_unused]] float inverse_rms = 1.0f;
 
+#if APEX4_EIGHT_LANES
 #if APEX4_FORM == APEX4_FEW
   constexpr int MAX_WARPS = MAX_THREADS / 32;
-  __shared__ float warp_absmax[MAX_WARPS];
-  const Place at(0, 0);
   const int row = blockIdx.x;
-  const bool active = at.block < k_blocks;
+  const Place at(0, 0);
+#else
+  constexpr int MAX_WARPS = LANES * MOST_SLICES / 32 + 8;  // of a cluster: its CTAs, eight at most, may have part of a warp more each
+  const int row = blockIdx.x / cluster_size();
+  const Place at(0, cluster_rank() * blocks_per_cta);
+#endif
+  __shared__ float warp_absmax[MAX_WARPS];
 #if APEX4_NORMALISES
   __shared__ float warp_squares[MAX_WARPS];
-  values.load_second(from, row, at.column(), active);  // no output of the kernel before: no need to wait for that one
-  wait_for_inputs();
-  values.load(from, row, at.column(), active);
-  inverse_rms = inverse_rms_of(sum_of_row(warp_squares, values.squares(), at.lane), one_over_k, eps);
-#else
-  wait_for_inputs();
-  values.load(from, row, at.column(), active);
-  values.load_second(from, row, at.column(), active);
+#endif
+#if APEX4_FORM == APEX4_FEW_CLUSTER
+  __shared__ unsigned long long arrived[2];
+  const Exchange of_absmax(warp_absmax, &arrived[0]);
+  of_absmax.prepare();
+#if APEX4_NORMALISES
+  const Exchange of_squares(warp_squares, &arrived[1]);
+  of_squares.prepare();
+#endif
+  cluster_arrive();  // that it runs, and may be sent to
+#endif
+  // All that can be is done before the wait: addresses, the gain, which is no output of the kernel before, and signs.
+  const bool active = at.block < k_blocks && rows_slice_block(at.slice, 0) < blocks_per_cta;
+  int column = at.column();
+  Source here = from;
+  here.x += static_cast<long long>(row) * ldx;
+  do_now(here.x), do_now(column);
 #if APEX4_INPUT == APEX4_SILU_MUL
+  here.second += static_cast<long long>(row) * ld_second;
+  do_now(here.second);
+#elif APEX4_INPUT == APEX4_ADD_RMS_NORM
+  here.residual += static_cast<long long>(row) * ld_second, here.total += static_cast<long long>(row) * k;
+  do_now(here.residual);
+#endif
+#if APEX4_NORMALISES
+  values.load_second(here, 0, column, active);
+#endif
+  Transform signs(at.lane);
+#if APEX4_HADAMARD
+#pragma unroll
+  for (int i = 0; i < 4; ++i) do_now(signs.a[i]);
+#endif
+#if APEX4_FORM == APEX4_FEW_CLUSTER
+  cluster_wait();
+#endif
+  wait_for_inputs();
+  values.load(here, 0, column, active);
+#if APEX4_INPUT == APEX4_SILU_MUL
+  values.load_second(here, 0, column, active);
   await_all(values.pairs[0][0], values.pairs[1][0], values.factors[0][0], values.factors[1][0]);
+#elif APEX4_NORMALISES
+  const float squares = over_lanes<1, 32>(values.squares(), Sum());
+#if APEX4_FORM == APEX4_FEW
+  const float of_lane = of_warps(warp_squares, squares, at.lane);
+#else
+  const float of_lane = of_squares.of_lane(squares, at.lane, Sum());
 #endif
+  inverse_rms = inverse_rms_of(over_lanes<1, 32>(of_lane, Sum()), one_over_k, eps);
 #endif
-  values.finish(from, inverse_rms);
+  values.finish(here, inverse_rms);
   float y[RUNS][COLUMNS], largest[RUNS] = {};
-  transform(y, values.pairs, at.lane);
+  transform(y, values.pairs, signs);
   add_largest(largest, y);
-  store_tile(to, at, y, largest_of_row(warp_absmax, largest[0], at.lane), row);
+  const float of_warp = largest_of_warp(largest[0]);
+#if APEX4_FORM == APEX4_FEW
+  const float row_absmax = largest_of_warp(of_warps(warp_absmax, of_warp, at.lane));
+#else
+  const float row_absmax = largest_of_warp(of_absmax.of_lane(of_warp, at.lane, Maximum()));
+#endif
+  // Of the slices that are another CTA's the last warp has zeros, and stores none of them.
+  const Target own{codes, scales, m, min(k_blocks, at.first_block + blocks_per_cta), m_stride};
+  store_tile(own, at, y, row_absmax, row);
 
 #elif APEX4_FORM == APEX4_RESIDENT
   __shared__ float slice_absmax[MAX_SLICES];
@@ -454,13 +526,13 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
   values.finish(from, inverse_rms);
   float y[RUNS][COLUMNS], largest[RUNS] = {};
-  transform(y, values.pairs, at.lane);
+  transform(y, values.pairs, Transform(at.lane));
   add_largest(largest, y);
   find_largest(slice_absmax, largest, at.first_slice, at.lane);
   __syncthreads();
   store_tile(to, at, y, of_rows(slice_absmax, rows_log2, at.lane, Maximum()), first_row);
 
-#elif APEX4_CLUSTERS
+#elif APEX4_FORM == APEX4_CLUSTER
   constexpr int MAX_WARPS = LANES * MOST_SLICES / 32 + 8;  // of a cluster: its CTAs, eight at most, may have part of a warp more each
   __shared__ float warp_absmax[MAX_WARPS];
   cluster_arrive();  // that it runs
@@ -480,17 +552,13 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
 #if APEX4_INPUT == APEX4_SILU_MUL
-#if APEX4_EIGHT_LANES
-  await_all(values.pairs[0][0], values.pairs[1][0], values.factors[0][0], values.factors[1][0]);
-#else
   if (gridDim.x > FEW_TILES)
     await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
 #endif
 #endif
-#endif
   values.finish(from, inverse_rms);
   float y[RUNS][COLUMNS], largest[RUNS] = {};
-  transform(y, values.pairs, at.lane);
+  transform(y, values.pairs, Transform(at.lane));
   add_largest(largest, y);
 #if !APEX4_NORMALISES
   cluster_wait();
@@ -561,7 +629,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
     values.finish(from, inverse_rms);
     float y[RUNS][COLUMNS], largest[RUNS] = {};
-    transform(y, values.pairs, at.lane);
+    transform(y, values.pairs, Transform(at.lane));
     add_largest(largest, y);
     // In turn, as a warp may be a tile ahead of others that still read.
     find_largest(slice_absmax[parity], largest, at.first_slice, at.lane);
@@ -606,7 +674,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
       values.load_second(from, row, column, block < k_blocks);
       values.finish(from, inverse_rms);
-      transform(y, values.pairs, lane);
+      transform(y, values.pairs, Transform(lane));
       if (pass == 0) {
         add_largest(largest, y);
         continue;
