@@ -281,8 +281,6 @@ inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b 
 inline float approximate_reciprocal(float x) { return std::fabs(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline void prefetch(const void*) {}
 inline void await_all(unsigned, unsigned, unsigned, unsigned) {}
-template <class T>
-inline void do_now(T&) {}
 inline void copy_async(uint4* shared, const uint4* from) { cpu::copy_later(shared, from); }
 inline void copy_async_or_zero(uint4* shared, const void* from, bool there) {
   cpu::copy_later(shared, there ? from : nullptr);

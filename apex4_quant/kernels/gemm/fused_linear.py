@@ -190,7 +190,9 @@ def fused_launch(kernel: Callable[..., Kernel], shape: FusedShape) -> Launch | N
 
     `kernel` is launcher.kernel.
     """
-    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source, bits, eps, gain_offset = shape
+    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source, bits, eps, gain_offset = (
+        shape
+    )
     choose = choose_fused_s8 if bits == 8 else choose_fused
     plan = choose(sm, sm_count, m, n, k_blocks, input, dtype, source)
     if plan is None:

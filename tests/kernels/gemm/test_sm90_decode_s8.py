@@ -87,7 +87,9 @@ def problems_of_one_kernel(case: tuple[int, int, int, str, int]) -> list[str]:
     bias = torch.randn(n, generator=generator) if n % 3 else None
     inputs = fused_s8.inputs_of(m, k, input, dtype, generator, padding)
     x = fused_s8.input_of_linear(inputs, input)
-    least, most = fused_s8.bounds(torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, int(input != "plain"))
+    least, most = fused_s8.bounds(
+        torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, int(input != "plain")
+    )
     operands = [(each.data_ptr(), each.stride(0)) for each in inputs]
     ld_second = inputs[1].stride(0) if input in ("silu_mul", "add_rms_norm") else 0
     total = torch.full((m, k), float("nan"), dtype=dtype)

@@ -142,16 +142,6 @@ __device__ __forceinline__ void await_all(unsigned a, unsigned b, unsigned c, un
       : "memory");
 }
 
-// The compiler works this out here, and not where it is used.
-template <class T>
-__device__ __forceinline__ void do_now(T*& global) {
-  unsigned long long address = __cvta_generic_to_global(global);  // of which it knows afterwards what it is
-  asm volatile("" : "+l"(address));
-  global = static_cast<T*>(__cvta_global_to_generic(address));
-}
-__device__ __forceinline__ void do_now(int& value) { asm volatile("" : "+r"(value)); }
-__device__ __forceinline__ void do_now(unsigned& value) { asm volatile("" : "+r"(value)); }
-
 // Asks for the line of `from`, which is read soon.
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
 
@@ -184,33 +174,6 @@ __device__ __forceinline__ void write_to_rank(float* shared, int rank, float val
   asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }" ::"r"(here),
                "r"(rank), "f"(value)
                : "memory");
-}
-// A barrier in shared memory that lets go when this many bytes have come. By one thread, before the CTAs of the cluster meet.
-__device__ __forceinline__ void expect_bytes(unsigned long long* barrier, int bytes) {
-  const unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
-  asm volatile(
-      "mbarrier.init.shared.b64 [%0], 1;\n"
-      "fence.mbarrier_init.release.cluster;\n"
-      "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(here),
-      "r"(bytes)
-      : "memory");
-}
-__device__ __forceinline__ void await_bytes(const unsigned long long* barrier) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}\n" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-      : "memory");
-}
-// Four bytes to what is `shared` here in another CTA, counted by the barrier there.
-__device__ __forceinline__ void send_to_rank(float* shared, unsigned long long* barrier, int rank, float value) {
-  asm volatile(
-      "{\n.reg .b32 there, counts;\n"
-      "mapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counts, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counts];\n}\n" ::"r"(
-          static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-      "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(rank), "r"(__float_as_uint(value))
-      : "memory");
 }
 // All threads of the cluster meet: a thread says that it has come, and later waits for the others.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }

@@ -6,12 +6,15 @@
 // rows, its slices numbered rows first. The Hadamard transform is a product of two: over the column's bits 0, 4, 5 and 6 an
 // mma.m16n8k16 with a matrix of +-1 in its A operand, which is exact in 16 bits, the eight slices being its n; over bits 1, 2
 // and 3 additions in a lane. So there are no shuffles, x goes from memory straight into B fragments, and a lane ends with
-// sixteen consecutive columns of two slices: whole chunks of codes.
+// sixteen consecutive columns of two slices: whole chunks of codes. With eight lanes a slice n is four slices by bit 3, and a lane
+// ends with sixteen columns of one.
 //
-// Four forms, by the macro APEX4_FORM:
+// Five forms, by the macro APEX4_FORM:
 //   RESIDENT  up to MAX_SLICES slices a CTA, which are kept in registers while the CTA agrees on a number for each row.
 //   LONG      any number, and rows that are not aligned: one row a CTA, read again from the caches in every pass.
-//   CLUSTER   few rows, on sm_90 and later: RESIDENT, but each row belongs to a cluster, whose CTAs tell each other their numbers.
+//   FEW       few rows, on sm_90 and later: one row a CTA, and eight lanes a slice, 16 columns a lane, which are half as many
+//             instructions one after the other. A row's number comes from its warps in one step.
+//   CLUSTER   few long rows, likewise: FEW, but each row belongs to a cluster, whose CTAs tell each other their numbers.
 //   STREAM    many rows: RESIDENT, but a CTA goes on from tile to tile. The next rows are on their way to shared memory meanwhile,
 //             where every warp has slots of its own: nobody waits at a barrier for them. Not of a sum.
 //
@@ -22,8 +25,8 @@
 //   second   SILU_MUL: up, T [m, k], row stride ld_second. (ADD_)RMS_NORM: the gain, T [k]. PLAIN: not read
 //   residual T [m, k], row stride ld_second, and total T [m, k], dense, which gets x + residual: ADD_RMS_NORM only
 //   m, k, k_blocks >= ceil(k / 128), m_stride >= m, ldx, ld_second
-//   rows_log2    0 to 3, LONG and CLUSTER: 0
-//   blocks_per_cta   k_blocks; CLUSTER: at least the CTA's part of them. blockDim.x = 4 * 2^rows_log2 * blocks_per_cta rounded up
+//   rows_log2    0 to 3, LONG, FEW and CLUSTER: 0
+//   blocks_per_cta   k_blocks; CLUSTER: at least the CTA's part of them. blockDim.x = LANES * 2^rows_log2 * blocks_per_cta rounded up
 //                to warps; LONG: any number of warps up to MAX_THREADS
 //   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   norms only, see `inverse_rms_of` and `normalised`
 //   aligned  1: x, second, residual and total (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, LONG alone
@@ -38,8 +41,7 @@
 #define APEX4_CLUSTER 3
 #define APEX4_STREAM 4
 #define APEX4_FEW 5
-#define APEX4_FEW_CLUSTER 6
-#define APEX4_EIGHT_LANES (APEX4_FORM == APEX4_FEW || APEX4_FORM == APEX4_FEW_CLUSTER)
+#define APEX4_EIGHT_LANES (APEX4_FORM == APEX4_FEW || APEX4_FORM == APEX4_CLUSTER)
 
 constexpr int LANES = APEX4_EIGHT_LANES ? 8 : 4, SLICES = 32 / LANES;  // of a slice; of a warp
 constexpr int PARTS = 2, WORDS = BLOCK / LANES / PARTS / 2;            // of what a lane loads; of a part
@@ -199,14 +201,9 @@ struct Signs {
 #endif
 
 // A lane's columns in float32; times the unscaled Hadamard matrix, which moves them.
+__device__ __forceinline__ void transform(float (&y)[RUNS][COLUMNS], const unsigned (&pairs)[PARTS][WORDS], int lane) {
 #if APEX4_HADAMARD
-using Transform = Signs;
-#else
-using Transform = int;  // nothing
-#endif
-__device__ __forceinline__ void transform(
-    float (&y)[RUNS][COLUMNS], const unsigned (&pairs)[PARTS][WORDS], [[maybe_unused]] const Transform& signs) {
-#if APEX4_HADAMARD
+  const Signs signs(lane);
   float d[WORDS][4];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
@@ -350,40 +347,22 @@ __device__ __forceinline__ void store_tile(
 #endif
 
 #if APEX4_FORM == APEX4_FEW
-// `value`: of a warp, in all its lanes. What the warp `lane` has, or 0. `found`: room for one of each.
-__device__ __forceinline__ float of_warps(float* found, float value, int lane) {
-  if (lane == 0) found[threadIdx.x / 32] = value;
+// A number of the CTA's row from those of its warps. `of_warps`: room for one of each.
+__device__ __forceinline__ float sum_of_row(float* of_warps, float value, int lane) {
+  value = over_lanes<1, 32>(value, Sum());
+  if (lane == 0) of_warps[threadIdx.x / 32] = value;
   __syncthreads();
-  return lane < static_cast<int>(blockDim.x) / 32 ? found[lane] : 0.0f;
+  const int warps = blockDim.x / 32;
+  value = lane < warps ? of_warps[lane] : 0.0f;
+  return over_lanes<1, 32>(value, Sum());
 }
-#endif
-
-#if APEX4_FORM == APEX4_FEW_CLUSTER
-// A number of a row that the CTAs of a cluster tell each other: every warp sends its own to all of them, and each counts the bytes
-// that have come. Unlike a barrier of the cluster it waits for no store to global memory. A CTA leaves when all has come that is sent
-// to it, so that what is sent has somebody to come to.
-struct Exchange {
-  float* of_warps;
-  unsigned long long* arrived;
-  int ctas, warps;  // of the cluster; of a CTA
-
-  __device__ __forceinline__ Exchange(float* of_warps, unsigned long long* arrived)
-      : of_warps(of_warps), arrived(arrived), ctas(cluster_size()), warps(blockDim.x / 32) {}
-  // Before the cluster meets.
-  __device__ __forceinline__ void prepare() const {
-    if (threadIdx.x == 0) expect_bytes(arrived, 4 * ctas * warps);
-  }
-  // `value`: of the warp, in all its lanes.
-  template <class Combine>
-  __device__ __forceinline__ float of_lane(float value, int lane, Combine combine) const {
-    if (lane < ctas) send_to_rank(of_warps + cluster_rank() * warps + threadIdx.x / 32, arrived, lane, value);
-    await_bytes(arrived);
-    value = 0.0f;
-#pragma unroll 1
-    for (int i = lane; i < ctas * warps; i += 32) value = combine(value, of_warps[i]);
-    return value;
-  }
-};
+__device__ __forceinline__ float largest_of_row(float* of_warps, float value, int lane) {
+  value = largest_of_warp(value);
+  if (lane == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int warps = blockDim.x / 32;
+  return largest_of_warp(lane < warps ? of_warps[lane] : 0.0f);
+}
 #endif
 
 #if APEX4_FORM == APEX4_CLUSTER
@@ -419,81 +398,31 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   Lane values;
   [[maybe_unused]] float inverse_rms = 1.0f;
 
-#if APEX4_EIGHT_LANES
 #if APEX4_FORM == APEX4_FEW
   constexpr int MAX_WARPS = MAX_THREADS / 32;
-  const int row = blockIdx.x;
-  const Place at(0, 0);
-#else
-  constexpr int MAX_WARPS = LANES * MOST_SLICES / 32 + 8;  // of a cluster: its CTAs, eight at most, may have part of a warp more each
-  const int row = blockIdx.x / cluster_size();
-  const Place at(0, cluster_rank() * blocks_per_cta);
-#endif
   __shared__ float warp_absmax[MAX_WARPS];
+  const Place at(0, 0);
+  const int row = blockIdx.x;
+  const bool active = at.block < k_blocks;
 #if APEX4_NORMALISES
   __shared__ float warp_squares[MAX_WARPS];
-#endif
-#if APEX4_FORM == APEX4_FEW_CLUSTER
-  __shared__ unsigned long long arrived[2];
-  const Exchange of_absmax(warp_absmax, &arrived[0]);
-  of_absmax.prepare();
-#if APEX4_NORMALISES
-  const Exchange of_squares(warp_squares, &arrived[1]);
-  of_squares.prepare();
-#endif
-  cluster_arrive();  // that it runs, and may be sent to
-#endif
-  // All that can be is done before the wait: addresses, the gain, which is no output of the kernel before, and signs.
-  const bool active = at.block < k_blocks && rows_slice_block(at.slice, 0) < blocks_per_cta;
-  int column = at.column();
-  Source here = from;
-  here.x += static_cast<long long>(row) * ldx;
-  do_now(here.x), do_now(column);
-#if APEX4_INPUT == APEX4_SILU_MUL
-  here.second += static_cast<long long>(row) * ld_second;
-  do_now(here.second);
-#elif APEX4_INPUT == APEX4_ADD_RMS_NORM
-  here.residual += static_cast<long long>(row) * ld_second, here.total += static_cast<long long>(row) * k;
-  do_now(here.residual);
-#endif
-#if APEX4_NORMALISES
-  values.load_second(here, 0, column, active);
-#endif
-  Transform signs(at.lane);
-#if APEX4_HADAMARD
-#pragma unroll
-  for (int i = 0; i < 4; ++i) do_now(signs.a[i]);
-#endif
-#if APEX4_FORM == APEX4_FEW_CLUSTER
-  cluster_wait();
-#endif
+  values.load_second(from, row, at.column(), active);  // no output of the kernel before: no need to wait for that one
   wait_for_inputs();
-  values.load(here, 0, column, active);
+  values.load(from, row, at.column(), active);
+  inverse_rms = inverse_rms_of(sum_of_row(warp_squares, values.squares(), at.lane), one_over_k, eps);
+#else
+  wait_for_inputs();
+  values.load(from, row, at.column(), active);
+  values.load_second(from, row, at.column(), active);
 #if APEX4_INPUT == APEX4_SILU_MUL
-  values.load_second(here, 0, column, active);
   await_all(values.pairs[0][0], values.pairs[1][0], values.factors[0][0], values.factors[1][0]);
-#elif APEX4_NORMALISES
-  const float squares = over_lanes<1, 32>(values.squares(), Sum());
-#if APEX4_FORM == APEX4_FEW
-  const float of_lane = of_warps(warp_squares, squares, at.lane);
-#else
-  const float of_lane = of_squares.of_lane(squares, at.lane, Sum());
 #endif
-  inverse_rms = inverse_rms_of(over_lanes<1, 32>(of_lane, Sum()), one_over_k, eps);
 #endif
-  values.finish(here, inverse_rms);
+  values.finish(from, inverse_rms);
   float y[RUNS][COLUMNS], largest[RUNS] = {};
-  transform(y, values.pairs, signs);
+  transform(y, values.pairs, at.lane);
   add_largest(largest, y);
-  const float of_warp = largest_of_warp(largest[0]);
-#if APEX4_FORM == APEX4_FEW
-  const float row_absmax = largest_of_warp(of_warps(warp_absmax, of_warp, at.lane));
-#else
-  const float row_absmax = largest_of_warp(of_absmax.of_lane(of_warp, at.lane, Maximum()));
-#endif
-  // Of the slices that are another CTA's the last warp has zeros, and stores none of them.
-  const Target own{codes, scales, m, min(k_blocks, at.first_block + blocks_per_cta), m_stride};
-  store_tile(own, at, y, row_absmax, row);
+  store_tile(to, at, y, largest_of_row(warp_absmax, largest[0], at.lane), row);
 
 #elif APEX4_FORM == APEX4_RESIDENT
   __shared__ float slice_absmax[MAX_SLICES];
@@ -526,7 +455,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
   values.finish(from, inverse_rms);
   float y[RUNS][COLUMNS], largest[RUNS] = {};
-  transform(y, values.pairs, Transform(at.lane));
+  transform(y, values.pairs, at.lane);
   add_largest(largest, y);
   find_largest(slice_absmax, largest, at.first_slice, at.lane);
   __syncthreads();
@@ -552,20 +481,19 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
 #if APEX4_INPUT == APEX4_SILU_MUL
-  if (gridDim.x > FEW_TILES)
-    await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
+  await_all(values.pairs[0][0], values.pairs[1][0], values.factors[0][0], values.factors[1][0]);
 #endif
 #endif
   values.finish(from, inverse_rms);
   float y[RUNS][COLUMNS], largest[RUNS] = {};
-  transform(y, values.pairs, Transform(at.lane));
+  transform(y, values.pairs, at.lane);
   add_largest(largest, y);
 #if !APEX4_NORMALISES
   cluster_wait();
 #endif
   // Of the slices that are another CTA's the last warp has zeros, and stores none of them.
   const Target own{codes, scales, m, min(k_blocks, at.first_block + blocks_per_cta), m_stride};
-  store_tile(own, at, y, of_cluster(warp_absmax, RUNS > 1 ? max_nan(largest[0], largest[RUNS - 1]) : largest[0], at.lane, Maximum()), row);
+  store_tile(own, at, y, of_cluster(warp_absmax, largest[0], at.lane, Maximum()), row);
 
 #elif APEX4_FORM == APEX4_STREAM
   extern __shared__ __align__(16) uint4 memory[];
@@ -629,7 +557,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
     values.finish(from, inverse_rms);
     float y[RUNS][COLUMNS], largest[RUNS] = {};
-    transform(y, values.pairs, Transform(at.lane));
+    transform(y, values.pairs, at.lane);
     add_largest(largest, y);
     // In turn, as a warp may be a tile ahead of others that still read.
     find_largest(slice_absmax[parity], largest, at.first_slice, at.lane);
@@ -674,7 +602,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
       values.load_second(from, row, column, block < k_blocks);
       values.finish(from, inverse_rms);
-      transform(y, values.pairs, Transform(lane));
+      transform(y, values.pairs, lane);
       if (pass == 0) {
         add_largest(largest, y);
         continue;
