@@ -20,7 +20,7 @@ from . import cpu_ops
 from .activation_quantization import OperatorNumbers
 from .gemm.configs import GemmPlan, PlanSource, choose_gemm, plan_source
 from .gemm.eight_bit import EightBitPlan, choose_eight_bit_gemm
-from .gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS, MOST_TOKENS_S8, FusedShape, fused_launch
+from .gemm.fused_linear import FUSED_INPUTS, FUSED_INPUTS_S8, MOST_TOKENS, MOST_TOKENS_S8, FusedShape, fused_launch
 from .operands import (
     GROUPED_FORMATS,
     ROW_BYTES,
@@ -124,7 +124,7 @@ class _Source:
         eight_bit = format == TOKEN_FORMAT
         if (
             x.shape[0] > (MOST_TOKENS_S8 if eight_bit else MOST_TOKENS)
-            or self.input not in FUSED_INPUTS
+            or self.input not in (FUSED_INPUTS_S8 if eight_bit else FUSED_INPUTS)
             or format not in ("sm90", TOKEN_FORMAT)
             or group != BLOCK
             or not hadamard
@@ -133,7 +133,7 @@ class _Source:
         index = x.device.index
         shape = FusedShape(
             index, *gpu(index), x.shape[0], n, x.shape[1], k_padded // BLOCK, x.stride(0), self.ld_second, self.aligned,
-            _NAMES[x.dtype], self.input, clip, plan_source(), 8 if eight_bit else 4,
+            _NAMES[x.dtype], self.input, clip, plan_source(), 8 if eight_bit else 4, self.eps, self.gain_offset,
         )  # fmt: skip
         return fused_launch(launcher.kernel, shape)
 
@@ -168,7 +168,8 @@ def _linear(
     fused = source.fused(n, k_padded, of_weights, clip, hadamard, format) if matrix is None else None
     if fused is not None:
         weights = [packed.data_ptr(), scale.data_ptr(), *([] if unit is None else [unit.data_ptr()])]
-        fused(stream, y.data_ptr(), x.data_ptr(), _address(source.second), *weights, _address(bias))
+        sums = source.sums if source.input == "add_rms_norm" else ()
+        fused(stream, y.data_ptr(), x.data_ptr(), _address(source.second), *weights, _address(bias), *sums)
         return y
     m_stride = row_stride(m)
     code_bytes = k_padded // BLOCK * m_stride * ROW_BYTES[format]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from apex4_quant.kernels.gemm.fused_linear import FUSED_INPUTS, MOST_TOKENS_S8
+from apex4_quant.kernels.gemm.fused_linear import FUSED_INPUTS_S8, MOST_TOKENS_S8
 
 from ..kernel_cases import fused_s8
 
@@ -28,7 +28,7 @@ def _one_shape(**more: Any) -> Callable[[int, pytest.Config], dict[str, dict[str
     return _listed(
         {
             f"{input} {name} {m} rows": {"input": input, "dtype": dtype, "m": m, "n": 328, "k": 1000} | more
-            for input in FUSED_INPUTS
+            for input in FUSED_INPUTS_S8
             for name, dtype in DTYPES.items()
             for m in (1, MOST_TOKENS_S8)
         }
@@ -39,7 +39,7 @@ CASES: dict[str, Callable[[int, pytest.Config], dict[str, Any]]] = {
     "test_shapes": _listed(
         {
             f"{input} {name} {m} x {n} x {k}": {"input": input, "dtype": dtype, "m": m, "n": n, "k": k}
-            for input in FUSED_INPUTS
+            for input in FUSED_INPUTS_S8
             for name, dtype in DTYPES.items()
             for m, n, k in SHAPES
         }

@@ -18,8 +18,10 @@ from apex4_quant.kernels import ops, reference
 from apex4_quant.kernels.gemm import fused_linear
 from apex4_quant.kernels.hadamard import apply_block_hadamard
 from apex4_quant.kernels.operands import fold_scales
+from apex4_quant.kernels.quantize.configs import NORMS
 
 PLANS = ("sm90_s8_m8n64s10/1", "sm90_s8_m8n64s10/2")
+EPS = 1e-5
 TIE = 2e-3  # of a code: how far from a tie no kernel may be wrong
 
 
@@ -42,7 +44,21 @@ def inputs_of(
         wide = torch.randn(m, k + padding, generator=generator, device=generator.device).to(dtype)
         return wide[:, padding // 2 : padding // 2 + k]
 
+    if input in NORMS:
+        gain = 1 + 0.3 * torch.randn(k, generator=generator, device=generator.device)
+        return (normal(), *([normal()] if input == "add_rms_norm" else []), gain.to(dtype))
     return (normal(), normal()) if input == "silu_mul" else (normal(),)
+
+
+def input_of_linear(inputs: tuple[torch.Tensor, ...], input: str) -> torch.Tensor:
+    """As the unfused modules round it."""
+    if input == "silu_mul":
+        return torch.nn.functional.silu(inputs[0]) * inputs[1]
+    if input not in NORMS:
+        return inputs[0]
+    x = inputs[0] + inputs[1] if input == "add_rms_norm" else inputs[0]
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * inputs[-1]
 
 
 def bounds(
@@ -80,9 +96,10 @@ def check(
     if damage is not None:
         inputs[0][m // 2, k // 3] = damage
     how = (None, padded, padded, 1.0, True, "s8")
-    linear = ops.silu_mul_linear if input == "silu_mul" else ops.linear
-    x = inputs[0] if len(inputs) == 1 else torch.nn.functional.silu(inputs[0]) * inputs[1]
-    least, most = bounds(torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, len(inputs) - 1)
+    linear = getattr(ops, "linear" if input == "plain" else f"{input}_linear")
+    of_norm = (EPS, 0.0) if input in NORMS else ()
+    x = input_of_linear(inputs, input)
+    least, most = bounds(torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, int(input != "plain"))
     for plan in PLANS:
         with forced(plan):
             name = str(dtype).removeprefix("torch.")
@@ -90,7 +107,10 @@ def check(
             assert chosen is not None, "the shape is not one kernel's"
             poisoned = torch.full((m, n), float("nan"), dtype=dtype, device=device)
             del poisoned  # what the operator writes to next
-            y = linear(*inputs, *weights, bias, n, *how)
+            y = linear(*inputs, *of_norm, *weights, bias, n, *how)
+        if input == "add_rms_norm":
+            y, total = y
+            assert torch.equal(total.nan_to_num(7), (inputs[0] + inputs[1]).nan_to_num(7)), "another sum"
         if damage is not None:
             rest = torch.arange(m, device=device) != m // 2
             assert y[m // 2].isnan().all() and y[rest].isfinite().all(), "damage reaches its own token, and all of it"

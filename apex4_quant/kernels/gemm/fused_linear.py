@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
-from ..quantize.configs import DTYPES, FORMATS, INPUTS, TOKEN_FORMAT
+from ..quantize.configs import DTYPES, FORMATS, INPUTS, NORMS, TOKEN_FORMAT
 from ..runtime.launcher import Kernel, Launch
 from .configs import DECODE_PARTS, SHARED_LIMITS, GemmPlan, PlanSource, choose_gemm, plan_source
 from .sm90_s8_configs import Sm90S8Plan, choose_sm90_s8, few_tokens_shared_bytes
 
 FUSED_INPUTS = ("plain", "silu_mul")  # RMSNorm needs sums over rows first: in a model that cost more (measured, H100)
+FUSED_INPUTS_S8 = INPUTS  # the whole row is read anyway
 MOST_TOKENS = 3  # more take the thread blocks longer than a kernel in front of them (measured, H100)
 SLICES = 64  # of quantize_tokens.cuh: blocks of tokens that are quantized at a time
 MOST_ROUNDS = 3  # of these, likewise
@@ -35,7 +36,7 @@ _OUTPUTS = {"bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """One cubin: `input` is plain or silu_mul, `dtype` that of x and y."""
+    """One cubin: `input` is one of FUSED_INPUTS, or FUSED_INPUTS_S8, `dtype` that of x and y."""
 
     input: str
     dtype: str
@@ -100,9 +101,13 @@ def fused_s8_config(input: str, dtype: str, rounds: int) -> FusedS8Config:
 def all_configs(sm: int) -> list[FusedConfig]:
     if sm != 90:
         return []
-    kinds = [(input, dtype) for dtype in DTYPES for input in FUSED_INPUTS]
-    of_eight_bits = [fused_s8_config(*kind, rounds) for kind in kinds for rounds in range(1, MOST_ROUNDS_S8 + 1)]
-    return [*(fused_config(*kind) for kind in kinds), *of_eight_bits]
+    of_eight_bits = [
+        fused_s8_config(input, dtype, rounds)
+        for dtype in DTYPES
+        for input in FUSED_INPUTS_S8
+        for rounds in range(1, MOST_ROUNDS_S8 + 1)
+    ]
+    return [*(fused_config(input, dtype) for dtype in DTYPES for input in FUSED_INPUTS), *of_eight_bits]
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def choose_fused_s8(
     sm: int, sm_count: int, m: int, n: int, k_blocks: int, input: str, dtype: str, source: PlanSource | None = None
 ) -> FusedPlan | None:
     """As `choose_fused`, of 8-bit activations; groups of 128 all the same."""
-    if sm != 90 or not 1 <= m <= MOST_TOKENS_S8 or input not in FUSED_INPUTS:
+    if sm != 90 or not 1 <= m <= MOST_TOKENS_S8 or input not in FUSED_INPUTS_S8:
         return None
     chosen = choose_sm90_s8(sm, sm_count, m, n, k_blocks, 1, _OUTPUTS[dtype], source or plan_source())
     if chosen.config.tile_m != TILE_M:
@@ -174,16 +179,20 @@ class FusedShape(NamedTuple):
     clip: float
     source: PlanSource
     activation_bits: int
+    eps: float = 0.0
+    gain_offset: bool = False
 
 
 @lru_cache(maxsize=4096)
 def fused_launch(kernel: Callable[..., Kernel], shape: FusedShape) -> Launch | None:
     """The kernel of a shape with all but its pointers, which are y, x, second, w_packed, w_scale, with 8-bit
-    activations w_unit, and bias; None: see above.
+    activations w_unit, and bias, and of a sum residual and total; None: see above.
 
     `kernel` is launcher.kernel.
     """
-    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source, bits = shape
+    _, sm, sm_count, m, n, k, k_blocks, ldx, ld_second, aligned, dtype, input, clip, source, bits, eps, gain_offset = (
+        shape
+    )
     choose = choose_fused_s8 if bits == 8 else choose_fused
     plan = choose(sm, sm_count, m, n, k_blocks, input, dtype, source)
     if plan is None:
@@ -191,11 +200,13 @@ def fused_launch(kernel: Callable[..., Kernel], shape: FusedShape) -> Launch | N
     config, grid = plan.config, plan.gemm
     numbers = (m, n, k, k_blocks, ldx, ld_second, n, -(-n // KERNEL_TILE_N))
     clips = [] if bits == 8 else [c_float(clip / CODE_MAX)]
+    of_norm = [c_float(eps), c_float(1 / k), c_int(gain_offset)] if input in NORMS else []
+    pointers = (7 if bits == 8 else 6) + 2 * (input == "add_rms_norm")
     return kernel(config.source, config.entry, config.defines, shape.device).bind(
         grid.grid,
         128 * DECODE_PARTS + 32,  # one warp copies
-        7 if bits == 8 else 6,
-        [*map(c_int, numbers), *clips, c_int(aligned)],
+        pointers,
+        [*map(c_int, numbers), *clips, c_int(aligned), *of_norm],
         shared_bytes=plan.shared_bytes,
         cluster=grid.cluster,
         programmatic=True,

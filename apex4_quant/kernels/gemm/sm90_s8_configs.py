@@ -60,11 +60,6 @@ class Sm90S8Config:
         return KERNEL_TILE_N * (self.tiles_n if self.few_tokens else _CONSUMERS)
 
     @property
-    def is_unchecked(self) -> bool:
-        """Whether a GPU has never shown that it gives the right products: it is chosen by its name only."""
-        return self.few_tokens and self.tile_m >= WARPGROUPS_FROM
-
-    @property
     def tile_name(self) -> str:
         """Without the dtype: what `APEX4_GEMM` takes."""
         return f"{PREFIX}m{self.tile_m}n{self.tile_n}s{self.stages}"
@@ -226,10 +221,10 @@ def _clocks(plan: Sm90S8Plan) -> float:
 
 
 def candidates(sm_count: int, m: int, n: int, k_blocks: int, out: str) -> list[Sm90S8Plan]:
-    """Every plan that may compute the shape, but for those of kernels that are unchecked; groups of any width are alike."""
+    """Every plan that may compute the shape; groups of any width are alike."""
     found = []
     smallest = min(config.tile_m for config in _TILES)
-    for config in (each for each in all_configs(90) if each.out == out and not each.is_unchecked):
+    for config in (each for each in all_configs(90) if each.out == out):
         if config.tile_m > smallest and config.tile_m >= 2 * m:  # mostly padding
             continue
         plan = Sm90S8Plan(config, m, n, k_blocks, sm_count)

@@ -27,7 +27,7 @@ INPUTS = ("plain", "rms_norm", "silu_mul", "add_rms_norm")  # APEX4_INPUT is the
 NORMS = ("rms_norm", "add_rms_norm")  # of whole rows
 DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read; a sum is made by row_rms.cu in front of them
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
-WHOLE_FORMS = ("", "resident", "long", "cluster", "stream")  # APEX4_FORM of quantize_whole_rows.cu
+WHOLE_FORMS = ("", "resident", "long", "cluster", "stream", "few")  # APEX4_FORM of quantize_whole_rows.cu
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
 TOKEN_FORMAT = "s8"  # that of eight bits, one scale a token
@@ -49,9 +49,13 @@ WHOLE_SLICES, WHOLE_LONG_THREADS = (
     224,
     512,
 )  # the most slices of a CTA that are kept; threads of one that reads a row again
+FEW_FORMS = ("few", "cluster")
+FEW_LANES, FEW_SLICES = 8, 128  # of those: threads of a slice; the most slices of a CTA
+FEW_TOKENS = 64  # rows that have them (measured, H200: docs/kernel_measurements.md, item 21)
 WHOLE_LEAST_SLICES, WHOLE_MOST_ROWS = 16, 8  # a CTA of short rows has several of them
-CLUSTER_CTAS, CLUSTER_GRID = 8, 64  # the most CTAs that share a row, and of all rows
+CLUSTER_CTAS, CLUSTER_GRID = 8, 128  # the most CTAs that share a row, and of all rows
 CLUSTER_LEAST_BLOCKS = 96  # of a row: a shorter one takes less time in one CTA than CTAs take to tell each other
+CLUSTER_LEAST_CTAS = 4  # likewise, unless a CTA cannot have the row
 STREAM_THREADS = {"plain": 1024, "rms_norm": 1024, "silu_mul": 896}  # of a multiprocessor: 64 registers each, or 72
 STREAM_SHARED_BYTES = 227 << 10  # of an sm_90
 STREAM_SLOTS = {"plain": 2 * 4, "rms_norm": 3 * 4, "silu_mul": 2 * 4}  # SLOT_BYTES / 16 of quantize_whole_rows.cu
@@ -295,7 +299,8 @@ def choose_whole_rows(
         raise ValueError(f"{m} rows of {k_blocks} blocks of {BLOCK}")
 
     def plan(form: str, grid: int, rows: int, blocks: int, shared_bytes: int = 0, cluster: int = 1) -> QuantizePlan:
-        block = -(-rows * blocks * WHOLE_LANES // WARP) * WARP
+        lanes = FEW_LANES if form in FEW_FORMS else WHOLE_LANES
+        block = -(-rows * blocks * lanes // WARP) * WARP
         config = whole_rows_config(form, input, hadamard, dtype)
         block = min(block, WHOLE_LONG_THREADS) if form == "long" else block
         return QuantizePlan(
@@ -304,9 +309,12 @@ def choose_whole_rows(
 
     if k_blocks > WHOLE_SLICES or not aligned:
         return plan("long", m, 1, k_blocks)
-    ctas = min(CLUSTER_CTAS, _power_of_two_up_to(CLUSTER_GRID // m))
-    if sm_90 and ctas > 1 and k_blocks >= CLUSTER_LEAST_BLOCKS:
-        return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
+    if sm_90 and m <= FEW_TOKENS:
+        ctas = min(CLUSTER_CTAS, _power_of_two_up_to(CLUSTER_GRID // m))
+        if k_blocks > FEW_SLICES or (k_blocks >= CLUSTER_LEAST_BLOCKS and ctas >= CLUSTER_LEAST_CTAS):
+            return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
+        if k_blocks >= WHOLE_LEAST_SLICES:
+            return plan("few", m, 1, k_blocks)
     rows = 1
     while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:
         rows *= 2

@@ -73,6 +73,8 @@ ONE_KERNEL = [
     (2, 130, 4900, "plain", 12),
     (2, 64, 512, "silu_mul", 0),
     (1, 8, 16384, "plain", 0),
+    (1, 72, 1000, "rms_norm", 4),
+    (2, 64, 4900, "add_rms_norm", 8),
 ]  # padding of rows
 
 
@@ -84,25 +86,33 @@ def problems_of_one_kernel(case: tuple[int, int, int, str, int]) -> list[str]:
     scale_w = (torch.rand(n, padded // BLOCK, generator=generator) * 0.01 + 1e-4).half()
     bias = torch.randn(n, generator=generator) if n % 3 else None
     inputs = fused_s8.inputs_of(m, k, input, dtype, generator, padding)
-    x = inputs[0] if len(inputs) == 1 else torch.nn.functional.silu(inputs[0]) * inputs[1]
-    least, most = fused_s8.bounds(torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, len(inputs) - 1)
+    x = fused_s8.input_of_linear(inputs, input)
+    least, most = fused_s8.bounds(
+        torch.nn.functional.pad(x, (0, padded - k)), codes_w, scale_w, bias, int(input != "plain")
+    )
     operands = [(each.data_ptr(), each.stride(0)) for each in inputs]
+    ld_second = inputs[1].stride(0) if input in ("silu_mul", "add_rms_norm") else 0
+    total = torch.full((m, k), float("nan"), dtype=dtype)
+    sums = [inputs[1].data_ptr(), total.data_ptr()] if input == "add_rms_norm" else []
     shape = fused_linear.FusedShape(
-        0, 90, MULTIPROCESSORS, m, n, k, padded // BLOCK, inputs[0].stride(0), inputs[-1].stride(0), rows_are_aligned(k, *operands),
-        "float16", input, 1.0, PlanSource("sm90_s8_m8n64s10/1", 0), 8,
+        0, 90, MULTIPROCESSORS, m, n, k, padded // BLOCK, inputs[0].stride(0), ld_second, rows_are_aligned(k, *operands),
+        "float16", input, 1.0, PlanSource("sm90_s8_m8n64s10/1", 0), 8, fused_s8.EPS,
     )  # fmt: skip
     launch = fused_linear.fused_launch(launcher.kernel, shape)
     assert launch is not None, "the shape is not one kernel's"
     y = torch.full((m, n), float("nan"), dtype=dtype)
     packed, ratio, unit = S8.pack(codes_w), *fold_scales(scale_w)
-    second = inputs[1].data_ptr() if len(inputs) > 1 else 0
+    second = inputs[-1].data_ptr() if len(inputs) > 1 else 0
     weights = [each.data_ptr() for each in (packed, ratio, unit)]
     try:
-        launch(0, y.data_ptr(), inputs[0].data_ptr(), second, *weights, 0 if bias is None else bias.data_ptr())
+        launch(0, y.data_ptr(), inputs[0].data_ptr(), second, *weights, 0 if bias is None else bias.data_ptr(), *sums)
     except cuda_on_cpu.KernelFault as fault:
         return [str(fault)]
     wrong = int((~((least.to(dtype) <= y) & (y <= most.to(dtype)))).sum())
-    return [f"{wrong} outputs are wrong"] if wrong else []
+    found = [f"{wrong} outputs are wrong"] if wrong else []
+    if sums and not torch.equal(total, inputs[0] + inputs[1]):
+        found.append("another sum")
+    return found
 
 
 @pytest.mark.parametrize("case", ONE_KERNEL, ids=str)

@@ -237,14 +237,3 @@ def test_it_compiles_without_spills_and_with_little_to_do_for_a_group(config: Sm
         return
     assert any(opcode == f"IGMMA.64x{config.tile_m}x32.S8.S8" for opcode in loop.opcodes)
     assert not {"ffma", "fmul", "fadd", "i2f", "convert", "half", "spill"} & set(loop.classes)
-
-
-def test_what_no_gpu_has_checked_is_chosen_by_name_only() -> None:
-    unchecked = {config.tile_name for config in all_configs(90) if config.is_unchecked}
-    assert unchecked == {"sm90_s8_m64n128s4", "sm90_s8_m64n64s3"}
-    for m in range(1, 70):
-        for n, blocks in ((4096, 32), (10240, 64), (57344, 64), (4096, 112)):
-            assert not any(option.config.is_unchecked for option in candidates(SMS, m, n, blocks, "bf16"))
-            assert not choose_sm90_s8(90, SMS, m, n, blocks, 1, "bf16", NOTHING, False).config.is_unchecked
-    named = choose_sm90_s8(90, SMS, 64, 4096, 32, 1, "bf16", PlanSource("sm90_s8_m64n64s3/2", 0), False)
-    assert named.label == "sm90_s8_m64n64s3/2"

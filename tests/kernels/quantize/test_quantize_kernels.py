@@ -185,15 +185,12 @@ def test_a_grid_of_whole_rows_covers_every_slice_once(k: int, input: str) -> Non
             if form == "long":
                 assert (not aligned or k_blocks > 224) and plan.grid[0] == m and rows == 1 and plan.block <= 512
                 continue
-            assert (
-                aligned
-                and plan.block <= 896
-                and rows * plan.blocks_per_cta * 4 <= plan.block < rows * plan.blocks_per_cta * 4 + 32
-            )
+            lanes = 8 if form in ("few", "cluster") else 4
+            assert aligned and plan.block <= (1024 if lanes == 8 else 896)
+            assert rows * plan.blocks_per_cta * lanes <= plan.block < rows * plan.blocks_per_cta * lanes + 32
             if form == "cluster":  # each CTA has its part of the blocks of one row
                 assert sm_90 and plan.grid[0] == m * plan.cluster <= sm_count and 1 < plan.cluster <= 8 and rows == 1
                 assert (plan.cluster - 1) * plan.blocks_per_cta < k_blocks <= plan.cluster * plan.blocks_per_cta
-                assert plan.cluster * plan.block // 32 <= 32  # MAX_WARPS
                 continue
             tiles = -(-m // rows)
             assert plan.blocks_per_cta == k_blocks and plan.cluster == 1
@@ -203,9 +200,10 @@ def test_a_grid_of_whole_rows_covers_every_slice_once(k: int, input: str) -> Non
                 assert sm_90 and plan.grid[0] * 2 <= tiles and ctas * plan.block * registers <= 65536
                 assert ctas * (plan.shared_bytes + 4 * 3 * 224 + 1024) <= 228 << 10
             else:
-                assert form == "resident" and plan.grid[0] == tiles and not plan.shared_bytes
+                assert form == "resident" or (form == "few" and sm_90 and rows == 1 and m <= 64)
+                assert plan.grid[0] == tiles and not plan.shared_bytes
             if m * k_blocks <= 2**14:
-                slices = np.arange(plan.block // 4)
+                slices = np.arange(plan.block // lanes)
                 row = index_function("rows_slice_row")(slices, plan.rows_log2) + np.arange(tiles)[:, None] * rows
                 block = np.broadcast_to(index_function("rows_slice_block")(slices, plan.rows_log2), row.shape)
                 active, count = (row < m) & (block < k_blocks), np.zeros((m, k_blocks), int)
@@ -233,9 +231,10 @@ def test_dense_transforms_to_eight_bits_on_hopper(input: str) -> None:
 
 def test_warps_of_a_cluster_have_room_for_what_they_find() -> None:
     source = (ROOT / "apex4_quant" / "kernels" / "cuda" / "quantize" / "quantize_whole_rows.cu").read_text()
-    assert "MAX_WARPS = MAX_THREADS / 32 + 8;" in source  # MAX_THREADS: those of 224 slices, four lanes each
-    plans = [choose_whole_rows(1, k_blocks, sm_90=True) for k_blocks in range(1, 225)]
-    assert max(plan.cluster * plan.block // 32 for plan in plans) <= 4 * 224 // 32 + 8
+    assert "MAX_WARPS = LANES * MOST_SLICES / 32 + 8;" in source and "MOST_SLICES = 224;" in source
+    plans = [choose_whole_rows(m, k_blocks, sm_90=True) for m in (1, 32, 64) for k_blocks in range(1, 225)]
+    assert {plan.cluster for plan in plans} == {1, 2, 4, 8}
+    assert max(plan.cluster * plan.block // 32 for plan in plans) <= 8 * 224 // 32 + 8
 
 
 def test_alignment_is_of_addresses_strides_and_width() -> None:
@@ -276,6 +275,15 @@ def test_lanes_of_a_whole_row_cover_its_blocks() -> None:
         assert sorted((slices * 128 + columns).flatten()) == list(range(0, 8 * 128, 16))
 
 
+def test_eight_lanes_of_a_whole_row_cover_its_blocks() -> None:
+    fn, lane, part = index_function, np.arange(32)[:, None], np.arange(2)
+    columns = fn("few_slice")(lane) * 128 + fn("few_column")(lane, part)
+    assert sorted(columns.flatten()) == list(range(0, 4 * 128, 8))
+    assert sorted((fn("few_slice")(lane) * 128 + fn("rows_column")(lane)).flatten()) == list(range(0, 4 * 128, 16))
+    after = fn("few_transformed_slice")(lane) * 128 + fn("whole_transformed_column")(lane)
+    assert sorted(after.flatten()) == list(range(0, 4 * 128, 16))
+
+
 def test_lanes_read_what_others_have_copied() -> None:
     """quantize_whole_rows, STREAM: columns and slots of copies and reads agree, and eight lanes read all banks at a time."""
     fn, lane, copied = index_function, np.arange(32), {}
@@ -294,30 +302,39 @@ def test_lanes_read_what_others_have_copied() -> None:
 def test_product_and_additions_are_the_hadamard_matrix() -> None:
     """quantize_whole_rows in NumPy: A's signs over four bits of the column, mma by the PTX tables, additions over three bits."""
     rng = np.random.default_rng(0)
-    x = rng.integers(-9, 10, (8, 128))  # of eight slices
     fn = index_function
     k_in, m_out = fn("whole_product_input")(np.arange(16)), fn("whole_product_output")(np.arange(16))
     signs = 1 - 2 * (np.bitwise_count(m_out[:, None] & k_in) & 1).astype(int)
     lane = np.arange(32)
     g, q = lane >> 2, lane & 3
-    y = np.zeros((8, 128), int)
-    d = np.zeros((32, 8, 2, 2), int)  # lane, word, row half, slice
-    for word in range(8):
-        b = np.zeros((16, 8), int)
-        for part, odd in np.ndindex(2, 2):
-            b[2 * q + 8 * part + odd, g] = x[fn("whole_slice")(lane), fn("whole_column")(lane, part) + 2 * word + odd]
-        product = signs @ b
-        for half, e in np.ndindex(2, 2):
-            d[:, word, half, e] = product[g + 8 * half, 2 * q + e]
-    for bit in (1, 2, 4):
-        for word in range(8):
-            if not word & bit:
-                d[:, word], d[:, word | bit] = d[:, word] + d[:, word | bit], d[:, word] - d[:, word | bit]
-    for part, word, odd in np.ndindex(2, 8, 2):
-        column = fn("whole_transformed_column")(lane) + 2 * word + odd
-        y[fn("whole_transformed_slice")(lane, part), column] = d[:, word, odd, part]
-    hadamard = 1 - 2 * (np.bitwise_count(np.arange(128)[:, None] & np.arange(128)) & 1).astype(int)
-    assert (y == x @ hadamard).all()
+    for lanes, kind in ((4, "whole"), (8, "few")):
+        words, slices = 32 // lanes, 32 // lanes
+        x = rng.integers(-9, 10, (slices, 128))
+        y = np.zeros((slices, 128), int)
+        d = np.zeros((32, words, 2, 2), int)  # lane, word, row half, n's lowest bit
+        for word in range(words):
+            b = np.zeros((16, 8), int)
+            for part, odd in np.ndindex(2, 2):
+                b[2 * q + 8 * part + odd, g] = x[
+                    fn(f"{kind}_slice")(lane), fn(f"{kind}_column")(lane, part) + 2 * word + odd
+                ]
+            product = signs @ b
+            for half, e in np.ndindex(2, 2):
+                d[:, word, half, e] = product[g + 8 * half, 2 * q + e]
+        for bit in (1, 2, 4)[: words.bit_length() - 1]:
+            for word in range(words):
+                if not word & bit:
+                    d[:, word], d[:, word | bit] = d[:, word] + d[:, word | bit], d[:, word] - d[:, word | bit]
+        if lanes == 8:  # of bit 3
+            d = np.stack((d.sum(-1), d[..., 0] - d[..., 1]), -1)
+        for e, word, odd in np.ndindex(2, words, 2):
+            column = fn("whole_transformed_column")(lane) + 2 * word + odd
+            if lanes == 4:
+                y[fn("whole_transformed_slice")(lane, e), column] = d[:, word, odd, e]
+            else:
+                y[fn("few_transformed_slice")(lane), column + 8 * e] = d[:, word, odd, e]
+        hadamard = 1 - 2 * (np.bitwise_count(np.arange(128)[:, None] & np.arange(128)) & 1).astype(int)
+        assert (y == x @ hadamard).all()
 
 
 def test_prepacked_order_is_a_permutation() -> None:
@@ -468,7 +485,7 @@ def test_every_kernel_compiles_without_a_word_and_without_spills(sm: int) -> Non
         if config.source == "quantize/quantize_dense_sm90.cu":
             threads, ctas = (512, 1) if "rms_norm" in config.name and "s8" not in config.name else (256, 2)
         if config.source == "quantize/quantize_whole_rows.cu":
-            threads, ctas = {"long": (512, 1), "stream": (896, 1)}.get(
+            threads, ctas = {"long": (512, 1), "stream": (896, 1), "few": (1024, 1), "cluster": (1024, 1)}.get(
                 config.name.split("_")[3], (896 if sm < 90 or "add_rms_norm" in config.name else 1024, 1)
             )
         ctas -= "stream_rms_norm_none" in config.name
@@ -603,6 +620,13 @@ FAMILIES: dict[str, list[Any]] = {
     "eight bits, add, rms": [
         *variants(replace(ROWS_S8, input="add_rms_norm")),
         replace(ROWS_S8, input="add_rms_norm", transform="none", m=40, k=4096, gain_offset=True, dtype="float16", sm_90=True),
+    ],
+    "eight bits, few rows": [
+        *(replace(ROWS_S8, m=m, k=k, input=input, transform=transform, dtype=dtype, gain_offset=m == 1, sm_90=True, seed=m)
+          for m, k, dtype in ((1, 2048, "bfloat16"), (3, 4000, "float16")) for input in INPUTS for transform in ("none", "hadamard")),
+        *(replace(ROWS_S8, m=2, k=2144, transform=transform, sm_90=True, data=data)
+          for data in ("extreme", "zero", "nan", "infinity", "ties") for transform in ("none", "hadamard")),
+        replace(ROWS_S8, m=2, k=11008, input="silu_mul", padding=8, sm_90=True),
     ],
     "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in INPUTS],
     "eight bits, many rows": [

@@ -79,6 +79,11 @@ APEX4_INDEX(whole_transformed_column, (int lane), 16 * (lane >> 2))
 // those of the output. The eight products are those of the other bits, 1, 2 and 3.
 APEX4_INDEX(whole_product_input, (int k), (k & 1) + 16 * (k >> 1 & 3) + 64 * (k >> 3))
 APEX4_INDEX(whole_product_output, (int row), (row >> 3) + 16 * (row & 7))
+// FEW: eight lanes hold a slice, four slices a warp; a lane has two octets, which are parts. Without a transform it has those of
+// rows_column; before one the columns' bit 3 tells the two halves of mma's n apart, so that a lane ends with sixteen in a row.
+APEX4_INDEX(few_slice, (int lane), lane >> 3)
+APEX4_INDEX(few_column, (int lane, int part), 8 * (lane >> 2 & 1) + 16 * (lane & 3) + 64 * part)
+APEX4_INDEX(few_transformed_slice, (int lane), lane & 3)
 // STREAM: rows are copied so that four lanes copy 64 bytes together, octet 4 i + q of a slice being copy i of lane q; they are read
 // by the lanes that want them. Both the 32 slots of a warp's copy that are written and those that are read are in all banks.
 APEX4_INDEX(whole_copy_column, (int lane, int copy), 32 * copy + 8 * (lane & 3))

@@ -73,6 +73,10 @@ struct Producer {
     else if (role == CODES) {
       ptx::barrier_expect_bytes(full, count * rows * BLOCK);
       const uint8* a_codes_gmem_rd = p.a_codes + (static_cast<long long>(block) * p.m_stride + m0) * BLOCK;
+      if (rows == TILE_M && p.m_stride == TILE_M) {  // blocks follow each other here and there
+        ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes), a_codes_gmem_rd, count * TILE_M * BLOCK, full);
+        return;
+      }
       for (int i = 0; i < count; ++i, a_codes_gmem_rd += static_cast<long long>(p.m_stride) * BLOCK) {
         ptx::bulk_copy(ring.stage + offsetof(Stage, a_codes) + i * TILE_M * BLOCK, a_codes_gmem_rd, rows * BLOCK, full);
       }

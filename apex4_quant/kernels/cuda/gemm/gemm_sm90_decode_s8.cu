@@ -18,6 +18,7 @@
 // Operands of apex4_linear (type T: that of y, and of x):
 //   y, w_packed, w_ratio, w_unit, bias, m <= TILE_M, n, k_blocks, ldy, tiles_n   as in gemm_sm90_s8.cu; groups of one block
 //   x, second, k, ldx, ld_second, aligned                                          as in quantize_rows.cu
+//   eps, one_over_k, gain_offset; residual, total                                  likewise, with RMSNorm; of a sum
 //   dynamic shared memory: struct Shared, and behind it m rows of codes for each of WholeTokens::owned() blocks
 //
 // Macros: TILE_M, TILES, PARTS, STAGES, SHARED_BYTES (of struct Shared), OUT_BF16, QUANTIZES; with 1, those of
@@ -368,8 +369,15 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apex4_linear(void* y, const unsigned short* x, const unsigned short* second, const uint8* w_packed, const unsigned short* w_ratio,
-                 const float* w_unit, const float* bias, int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy,
-                 int tiles_n, int aligned) {
+                 const float* w_unit, const float* bias,
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+                 const unsigned short* residual, unsigned short* total,
+#endif
+                 int m, int n, int k, int k_blocks, int ldx, int ld_second, int ldy, int tiles_n, int aligned
+#if APEX4_NORMALISES
+                 , float eps, float one_over_k, int gain_offset
+#endif
+    ) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8 shared_memory[];
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
@@ -381,9 +389,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (share.ranks > 1) ptx::cluster_arrive();
   if (warp < 4 * PARTS) {
     uint8* const codes = shared_memory + sizeof(Shared);
+#if APEX4_NORMALISES
+    float* const squares = reinterpret_cast<float*>(s.sums);  // of no tile yet
+    const WholeTokens quantizer = {{x, second, k, ldx, ld_second, gain_offset != 0, aligned != 0
+#if APEX4_INPUT == APEX4_ADD_RMS_NORM
+                                    , residual, total
+#endif
+                                   }, m, k_blocks, share.first_block(), share.step(), codes, s.a_scale, s.absmax,
+                                   eps, one_over_k, squares, blockIdx.x == 0};
+#else
     const WholeTokens quantizer = {{x, second, k, ldx, ld_second, false, aligned != 0}, m, k_blocks, share.first_block(), share.step(),
                                    codes, s.a_scale, s.absmax};
-    ptx::wait_for_predecessor();
+#endif
     quantizer.run(ptx::thread(), QUANTIZED);
     Consumer(s, warp / 4, Tokens(codes, m, warp / 4)).run(given, s, share);
   } else {

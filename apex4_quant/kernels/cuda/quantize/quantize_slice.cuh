@@ -21,6 +21,12 @@ __device__ __forceinline__ float sum_of_slice(float value) {
   return value;
 }
 
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) value += __shfl_xor_sync(FULL_WARP, value, mask);
+  return value;
+}
+
 __device__ __forceinline__ float max_of_slice(float value) {
 #pragma unroll
   for (int mask = 1; mask < LANES; mask *= 2) value = max_nan(value, __shfl_xor_sync(FULL_WARP, value, mask));
@@ -45,15 +51,16 @@ struct Lane {
   unsigned factors[WORDS];  // gain or up
 #endif
 
-  __device__ __forceinline__ void load(const Input& from, int row, int column, bool active) {
+  // `stores`: of several that read a sum, the one that stores it.
+  __device__ __forceinline__ void load(const Input& from, int row, int column, bool active, [[maybe_unused]] bool stores = true) {
     load_from(pairs, from.x + static_cast<long long>(row) * from.ldx, from, column, active);
 #if APEX4_INPUT == APEX4_ADD_RMS_NORM
     unsigned residual[WORDS];
     load_from(residual, from.residual + static_cast<long long>(row) * from.ld_second, from, column, active);
     add_octet(pairs, residual), add_octet(pairs + 4, residual + 4);
     unsigned short* const total = from.total + static_cast<long long>(row) * from.k;
-    store_octet(total, pairs, column, from.k, active, from.aligned);
-    store_octet(total, pairs + 4, column + 8, from.k, active, from.aligned);
+    store_octet(total, pairs, column, from.k, active && stores, from.aligned);
+    store_octet(total, pairs + 4, column + 8, from.k, active && stores, from.aligned);
 #endif
   }
 

@@ -6,12 +6,15 @@
 // rows, its slices numbered rows first. The Hadamard transform is a product of two: over the column's bits 0, 4, 5 and 6 an
 // mma.m16n8k16 with a matrix of +-1 in its A operand, which is exact in 16 bits, the eight slices being its n; over bits 1, 2
 // and 3 additions in a lane. So there are no shuffles, x goes from memory straight into B fragments, and a lane ends with
-// sixteen consecutive columns of two slices: whole chunks of codes.
+// sixteen consecutive columns of two slices: whole chunks of codes. With eight lanes a slice n is four slices by bit 3, and a lane
+// ends with sixteen columns of one.
 //
-// Four forms, by the macro APEX4_FORM:
+// Five forms, by the macro APEX4_FORM:
 //   RESIDENT  up to MAX_SLICES slices a CTA, which are kept in registers while the CTA agrees on a number for each row.
 //   LONG      any number, and rows that are not aligned: one row a CTA, read again from the caches in every pass.
-//   CLUSTER   few rows, on sm_90 and later: RESIDENT, but each row belongs to a cluster, whose CTAs tell each other their numbers.
+//   FEW       few rows, on sm_90 and later: one row a CTA, and eight lanes a slice, 16 columns a lane, which are half as many
+//             instructions one after the other. A row's number comes from its warps in one step.
+//   CLUSTER   few long rows, likewise: FEW, but each row belongs to a cluster, whose CTAs tell each other their numbers.
 //   STREAM    many rows: RESIDENT, but a CTA goes on from tile to tile. The next rows are on their way to shared memory meanwhile,
 //             where every warp has slots of its own: nobody waits at a barrier for them. Not of a sum.
 //
@@ -22,8 +25,8 @@
 //   second   SILU_MUL: up, T [m, k], row stride ld_second. (ADD_)RMS_NORM: the gain, T [k]. PLAIN: not read
 //   residual T [m, k], row stride ld_second, and total T [m, k], dense, which gets x + residual: ADD_RMS_NORM only
 //   m, k, k_blocks >= ceil(k / 128), m_stride >= m, ldx, ld_second
-//   rows_log2    0 to 3, LONG and CLUSTER: 0
-//   blocks_per_cta   k_blocks; CLUSTER: at least the CTA's part of them. blockDim.x = 4 * 2^rows_log2 * blocks_per_cta rounded up
+//   rows_log2    0 to 3, LONG, FEW and CLUSTER: 0
+//   blocks_per_cta   k_blocks; CLUSTER: at least the CTA's part of them. blockDim.x = LANES * 2^rows_log2 * blocks_per_cta rounded up
 //                to warps; LONG: any number of warps up to MAX_THREADS
 //   eps, one_over_k = float32(1 / k), gain_offset (0 or 1)   norms only, see `inverse_rms_of` and `normalised`
 //   aligned  1: x, second, residual and total (where read) lie on 16 bytes, ldx, ld_second and k are multiples of 8. 0: any, LONG alone
@@ -37,11 +40,15 @@
 #define APEX4_LONG 2
 #define APEX4_CLUSTER 3
 #define APEX4_STREAM 4
+#define APEX4_FEW 5
+#define APEX4_EIGHT_LANES (APEX4_FORM == APEX4_FEW || APEX4_FORM == APEX4_CLUSTER)
 
-constexpr int LANES = 4, SLICES = 32 / LANES;  // of a slice; of a warp
-constexpr int PARTS = 2, COLUMNS = 16;         // of a lane; of a part
-constexpr int WORDS = COLUMNS / 2;
-[[maybe_unused]] constexpr int MAX_SLICES = 224, MAX_THREADS = APEX4_FORM == APEX4_LONG ? 512 : LANES * MAX_SLICES;
+constexpr int LANES = APEX4_EIGHT_LANES ? 8 : 4, SLICES = 32 / LANES;  // of a slice; of a warp
+constexpr int PARTS = 2, WORDS = BLOCK / LANES / PARTS / 2;            // of what a lane loads; of a part
+constexpr int RUNS = 8 / LANES, COLUMNS = 16;                          // of what it ends with: of consecutive columns; of a run
+constexpr int MOST_SLICES = 224;                                       // of a row that CTAs keep
+[[maybe_unused]] constexpr int MAX_SLICES = APEX4_FORM == APEX4_FEW ? 1024 / LANES : MOST_SLICES;
+[[maybe_unused]] constexpr int MAX_THREADS = APEX4_FORM == APEX4_LONG ? 512 : APEX4_EIGHT_LANES ? 1024 : LANES * MAX_SLICES;
 #if APEX4_FORM == APEX4_LONG || (APEX4_FORM == APEX4_STREAM && APEX4_INPUT == APEX4_SILU_MUL) || \
     APEX4_INPUT == APEX4_ADD_RMS_NORM || \
     __CUDA_ARCH__ < (APEX4_NORMALISES ? 900 : 800)
@@ -73,6 +80,16 @@ struct Source {
 #endif
 };
 
+// The slice of its warp that a lane loads of, and there the first column of a part.
+__device__ __forceinline__ int loaded_slice(int lane) { return APEX4_EIGHT_LANES ? few_slice(lane) : whole_slice(lane); }
+__device__ __forceinline__ int loaded_column(int lane, int part) {
+#if APEX4_EIGHT_LANES
+  return APEX4_HADAMARD ? few_column(lane, part) : rows_column(lane) + 8 * part;
+#else
+  return whole_column(lane, part);
+#endif
+}
+
 // A lane's columns of a slice: loaded, then finished to what is transformed.
 struct Lane {
   unsigned pairs[PARTS][WORDS];
@@ -83,17 +100,15 @@ struct Lane {
   __device__ __forceinline__ void load(const Source& from, int row, int column, bool active) {
     load_from(pairs, from.x + static_cast<long long>(row) * from.ldx, from, column, active);
 #if APEX4_INPUT == APEX4_ADD_RMS_NORM
-    const unsigned short* const residual = from.residual + static_cast<long long>(row) * from.ld_second;
+    unsigned others[PARTS][WORDS];  // all of them before the first store, which no load behind it may pass
+    load_from(others, from.residual + static_cast<long long>(row) * from.ld_second, from, column, active);
     unsigned short* const total = from.total + static_cast<long long>(row) * from.k;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-      for (int octet = 0; octet < 2; ++octet) {
-        unsigned others[4];
-        const int at = column + whole_column(0, part) + 8 * octet;
-        load_octet(others, residual, at, from.k, active, from.aligned);
-        add_octet(pairs[part] + 4 * octet, others);
-        store_octet(total, pairs[part] + 4 * octet, at, from.k, active, from.aligned);
+      for (int octet = 0; octet < WORDS / 4; ++octet) {
+        add_octet(pairs[part] + 4 * octet, others[part] + 4 * octet);
+        store_octet(total, pairs[part] + 4 * octet, column + loaded_column(0, part) + 8 * octet, from.k, active, from.aligned);
       }
 #endif
   }
@@ -146,24 +161,24 @@ struct Lane {
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-      for (int octet = 0; octet < 2; ++octet)
-        load_octet(to[part] + 4 * octet, row, column + whole_column(0, part) + 8 * octet, from.k, active, from.aligned);
+      for (int octet = 0; octet < WORDS / 4; ++octet)
+        load_octet(to[part] + 4 * octet, row, column + loaded_column(0, part) + 8 * octet, from.k, active, from.aligned);
   }
 };
 
 // ---- what a lane has after the transform --------------------------------------------------------------------------------
-__device__ __forceinline__ int result_slice(int lane, int part) {
+__device__ __forceinline__ int result_slice(int lane, int run) {
 #if APEX4_HADAMARD
-  return whole_transformed_slice(lane, part);
+  return APEX4_EIGHT_LANES ? few_transformed_slice(lane) : whole_transformed_slice(lane, run);
 #else
-  return whole_slice(lane);
+  return loaded_slice(lane);
 #endif
 }
-__device__ __forceinline__ int result_chunk(int lane, int part) {
+__device__ __forceinline__ int result_chunk(int lane, int run) {
 #if APEX4_HADAMARD
   return whole_transformed_column(lane) / COLUMNS;
 #else
-  return whole_column(lane, part) / COLUMNS;
+  return loaded_column(lane, run) / COLUMNS;
 #endif
 }
 
@@ -186,7 +201,7 @@ struct Signs {
 #endif
 
 // A lane's columns in float32; times the unscaled Hadamard matrix, which moves them.
-__device__ __forceinline__ void transform(float (&y)[PARTS][COLUMNS], const unsigned (&pairs)[PARTS][WORDS], int lane) {
+__device__ __forceinline__ void transform(float (&y)[RUNS][COLUMNS], const unsigned (&pairs)[PARTS][WORDS], int lane) {
 #if APEX4_HADAMARD
   const Signs signs(lane);
   float d[WORDS][4];
@@ -199,22 +214,25 @@ __device__ __forceinline__ void transform(float (&y)[PARTS][COLUMNS], const unsi
 #pragma unroll
   for (int i = 0; i < WORDS; ++i)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) y[j & 1][2 * i + (j >> 1)] = d[i][j];
+    for (int j = 0; j < 4; ++j) y[j & RUNS - 1][(RUNS == 1 ? 8 * (j & 1) : 0) + 2 * i + (j >> 1)] = d[i][j];
 #pragma unroll
   for (int bit = 2; bit < COLUMNS; bit *= 2)
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)
+    for (int run = 0; run < RUNS; ++run)
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i)
         if (!(i & bit)) {
-          const float a = y[part][i], b = y[part][i | bit];
-          y[part][i] = a + b, y[part][i | bit] = a - b;
+          const float a = y[run][i], b = y[run][i | bit];
+          y[run][i] = a + b, y[run][i | bit] = a - b;
         }
 #else
 #pragma unroll
   for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) y[part][2 * i] = low_of(pairs[part][i]), y[part][2 * i + 1] = high_of(pairs[part][i]);
+    for (int i = 0; i < WORDS; ++i) {
+      const int run = part & RUNS - 1, column = 2 * i + (RUNS == 1 ? 8 * part : 0);
+      y[run][column] = low_of(pairs[part][i]), y[run][column + 1] = high_of(pairs[part][i]);
+    }
 #endif
 }
 
@@ -247,26 +265,35 @@ __device__ __forceinline__ float of_rows(const float* found, int rows_log2, int 
   return value;
 }
 
-// The largest magnitudes of the lane's parts, to those of its warp's slices.
-__device__ __forceinline__ void find_largest(float* found, const float (&largest)[PARTS], int first_slice, int lane) {
+#if !APEX4_EIGHT_LANES
+// The largest magnitudes of the lane's runs, to those of its warp's slices.
+__device__ __forceinline__ void find_largest(float* found, const float (&largest)[RUNS], int first_slice, int lane) {
 #if APEX4_HADAMARD
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    const float of_slice = over_lanes<LANES, 32>(largest[part], Maximum());
-    if (lane < LANES) found[first_slice + result_slice(lane, part)] = of_slice;
+  for (int run = 0; run < RUNS; ++run) {
+    const float of_slice = over_lanes<LANES, 32>(largest[run], Maximum());
+    if (lane < LANES) found[first_slice + result_slice(lane, run)] = of_slice;
   }
 #else
-  const float of_slice = over_lanes<1, LANES>(max_nan(largest[0], largest[1]), Maximum());
+  const float of_slice = over_lanes<1, LANES>(max_nan(largest[0], largest[RUNS - 1]), Maximum());
   if (lane % LANES == 0) found[first_slice + result_slice(lane, 0)] = of_slice;
 #endif
 }
+#endif
 
-__device__ __forceinline__ void add_largest(float (&largest)[PARTS], const float (&y)[PARTS][COLUMNS]) {
+__device__ __forceinline__ void add_largest(float (&largest)[RUNS], const float (&y)[RUNS][COLUMNS]) {
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part)
+  for (int run = 0; run < RUNS; ++run)
 #pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) largest[part] = max_nan(largest[part], fabsf(y[part][i]));
+    for (int i = 0; i < COLUMNS; ++i) largest[run] = max_nan(largest[run], fabsf(y[run][i]));
 }
+
+#if APEX4_EIGHT_LANES
+// In one instruction: of numbers that are not negative the bits are in their order, and NaN is above all.
+__device__ __forceinline__ float largest_of_warp(float value) {
+  return __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(value) & 0x7fffffffu));
+}
+#endif
 
 // ---- stores -------------------------------------------------------------------------------------------------------------
 struct Target {
@@ -275,9 +302,9 @@ struct Target {
   int m, k_blocks, m_stride;
 };
 
-// Part `part` of a lane, of a slice of row `row` and block `block`.
+// Run `run` of a lane, of a slice of row `row` and block `block`.
 __device__ __forceinline__ void store(
-    const Target& to, const float (&y)[COLUMNS], float absmax, int row, int block, int part, int lane) {
+    const Target& to, const float (&y)[COLUMNS], float absmax, int row, int block, int run, int lane) {
 #if APEX4_HADAMARD
   const float scale = token_scale_of(absmax * TRANSFORM_FACTOR);
   const ProductCode code(scale, TRANSFORM_FACTOR);
@@ -289,7 +316,7 @@ __device__ __forceinline__ void store(
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = pack_codes(code(y[4 * i]), code(y[4 * i + 1]), code(y[4 * i + 2]), code(y[4 * i + 3]));
   if (row >= to.m || block >= to.k_blocks) return;
-  const int chunk = result_chunk(lane, part);
+  const int chunk = result_chunk(lane, run);
   unsigned char* const wr = to.codes + static_cast<long long>(block) * to.m_stride * ROW_BYTES + chunk_byte(row, chunk);
   *reinterpret_cast<uint4*>(wr) = make_uint4(words[0], words[1], words[2], words[3]);
   if (block == 0 && chunk == 0) to.scales[row] = scale;
@@ -302,20 +329,39 @@ struct Place {
 
   __device__ __forceinline__ Place(int rows_log2, int first_block)
       : lane(threadIdx.x & 31), first_slice(threadIdx.x / 32 * SLICES), rows_log2(rows_log2), first_block(first_block),
-        slice(first_slice + whole_slice(lane)), in_rows(rows_slice_row(slice, rows_log2)),
+        slice(first_slice + loaded_slice(lane)), in_rows(rows_slice_row(slice, rows_log2)),
         block(first_block + rows_slice_block(slice, rows_log2)) {}
-  __device__ __forceinline__ int column() const { return BLOCK * block + whole_column(lane, 0); }
+  __device__ __forceinline__ int column() const { return BLOCK * block + loaded_column(lane, 0); }
 };
 
 // Codes of a tile, whose first row is `first_row`, from what is known of its rows: in each lane of the row `lane` mod 2^rows_log2.
 __device__ __forceinline__ void store_tile(
-    const Target& to, const Place& at, const float (&y)[PARTS][COLUMNS], float row_absmax, int first_row) {
+    const Target& to, const Place& at, const float (&y)[RUNS][COLUMNS], float row_absmax, int first_row) {
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    const int slice = at.first_slice + result_slice(at.lane, part), in_rows = rows_slice_row(slice, at.rows_log2);
-    store(to, y[part], __shfl_sync(FULL_WARP, row_absmax, in_rows), first_row + in_rows,
-          at.first_block + rows_slice_block(slice, at.rows_log2), part, at.lane);
+  for (int run = 0; run < RUNS; ++run) {
+    const int slice = at.first_slice + result_slice(at.lane, run), in_rows = rows_slice_row(slice, at.rows_log2);
+    const float absmax = APEX4_EIGHT_LANES ? row_absmax : __shfl_sync(FULL_WARP, row_absmax, in_rows);  // all lanes have it
+    store(to, y[run], absmax, first_row + in_rows, at.first_block + rows_slice_block(slice, at.rows_log2), run, at.lane);
   }
+}
+#endif
+
+#if APEX4_FORM == APEX4_FEW
+// A number of the CTA's row from those of its warps. `of_warps`: room for one of each.
+__device__ __forceinline__ float sum_of_row(float* of_warps, float value, int lane) {
+  value = over_lanes<1, 32>(value, Sum());
+  if (lane == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int warps = blockDim.x / 32;
+  value = lane < warps ? of_warps[lane] : 0.0f;
+  return over_lanes<1, 32>(value, Sum());
+}
+__device__ __forceinline__ float largest_of_row(float* of_warps, float value, int lane) {
+  value = largest_of_warp(value);
+  if (lane == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int warps = blockDim.x / 32;
+  return largest_of_warp(lane < warps ? of_warps[lane] : 0.0f);
 }
 #endif
 
@@ -352,7 +398,33 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   Lane values;
   [[maybe_unused]] float inverse_rms = 1.0f;
 
-#if APEX4_FORM == APEX4_RESIDENT
+#if APEX4_FORM == APEX4_FEW
+  constexpr int MAX_WARPS = MAX_THREADS / 32;
+  __shared__ float warp_absmax[MAX_WARPS];
+  const Place at(0, 0);
+  const int row = blockIdx.x;
+  const bool active = at.block < k_blocks;
+#if APEX4_NORMALISES
+  __shared__ float warp_squares[MAX_WARPS];
+  values.load_second(from, row, at.column(), active);  // no output of the kernel before: no need to wait for that one
+  wait_for_inputs();
+  values.load(from, row, at.column(), active);
+  inverse_rms = inverse_rms_of(sum_of_row(warp_squares, values.squares(), at.lane), one_over_k, eps);
+#else
+  wait_for_inputs();
+  values.load(from, row, at.column(), active);
+  values.load_second(from, row, at.column(), active);
+#if APEX4_INPUT == APEX4_SILU_MUL
+  await_all(values.pairs[0][0], values.pairs[1][0], values.factors[0][0], values.factors[1][0]);
+#endif
+#endif
+  values.finish(from, inverse_rms);
+  float y[RUNS][COLUMNS], largest[RUNS] = {};
+  transform(y, values.pairs, at.lane);
+  add_largest(largest, y);
+  store_tile(to, at, y, largest_of_row(warp_absmax, largest[0], at.lane), row);
+
+#elif APEX4_FORM == APEX4_RESIDENT
   __shared__ float slice_absmax[MAX_SLICES];
   const Place at(rows_log2, 0);
   const int first_row = blockIdx.x << rows_log2, row = first_row + at.in_rows;
@@ -382,7 +454,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
 #endif
   values.finish(from, inverse_rms);
-  float y[PARTS][COLUMNS], largest[PARTS] = {};
+  float y[RUNS][COLUMNS], largest[RUNS] = {};
   transform(y, values.pairs, at.lane);
   add_largest(largest, y);
   find_largest(slice_absmax, largest, at.first_slice, at.lane);
@@ -390,7 +462,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   store_tile(to, at, y, of_rows(slice_absmax, rows_log2, at.lane, Maximum()), first_row);
 
 #elif APEX4_FORM == APEX4_CLUSTER
-  constexpr int MAX_WARPS = MAX_THREADS / 32 + 8;  // of a cluster: its CTAs, eight at most, may have part of a warp more each
+  constexpr int MAX_WARPS = LANES * MOST_SLICES / 32 + 8;  // of a cluster: its CTAs, eight at most, may have part of a warp more each
   __shared__ float warp_absmax[MAX_WARPS];
   cluster_arrive();  // that it runs
   const int ctas = cluster_size(), row = blockIdx.x / ctas;
@@ -409,12 +481,11 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
   values.load(from, row, at.column(), active);
   values.load_second(from, row, at.column(), active);
 #if APEX4_INPUT == APEX4_SILU_MUL
-  if (gridDim.x > FEW_TILES)
-    await_all(values.factors[0][0], values.factors[0][4], values.factors[1][0], values.factors[1][4]);
+  await_all(values.pairs[0][0], values.pairs[1][0], values.factors[0][0], values.factors[1][0]);
 #endif
 #endif
   values.finish(from, inverse_rms);
-  float y[PARTS][COLUMNS], largest[PARTS] = {};
+  float y[RUNS][COLUMNS], largest[RUNS] = {};
   transform(y, values.pairs, at.lane);
   add_largest(largest, y);
 #if !APEX4_NORMALISES
@@ -422,7 +493,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
   // Of the slices that are another CTA's the last warp has zeros, and stores none of them.
   const Target own{codes, scales, m, min(k_blocks, at.first_block + blocks_per_cta), m_stride};
-  store_tile(own, at, y, of_cluster(warp_absmax, max_nan(largest[0], largest[1]), at.lane, Maximum()), row);
+  store_tile(own, at, y, of_cluster(warp_absmax, largest[0], at.lane, Maximum()), row);
 
 #elif APEX4_FORM == APEX4_STREAM
   extern __shared__ __align__(16) uint4 memory[];
@@ -485,7 +556,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
     read_row(values.factors, GAIN);
 #endif
     values.finish(from, inverse_rms);
-    float y[PARTS][COLUMNS], largest[PARTS] = {};
+    float y[RUNS][COLUMNS], largest[RUNS] = {};
     transform(y, values.pairs, at.lane);
     add_largest(largest, y);
     // In turn, as a warp may be a tile ahead of others that still read.
@@ -502,7 +573,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
 #endif
   const int lane = threadIdx.x & 31, first_slice = threadIdx.x / 32 * SLICES;
   const int row = blockIdx.x, slices = blockDim.x / LANES;
-  float y[PARTS][COLUMNS], largest[PARTS] = {};
+  float y[RUNS][COLUMNS], largest[RUNS] = {};
   wait_for_inputs();
   // All warps go the same number of rounds: there are shuffles in them.
 #if APEX4_NORMALISES
@@ -537,8 +608,8 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_whole_rows(
         continue;
       }
 #pragma unroll
-      for (int part = 0; part < PARTS; ++part)
-        store(to, y[part], row_absmax, row, round + result_slice(lane, part), part, lane);
+      for (int run = 0; run < RUNS; ++run)
+        store(to, y[run], row_absmax, row, round + result_slice(lane, run), run, lane);
     }
     if (pass > 0) break;
     find_largest(slice_absmax, largest, first_slice, lane);

@@ -7,7 +7,9 @@
 //   codes    uint8 [own][m][128], a block's in the order of exact_token_byte (index.cuh)
 //   scales   float32 [m]
 //   absmax   bits of float32 [m], zeros before
-// Not for RMSNorm, which needs the squares of whole rows first.
+// With RMSNorm
+//   squares  float32 [ROUNDS * warps], in shared memory: of the slices of a warp
+//   and a barrier more, since a token's squares are those of its whole row. Of a sum, one thread block stores it (`stores`).
 //
 // Macros: those of quantize_slice.cuh, with APEX4_FORMAT 8; ROUNDS: passes of all threads, at most. The includer has defined PARTS.
 #pragma once
@@ -18,7 +20,6 @@
 
 constexpr int QUANTIZING_THREADS = 128 * PARTS, SLICES = QUANTIZING_THREADS / LANES;
 constexpr int SLICES_OF_WARP = 32 / LANES;
-static_assert(APEX4_INPUT == APEX4_PLAIN || APEX4_INPUT == APEX4_SILU_MUL, "see above");
 
 struct WholeTokens {
   Input from;
@@ -26,6 +27,11 @@ struct WholeTokens {
   uint8* codes;
   float* scales;
   uint32* absmax;
+#if APEX4_NORMALISES
+  float eps, one_over_k;
+  float* squares;
+#endif
+  bool stores = false;
 
   // By QUANTIZING_THREADS threads, which meet at the named barrier `barrier`.
   __device__ __forceinline__ void run(int thread, int barrier) const {
@@ -33,20 +39,50 @@ struct WholeTokens {
     const int of_token = (k_blocks + SLICES_OF_WARP - 1) / SLICES_OF_WARP * SLICES_OF_WARP;  // slices; some without a block
     int token[ROUNDS], block[ROUNDS];
     Lane values[ROUNDS];
+#if APEX4_NORMALISES
+    // The gain is no output of the kernel before.
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
+      const int i = slice + round * SLICES, column = BLOCK * (i - i / of_token * of_token) + rows_column(lane);
+      values[round].load_second(from, 0, column, i / of_token < m && column < BLOCK * k_blocks);
+    }
+#endif
+    ptx::wait_for_predecessor();
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {  // all loads first
       const int i = slice + round * SLICES;
       token[round] = i / of_token, block[round] = i - token[round] * of_token;
       const bool active = token[round] < m && block[round] < k_blocks;
       const int row = min(token[round], m - 1);
-      values[round].load(from, row, BLOCK * block[round] + rows_column(lane), active);
+      values[round].load(from, row, BLOCK * block[round] + rows_column(lane), active, stores);
+#if !APEX4_NORMALISES
       values[round].load_second(from, row, BLOCK * block[round] + rows_column(lane), active);
+#endif
     }
+    float inverse_rms[ROUNDS] = {};
+#if APEX4_NORMALISES
+    // A warp's slices, of all threads' first pass, then of the second, are one token's; a token's warps follow each other.
+    constexpr int WARPS = QUANTIZING_THREADS / 32;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
+      const float sum = sum_of_warp(sum_of_squares(values[round].pairs));
+      if (lane == 0) squares[round * WARPS + thread / 32] = sum;
+    }
+    ptx::named_barrier(barrier, QUANTIZING_THREADS);
+    const int warps_of_token = of_token / SLICES_OF_WARP;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
+      if (token[round] >= m) break;
+      static_assert(ROUNDS * WARPS <= 32, "a lane reads what a warp of the token has");
+      const float of_warp = lane < warps_of_token ? squares[token[round] * warps_of_token + lane] : 0.0f;
+      inverse_rms[round] = inverse_rms_of(sum_of_warp(of_warp), one_over_k, eps);
+    }
+#endif
     float y[ROUNDS][COLUMNS];
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
       if (token[round] >= m) break;  // the same for a warp
-      values[round].finish(from, 1.0f);
+      values[round].finish(from, inverse_rms[round]);
       transform(y[round], values[round].pairs, lane);
       float largest = fabsf(y[round][0]);
 #pragma unroll
