@@ -359,6 +359,26 @@ def test_few_tokens_of_eight_bits_are_one_launch(m: int, launches: Launches) -> 
         assert rest["shared_bytes"] == defines["SHARED_BYTES"] + of_stages * m * 128
 
 
+def test_few_normalised_tokens_of_eight_bits_are_one_launch(launches: Launches) -> None:
+    m, n, k = 2, 64, 1000
+    x, residual, gain = torch.randn(m, 1024).half()[:, :k], torch.randn(m, 2048).half()[:, :k], torch.ones(k).half()
+    weights = torch.zeros(1, 8, 4096, dtype=torch.uint8), torch.zeros(1, 8, 64, dtype=torch.int16), torch.zeros(64)
+    behind = *weights, None, n, None, 1024, 1024, 1.0, True, "s8"
+    y = cuda_ops.rms_norm_linear(x, gain, 1e-5, 1.0, *behind)
+    z, total = cuda_ops.add_rms_norm_linear(x, residual, gain, 1e-5, 1.0, *behind)
+    assert [defines["APEX4_INPUT"] for _, _, defines in launches.made] == [1, 3]
+    pointers = *(each.data_ptr() for each in weights), 0
+    of_norm = pytest.approx((1e-5, 1 / k)), 1
+    for (args, _), out, sums, ld_second in (
+        (launches.launched[0], y, (), 0),
+        (launches.launched[1], z, (residual.data_ptr(), total.data_ptr()), 2048),
+    ):
+        assert args[: 7 + len(sums)] == (out.data_ptr(), x.data_ptr(), gain.data_ptr(), *pointers, *sums)
+        numbers = args[7 + len(sums) :]
+        assert numbers[:9] == (m, n, k, 8, 1024, ld_second, n, 1, 1)
+        assert (numbers[9:11], numbers[11]) == of_norm and len(numbers) == 12
+
+
 @pytest.mark.parametrize(
     ("what", "launched"),
     [

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ...format.layout_name import KERNEL_TILE_N
 from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..quantize.configs import DTYPES, FORMATS, INPUTS, NORMS, TOKEN_FORMAT
-from ..runtime.launcher import Kernel, Launch
+from ..runtime.launcher import Kernel, Launch, Number
 from .configs import DECODE_PARTS, SHARED_LIMITS, GemmPlan, PlanSource, choose_gemm, plan_source
 from .sm90_s8_configs import Sm90S8Plan, choose_sm90_s8, few_tokens_shared_bytes
 
@@ -200,7 +200,7 @@ def fused_launch(kernel: Callable[..., Kernel], shape: FusedShape) -> Launch | N
     config, grid = plan.config, plan.gemm
     numbers = (m, n, k, k_blocks, ldx, ld_second, n, -(-n // KERNEL_TILE_N))
     clips = [] if bits == 8 else [c_float(clip / CODE_MAX)]
-    of_norm = [c_float(eps), c_float(1 / k), c_int(gain_offset)] if input in NORMS else []
+    of_norm: list[Number] = [c_float(eps), c_float(1 / k), c_int(gain_offset)] if input in NORMS else []
     pointers = (7 if bits == 8 else 6) + 2 * (input == "add_rms_norm")
     return kernel(config.source, config.entry, config.defines, shape.device).bind(
         grid.grid,
