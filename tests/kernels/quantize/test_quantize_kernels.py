@@ -632,9 +632,9 @@ FAMILIES: dict[str, list[Any]] = {
     ],
     "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in INPUTS],
     "eight bits, many rows": [
-        *(replace(ROWS_S8, m=33, k=k, input=input, sm_90=True, data=data)
+        *(replace(ROWS_S8, m=65, k=k, input=input, sm_90=True, data=data)
           for k, input, data in ((16520, "plain", "normal"), (16640, "rms_norm", "nan"), (18000, "silu_mul", "normal"))),
-        replace(ROWS_S8, m=33, k=16512, input="rms_norm", transform="none", dtype="float16", gain_offset=True, padding=8, sm_90=True),
+        replace(ROWS_S8, m=65, k=16512, input="rms_norm", transform="none", dtype="float16", gain_offset=True, padding=8, sm_90=True),
     ],
     "eight bits, dense": [
         *variants(DENSE_S8), replace(DENSE_S8, m=3, k=1504, shared_matrix=True),
@@ -746,7 +746,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "a row's largest of its warps": (("quantize_whole_rows.cu", "largest_of_warp(lane < warps ?", "largest_of_warp(lane < 1 ?"), FEW_S8),
     "a row's largest": (("quantize_whole_rows.cu", "if (mask >> rows_log2) value", "if (mask >> rows_log2 > 1) value"), ROWS_S8),
     "stage": (("quantize_whole_rows.cu", "copy_tile(stage, tile + STAGES * step)", "copy_tile(stage, tile + step)"),
-              replace(ROWS_S8, m=33, k=16520, sm_90=True)),
+              replace(ROWS_S8, m=65, k=16520, sm_90=True)),
     "row scale": (("row_scale.cu", "i < WARPS; ++i) absmax", "i < WARPS / 2; ++i) absmax"), replace(DENSE_S8, m=150, k=1000)),
     "stored sum": (("quantize_slice.cuh", "store_octet(total, pairs + 4,", "store_octet(total, pairs,"),
                    replace(ROWS_80, input="add_rms_norm")),
