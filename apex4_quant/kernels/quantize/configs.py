@@ -311,9 +311,9 @@ def choose_whole_rows(
         return plan("long", m, 1, k_blocks)
     if sm_90 and m <= FEW_TOKENS:
         ctas = min(CLUSTER_CTAS, _power_of_two_up_to(CLUSTER_GRID // m))
-        if k_blocks > FEW_SLICES or (k_blocks >= CLUSTER_LEAST_BLOCKS and ctas >= CLUSTER_LEAST_CTAS):
+        if k_blocks >= CLUSTER_LEAST_BLOCKS and ctas >= (2 if k_blocks > FEW_SLICES else CLUSTER_LEAST_CTAS):
             return plan("cluster", m * ctas, 1, -(-k_blocks // ctas), cluster=ctas)
-        if k_blocks >= WHOLE_LEAST_SLICES:
+        if WHOLE_LEAST_SLICES <= k_blocks <= FEW_SLICES:
             return plan("few", m, 1, k_blocks)
     rows = 1
     while 2 * rows <= min(m, WHOLE_MOST_ROWS) and rows * k_blocks < WHOLE_LEAST_SLICES:

@@ -578,6 +578,7 @@ def variants(base: Any) -> list[Any]:
 ROWS_80 = Case(1, 1, format="sm80", dtype="bfloat16")
 ROWS_90 = Case(1, 1, format="sm90", dtype="float16")
 ROWS_S8 = Case(1, 1, group="channel", format="s8", dtype="bfloat16")
+FEW_S8 = replace(ROWS_S8, m=2, k=2144, sm_90=True)
 DENSE_S8 = replace(ROWS_S8, transform="dense")
 DENSE_S8_90 = replace(DENSE_S8, m=300, k=1000, sm_90=True)
 DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
@@ -623,16 +624,17 @@ FAMILIES: dict[str, list[Any]] = {
     ],
     "eight bits, few rows": [
         *(replace(ROWS_S8, m=m, k=k, input=input, transform=transform, dtype=dtype, gain_offset=m == 1, sm_90=True, seed=m)
-          for m, k, dtype in ((1, 2048, "bfloat16"), (3, 4000, "float16")) for input in INPUTS for transform in ("none", "hadamard")),
-        *(replace(ROWS_S8, m=2, k=2144, transform=transform, sm_90=True, data=data)
-          for data in ("extreme", "zero", "nan", "infinity", "ties") for transform in ("none", "hadamard")),
+          for m, k, transform, dtype in ((1, 2048, "hadamard", "bfloat16"), (3, 4000, "none", "float16")) for input in INPUTS),
+        *(replace(ROWS_S8, m=2, k=2144, transform=transform, dtype=dtype, sm_90=True, data=data)
+          for data in ("extreme", "zero", "nan", "infinity", "ties")
+          for transform, dtype in (("hadamard", "bfloat16"), ("none", "float16"))),
         replace(ROWS_S8, m=2, k=11008, input="silu_mul", padding=8, sm_90=True),
     ],
     "eight bits, long": [replace(ROWS_S8, m=2, k=29000, input=input) for input in INPUTS],
     "eight bits, many rows": [
-        *(replace(ROWS_S8, m=33, k=k, input=input, sm_90=True, data=data)
+        *(replace(ROWS_S8, m=65, k=k, input=input, sm_90=True, data=data)
           for k, input, data in ((16520, "plain", "normal"), (16640, "rms_norm", "nan"), (18000, "silu_mul", "normal"))),
-        replace(ROWS_S8, m=33, k=16512, input="rms_norm", transform="none", dtype="float16", gain_offset=True, padding=8, sm_90=True),
+        replace(ROWS_S8, m=65, k=16512, input="rms_norm", transform="none", dtype="float16", gain_offset=True, padding=8, sm_90=True),
     ],
     "eight bits, dense": [
         *variants(DENSE_S8), replace(DENSE_S8, m=3, k=1504, shared_matrix=True),
@@ -738,13 +740,17 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "scale's quotient": (("quantize_s8.cuh", "? quotient : near", "? near * 1.000001f : near"), replace(ROWS_S8, transform="none", data="ties", m=128)),
     "tie, eight bits": (("quantize_s8.cuh", "fmaf(fmaf(-q0, scale, t), reciprocal, q0) + ROUND", "q0 + ROUND"),
                         replace(ROWS_S8, transform="none", data="ties", dtype="float16", m=128)),
+    "sixteen columns": (("index.cuh", "8 * (lane >> 2 & 1) + 16 * (lane & 3)", "8 * (lane & 1) + 16 * (lane & 3)"), FEW_S8),
+    "a row's squares": (("quantize_whole_rows.cu", "value = lane < warps ? of_warps[lane] : 0.0f;", "value = of_warps[0];"),
+                        replace(FEW_S8, input="rms_norm")),
+    "a row's largest of its warps": (("quantize_whole_rows.cu", "largest_of_warp(lane < warps ?", "largest_of_warp(lane < 1 ?"), FEW_S8),
     "a row's largest": (("quantize_whole_rows.cu", "if (mask >> rows_log2) value", "if (mask >> rows_log2 > 1) value"), ROWS_S8),
     "stage": (("quantize_whole_rows.cu", "copy_tile(stage, tile + STAGES * step)", "copy_tile(stage, tile + step)"),
-              replace(ROWS_S8, m=33, k=16520, sm_90=True)),
+              replace(ROWS_S8, m=65, k=16520, sm_90=True)),
     "row scale": (("row_scale.cu", "i < WARPS; ++i) absmax", "i < WARPS / 2; ++i) absmax"), replace(DENSE_S8, m=150, k=1000)),
     "stored sum": (("quantize_slice.cuh", "store_octet(total, pairs + 4,", "store_octet(total, pairs,"),
                    replace(ROWS_80, input="add_rms_norm")),
-    "stored sum, eight bits": (("quantize_whole_rows.cu", "add_octet(pairs[part] + 4 * octet, others);", ""),
+    "stored sum, eight bits": (("quantize_whole_rows.cu", "add_octet(pairs[part] + 4 * octet, others[part] + 4 * octet);", ""),
                                replace(ROWS_S8, input="add_rms_norm")),
     "a sum's root": (("row_rms.cu", "store_octet(total_row, pairs, column, k, true, aligned);\n  });", "store_octet(total_row, pairs, column, k, true, aligned);\n    add_octet(pairs, others);\n  });"),
                      replace(DENSE_90, input="add_rms_norm")),
