@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 
 from ..environment import SECONDS_TO_WAIT, TIMEOUT
 from ..errors import Apex4Error, UsageError
+from ..progress import step
 from .shares import Share, share_of
 
 _P = ParamSpec("_P")
@@ -108,7 +109,8 @@ def _communicating(method: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            return method(*args, **kwargs)
+            with step("other ranks"):
+                return method(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -45,6 +45,7 @@ from ..models.source import ModelSource
 from ..models.states import States
 from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
+from ..progress import step
 from ..recipes import Recipe, Rounding
 from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
 from ..rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
@@ -214,6 +215,7 @@ class LayerQuantizer:
             self._rounded,
         )
 
+    @step("reading")
     def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
         """Read, rewrite, load."""
         tensors = self._rewriter.layer(layer, self._reader.take(layer, layer + 1), hidden)
@@ -356,6 +358,7 @@ class LayerQuantizer:
         linear = pack(format, codes, scales, bias, decision.matrix, owner)
         return linear, codes, scales, measure_error(linear, weight, inputs, group)
 
+    @step("packing")
     def _replace(
         self, part: Part, planned: PlannedLinear, linear: Apex4Linear, error: float, module: nn.Module, prefix: str
     ) -> tuple[str, Apex4Linear, dict[str, Any]]:
@@ -366,6 +369,7 @@ class LayerQuantizer:
         self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
         return name, linear, record_of(planned, format, error) | part.record_of(planned)
 
+    @step("GPTQ and descent")
     def _round(
         self,
         name: str,
@@ -384,6 +388,7 @@ class LayerQuantizer:
         codes, scales = (group.gather_share(part, format.out_features) for part in own)
         return codes, scales
 
+    @step("gradients")
     def _gradients(self, layer: int, hidden: States) -> dict[str, InputGradients]:
         """Of the layer's inputs that are read by planned linears, by those linears' full names.
 
@@ -476,18 +481,19 @@ def decide_input(
     found = gradients.get(reader)
     matrix = clip = None
     if format.transform.is_learned:
-        matrix = learn_transform(
-            pad_input_features(collected.statistics.inputs(), format),
-            weighed(),
-            recipe.transform_steps,
-            format.transform is TransformKind.SHARED,
-            None if found is None else pad_input_features(found.rows, format),
-            format.activation_bits,
-            # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
-            DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
-            warn=lambda text: say(f"{reader}: {text}"),
-            group=group,
-        )
+        with step("learned transforms"):
+            matrix = learn_transform(
+                pad_input_features(collected.statistics.inputs(), format),
+                weighed(),
+                recipe.transform_steps,
+                format.transform is TransformKind.SHARED,
+                None if found is None else pad_input_features(found.rows, format),
+                format.activation_bits,
+                # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
+                DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
+                warn=lambda text: say(f"{reader}: {text}"),
+                group=group,
+            )
 
     def amplifying() -> Iterator[torch.Tensor]:
         """What an error of the input is multiplied by, in the basis of the transform."""
@@ -497,14 +503,17 @@ def decide_input(
     feedback = None
     if format.transform.has_feedback:
         assert matrix is not None
-        matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
-        feedback = feedback_of(matrix.float())
+        with step("error feedback"):
+            matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
+            feedback = feedback_of(matrix.float())
     if recipe.search_clip and format.activation_bits == BITS:
-        inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)
-        clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
+        with step("clip search"):
+            inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)
+            clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
     return InputDecision(matrix, clip)
 
 
+@step("factors")
 def gptq_moments(part: Part, matrix: torch.Tensor | None, recipe: Recipe, say: Say) -> GptqMoments | None:
     """The part's moments, which are forgotten there; None if none were collected. Raises Apex4Error."""
     hessian = part.statistics.take_hessian(matrix)
@@ -537,6 +546,7 @@ def round_weight(
     )
 
 
+@step("packing")
 def pack(
     format: LinearFormat,
     codes: torch.Tensor,
@@ -554,6 +564,7 @@ def pack(
     return linear
 
 
+@step("errors")
 def measure_error(linear: Apex4Linear, weight: torch.Tensor, inputs: torch.Tensor, group: Group | None = None) -> float:
     """|| y - y~ || / || y || over MEASURED_ROWS of `inputs` float32 [T, K], y by the float `weight` [N, K] and y~ quantized.
 
@@ -593,6 +604,7 @@ def stored(name: str, linear: Apex4Linear) -> Iterator[tuple[str, torch.Tensor]]
             yield f"{name}.{part}", tensors[part]
 
 
+@step("freeing memory")
 def return_free_memory() -> None:
     """glibc keeps freed blocks between live ones: over the layers of a model that adds up to hundreds of MB."""
     with contextlib.suppress(OSError, AttributeError):  # another libc has no such call, and no such habit

@@ -57,7 +57,7 @@ from ..models.place import require_there
 from ..models.source import ModelSource, hub_revision
 from ..models.states import States, StoredStates
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
-from ..progress import Progress
+from ..progress import Progress, step
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
 from .calibration import draw_calibration, require_a_window_each, windows_needed
@@ -485,15 +485,18 @@ class _Run:
 
         quantized = quantizer.quantize(layer, streams, done)
         self._commit_waiting()
-        self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
+        with step("waiting for the disk"):
+            self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
         written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
         if self.group.is_first:
-            for name, rows in quantized.rounded.items():
-                rows.require_in(self._shard_path(layer + 2), name)
+            with step("writing"):
+                for name, rows in quantized.rounded.items():
+                    rows.require_in(self._shard_path(layer + 2), name)
         del quantized  # of its tensors the runner needs those that its module holds
-        leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
-        if self.original is not None and streams.original is not None:
-            leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
+        with step("forward to the next layer"):
+            leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
+            if self.original is not None and streams.original is not None:
+                leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
         self.written.append(partial(self._record, layer + 2, written, records, self._take_notes()))
         if self.streamed or layer + 1 == self.source.num_layers or self._keeps_now():
             self._keep(layer + 1, leaving)
@@ -536,6 +539,7 @@ class _Run:
             self.waiting = commit
         self.kept_at = time.monotonic()
 
+    @step("waiting for the disk")
     def _commit_waiting(self, at_once: bool = False) -> None:
         """Have the first process commit what waits for states that are being kept, when all have kept theirs; `at_once`: if they have.
 
@@ -558,6 +562,7 @@ class _Run:
     def _shard_path(self, shard: int) -> Path:
         return self.state.out / f"model-{shard:05}-of-{self._shard_count:05}.safetensors"
 
+    @step("writing")
     def _write_shard(self, shard: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Returns the bytes of each tensor."""
         if self.group.is_first:
