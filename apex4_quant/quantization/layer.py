@@ -67,18 +67,23 @@ Say = Callable[[str], None]
 
 
 class LayerTensors:
-    """The float tensors of one decoder layer, under their full names: their one owner beside the module."""
+    """The float tensors of one decoder layer, under their full names: their one owner beside the module.
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    `loaded`: those of them that the module has on its device in the same dtype, and that need not be sent there again.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor] | None = None) -> None:
+        self._tensors, self._loaded = tensors, loaded or {}
 
     def weight(self, linear: str) -> torch.Tensor:
-        """[N, K], of a linear that was not taken yet."""
-        return self._tensors[f"{linear}.weight"]
+        """[N, K], of a linear that was not taken yet; on the module's device, if it is there."""
+        name = f"{linear}.weight"
+        return self._loaded.get(name, self._tensors[name])
 
     def take_weight(self, linear: str) -> torch.Tensor:
         """[N, K], for good: it is stored in another form, and is not held here any more."""
-        return self._tensors.pop(f"{linear}.weight")
+        name = f"{linear}.weight"
+        return self._loaded.pop(name, self._tensors.pop(name))
 
     def untaken(self) -> dict[str, torch.Tensor]:
         """What is stored as it is."""
@@ -221,7 +226,9 @@ class LayerQuantizer:
         tensors = self._rewriter.layer(layer, self._reader.take(layer, layer + 1), hidden)
         if self._original is not None:
             self._original.load_layer(layer, tensors)
-        return LayerTensors(tensors), self._runner.load_layer(layer, tensors)
+        module, prefix = self._runner.load_layer(layer, tensors), self._source.family.layer_prefix(layer)
+        named = ((prefix + name, parameter.data) for name, parameter in module.named_parameters())
+        return LayerTensors(tensors, {name: data for name, data in named if data.dtype == tensors[name].dtype}), module
 
     def _quantize_inputs(
         self,
@@ -282,8 +289,9 @@ class LayerQuantizer:
                 format = replace(
                     _with_clip(planned.format, decision), transform_from=None
                 )  # to measure: it has its own
-                made = self._round_one(planned.name, format, weight, bias, inputs, decision, moments, None, alone)
-                rounded.append(made[1:])
+                codes, scales = self._round([(planned.name, weight)], format, decision.matrix, moments, alone)
+                linear = pack(format, codes, scales, bias, decision.matrix, None)
+                rounded.append((codes, scales, measure_error(linear, weight, inputs)))
         for part in parts:
             part.statistics.forget_moments()
         everyones = group.gather((notes, decision.clip, [error for _, _, error in rounded]))
@@ -328,35 +336,22 @@ class LayerQuantizer:
         """Round, pack, measure and replace the linears that are quantized with the same statistics."""
         inputs = part.statistics.inputs()
         moments = gptq_moments(part, decision.matrix, self._recipe, self._note)
-        for planned in part.planned:
-            bias = _replaced(module, planned.name.removeprefix(prefix)).bias
-            weight = tensors.take_weight(planned.name).to(self._runner.device)
-            format = _with_clip(planned.format, decision)
-            linear, codes, scales, error = self._round_one(
-                planned.name, format, weight, bias, inputs, decision, moments, owner, self._group
-            )
-            self._rounded[planned.name] = RoundedRows.of(format, codes, scales)
-            owner = owner or linear
-            del codes, scales, weight
-            yield self._replace(part, planned, linear, error, module, prefix)
-
-    def _round_one(
-        self,
-        name: str,
-        format: LinearFormat,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        inputs: torch.Tensor,
-        decision: InputDecision,
-        moments: GptqMoments | None,
-        owner: Apex4Linear | None,
-        group: Group,
-    ) -> tuple[Apex4Linear, torch.Tensor, torch.Tensor, float]:
-        """The packed linear of `weight` [N, K], its codes and scales as `round_weight` returns them, and its error. The
-        processes of `group` share the work."""
-        codes, scales = self._round(name, weight, format, decision.matrix, moments, group)
-        linear = pack(format, codes, scales, bias, decision.matrix, owner)
-        return linear, codes, scales, measure_error(linear, weight, inputs, group)
+        for together in rounded_together(part.planned, self._group.size):
+            weights = [(each.name, tensors.take_weight(each.name).to(self._runner.device)) for each in together]
+            format = _with_clip(together[0].format, decision)  # but for rows that of all
+            codes, scales = self._round(weights, format, decision.matrix, moments, self._group)
+            counts = [each.format.out_features for each in together]
+            made = list(zip(together, weights, codes.split(counts), scales.split(counts), strict=True))
+            del weights, codes, scales
+            while made:
+                planned, (name, weight), codes, scales = made.pop(0)
+                bias = _replaced(module, name.removeprefix(prefix)).bias
+                linear = pack(_with_clip(planned.format, decision), codes, scales, bias, decision.matrix, owner)
+                error = measure_error(linear, weight, inputs, self._group)
+                self._rounded[name] = RoundedRows.of(linear.format, codes, scales)
+                owner = owner or linear
+                del codes, scales, weight
+                yield self._replace(part, planned, linear, error, module, prefix)
 
     @step("packing")
     def _replace(
@@ -372,20 +367,28 @@ class LayerQuantizer:
     @step("GPTQ and descent")
     def _round(
         self,
-        name: str,
-        weight: torch.Tensor,
+        weights: Sequence[tuple[str, torch.Tensor]],
         format: LinearFormat,
         matrix: torch.Tensor | None,
         moments: GptqMoments | None,
         group: Group,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`round_weight`, each process of `group` a share of the rows, which do not depend on each other."""
-        share = group.share(format.out_features)
-        if share.size:
-            own = round_weight(name, weight[share.slice], format, matrix, moments, self._recipe.refinement)
+        """`round_weight` of linears by name, one below the other, each process of `group` a share of the rows, which do not
+        depend on each other. `format` is any of theirs."""
+        own: dict[str, torch.Tensor] = {}
+        first = 0  # of the linear's rows, among all
+        share = group.share(sum(len(weight) for _, weight in weights))
+        for name, weight in weights:
+            rows = weight[max(0, share.first - first) : max(0, share.stop - first)]
+            if len(rows):
+                own[name] = rows
+            first += len(weight)
+        if own:
+            rows = next(iter(own.values())) if len(own) == 1 else torch.cat(list(own.values()))
+            made = round_weight(", ".join(own), rows, format, matrix, moments, self._recipe.refinement)
         else:
-            own = _room_for(format, weight.device, 0)
-        codes, scales = (group.gather_share(part, format.out_features) for part in own)
+            made = _room_for(format, self._runner.device, 0)
+        codes, scales = (group.gather_share(part, share.total) for part in made)
         return codes, scales
 
     @step("gradients")
@@ -442,6 +445,21 @@ class LayerQuantizer:
                     weight = weight.clone()  # it may be what is stored
                     scale_by_readers(weight, behind.producer, readers, heads)
             yield weight
+
+
+def rounded_together(planned: Sequence[PlannedLinear], processes: int) -> Iterator[list[PlannedLinear]]:
+    """Those of one input whose rows are shared by so many processes at once: a column takes as long for a few rows as for thousands.
+
+    No process has more rows than the largest linear, for which there is memory. One process rounds each by itself.
+    """
+    room = processes * max(each.format.out_features for each in planned)
+    together: list[PlannedLinear] = []
+    for each in planned:
+        if together and (processes == 1 or sum(one.format.out_features for one in (*together, each)) > room):
+            yield together
+            together = []
+        together.append(each)
+    yield together
 
 
 def _replaced(module: nn.Module, linear: str) -> nn.Linear:

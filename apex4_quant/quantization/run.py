@@ -4,7 +4,7 @@
     shard n + 2   decoder layer n, made from the calibration text's hidden states that enter it
     last shard    everything else outside the layers
 
-Order of a layer: its shard is written; the quantized layer makes the hidden states that leave it, which are kept; the
+Order of a layer: its shard is written, while the quantized layer makes the hidden states that leave it; they are kept; the
 shard's record is written, which is the commit; what was kept for the layer is removed (run_state.py). The index, the report
 and config.json follow when all shards are committed.
 
@@ -63,7 +63,7 @@ from ..transforms.rewriter import Rewriter
 from .calibration import draw_calibration, require_a_window_each, windows_needed
 from .distilling import distill, require_distillable, require_windows, take_distilled
 from .estimates import estimate_disk
-from .layer import LayerQuantizer, return_free_memory
+from .layer import LayerQuantizer, QuantizedLayer, return_free_memory
 from .memory import MemoryAccount, Windows, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
@@ -300,8 +300,12 @@ def _finished(out: Path, group: Group) -> QuantizeResult:
     return result
 
 
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
 class BackgroundWork:
-    """A thread for what has to reach the disk while the next layer is worked on: one thing at a time."""
+    """A thread for what has to reach the disk while something else is worked on: one thing at a time."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "apex4-keep")
@@ -487,16 +491,16 @@ class _Run:
         self._commit_waiting()
         with step("waiting for the disk"):
             self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
-        written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
+        written, records = bytes_of(quantized.tensors), quantized.records
         if self.group.is_first:
-            with step("writing"):
-                for name, rows in quantized.rounded.items():
-                    rows.require_in(self._shard_path(layer + 2), name)
+            self._begin_writing(layer + 2, quantized)
         del quantized  # of its tensors the runner needs those that its module holds
         with step("forward to the next layer"):
             leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
             if self.original is not None and streams.original is not None:
                 leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
+        with step("writing"):
+            self.background.finish()
         self.written.append(partial(self._record, layer + 2, written, records, self._take_notes()))
         if self.streamed or layer + 1 == self.source.num_layers or self._keeps_now():
             self._keep(layer + 1, leaving)
@@ -567,7 +571,20 @@ class _Run:
         """Returns the bytes of each tensor."""
         if self.group.is_first:
             write_tensors(self._shard_path(shard), tensors)
-        return {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
+        return bytes_of(tensors)
+
+    @step("writing")
+    def _begin_writing(self, shard: int, quantized: QuantizedLayer) -> None:
+        """While the layer computes what leaves it. What readers of the file must find is looked for in it."""
+        path, rounded = self._shard_path(shard), quantized.rounded
+        tensors = {name: tensor.cpu() for name, tensor in quantized.tensors.items()}
+
+        def write() -> None:
+            write_tensors(path, tensors)
+            for name, rows in rounded.items():
+                rows.require_in(path, name)
+
+        self.background.start(write)
 
     def _commit(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]], notes: list[str]) -> None:
         """When all processes have kept their states. Without a barrier behind it: who is ahead asks for nothing that is missing."""
