@@ -184,7 +184,7 @@ class LayerQuantizer:
         """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients.
         Of so many experts of a layer statistics are there `experts_at_once`; None: of all."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
-        self._reader = source.layer_reader(runner.reads_ahead)
+        self._reader = source.layer_reader(runner.reads_ahead_of)
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
         self._say, self._note, self._group = say, note, group or Group()
         self._rounded: dict[str, RoundedRows] = {}  # of the layer in flight

@@ -410,14 +410,13 @@ class _Run:
         for runner in self._runners:
             runner.prepare(self.samples.shape[1])
         embedding = f"{self.source.family.embedding}.weight"
-        if 1 not in self.finished:
-            self._embed(embedding)
+        streams = self._embed(embedding) if 1 not in self.finished else None
         layers = range(self.source.num_layers)
         if self.predictions is not None:
             first = next((layer for layer in layers if layer + 2 not in self.finished), len(layers))
             self.predictions.take(first, self.settings.seed, self.progress, self.should_stop)
             return_free_memory()
-        self._quantize_layers(layers)
+        self._quantize_layers(layers, streams)
         rest = [name for name in self.source.outer_tensors if name != embedding]
         written = self._write_shard(self._shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self._shard_count, written, [], self._take_notes())
@@ -431,17 +430,21 @@ class _Run:
         take_distilled(self.state)
         return self._finish()
 
-    def _embed(self, embedding: str) -> None:
+    def _embed(self, embedding: str) -> Streams:
+        """Write it. Returns the streams that enter the first layer."""
         tensors = self.rewriter.embedding(self.source.read([embedding]))
         written = self._write_shard(1, tensors)
         hidden = self.runner.embed(self.samples[self.share.slice], tensors[embedding])
-        self.state.save_hidden(0, Streams(hidden, self._copied(hidden) if self.original else None, self.share))
+        streams = Streams(hidden, self._copied(hidden) if self.original else None, self.share)
+        self.state.save_hidden(0, streams)
         self._commit(1, written, [], self._take_notes())
+        return streams
 
     def _copied(self, states: States) -> States:
         return states.copy(self.state.folder) if isinstance(states, StoredStates) else states.clone()
 
-    def _quantize_layers(self, layers: range) -> None:
+    def _quantize_layers(self, layers: range, streams: Streams | None) -> None:
+        """`streams`: those that enter the first of them that is not finished, if they are not to be loaded."""
         quantizer = LayerQuantizer(
             self.source,
             self.plan,
@@ -456,7 +459,6 @@ class _Run:
         )
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:
-            streams: Streams | None = None
             for layer in layers:
                 if layer + 2 in self.finished:
                     advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
@@ -464,7 +466,8 @@ class _Run:
                     continue
                 if self.group.any(self.should_stop()):
                     self._commit_waiting()
-                    if self.written and streams is not None:
+                    if self.written:
+                        assert streams is not None
                         self._keep(layer, streams)
                         self._commit_waiting()
                     self.background.finish()
