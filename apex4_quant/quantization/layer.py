@@ -282,7 +282,8 @@ class LayerQuantizer:
             part = parts[group.rank]
             own = decide if isinstance(decide, InputDecision) else decide[group.rank]
             decision = own if isinstance(own, InputDecision) else own(notes.append, alone)
-            inputs, moments = part.statistics.inputs(), gptq_moments(part, decision.matrix, self._recipe, notes.append)
+            inputs = part.statistics.inputs()
+            moments = gptq_moments(part, decision.matrix, self._recipe, notes.append, alone)
             for planned in part.planned:
                 weight = tensors.weight(planned.name).to(self._runner.device)
                 bias = _replaced(module, planned.name.removeprefix(prefix)).bias
@@ -335,7 +336,7 @@ class LayerQuantizer:
     ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
         """Round, pack, measure and replace the linears that are quantized with the same statistics."""
         inputs = part.statistics.inputs()
-        moments = gptq_moments(part, decision.matrix, self._recipe, self._note)
+        moments = gptq_moments(part, decision.matrix, self._recipe, self._note, self._group)
         for together in rounded_together(part.planned, self._group.size):
             weights = [(each.name, tensors.take_weight(each.name).to(self._runner.device)) for each in together]
             format = _with_clip(together[0].format, decision)  # but for rows that of all
@@ -532,12 +533,15 @@ def decide_input(
 
 
 @step("factors")
-def gptq_moments(part: Part, matrix: torch.Tensor | None, recipe: Recipe, say: Say) -> GptqMoments | None:
-    """The part's moments, which are forgotten there; None if none were collected. Raises Apex4Error."""
+def gptq_moments(
+    part: Part, matrix: torch.Tensor | None, recipe: Recipe, say: Say, group: Group | None = None
+) -> GptqMoments | None:
+    """The part's moments, which are forgotten there; None if none were collected. The processes of `group` share the work. Raises
+    Apex4Error."""
     hessian = part.statistics.take_hessian(matrix)
     if hessian is None:
         return None
-    factor = inverse_factor(part.reader, hessian, warn=say)
+    factor = inverse_factor(part.reader, hessian, warn=say, group=group)
     if not recipe.refinement:
         hessian = None
     drift = part.statistics.take_drift(matrix)

@@ -49,7 +49,7 @@ from ..format.storage import (
     write_json,
     write_tensors,
 )
-from ..hardware.devices import DTYPES
+from ..hardware.devices import DTYPES, on_host
 from ..hardware.memory import MemoryBudget, MemoryUse, begin_counting, held_to, memory_used, resident_now
 from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
@@ -580,7 +580,7 @@ class _Run:
     def _begin_writing(self, shard: int, quantized: QuantizedLayer) -> None:
         """While the layer computes what leaves it. What readers of the file must find is looked for in it."""
         path, rounded = self._shard_path(shard), quantized.rounded
-        tensors = {name: tensor.cpu() for name, tensor in quantized.tensors.items()}
+        tensors = on_host(quantized.tensors)
 
         def write() -> None:
             write_tensors(path, tensors)
