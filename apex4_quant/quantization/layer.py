@@ -42,7 +42,7 @@ from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
-from ..models.states import States
+from ..models.states import States, picked
 from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
 from ..progress import step
@@ -273,8 +273,8 @@ class LayerQuantizer:
         module: nn.Module,
         prefix: str,
     ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
-        """Parts of experts, at most one for each process, which decides what is not decided and rounds it alone; then all have
-        what each made."""
+        """Parts of experts, at most one for each process, which decides what is not decided and rounds it alone, all rows at once; then
+        all have what each made."""
         group, alone = self._group, Group()
         notes: list[str] = []
         decision, rounded = InputDecision(None, None), []
@@ -284,15 +284,18 @@ class LayerQuantizer:
             decision = own if isinstance(own, InputDecision) else own(notes.append, alone)
             inputs = part.statistics.inputs()
             moments = gptq_moments(part, decision.matrix, self._recipe, notes.append, alone)
-            for planned in part.planned:
-                weight = tensors.weight(planned.name).to(self._runner.device)
-                bias = _replaced(module, planned.name.removeprefix(prefix)).bias
-                format = replace(
-                    _with_clip(planned.format, decision), transform_from=None
-                )  # to measure: it has its own
-                codes, scales = self._round([(planned.name, weight)], format, decision.matrix, moments, alone)
-                linear = pack(format, codes, scales, bias, decision.matrix, None)
-                rounded.append((codes, scales, measure_error(linear, weight, inputs)))
+            weights = [(each.name, tensors.weight(each.name).to(self._runner.device)) for each in part.planned]
+            formats = [  # to measure: each has its transform itself
+                replace(_with_clip(each.format, decision), transform_from=None) for each in part.planned
+            ]
+            codes, scales = self._round(weights, formats[0], decision.matrix, moments, alone)
+            counts = [each.out_features for each in formats]
+            for format, (name, weight), *made in zip(
+                formats, weights, codes.split(counts), scales.split(counts), strict=True
+            ):
+                bias = _replaced(module, name.removeprefix(prefix)).bias
+                linear = pack(format, *made, bias, decision.matrix, None)
+                rounded.append((*made, measure_error(linear, weight, inputs)))
         for part in parts:
             part.statistics.forget_moments()
         everyones = group.gather((notes, decision.clip, [error for _, _, error in rounded]))
@@ -413,7 +416,7 @@ class LayerQuantizer:
         leaving = self._rewriter.stream_gradients(self._predictions.leaving(layer))
         windows, share = self._predictions.windows, self._predictions.share
         found, _ = gradients_through(
-            self._runner, layer, readers, hidden[windows], leaving, self._group, share, keep_entering=False
+            self._runner, layer, readers, picked(hidden, windows), leaving, self._group, share, keep_entering=False
         )
         for names in readers:
             if names[0] not in found:
