@@ -153,7 +153,9 @@ class LayerReader:
     beside it; in pinned memory, from which a GPU copies several times as fast."""
 
     def __init__(self, source: ModelSource, ahead_of: torch.device | None) -> None:
-        self._source, self._device = source, ahead_of
+        self._source = source
+        on_gpu = ahead_of is not None and ahead_of.type == "cuda"
+        self._gpu = torch.cuda.current_device() if on_gpu else None  # another thread would take the first
         self._thread = ThreadPoolExecutor(1, "apex4-read") if ahead_of is not None else None
         self._next: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
@@ -167,9 +169,9 @@ class LayerReader:
 
     def _read_pinned(self, layer: int) -> dict[str, torch.Tensor]:
         tensors = self._source.read(self._source.layer_tensors(layer))
-        if self._device is None or self._device.type != "cuda":
+        if self._gpu is None:
             return tensors
-        with torch.cuda.device(self._device), contextlib.suppress(RuntimeError):  # the system may allow no more of it
+        with torch.cuda.device(self._gpu), contextlib.suppress(RuntimeError):  # the system may allow no more of it
             for name in tensors:
                 tensors[name] = tensors[name].pin_memory()
         return tensors
