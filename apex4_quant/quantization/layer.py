@@ -290,12 +290,11 @@ class LayerQuantizer:
             ]
             codes, scales = self._round(weights, formats[0], decision.matrix, moments, alone)
             counts = [each.out_features for each in formats]
-            for format, (name, weight), *made in zip(
-                formats, weights, codes.split(counts), scales.split(counts), strict=True
-            ):
+            rows = zip(codes.split(counts), scales.split(counts), strict=True)
+            for format, (name, weight), (own_codes, own_scales) in zip(formats, weights, rows, strict=True):
                 bias = _replaced(module, name.removeprefix(prefix)).bias
-                linear = pack(format, *made, bias, decision.matrix, None)
-                rounded.append((*made, measure_error(linear, weight, inputs)))
+                linear = pack(format, own_codes, own_scales, bias, decision.matrix, None)
+                rounded.append((own_codes, own_scales, measure_error(linear, weight, inputs)))
         for part in parts:
             part.statistics.forget_moments()
         everyones = group.gather((notes, decision.clip, [error for _, _, error in rounded]))
