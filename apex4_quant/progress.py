@@ -1,8 +1,9 @@
-"""How long work reports itself: bars on stderr for people, nothing for programs."""
+"""How long work reports itself: bars on stderr for people, nothing for programs. For benchmarks, how long its steps take."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,3 +66,56 @@ class _Reports:
             self._said = now
             percent = 100 * self._done // self._total
             print(f"{self._name}: {percent} % after {now - self._started:.0f} s", file=sys.stderr, flush=True)
+
+
+class StepTimes:
+    """Seconds of the steps of work that name themselves by `step`, while `measuring`; of a step inside another only its own.
+
+    `synchronize` waits for a GPU at every border of a step. What the host and the GPU do beside each other is then one after the other.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
+        self._inside: list[str] = []  # the steps that are going on, from the outermost
+        self._since = 0.0  # the last border
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Of the thread that asks: others do work that nobody waits for."""
+        _measured.times = self
+        try:
+            yield
+        finally:
+            del _measured.times
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self._border()
+        self._inside.append(name)
+        try:
+            yield
+        finally:
+            self._border()
+            self._inside.pop()
+
+    def _border(self) -> None:
+        self._synchronize()
+        now = time.perf_counter()
+        if self._inside:
+            self.seconds[self._inside[-1]] = self.seconds.get(self._inside[-1], 0.0) + now - self._since
+        self._since = now
+
+
+_measured = threading.local()
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """A step of work, or as a decorator all of a function. Nothing happens unless a benchmark measures (StepTimes)."""
+    times: StepTimes | None = getattr(_measured, "times", None)
+    if times is None:
+        yield
+        return
+    with times.step(name):
+        yield

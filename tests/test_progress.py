@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 
 from apex4_quant import progress
 from apex4_quant.command_options import BARS_OFF
-from apex4_quant.progress import TerminalProgress
+from apex4_quant.progress import StepTimes, TerminalProgress, step
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 SCRIPT = """
@@ -79,3 +80,34 @@ def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys
         "quantizing: 60 % after 72 s",
         "quantizing: 90 % after 108 s",
     ]
+
+
+def test_a_step_has_the_time_that_no_step_inside_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    waited: list[float] = []
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    @step("inside")
+    def work() -> None:
+        pass_time(3.0)
+
+    times = StepTimes(lambda: waited.append(now))
+    work()  # nobody measures
+    with times.measuring():
+        with step("outside"):
+            pass_time(1.0)
+            work()
+            with pytest.raises(ValueError), step("outside"):
+                pass_time(5.0)
+                raise ValueError
+            thread = threading.Thread(target=work)  # nobody waits for what it does
+            thread.start()
+            thread.join()
+        pass_time(7.0)
+    work()
+    assert times.seconds == {"outside": 1.0 + 5.0 + 3.0, "inside": 3.0}
+    assert waited == [3.0, 4.0, 7.0, 7.0, 12.0, 15.0]

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 
 from ..environment import SECONDS_TO_WAIT, TIMEOUT
 from ..errors import Apex4Error, UsageError
+from ..progress import step
 from .shares import Share, share_of
 
 _P = ParamSpec("_P")
@@ -108,7 +109,8 @@ def _communicating(method: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            return method(*args, **kwargs)
+            with step("other ranks"):
+                return method(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -188,17 +190,22 @@ class Ranks(Group):
     def gather_share(self, own: torch.Tensor, total: int) -> torch.Tensor:
         return self._gathered(own, [share_of(total, rank, self.size).size for rank in range(self.size)])
 
-    def gather_rows(self, own: torch.Tensor) -> torch.Tensor:
-        return self._gathered(own, self.gather(len(own)))
-
     @_communicating
+    def gather_rows(self, own: torch.Tensor) -> torch.Tensor:
+        counts = torch.empty(self.size, dtype=torch.int64)
+        dist.all_gather_into_tensor(counts, torch.tensor([len(own)]))
+        return self._gathered(own, counts.tolist())
+
     def _gathered(self, own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """All parts are sent at the size of the largest: backends differ in what they make of others."""
-        sent = own.new_zeros(max(counts), *own.shape[1:])
-        sent[: len(own)] = own
-        parts = [torch.empty_like(sent) for _ in counts]
-        dist.all_gather(parts, sent)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        most, sent = max(counts), own.contiguous()
+        if len(own) < most:
+            sent = torch.cat([sent, own.new_zeros(most - len(own), *own.shape[1:])])
+        parts = own.new_empty(len(counts) * most, *own.shape[1:])
+        dist.all_gather_into_tensor(parts, sent)
+        if min(counts) == most:
+            return parts
+        return torch.cat([part[:count] for part, count in zip(parts.split(most), counts, strict=True)])
 
     @_communicating
     def gather(self, value: _T) -> list[_T]:

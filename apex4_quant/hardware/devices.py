@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,23 @@ def resolve_device(device: str) -> str:
     if ":" in device and (kind == "cpu" or not index.isdecimal() or int(index) >= torch.cuda.device_count()):
         raise UsageError(f"device {device!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")
     return device
+
+
+def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same; copies of what is on a GPU, in pinned memory, which takes them ten times as fast as memory that nobody has touched."""
+    copies, devices = {}, set()
+    for name, tensor in tensors.items():
+        copies[name] = tensor
+        if tensor.is_cuda:
+            devices.add(tensor.device)
+            try:
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError:  # the system may allow no more of it
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copies[name].copy_(tensor, non_blocking=True)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return copies
 
 
 DISK = "disk"

@@ -121,10 +121,10 @@ class LayerRunner:
         self.model.set_submodule(name, module)
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether weights of the next layer are read while one is computed: a GPU leaves the host time for it, and memory unless
-        states have to stay on the disk."""
-        return self.device.type == "cuda" and self._states_folder is None
+    def reads_ahead_of(self) -> torch.device | None:
+        """The device, if weights of the next layer are read while it computes one: a GPU leaves the host time for it, and memory
+        unless states have to stay on the disk."""
+        return self.device if self.device.type == "cuda" and self._states_folder is None else None
 
     def keep_states_in(self, folder: Path) -> None:
         """From now on states that leave a layer are written into this folder, and nothing of a layer is remembered."""

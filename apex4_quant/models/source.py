@@ -6,6 +6,7 @@ pages would count as resident) and closed again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from collections import defaultdict
@@ -148,11 +149,14 @@ MOST_AT_ONCE = 4  # files whose checksums are computed: more are more than a dis
 
 
 class LayerReader:
-    """The tensors of one layer after another. `ahead`: those of the next are read while one is worked on, and are there beside it."""
+    """The tensors of one layer after another. `ahead_of`: a device that works on one while those of the next are read, and are there
+    beside it; in pinned memory, from which a GPU copies several times as fast."""
 
-    def __init__(self, source: ModelSource, ahead: bool) -> None:
+    def __init__(self, source: ModelSource, ahead_of: torch.device | None) -> None:
         self._source = source
-        self._thread = ThreadPoolExecutor(1, "apex4-read") if ahead else None
+        on_gpu = ahead_of is not None and ahead_of.type == "cuda"
+        self._gpu = torch.cuda.current_device() if on_gpu else None  # another thread would take the first
+        self._thread = ThreadPoolExecutor(1, "apex4-read") if ahead_of is not None else None
         self._next: dict[int, Future[dict[str, torch.Tensor]]] = {}
 
     def take(self, layer: int, then: int | None = None) -> dict[str, torch.Tensor]:
@@ -160,7 +164,16 @@ class LayerReader:
         source, found = self._source, self._next.pop(layer, None)
         tensors = source.read(source.layer_tensors(layer)) if found is None else found.result()
         if self._thread is not None and then is not None and 0 <= then < source.num_layers:
-            self._next = {then: self._thread.submit(source.read, source.layer_tensors(then))}
+            self._next = {then: self._thread.submit(self._read_pinned, then)}
+        return tensors
+
+    def _read_pinned(self, layer: int) -> dict[str, torch.Tensor]:
+        tensors = self._source.read(self._source.layer_tensors(layer))
+        if self._gpu is None:
+            return tensors
+        with torch.cuda.device(self._gpu), contextlib.suppress(RuntimeError):  # the system may allow no more of it
+            for name in tensors:
+                tensors[name] = tensors[name].pin_memory()
         return tensors
 
 
@@ -330,8 +343,8 @@ class ModelSource:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self.infos, names)
 
-    def layer_reader(self, ahead: bool) -> LayerReader:
-        return LayerReader(self, ahead)
+    def layer_reader(self, ahead_of: torch.device | None) -> LayerReader:
+        return LayerReader(self, ahead_of)
 
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.infos.values()})

@@ -138,6 +138,14 @@ class StoredStates:
 States: TypeAlias = torch.Tensor | StoredStates
 
 
+def picked(states: States, windows: torch.Tensor) -> torch.Tensor:
+    """The windows int64 [n] of the states: those in memory where they are, if they are evenly spaced."""
+    steps = windows.diff().unique().tolist()
+    if isinstance(states, torch.Tensor) and len(steps) == 1 and steps[0] > 0:
+        return states[int(windows[0]) : int(windows[-1]) + 1 : steps[0]]
+    return states[windows]
+
+
 def put(states: States, first: int, part: torch.Tensor) -> None:
     """Set windows from `first` on to `part` [B, L, H]; into pinned memory without waiting for it."""
     if isinstance(states, StoredStates):

@@ -34,6 +34,7 @@ from ..hardware.dtype_names import wider_than
 from ..models.experts import Expert, UnfusedExperts, routed
 from ..models.families import Experts, Family, InputGroup, expert_of
 from ..models.layer_runner import LayerRunner
+from ..progress import step
 from ..transforms.block_transforms import transform_hessian
 from .plan import PlannedLinear
 from .run_state import Streams
@@ -66,12 +67,13 @@ class Statistics:
         """x [..., K], as the linears read it, and the same tokens in the original model."""
         self._probe.add(x)
         if self._hessian is not None and self._format is not None:
-            padded = self._padded(x)
-            self._hessian.add(padded)
-            if original is not None:
-                self._drift = self._drift or HessianAccumulator()
-                # In float32: a difference is no number of 16 bits.
-                self._drift.add(padded, self._padded(original).float() - padded.float())
+            with step("Hessians"):
+                padded = self._padded(x)
+                self._hessian.add(padded)
+                if original is not None:
+                    self._drift = self._drift or HessianAccumulator()
+                    # In float32: a difference is no number of 16 bits.
+                    self._drift.add(padded, self._padded(original).float() - padded.float())
         self.tokens += x.numel() // x.shape[-1]
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -301,6 +303,7 @@ class Collector:
             others = self._original.calls_of(layer, module, streams.original, self._settled, last)
             yield from ((call, other[0]) for call, other in zip(calls, others, strict=True))
 
+    @step("collecting inputs")
     def _dense(
         self, layer: int, input_group: InputGroup, planned: list[PlannedLinear], streams: Streams
     ) -> CollectedInput:
@@ -314,6 +317,7 @@ class Collector:
         self._combine(statistics, planned[0])
         return CollectedInput(statistics, [Part(reader, planned, statistics)])
 
+    @step("collecting inputs")
     def _entering(self, layer: int, experts: Experts, planned: list[PlannedLinear], streams: Streams) -> CollectedInput:
         """That of the gate and up projections of all experts, with a part for each that saw enough tokens."""
         name = self._family.layer_prefix(layer) + experts.module
@@ -342,6 +346,7 @@ class Collector:
             everything.forget_moments()
         waiting = {expert: part for expert, part in fed.items() if expert not in first}
 
+        @step("collecting inputs")
         def collect(part: Part) -> None:
             (expert, *_) = part.tokens
             if part.shared or expert not in waiting:
@@ -375,6 +380,7 @@ class Collector:
             inner = None if original is None else _expert(before, number).inner(original)
             part.statistics.add(_expert(module, number).inner(states), inner)
 
+        @step("collecting inputs")
         def collect(portion: dict[int, Part]) -> None:
             for (states, index, _), original in self._calls(layer, experts.module, streams):
                 for expert, tokens, _ in routed(index):
@@ -414,6 +420,7 @@ class Collector:
         if moments:
             statistics.combine_moments(self._group, device)
 
+    @step("collecting inputs")
     def _before(self, layer: int, experts: Experts, streams: Streams) -> Counter[int]:
         """By expert, how many tokens of the windows before ours are sent to it: which rows are kept depends on it.
 

@@ -42,9 +42,10 @@ from ..format.transform_kind import TransformKind
 from ..models.families import expert_of
 from ..models.layer_runner import LayerRunner
 from ..models.source import ModelSource
-from ..models.states import States
+from ..models.states import States, picked
 from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
+from ..progress import step
 from ..recipes import Recipe, Rounding
 from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
 from ..rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
@@ -66,18 +67,23 @@ Say = Callable[[str], None]
 
 
 class LayerTensors:
-    """The float tensors of one decoder layer, under their full names: their one owner beside the module."""
+    """The float tensors of one decoder layer, under their full names: their one owner beside the module.
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    `loaded`: those of them that the module has on its device in the same dtype, and that need not be sent there again.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor] | None = None) -> None:
+        self._tensors, self._loaded = tensors, loaded or {}
 
     def weight(self, linear: str) -> torch.Tensor:
-        """[N, K], of a linear that was not taken yet."""
-        return self._tensors[f"{linear}.weight"]
+        """[N, K], of a linear that was not taken yet; on the module's device, if it is there."""
+        name = f"{linear}.weight"
+        return self._loaded.get(name, self._tensors[name])
 
     def take_weight(self, linear: str) -> torch.Tensor:
         """[N, K], for good: it is stored in another form, and is not held here any more."""
-        return self._tensors.pop(f"{linear}.weight")
+        name = f"{linear}.weight"
+        return self._loaded.pop(name, self._tensors.pop(name))
 
     def untaken(self) -> dict[str, torch.Tensor]:
         """What is stored as it is."""
@@ -178,7 +184,7 @@ class LayerQuantizer:
         """`original` runs the layers before quantization, for GPTAQ; `predictions` are there if the recipe uses gradients.
         Of so many experts of a layer statistics are there `experts_at_once`; None: of all."""
         self._source, self._plan, self._recipe = source, plan, plan.recipe
-        self._reader = source.layer_reader(runner.reads_ahead)
+        self._reader = source.layer_reader(runner.reads_ahead_of)
         self._runner, self._original, self._rewriter, self._predictions = runner, original, rewriter, predictions
         self._say, self._note, self._group = say, note, group or Group()
         self._rounded: dict[str, RoundedRows] = {}  # of the layer in flight
@@ -214,12 +220,15 @@ class LayerQuantizer:
             self._rounded,
         )
 
+    @step("reading")
     def _load(self, layer: int, hidden: States) -> tuple[LayerTensors, nn.Module]:
         """Read, rewrite, load."""
         tensors = self._rewriter.layer(layer, self._reader.take(layer, layer + 1), hidden)
         if self._original is not None:
             self._original.load_layer(layer, tensors)
-        return LayerTensors(tensors), self._runner.load_layer(layer, tensors)
+        module, prefix = self._runner.load_layer(layer, tensors), self._source.family.layer_prefix(layer)
+        named = ((prefix + name, parameter.data) for name, parameter in module.named_parameters())
+        return LayerTensors(tensors, {name: data for name, data in named if data.dtype == tensors[name].dtype}), module
 
     def _quantize_inputs(
         self,
@@ -264,8 +273,8 @@ class LayerQuantizer:
         module: nn.Module,
         prefix: str,
     ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
-        """Parts of experts, at most one for each process, which decides what is not decided and rounds it alone; then all have
-        what each made."""
+        """Parts of experts, at most one for each process, which decides what is not decided and rounds it alone, all rows at once; then
+        all have what each made."""
         group, alone = self._group, Group()
         notes: list[str] = []
         decision, rounded = InputDecision(None, None), []
@@ -273,15 +282,19 @@ class LayerQuantizer:
             part = parts[group.rank]
             own = decide if isinstance(decide, InputDecision) else decide[group.rank]
             decision = own if isinstance(own, InputDecision) else own(notes.append, alone)
-            inputs, moments = part.statistics.inputs(), gptq_moments(part, decision.matrix, self._recipe, notes.append)
-            for planned in part.planned:
-                weight = tensors.weight(planned.name).to(self._runner.device)
-                bias = _replaced(module, planned.name.removeprefix(prefix)).bias
-                format = replace(
-                    _with_clip(planned.format, decision), transform_from=None
-                )  # to measure: it has its own
-                made = self._round_one(planned.name, format, weight, bias, inputs, decision, moments, None, alone)
-                rounded.append(made[1:])
+            inputs = part.statistics.inputs()
+            moments = gptq_moments(part, decision.matrix, self._recipe, notes.append, alone)
+            weights = [(each.name, tensors.weight(each.name).to(self._runner.device)) for each in part.planned]
+            formats = [  # to measure: each has its transform itself
+                replace(_with_clip(each.format, decision), transform_from=None) for each in part.planned
+            ]
+            codes, scales = self._round(weights, formats[0], decision.matrix, moments, alone)
+            counts = [each.out_features for each in formats]
+            rows = zip(codes.split(counts), scales.split(counts), strict=True)
+            for format, (name, weight), (own_codes, own_scales) in zip(formats, weights, rows, strict=True):
+                bias = _replaced(module, name.removeprefix(prefix)).bias
+                linear = pack(format, own_codes, own_scales, bias, decision.matrix, None)
+                rounded.append((own_codes, own_scales, measure_error(linear, weight, inputs)))
         for part in parts:
             part.statistics.forget_moments()
         everyones = group.gather((notes, decision.clip, [error for _, _, error in rounded]))
@@ -325,37 +338,25 @@ class LayerQuantizer:
     ) -> Iterator[tuple[str, Apex4Linear, dict[str, Any]]]:
         """Round, pack, measure and replace the linears that are quantized with the same statistics."""
         inputs = part.statistics.inputs()
-        moments = gptq_moments(part, decision.matrix, self._recipe, self._note)
-        for planned in part.planned:
-            bias = _replaced(module, planned.name.removeprefix(prefix)).bias
-            weight = tensors.take_weight(planned.name).to(self._runner.device)
-            format = _with_clip(planned.format, decision)
-            linear, codes, scales, error = self._round_one(
-                planned.name, format, weight, bias, inputs, decision, moments, owner, self._group
-            )
-            self._rounded[planned.name] = RoundedRows.of(format, codes, scales)
-            owner = owner or linear
-            del codes, scales, weight
-            yield self._replace(part, planned, linear, error, module, prefix)
+        moments = gptq_moments(part, decision.matrix, self._recipe, self._note, self._group)
+        for together in rounded_together(part.planned, self._group.size):
+            weights = [(each.name, tensors.take_weight(each.name).to(self._runner.device)) for each in together]
+            format = _with_clip(together[0].format, decision)  # but for rows that of all
+            codes, scales = self._round(weights, format, decision.matrix, moments, self._group)
+            counts = [each.format.out_features for each in together]
+            made = list(zip(together, weights, codes.split(counts), scales.split(counts), strict=True))
+            del weights, codes, scales
+            while made:
+                planned, (name, weight), codes, scales = made.pop(0)
+                bias = _replaced(module, name.removeprefix(prefix)).bias
+                linear = pack(_with_clip(planned.format, decision), codes, scales, bias, decision.matrix, owner)
+                error = measure_error(linear, weight, inputs, self._group)
+                self._rounded[name] = RoundedRows.of(linear.format, codes, scales)
+                owner = owner or linear
+                del codes, scales, weight
+                yield self._replace(part, planned, linear, error, module, prefix)
 
-    def _round_one(
-        self,
-        name: str,
-        format: LinearFormat,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        inputs: torch.Tensor,
-        decision: InputDecision,
-        moments: GptqMoments | None,
-        owner: Apex4Linear | None,
-        group: Group,
-    ) -> tuple[Apex4Linear, torch.Tensor, torch.Tensor, float]:
-        """The packed linear of `weight` [N, K], its codes and scales as `round_weight` returns them, and its error. The
-        processes of `group` share the work."""
-        codes, scales = self._round(name, weight, format, decision.matrix, moments, group)
-        linear = pack(format, codes, scales, bias, decision.matrix, owner)
-        return linear, codes, scales, measure_error(linear, weight, inputs, group)
-
+    @step("packing")
     def _replace(
         self, part: Part, planned: PlannedLinear, linear: Apex4Linear, error: float, module: nn.Module, prefix: str
     ) -> tuple[str, Apex4Linear, dict[str, Any]]:
@@ -366,24 +367,34 @@ class LayerQuantizer:
         self._say(f"{name:{self._name_width}}  {shape:>15}  group {format.group_size}  output error {error:.4f}")
         return name, linear, record_of(planned, format, error) | part.record_of(planned)
 
+    @step("GPTQ and descent")
     def _round(
         self,
-        name: str,
-        weight: torch.Tensor,
+        weights: Sequence[tuple[str, torch.Tensor]],
         format: LinearFormat,
         matrix: torch.Tensor | None,
         moments: GptqMoments | None,
         group: Group,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`round_weight`, each process of `group` a share of the rows, which do not depend on each other."""
-        share = group.share(format.out_features)
-        if share.size:
-            own = round_weight(name, weight[share.slice], format, matrix, moments, self._recipe.refinement)
+        """`round_weight` of linears by name, one below the other, each process of `group` a share of the rows, which do not
+        depend on each other. `format` is any of theirs."""
+        own: dict[str, torch.Tensor] = {}
+        first = 0  # of the linear's rows, among all
+        share = group.share(sum(len(weight) for _, weight in weights))
+        for name, weight in weights:
+            rows = weight[max(0, share.first - first) : max(0, share.stop - first)]
+            if len(rows):
+                own[name] = rows
+            first += len(weight)
+        if own:
+            rows = next(iter(own.values())) if len(own) == 1 else torch.cat(list(own.values()))
+            made = round_weight(", ".join(own), rows, format, matrix, moments, self._recipe.refinement)
         else:
-            own = _room_for(format, weight.device, 0)
-        codes, scales = (group.gather_share(part, format.out_features) for part in own)
+            made = _room_for(format, self._runner.device, 0)
+        codes, scales = (group.gather_share(part, share.total) for part in made)
         return codes, scales
 
+    @step("gradients")
     def _gradients(self, layer: int, hidden: States) -> dict[str, InputGradients]:
         """Of the layer's inputs that are read by planned linears, by those linears' full names.
 
@@ -404,7 +415,7 @@ class LayerQuantizer:
         leaving = self._rewriter.stream_gradients(self._predictions.leaving(layer))
         windows, share = self._predictions.windows, self._predictions.share
         found, _ = gradients_through(
-            self._runner, layer, readers, hidden[windows], leaving, self._group, share, keep_entering=False
+            self._runner, layer, readers, picked(hidden, windows), leaving, self._group, share, keep_entering=False
         )
         for names in readers:
             if names[0] not in found:
@@ -437,6 +448,21 @@ class LayerQuantizer:
                     weight = weight.clone()  # it may be what is stored
                     scale_by_readers(weight, behind.producer, readers, heads)
             yield weight
+
+
+def rounded_together(planned: Sequence[PlannedLinear], processes: int) -> Iterator[list[PlannedLinear]]:
+    """Those of one input whose rows are shared by so many processes at once: a column takes as long for a few rows as for thousands.
+
+    No process has more rows than the largest linear, for which there is memory. One process rounds each by itself.
+    """
+    room = processes * max(each.format.out_features for each in planned)
+    together: list[PlannedLinear] = []
+    for each in planned:
+        if together and (processes == 1 or sum(one.format.out_features for one in (*together, each)) > room):
+            yield together
+            together = []
+        together.append(each)
+    yield together
 
 
 def _replaced(module: nn.Module, linear: str) -> nn.Linear:
@@ -476,18 +502,19 @@ def decide_input(
     found = gradients.get(reader)
     matrix = clip = None
     if format.transform.is_learned:
-        matrix = learn_transform(
-            pad_input_features(collected.statistics.inputs(), format),
-            weighed(),
-            recipe.transform_steps,
-            format.transform is TransformKind.SHARED,
-            None if found is None else pad_input_features(found.rows, format),
-            format.activation_bits,
-            # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
-            DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
-            warn=lambda text: say(f"{reader}: {text}"),
-            group=group,
-        )
+        with step("learned transforms"):
+            matrix = learn_transform(
+                pad_input_features(collected.statistics.inputs(), format),
+                weighed(),
+                recipe.transform_steps,
+                format.transform is TransformKind.SHARED,
+                None if found is None else pad_input_features(found.rows, format),
+                format.activation_bits,
+                # With 4 bits the error of the input decides, and there is nothing to gain (docs/log.md, 2026-11-29).
+                DAMPING if recipe.rounding is Rounding.GPTQ and format.activation_bits == 8 else None,
+                warn=lambda text: say(f"{reader}: {text}"),
+                group=group,
+            )
 
     def amplifying() -> Iterator[torch.Tensor]:
         """What an error of the input is multiplied by, in the basis of the transform."""
@@ -497,20 +524,26 @@ def decide_input(
     feedback = None
     if format.transform.has_feedback:
         assert matrix is not None
-        matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
-        feedback = feedback_of(matrix.float())
+        with step("error feedback"):
+            matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
+            feedback = feedback_of(matrix.float())
     if recipe.search_clip and format.activation_bits == BITS:
-        inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)
-        clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
+        with step("clip search"):
+            inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)
+            clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
     return InputDecision(matrix, clip)
 
 
-def gptq_moments(part: Part, matrix: torch.Tensor | None, recipe: Recipe, say: Say) -> GptqMoments | None:
-    """The part's moments, which are forgotten there; None if none were collected. Raises Apex4Error."""
+@step("factors")
+def gptq_moments(
+    part: Part, matrix: torch.Tensor | None, recipe: Recipe, say: Say, group: Group | None = None
+) -> GptqMoments | None:
+    """The part's moments, which are forgotten there; None if none were collected. The processes of `group` share the work. Raises
+    Apex4Error."""
     hessian = part.statistics.take_hessian(matrix)
     if hessian is None:
         return None
-    factor = inverse_factor(part.reader, hessian, warn=say)
+    factor = inverse_factor(part.reader, hessian, warn=say, group=group)
     if not recipe.refinement:
         hessian = None
     drift = part.statistics.take_drift(matrix)
@@ -537,6 +570,7 @@ def round_weight(
     )
 
 
+@step("packing")
 def pack(
     format: LinearFormat,
     codes: torch.Tensor,
@@ -554,6 +588,7 @@ def pack(
     return linear
 
 
+@step("errors")
 def measure_error(linear: Apex4Linear, weight: torch.Tensor, inputs: torch.Tensor, group: Group | None = None) -> float:
     """|| y - y~ || / || y || over MEASURED_ROWS of `inputs` float32 [T, K], y by the float `weight` [N, K] and y~ quantized.
 
@@ -593,6 +628,7 @@ def stored(name: str, linear: Apex4Linear) -> Iterator[tuple[str, torch.Tensor]]
             yield f"{name}.{part}", tensors[part]
 
 
+@step("freeing memory")
 def return_free_memory() -> None:
     """glibc keeps freed blocks between live ones: over the layers of a model that adds up to hundreds of MB."""
     with contextlib.suppress(OSError, AttributeError):  # another libc has no such call, and no such habit

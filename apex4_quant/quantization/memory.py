@@ -83,10 +83,9 @@ class MemoryAccount:
         stream = windows.tokens * account.hidden * itemsize
         widest = windows.tokens * account.widest * itemsize
         remembered = 0 if account.on_gpu else min(max(KEPT_BYTES, stream), widest)
-        # Pinned memory comes in powers of two.
-        states = 2 * (1 << (stream - 1).bit_length()) if account.on_gpu else 3 * stream
+        states = 2 * pinned(stream) if account.on_gpu else 3 * stream
         # On a GPU weights of the next layer are there too, unless states are on the disk.
-        streams = account.streams * (states + remembered) + (account.layer if account.on_gpu else 0)
+        streams = account.streams * (states + remembered) + account.read_ahead
         at_once = 2 * account.streams * batch_tokens(windows.length, account.on_gpu) * account.hidden * itemsize
         working, distilling = account.working(experts_at_once), distilling_bytes(self._plan)
         if not account.on_gpu:
@@ -95,6 +94,11 @@ class MemoryAccount:
         largest = max(linear.format.stored_bytes for linear in self._plan.linears)
         resting = account.layer + largest + account.leaving
         return MemoryEstimate(max(working, distilling), max(resting, 2 * outer), streams, at_once)
+
+
+def pinned(size: int) -> int:
+    """What so many bytes take in pinned memory, which comes in powers of two."""
+    return 1 << (size - 1).bit_length()
 
 
 class _Account:
@@ -108,6 +112,10 @@ class _Account:
         self.widest = max(max(linear.format.padded_k, linear.format.out_features) for linear in plan.linears)
         self.layer = max(
             sum(source.infos[name].elements * itemsize for name in source.layer_tensors(index))
+            for index in range(source.num_layers)
+        )
+        self.read_ahead = on_gpu * max(
+            sum(pinned(source.infos[name].elements * itemsize) for name in source.layer_tensors(index))
             for index in range(source.num_layers)
         )
         self.by_gradients = plan.recipe.importance is Importance.GRADIENTS

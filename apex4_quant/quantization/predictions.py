@@ -49,7 +49,7 @@ def gradients_of_predictions(
     group, share = group or Group(), share or Share.whole(len(samples))
     embedding = f"{source.family.embedding}.weight"
     hidden = runner.embed(samples, source.read([embedding])[embedding])
-    reader = source.layer_reader(runner.reads_ahead)
+    reader = source.layer_reader(runner.reads_ahead_of)
     for layer in range(source.num_layers):
         keep(layer, hidden)
         runner.load_layer(layer, reader.take(layer, layer + 1))
@@ -91,7 +91,7 @@ class LeavingGradients:
         windows = torch.arange(count) * len(samples) // count
         first, stop = torch.searchsorted(windows, torch.tensor([here.first, here.stop])).tolist()
         self.share = Share(first, stop, count)
-        self._reader = source.layer_reader(runner.reads_ahead)
+        self._reader = source.layer_reader(runner.reads_ahead_of)
         self._samples = samples[windows[self.share.slice]]
         self.windows = windows[self.share.slice] - here.first
 
@@ -144,10 +144,11 @@ class LeavingGradients:
         return _normalized(entering, source.name, runner.dtype, self._group)[0]
 
     def leaving(self, layer: int) -> torch.Tensor:
-        """By what leaves this layer, for its windows, up to a factor: float32 [windows, L, H]. Raises Apex4Error."""
+        """By what leaves this layer, for its windows, up to a factor: GRADIENT_DTYPE [windows, L, H]. Raises Apex4Error."""
         if not self.share.size:
-            return torch.empty(0, self._samples.shape[1], int(self._source.config["hidden_size"]))
-        return self._state.load(StateKind.LEAVING_GRADIENTS, layer, self.share).float()
+            shape = 0, self._samples.shape[1], int(self._source.config["hidden_size"])
+            return torch.empty(shape, dtype=GRADIENT_DTYPE)
+        return self._state.load(StateKind.LEAVING_GRADIENTS, layer, self.share)
 
 
 def gradient_bytes_on_disk(source: ModelSource, windows: Sequence[int], dtype: torch.dtype) -> int:

@@ -4,7 +4,7 @@
     shard n + 2   decoder layer n, made from the calibration text's hidden states that enter it
     last shard    everything else outside the layers
 
-Order of a layer: its shard is written; the quantized layer makes the hidden states that leave it, which are kept; the
+Order of a layer: its shard is written, while the quantized layer makes the hidden states that leave it; they are kept; the
 shard's record is written, which is the commit; what was kept for the layer is removed (run_state.py). The index, the report
 and config.json follow when all shards are committed.
 
@@ -49,7 +49,7 @@ from ..format.storage import (
     write_json,
     write_tensors,
 )
-from ..hardware.devices import DTYPES
+from ..hardware.devices import DTYPES, on_host
 from ..hardware.memory import MemoryBudget, MemoryUse, begin_counting, held_to, memory_used, resident_now
 from ..models.companions import companions_of, copy_companions, left_behind_as_text
 from ..models.layer_runner import LayerRunner
@@ -57,13 +57,13 @@ from ..models.place import require_there
 from ..models.source import ModelSource, hub_revision
 from ..models.states import States, StoredStates
 from ..models.weight_files import INDEX_NAME, NAMED_IN_CONFIG
-from ..progress import Progress
+from ..progress import Progress, step
 from ..recipes import Importance
 from ..transforms.rewriter import Rewriter
 from .calibration import draw_calibration, require_a_window_each, windows_needed
 from .distilling import distill, require_distillable, require_windows, take_distilled
 from .estimates import estimate_disk
-from .layer import LayerQuantizer, return_free_memory
+from .layer import LayerQuantizer, QuantizedLayer, return_free_memory
 from .memory import MemoryAccount, Windows, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
@@ -300,8 +300,12 @@ def _finished(out: Path, group: Group) -> QuantizeResult:
     return result
 
 
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
 class BackgroundWork:
-    """A thread for what has to reach the disk while the next layer is worked on: one thing at a time."""
+    """A thread for what has to reach the disk while something else is worked on: one thing at a time."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "apex4-keep")
@@ -406,14 +410,13 @@ class _Run:
         for runner in self._runners:
             runner.prepare(self.samples.shape[1])
         embedding = f"{self.source.family.embedding}.weight"
-        if 1 not in self.finished:
-            self._embed(embedding)
+        streams = self._embed(embedding) if 1 not in self.finished else None
         layers = range(self.source.num_layers)
         if self.predictions is not None:
             first = next((layer for layer in layers if layer + 2 not in self.finished), len(layers))
             self.predictions.take(first, self.settings.seed, self.progress, self.should_stop)
             return_free_memory()
-        self._quantize_layers(layers)
+        self._quantize_layers(layers, streams)
         rest = [name for name in self.source.outer_tensors if name != embedding]
         written = self._write_shard(self._shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self._shard_count, written, [], self._take_notes())
@@ -427,17 +430,21 @@ class _Run:
         take_distilled(self.state)
         return self._finish()
 
-    def _embed(self, embedding: str) -> None:
+    def _embed(self, embedding: str) -> Streams:
+        """Write it. Returns the streams that enter the first layer."""
         tensors = self.rewriter.embedding(self.source.read([embedding]))
         written = self._write_shard(1, tensors)
         hidden = self.runner.embed(self.samples[self.share.slice], tensors[embedding])
-        self.state.save_hidden(0, Streams(hidden, self._copied(hidden) if self.original else None, self.share))
+        streams = Streams(hidden, self._copied(hidden) if self.original else None, self.share)
+        self.state.save_hidden(0, streams)
         self._commit(1, written, [], self._take_notes())
+        return streams
 
     def _copied(self, states: States) -> States:
         return states.copy(self.state.folder) if isinstance(states, StoredStates) else states.clone()
 
-    def _quantize_layers(self, layers: range) -> None:
+    def _quantize_layers(self, layers: range, streams: Streams | None) -> None:
+        """`streams`: those that enter the first of them that is not finished, if they are not to be loaded."""
         quantizer = LayerQuantizer(
             self.source,
             self.plan,
@@ -452,7 +459,6 @@ class _Run:
         )
         total = sum(linear.elements for linear in self.plan.linears)
         with self.progress.stage("quantizing", total, "w") as advance:
-            streams: Streams | None = None
             for layer in layers:
                 if layer + 2 in self.finished:
                     advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
@@ -460,7 +466,8 @@ class _Run:
                     continue
                 if self.group.any(self.should_stop()):
                     self._commit_waiting()
-                    if self.written and streams is not None:
+                    if self.written:
+                        assert streams is not None
                         self._keep(layer, streams)
                         self._commit_waiting()
                     self.background.finish()
@@ -485,15 +492,18 @@ class _Run:
 
         quantized = quantizer.quantize(layer, streams, done)
         self._commit_waiting()
-        self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
-        written, records = self._write_shard(layer + 2, quantized.tensors), quantized.records
+        with step("waiting for the disk"):
+            self.background.finish()  # what it reads is about to be dropped, and what it is asked for to be written
+        written, records = bytes_of(quantized.tensors), quantized.records
         if self.group.is_first:
-            for name, rows in quantized.rounded.items():
-                rows.require_in(self._shard_path(layer + 2), name)
+            self._begin_writing(layer + 2, quantized)
         del quantized  # of its tensors the runner needs those that its module holds
-        leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
-        if self.original is not None and streams.original is not None:
-            leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
+        with step("forward to the next layer"):
+            leaving = Streams(self.runner.run_layer(layer, streams.hidden), share=self.share)
+            if self.original is not None and streams.original is not None:
+                leaving = leaving._replace(original=self.original.run_layer(layer, streams.original))
+        with step("writing"):
+            self.background.finish()
         self.written.append(partial(self._record, layer + 2, written, records, self._take_notes()))
         if self.streamed or layer + 1 == self.source.num_layers or self._keeps_now():
             self._keep(layer + 1, leaving)
@@ -536,6 +546,7 @@ class _Run:
             self.waiting = commit
         self.kept_at = time.monotonic()
 
+    @step("waiting for the disk")
     def _commit_waiting(self, at_once: bool = False) -> None:
         """Have the first process commit what waits for states that are being kept, when all have kept theirs; `at_once`: if they have.
 
@@ -558,11 +569,25 @@ class _Run:
     def _shard_path(self, shard: int) -> Path:
         return self.state.out / f"model-{shard:05}-of-{self._shard_count:05}.safetensors"
 
+    @step("writing")
     def _write_shard(self, shard: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Returns the bytes of each tensor."""
         if self.group.is_first:
             write_tensors(self._shard_path(shard), tensors)
-        return {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
+        return bytes_of(tensors)
+
+    @step("writing")
+    def _begin_writing(self, shard: int, quantized: QuantizedLayer) -> None:
+        """While the layer computes what leaves it. What readers of the file must find is looked for in it."""
+        path, rounded = self._shard_path(shard), quantized.rounded
+        tensors = on_host(quantized.tensors)
+
+        def write() -> None:
+            write_tensors(path, tensors)
+            for name, rows in rounded.items():
+                rows.require_in(path, name)
+
+        self.background.start(write)
 
     def _commit(self, shard: int, tensors: dict[str, int], records: list[dict[str, Any]], notes: list[str]) -> None:
         """When all processes have kept their states. Without a barrier behind it: who is ahead asks for nothing that is missing."""

@@ -26,16 +26,15 @@ def search_activation_clip(
 
     rows float32 [T, K] of the input (CLIP_SEARCH_ROWS of them suffice) and weights float32 [N_i, K], all in the basis that
     is quantized; K is a multiple of the group length `group`. `feedback`: G float32 [K / 128, 128, 128] in step order, if errors are made
-    up for. Each of the `processes`, which have the same arguments, looks at a share of the rows.
+    up for. Each of the `processes`, which have the same arguments, tries a share of the ratios.
     """
     processes, outputs = processes or Group(), _Outputs(weights)
-    rows = rows[processes.share(len(rows)).slice]
-    errors = []
-    for ratio in ACTIVATION_CLIP_RATIOS:
-        codes, scale = quantize_transformed(rows, group, ratio, feedback)
-        errors.append(outputs.square_of((codes * scale[..., None]).flatten(1) - rows))
+    errors = rows.new_zeros(len(ACTIVATION_CLIP_RATIOS))
+    for number in range(len(errors))[processes.share(len(errors)).slice]:
+        codes, scale = quantize_transformed(rows, group, ACTIVATION_CLIP_RATIOS[number], feedback)
+        errors[number] = outputs.square_of((codes * scale[..., None]).flatten(1) - rows)
     best_ratio, best_error = 1.0, float("inf")
-    numbers = torch.stack(errors).tolist()  # at once: a GPU is waited for
+    numbers = errors.tolist()  # at once: a GPU is waited for
     for ratio, error in zip(ACTIVATION_CLIP_RATIOS, processes.sum_of_numbers(numbers), strict=True):
         if error < best_error:
             best_ratio, best_error = ratio, error

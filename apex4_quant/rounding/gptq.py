@@ -30,6 +30,7 @@ from collections.abc import Callable
 import torch
 
 from ..calib.finite import all_finite
+from ..distributed.group import Group
 from ..errors import Apex4Error
 from ..format.number_format import BLOCK, CODE_MAX, round_up
 from ..format.quant_config import LinearFormat
@@ -45,13 +46,19 @@ DAMPING_STEP, DAMPING_MAX = 10.0, 10.0
 
 
 def inverse_factor(
-    name: str, hessian: torch.Tensor, damping: float = DAMPING, warn: Callable[[str], None] = lambda text: None
+    name: str,
+    hessian: torch.Tensor,
+    damping: float = DAMPING,
+    warn: Callable[[str], None] = lambda text: None,
+    group: Group | None = None,
 ) -> torch.Tensor:
     """H float32 [K, K] -> U float32 [K, K], upper triangular, (H + damping)^-1 = U^T U.
 
     A column whose input was always zero gets the mean diagonal: it is rounded to nearest, on its own. If the
     decomposition fails, damping grows tenfold and `warn` is told; Apex4Error if that does not help either.
+    Of the inverse each process of `group`, which have the same arguments, makes a share of the rows.
     """
+    group = group or Group()
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     if not bool(mean > 0):
@@ -68,13 +75,26 @@ def inverse_factor(
         if not int(failed):
             upper = lower.flip(0, 1)
             del lower
-            factor = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
+            factor = _inverse_of(upper, group)
+            del upper
             if all_finite(factor):
                 return factor
         damping *= DAMPING_STEP
         warn(f"{name}: the Hessian is not positive definite, damping is now {damping:g}")
     raise Apex4Error(f"{name}: the Hessian cannot be decomposed: use more calibration text or --recipe rtn")
+
+
+def _inverse_of(upper: torch.Tensor, group: Group) -> torch.Tensor:
+    """R [K, K], upper triangular -> R^-1. Rows of it do not depend on each other."""
+    share = group.share(len(upper))
+    if share.is_whole:
+        inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+        return inverse
+    rows = upper.new_zeros(share.size, len(upper))
+    rows[:, share.slice].fill_diagonal_(1.0)
+    torch.linalg.solve_triangular(upper, rows, upper=True, left=False, out=rows)
+    return group.gather_share(rows, share.total)
 
 
 def drift_correction(name: str, drift: torch.Tensor, factor: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -72,6 +72,7 @@ WARM_UP = 10  # steps in which it rises: the first of Adam's have entries of one
 INPUT_WEIGHT = {4: 1.0, 8: (CODE_MAX / TOKEN_CODE_MAX) ** 2}
 MOST_RAISED = 8  # of a stored matrix, as a power of two: the weights' scales fall by it, and float16 ends at 2^-24
 EXACT_INVERSE = 20  # steps from one computed inverse to the next
+NEWTON_STEPS, CONVERGED = 5, 1e-6  # to it; what I - T X was before the last of them, its squares, in every block
 SAME_MOMENTS = 2  # steps that go by the same A' and B', which change slowly
 BETAS, EPSILON = (0.8, 0.9), 1e-8
 INPUT_ROWS_PER_STEP, WEIGHT_ROWS_PER_STEP = 1024, 512  # looked at in one step; others in the next
@@ -241,11 +242,12 @@ def _learn(
         learned = descend(blocks, start, steps)
         before, after = block_errors(blocks, start), block_errors(blocks, learned)
     better = torch.isfinite(after) & (after < before)  # False for NaN
-    stored = storable(learned)
-    sound = is_sound(stored)
+    stored, beginning = storable(learned), storable(start)
+    sound, begins_sound = is_sound(torch.cat([stored, beginning])).chunk(2)
     lost = int((better & ~sound).sum())
-    stored = torch.where((better & sound)[:, None, None], stored, storable(start))
-    return torch.where(is_sound(stored)[:, None, None], stored, storable(hadamard)), lost
+    stored = torch.where((better & sound)[:, None, None], stored, beginning)
+    usable = (better & sound) | begins_sound
+    return torch.where(usable[:, None, None], stored, storable(hadamard)), lost
 
 
 def with_equal_peaks(stored: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -298,7 +300,7 @@ def descend(blocks: BlockStatistics, start: torch.Tensor, steps: int) -> torch.T
         rate = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARM_UP)
         walk.step(x, w, moments, -rate / (1 - BETAS[0] ** (step + 1)), 1 - BETAS[1] ** (step + 1))
         if step % EXACT_INVERSE == EXACT_INVERSE - 1:
-            walk.set_inverse(_inverse(walk.transform))
+            walk.invert()
         else:
             walk.follow()
     walk.end()
@@ -343,9 +345,9 @@ class _Walk:
         linear = torch.baddbmm(self.inverse, self._change, self.inverse, alpha=-1)
         self.inverse = torch.baddbmm(self.inverse, self._change, linear, alpha=-1)
 
-    def set_inverse(self, inverse: torch.Tensor) -> None:
-        """The exact one."""
-        self.inverse = inverse
+    def invert(self) -> None:
+        """Take the exact inverse."""
+        self.inverse = _inverse(self.transform)
 
     def end(self) -> None:
         """No step comes any more."""
@@ -360,6 +362,8 @@ class _ReplayedWalk(_Walk):
         self._chain = Replayed(start.device)
         self._moments = torch.zeros_like(blocks.a), torch.zeros_like(blocks.a)
         self._numbers = torch.zeros(2, device=start.device)
+        self._identity = torch.eye(BLOCK, device=start.device).expand_as(start)
+        self._off = torch.zeros((), device=start.device)
         self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by how many there are of x and w
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -396,7 +400,19 @@ class _ReplayedWalk(_Walk):
     def follow(self) -> None:
         """Done already."""
 
-    def set_inverse(self, inverse: torch.Tensor) -> None:
+    def invert(self) -> None:
+        """By Newton's iteration from the inverse that followed. To decompose a matrix is dozens of launches, which take longer."""
+        self._chain.run("invert", self._refine)
+        if not bool(self._off < CONVERGED):
+            self.inverse.copy_(_inverse(self.transform))
+
+    def _refine(self) -> None:
+        """X <- X + X (I - T X), of which the second factor is squared by every step."""
+        inverse, off = self.inverse, self._identity
+        for _ in range(NEWTON_STEPS):
+            off = torch.baddbmm(self._identity, self.transform, inverse, alpha=-1)
+            inverse = torch.baddbmm(inverse, inverse, off)
+        self._off.copy_(off.square().sum((1, 2)).amax())
         self.inverse.copy_(inverse)
 
     def end(self) -> None:
@@ -424,18 +440,22 @@ def peaks_and_slopes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values y float32 [G, R, 128] -> per block the mean over rows of the largest square, and d^T y, [G, 128, 128], with d
     its gradient by y."""
     blocks, rows, _ = values.shape
+    if values.is_cuda:
+        # As few passes over the values as there are operations for. A product adds rows up in one order, as index_add_ would not there:
+        # a resumed run has to write the same bytes.
+        place = values.abs().argmax(-1, keepdim=True)
+        largest = values.gather(-1, place)
+        back = torch.zeros_like(values).scatter_(-1, place, largest * (2 / rows)).transpose(1, 2) @ values
+        return largest.square().mean((1, 2)), back
     # The place of the largest size, by a maximum of integers: floats compare like their bits, whose lowest seven are
     # exchanged for the place. Several times faster than a maximum that returns places; almost equal sizes are as good.
-    places = torch.arange(BLOCK, dtype=torch.int32, device=values.device)
+    places = torch.arange(BLOCK, dtype=torch.int32)
     keys = values.view(torch.int32).bitwise_and(0x7FFFFF80).bitwise_or_(places)
     place = keys.amax(-1).bitwise_and_(BLOCK - 1).long()
     largest = values.gather(-1, place[..., None])
     scaled = values * (largest * (2 / rows))
-    if values.is_cuda:  # adds rows up in any order there, and a resumed run has to write the same bytes
-        back = (place[..., None] == places).to(values.dtype).transpose(1, 2) @ scaled
-    else:
-        place += BLOCK * torch.arange(blocks)[:, None]
-        back = values.new_zeros(blocks * BLOCK, BLOCK).index_add_(0, place.flatten(), scaled.flatten(0, 1))
+    place += BLOCK * torch.arange(blocks)[:, None]
+    back = values.new_zeros(blocks * BLOCK, BLOCK).index_add_(0, place.flatten(), scaled.flatten(0, 1))
     return largest.square().mean((1, 2)), back.view(blocks, BLOCK, BLOCK)
 
 

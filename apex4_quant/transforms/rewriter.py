@@ -76,8 +76,9 @@ class Rewriter:
         return tensors
 
     def stream_gradients(self, gradients: torch.Tensor) -> torch.Tensor:
-        """Gradients by states of the source's residual stream, float32 [..., hidden], as those by the rewritten one's."""
-        return self._stream.apply(gradients) if self._rotation else gradients
+        """Gradients by states of the source's residual stream, [..., hidden], as those by the rewritten one's, in float32 if they are
+        others."""
+        return self._stream.apply(gradients.float()) if self._rotation else gradients
 
     def outer(self, tensors: Tensors) -> Tensors:
         """Everything outside the layers but the embedding; a head that was the embedding is added."""

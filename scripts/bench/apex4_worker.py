@@ -1,11 +1,12 @@
 """One run of apex4's quantizer in a process of its own; what it took is JSON in the last line.
 
     apex4_worker.py RECIPE MODEL OUT [--device cuda] [--samples 128] [--seq-len 2048] [--calib bundled] [--seed 0]
-                    [--activation-bits 4] [--memory SIZE]
+                    [--activation-bits 4] [--memory SIZE] [--steps]
 
 scripts/bench/quantize and scripts/bench/real_models start it: `apex4 quantize` does not tell how long a layer takes. Under
 torchrun it is one of several ranks, of which the first prints. Its times are then the first rank's, its peaks those of the rank
-that needed most.
+that needed most. --steps times the steps of a layer too, on every rank, with a GPU that is waited for between them, so that all
+takes longer than without.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,27 @@ from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.distributed.group import Group
 from apex4_quant.distributed.starting import ranks
 from apex4_quant.hardware.memory import MemoryBudget
-from apex4_quant.progress import Progress
+from apex4_quant.progress import Progress, StepTimes
 
 
 class Marks(Progress):
-    """When the last linear of each layer was done, and when the first layer was begun. All layers are of one size."""
+    """When the last linear of each layer was done, and when the first layer was begun. All layers are of one size.
 
-    def __init__(self, layers: int, on_gpu: bool) -> None:
+    `steps` are what their steps took until then, if that is measured."""
+
+    def __init__(self, layers: int, on_gpu: bool, measured: StepTimes | None) -> None:
         self.times: list[float] = []
+        self.steps: list[dict[str, float]] = []
         self.begun = 0.0
-        self._layers, self._on_gpu = layers, on_gpu
+        self.stages: dict[str, float] = {}
+        self._layers, self._on_gpu, self._measured = layers, on_gpu, measured
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        done = 0
+        done, started = 0, time.perf_counter()
         if name == "quantizing":
-            self.begun = time.perf_counter()
+            self.begun = started
+            self.note_steps()
 
         def advance(more: int) -> None:
             nonlocal done
@@ -49,8 +55,21 @@ class Marks(Progress):
                 if self._on_gpu:
                     torch.cuda.synchronize()
                 self.times.append(time.perf_counter())
+                self.note_steps()
 
         yield advance
+        self.stages[name] = time.perf_counter() - started
+
+    def note_steps(self) -> None:
+        if self._measured is not None:
+            self.steps.append(dict(self._measured.seconds))
+
+    def seconds_of_steps(self) -> dict[str, float] | None:
+        """Of a layer behind the first, in the mean; of the only one."""
+        if self._measured is None:
+            return None
+        first, count = (self.steps[1], len(self.steps) - 2) if len(self.steps) > 2 else (self.steps[0], 1)
+        return {name: (seconds - first.get(name, 0.0)) / count for name, seconds in self.steps[-1].items()}
 
 
 def main() -> None:
@@ -65,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--activation-bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--memory", help="as of apex4 quantize")
+    parser.add_argument("--steps", action="store_true", help="time the steps of a layer")
     args = parser.parse_args()
     with ranks(args.device) as group:
         found = run(args, group)
@@ -79,10 +99,12 @@ def run(args: argparse.Namespace, group: Group) -> dict[str, Any]:
     )  # fmt: skip
     on_gpu = args.device == "cuda"
     layers = json.loads((Path(args.model) / "config.json").read_text())["num_hidden_layers"]
-    marks = Marks(layers, on_gpu)
+    measured = StepTimes(torch.cuda.synchronize if on_gpu else lambda: None) if args.steps else None
+    marks = Marks(layers, on_gpu, measured)
     started = time.perf_counter()
     budget = None if args.memory is None else MemoryBudget.parse(args.memory)
-    result = quantize(settings, args.out, progress=marks, group=group, memory=budget)
+    with nullcontext() if measured is None else measured.measuring():
+        result = quantize(settings, args.out, progress=marks, group=group, memory=budget)
     used = result.as_dict()
     peaks = {
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -93,6 +115,8 @@ def run(args: argparse.Namespace, group: Group) -> dict[str, Any]:
     return {
         "ranks": group.size,
         "seconds": result.seconds,
+        "stages": marks.stages,
+        "steps_of_ranks": None if measured is None else group.gather(marks.seconds_of_steps()),
         "layers_begun": marks.begun - started,
         "layers_done": [each - started for each in marks.times],
         **{name: peak if peak is None else max(each[name] or 0 for each in of_ranks) for name, peak in peaks.items()},

@@ -5,6 +5,8 @@
 
 scripts/bench/rivals, scripts/bench/quantize and scripts/bench/real_models start it. IDS is a file of token windows (`calibration`, and `heldout`
 if perplexity is to be measured) that apex4's own code drew.
+Under torchrun it is one of several ranks of llm-compressor's data-parallel mode, of which the first prints: its times, and the peaks of
+the rank that needed most.
 The model stays in memory as llm-compressor leaves it, which is how that library simulates the quantized model: weights
 and activations are rounded to their grids and computed in floating point.
 """
@@ -30,6 +32,8 @@ if not {"cuda", "--device=cuda"} & set(sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+import torch.distributed as dist
+from compressed_tensors.offload import init_dist, load_offloaded_model
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.core import LifecycleCallbacks
@@ -40,7 +44,7 @@ from llmcompressor.modifiers.transform import AWQModifier, QuIPModifier, SmoothQ
 from loguru import logger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apex4_quant.evaluation.predictions import RecordedPredictions, compare, measure_perplexity
 
@@ -176,21 +180,24 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
     logger.add(
         fallbacks.append, level="WARNING", format="{message}", filter=lambda each: "inversion" in each["message"]
     )
+    rank, ranks = join(device)
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    model = load_model(folder, dtype, ranks).eval()
     layers_done = mark_layers(model, device)
-    windows = [{"input_ids": window} for window in ids["calibration"].split(batch)]
+    own = ids["calibration"].tensor_split(ranks)[rank]
+    windows = [{"input_ids": window} for window in own.split(batch)]
     oneshot(
         model=model,
         recipe=RECIPES[name].modifiers(),
         dataset=DataLoader(windows, batch_size=None),  # type: ignore[arg-type]
-        num_calibration_samples=len(ids["calibration"]),
-        max_seq_length=ids["calibration"].shape[1],
+        num_calibration_samples=len(own),
+        max_seq_length=own.shape[1],
     )
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     result: dict[str, Any] = {
+        "ranks": ranks,
         "seconds": seconds,
         "layers_done": [each - started for each in layers_done],
         "finished": time.time(),
@@ -201,7 +208,13 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
         "fallbacks": fallbacks,
         "versions": {name: version(name) for name in ("llmcompressor", "torch", "transformers")},
     }
-    if "heldout" not in ids:
+    if ranks > 1:
+        everyones: list[dict[str, Any]] = [{}] * ranks
+        dist.all_gather_object(everyones, result)
+        for peak in ("peak_rss_bytes", "peak_gpu_bytes"):
+            result[peak] = max(each[peak] or 0 for each in everyones) or None
+        dist.destroy_process_group()
+    if "heldout" not in ids or ranks > 1:
         return result
     model.eval()
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(model.device).eval()
@@ -212,6 +225,28 @@ def run(name: str, folder: Path, ids: dict[str, torch.Tensor], device: str, batc
     # Scales in bfloat16 cost something that a kernel with float32 scales would not: show the rival without it too.
     result["perplexity_float32"] = measure_perplexity(model.float(), ids["heldout"])
     return result
+
+
+def join(device: str) -> tuple[int, int]:
+    """Which of how many ranks torchrun started this is: 0 of 1, if it did not."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return 0, 1
+    if device == "cuda":
+        init_dist()
+    else:  # that asks for an accelerator
+        dist.init_process_group("gloo")
+    return dist.get_rank(), ranks
+
+
+def load_model(folder: Path, dtype: str, ranks: int) -> PreTrainedModel:
+    """As the library's examples do: with several ranks its weights are there once."""
+    if ranks == 1:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with load_offloaded_model():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, device_map="auto_offload"
+        )
 
 
 def mark_layers(model: torch.nn.Module, device: str) -> list[float]:
@@ -262,7 +297,9 @@ def main() -> None:
     torch.manual_seed(0)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("RuntimeError: torch finds no CUDA GPU in the rivals' environment")
-    print(json.dumps(run(args.recipe, args.model, load_file(args.ids), args.device, args.batch, args.dtype)))
+    found = run(args.recipe, args.model, load_file(args.ids), args.device, args.batch, args.dtype)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.storage import write_tensors
-from apex4_quant.models.states import TENSOR_NAME, StoredStates, _brought_ahead, brought, in_memory
+from apex4_quant.models.states import TENSOR_NAME, StoredStates, _brought_ahead, brought, in_memory, picked
 
 
 def test_stored_states_are_a_file_that_safetensors_would_write(tmp_path: Path) -> None:
@@ -116,3 +116,12 @@ def test_rooms_are_given_back_when_no_copy_is_on_its_way(streams: list[str]) -> 
     next(parts)
     parts.close()  # type: ignore[attr-defined]
     assert streams[-1] == "computing waits for copying"
+
+
+@pytest.mark.parametrize(("windows", "is_view"), [([1, 4, 7], True), ([0, 1, 3], False), ([5], False), ([], False)])
+def test_evenly_spaced_windows_are_picked_where_they_are(windows: list[int], is_view: bool) -> None:
+    states = torch.arange(8 * 3.0).view(8, 3, 1)
+    found = picked(states, torch.tensor(windows, dtype=torch.int64))
+    assert torch.equal(found, states[torch.tensor(windows, dtype=torch.int64)])
+    storage = states.untyped_storage().data_ptr()
+    assert (found.untyped_storage().data_ptr() == storage) is is_view

@@ -24,6 +24,7 @@ from apex4_quant.quantization.layer import (
     pack,
     record_of,
     round_weight,
+    rounded_together,
     stored,
 )
 from apex4_quant.quantization.plan import PlannedLinear
@@ -156,3 +157,22 @@ def test_a_linear_that_computed_is_stored_in_the_checkpoints_layout(layout: Layo
     assert list(after) == list(before) == ["a.weight_packed", "a.weight_scale"]
     for name, tensor in before.items():
         assert after[name].shape == tensor.shape and torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "expected"),
+    [
+        ((512, 128, 128), 1, [[512], [128], [128]]),
+        ((512, 128, 128), 2, [[512, 128, 128]]),  # 384 each
+        ((256, 256, 256), 2, [[256, 256], [256]]),
+        ((384, 384), 2, [[384, 384]]),
+        ((128,) * 5, 2, [[128, 128], [128, 128], [128]]),
+    ],
+)
+def test_no_process_rounds_more_rows_at_once_than_the_largest_has(
+    rows: tuple[int, ...], processes: int, expected: list[list[int]]
+) -> None:
+    form = planned("a", TransformKind.NONE).format
+    linears = [PlannedLinear(f"{number}", 0, 0, replace(form, out_features=n)) for number, n in enumerate(rows)]
+    found = [[each.format.out_features for each in together] for together in rounded_together(linears, processes)]
+    assert found == expected

@@ -75,7 +75,7 @@ def test_weights_of_the_next_layer_are_read_ahead(tiny_model: Call, monkeypatch:
         return found
 
     monkeypatch.setattr(ModelSource, "read", noted)
-    ahead = source.layer_reader(True)
+    ahead = source.layer_reader(torch.device("cpu"))
     for layer, tensors in enumerate(expected):
         found = ahead.take(layer, layer + 1)
         assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_read_ahead_is_said_when_its_layer_comes(
         return read(self, names)
 
     monkeypatch.setattr(ModelSource, "read", damaged)
-    ahead, at_once = source.layer_reader(True), source.layer_reader(False)
+    ahead, at_once = source.layer_reader(torch.device("cpu")), source.layer_reader(None)
     for reader in (ahead, at_once):
         reader.take(0, 1)
         with pytest.raises(Apex4Error, match="damaged"):
@@ -243,7 +243,8 @@ def test_an_account_of_shapes(tiny_model: Call) -> None:
         return MemoryAccount(source, plan, Windows(count, length, count), torch.bfloat16, device).estimate()
 
     one, many = of(8, 64), of(800, 64)
-    layer = sum(source.infos[name].elements * 2 for name in source.layer_tensors(0))  # the next, which is read ahead
+    sizes = [source.infos[name].elements * 2 for name in source.layer_tensors(0)]
+    layer = sum(1 << (size - 1).bit_length() for size in sizes)  # the next, which is read ahead
     assert one.states - layer == 2 * 2**17 and many.states - layer == 2 * 2**24  # pinned: 131,072 and 13,107,200 bytes
     assert many.host == one.host and many.streamed == one.streamed == 2 * 8192 * 128 * 2
     assert many.gpu > one.gpu  # rows are kept of inputs, which 8 x 64 tokens do not fill

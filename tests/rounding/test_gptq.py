@@ -9,6 +9,7 @@ from apex4_quant.calib import hessian
 from apex4_quant.calib.errors import CalibrationError
 from apex4_quant.calib.finite import all_finite
 from apex4_quant.calib.hessian import HessianAccumulator
+from apex4_quant.distributed.group import Group
 from apex4_quant.errors import Apex4Error
 from apex4_quant.format.layouts import ROWMAJOR, get_layout
 from apex4_quant.format.quant_config import LinearFormat
@@ -111,6 +112,28 @@ def test_factor_squares_to_the_inverse_of_the_damped_hessian() -> None:
     assert torch.equal(factor, factor.triu())
     damped = hessian.double() + torch.eye(256) * DAMPING * hessian.diagonal().mean().double()
     assert torch.allclose(factor.t() @ factor @ damped, torch.eye(256).double(), atol=1e-3)
+
+
+class Member(Group):
+    """One of several processes, of which each is asked in its turn; `made` has what they share, in order."""
+
+    def __init__(self, rank: int, size: int, made: list[torch.Tensor]) -> None:
+        self.rank, self.size, self._made = rank, size, made
+
+    def gather_share(self, own: torch.Tensor, total: int) -> torch.Tensor:
+        self._made.append(own)
+        return torch.cat(self._made)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_rows_of_a_factor(processes: int) -> None:
+    hessian = hessian_of(correlated_inputs(1024, 256))
+    made: list[torch.Tensor] = []
+    for rank in range(processes):
+        found = inverse_factor("x", hessian, group=Member(rank, processes, made))
+    assert [len(rows) for rows in made] == [Member(rank, processes, []).share(256).size for rank in range(processes)]
+    expected = inverse_factor("x", hessian)
+    assert torch.equal(found, found.triu()) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())
 
 
 @pytest.mark.parametrize("group", [128, 256, "channel"])

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,8 +137,27 @@ def test_replayed_steps_are_the_same_steps(
     expected = learned_transform.descend(blocks, start, 45)
     monkeypatch.setattr(learned_transform, "Replayed", Chains)
     monkeypatch.setattr(learned_transform, "replays_on", lambda device: True)
+    # Steps magnify what two ways to an inverse differ by: the next test is about these.
+    monkeypatch.setattr(learned_transform._ReplayedWalk, "invert", exact_in_place)
     torch.testing.assert_close(learned_transform.descend(blocks, start, 45), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(start, kept) and not torch.allclose(expected, start, rtol=0.01)
+
+
+def exact_in_place(walk: Any) -> None:
+    walk.inverse.copy_(torch.linalg.inv(walk.transform))
+
+
+@pytest.mark.parametrize("damage", [0.0, 0.1, 100.0])  # 100: no iteration comes from there to the inverse
+def test_the_inverse_of_replayed_steps_is_exact(damage: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_transform, "Replayed", Chains)
+    x, w = inputs_and_weight(48, 256, outliers=True)
+    blocks = BlockStatistics.of(x, [w])
+    walk = learned_transform._ReplayedWalk(blocks, balanced_hadamard(blocks))
+    place = walk.inverse
+    walk.inverse += damage * walk.inverse.abs().mean() * torch.randn_like(walk.inverse)
+    walk.invert()
+    off = walk.transform @ walk.inverse - torch.eye(128)
+    assert walk.inverse is place and float(torch.linalg.matrix_norm(off, 2).max()) < 1e-4
 
 
 def test_every_row_is_looked_at_before_one_is_again() -> None:
