@@ -35,7 +35,7 @@ class PackedLinear:
 @dataclass
 class Distilled:
     """What was learned, by full name: codes and scales of linears, transforms of those that store one, clip ratios, and other
-    tensors (norm gains, biases) in the dtype they had. `before` and `after` are KL on the held-out windows."""
+    tensors (norm gains) in the dtype they had. `before` and `after` are KL on the held-out windows."""
 
     codes: dict[str, torch.Tensor] = field(default_factory=dict)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -83,8 +83,6 @@ class Student:
         found: dict[str, nn.Parameter] = {}
         for name, linear in self._linears.items():
             found[f"{name}.v"], found[f"{name}.log_scale"] = linear.v, linear.log_scale
-            if linear.bias is not None:
-                found[f"{name}.bias"] = linear.bias
         for name, input in self._owners.items():
             if not input.of_tokens:
                 found[f"{name}.log_clip"] = input.log_clip
@@ -148,8 +146,6 @@ class Student:
         for name, linear in self._linears.items():
             codes, scales = linear.stored()
             result.codes[name], result.scales[name], result.clips[name] = codes, scales, clips[linear.input]
-            if linear.bias is not None:
-                result.others[f"{name}.bias"] = linear.bias.detach()
         for name, input in self._owners.items():
             matrix, _ = input.stored()
             if matrix is not None:

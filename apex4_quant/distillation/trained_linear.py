@@ -227,12 +227,12 @@ class TrainedLinear(nn.Module):
         exact = transform_weight(weight, format, matrix).unflatten(1, (scales.shape[1], -1)) / scales[..., None]
         self.v = nn.Parameter(torch.clamp(exact.flatten(1), codes - WITHIN_CELL, codes + WITHIN_CELL))
         self.log_scale = nn.Parameter(scales.log())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32, copy=True))
+        self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         folded = self.input.of_tokens
         weight = _RoundWeight.apply(self.v, self.log_scale, x.dtype, folded)  # type: ignore[no-untyped-call]
-        return nn.functional.linear(self.input(x), weight, None if self.bias is None else self.bias.to(x.dtype))
+        return nn.functional.linear(self.input(x), weight, self.bias)
 
     @torch.no_grad()
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,7 @@ def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group
     if kind.has_feedback and bits == 8:
         pytest.skip("errors of 8 bits are not made up for")
     stored, trained = made(kind, in_features, group, bits)
+    assert {name for name, _ in trained.named_parameters() if "input." not in name} == {"v", "log_scale"}  # no bias
     codes, scales = trained.stored()
     matrix, clip = trained.input.stored()
     assert torch.equal(codes, stored.codes()) and torch.equal(scales, stored.scales())
