@@ -60,6 +60,10 @@ POISON, GUARD = 0xA5, 64
 LARGE_GPU = 132  # multiprocessors
 MOST_UNDECIDED = 0.03  # of the codes: with more near ties than that a check would say little
 MOST_UNDECIDED_WITH_FEEDBACK = 0.25  # bounds add up from step to step, which errors hardly do
+# An input that may be rounded either way moves all codes of its block, a large part of a short row: of rows of 200 drawn
+# on a CPU, 22 of 2500 (RMSNorm, bfloat16) and 32 of 1500 (SiLU) had more than 3 % undecided, up to 18 %; of rows of 128 one
+# of 800 had 36 %. Such codes are compared all the same, within those bounds.
+FEW_CODES, MOST_UNDECIDED_OF_FEW = 1024, 0.5
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -358,6 +362,8 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
     if bool((fine & (difference > 1) & (near < 1)).any()):
         wrong.append("a code is off by more than one")
     most = MOST_UNDECIDED_WITH_FEEDBACK if case.transform == "feedback" else MOST_UNDECIDED
+    if case.input != "plain" and case.transform != "none" and codes.numel() < FEW_CODES:
+        most = MOST_UNDECIDED_OF_FEW
     if case.data == "normal" and float(undecided.double().mean()) > most:
         wrong.append(f"{float(undecided.double().mean()):.1%} of the codes are too near to a tie to say")
     return wrong

@@ -22,23 +22,20 @@ constexpr float ROUND_BIASED = 12582912.0f + 8.0f;
 // ---- loads ------------------------------------------------------------------------------------------------------------
 // Eight consecutive elements of a row from `column` on as four pairs; zeros from column k on and where not `active`.
 // `aligned` says that the row starts on 16 bytes and that k is a multiple of 8. Not __ldg: under programmatic dependent
-// launch the kernel before this one may still be writing x when this one starts. `PAST_L1`: what L1 has may be older than what has
-// been written, as no wait for it stands between.
-template <bool PAST_L1 = false>
+// launch the kernel before this one may still be writing x when this one starts.
 __device__ __forceinline__ void load_octet(
     unsigned* pairs, const unsigned short* row, int column, int k, bool active, bool aligned) {
   if (aligned) {
     uint4 loaded = make_uint4(0, 0, 0, 0);
-    const uint4* const from = reinterpret_cast<const uint4*>(row + column);
-    if (active && column < k) loaded = PAST_L1 ? __ldcg(from) : *from;
+    if (active && column < k) loaded = *reinterpret_cast<const uint4*>(row + column);
     pairs[0] = loaded.x, pairs[1] = loaded.y, pairs[2] = loaded.z, pairs[3] = loaded.w;
     return;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int even = column + 2 * i;
-    const unsigned low = active && even < k ? (PAST_L1 ? __ldcg(row + even) : row[even]) : 0;
-    const unsigned high = active && even + 1 < k ? (PAST_L1 ? __ldcg(row + even + 1) : row[even + 1]) : 0;
+    const unsigned low = active && even < k ? row[even] : 0;
+    const unsigned high = active && even + 1 < k ? row[even + 1] : 0;
     pairs[i] = high << 16 | low;
   }
 }

@@ -70,20 +70,6 @@ constexpr int WARPS = 4, THREADS = 32 * (APEX4_FEW_ROWS == 2 ? 8 : WARPS);  // W
 
 constexpr int WORDS = PIECES * PIECE_WORDS;  // registers of a row
 
-// To eight bits, few rows: MEASURE lets CODES start when its own inputs are there, so that CODES need not wait for them. It loads and
-// multiplies while MEASURE does, and waits for what MEASURE has written alone. Not if experts' tiles say which rows those are.
-#if APEX4_FORMAT == 8 && APEX4_FEW_ROWS == 1 && !APEX4_EXPERTS && __CUDA_ARCH__ >= 900
-constexpr bool EARLY = true;
-#else
-constexpr bool EARLY = false;
-#endif
-#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
-constexpr bool IS_CODES = true;
-#else
-constexpr bool IS_CODES = false;
-#endif
-constexpr bool PAST_L1 = EARLY && IS_CODES;
-
 struct Input {
   const unsigned short* x;
   const unsigned short* second;
@@ -93,15 +79,9 @@ struct Input {
 
   __device__ __forceinline__ void load_row(
       unsigned (&words)[WORDS], const unsigned short* row, bool active, int lane) const {
-    if (aligned) {  // once: loads past L1 are not moved
-#pragma unroll
-      for (int piece = 0; piece < PIECES; ++piece)
-        load_octet<PAST_L1>(words + PIECE_WORDS * piece, row, first_column + dense_piece_column(piece, lane), k, active, true);
-      return;
-    }
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece)
-      load_octet<PAST_L1>(words + PIECE_WORDS * piece, row, first_column + dense_piece_column(piece, lane), k, active, false);
+      load_octet(words + PIECE_WORDS * piece, row, first_column + dense_piece_column(piece, lane), k, active, aligned);
   }
 
   // ROWS rows of the accumulator pattern from `first` on: row(i) = first + (lane >> 2) + 8 i.
@@ -123,7 +103,7 @@ struct Input {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int row = first + accumulator_row(lane, i);
-      const float inverse = row < m ? (PAST_L1 ? __ldcg(inverse_rms + row) : inverse_rms[row]) : 0.0f;
+      const float inverse = row < m ? inverse_rms[row] : 0.0f;
 #pragma unroll
       for (int j = 0; j < WORDS; ++j) words[i][j] = normalised(words[i][j], gain[j], inverse, gain_offset);
     }
@@ -274,11 +254,9 @@ __device__ __forceinline__ void find_scales(
   constexpr int SHARE = 32 * WARPS / ROWS;  // threads of a row
   const int in_tile = threadIdx.x / SHARE % ROWS, row = first + in_tile;
   float absmax = 0.0f;
-  if (row < m) {
-#pragma unroll 8
+  if (row < m)
     for (int block = threadIdx.x % SHARE; block < k_blocks; block += SHARE)
       absmax = max_nan(absmax, block_absmax[static_cast<long long>(block) * m_stride + row]);
-  }
 #pragma unroll
   for (int mask = 1; mask < SHARE; mask *= 2) absmax = max_nan(absmax, __shfl_xor_sync(FULL_WARP, absmax, mask));
   if (threadIdx.x % SHARE != 0 || threadIdx.x >= SHARE * ROWS) return;
@@ -312,7 +290,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     int rows_per_cta, int matrix_stride, float matrix_factor, float clip_over_7, float eps, int gain_offset,
     int aligned APEX4_EXPERT_NUMBERS) {
   __shared__ float warp_absmax[WARPS][ROWS];
-  if (!EARLY || IS_CODES) let_dependents_start();
+  let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
 #if APEX4_EXPERTS
   wait_for_inputs();
@@ -342,13 +320,16 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
 #endif
-  if (!PAST_L1) wait_for_inputs();
-  if (EARLY && !IS_CODES) let_dependents_start();
+  wait_for_inputs();
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (inverse_rms == nullptr) inverse_rms = own_inverse_rms(x, m, k, ldx, eps, aligned != 0);
 #if APEX4_FEW_ROWS == 2
   if (warp >= WARPS) return;
 #endif
+#endif
+#if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
+  find_scales(warp_absmax[0], scales, block_absmax, gridDim.x, m_stride, first, m, block == 0);
+  named_barrier<1, 32 * WARPS>();
 #endif
   const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
   unsigned words[HALVES][WORDS];
@@ -363,13 +344,6 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
       multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 1, b[pair][t].z, b[pair][t].w);
     }
 #if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
-  if (PAST_L1) {
-    static_assert(WARP_TILES == 4, "the last products of each");
-    await_all(__float_as_uint(y[0][0]), __float_as_uint(y[1][0]), __float_as_uint(y[2][0]), __float_as_uint(y[3][0]));
-    wait_for_inputs();
-  }
-  find_scales(warp_absmax[0], scales, block_absmax, gridDim.x, m_stride, first, m, block == 0);
-  named_barrier<1, 32 * WARPS>();
   token_codes(codes + static_cast<long long>(block) * m_stride * ROW_BYTES, y, warp_absmax[0], first, m, matrix_factor, lane, warp);
 #else
 #pragma unroll
