@@ -90,9 +90,8 @@ class MemoryAccount:
         working, distilling = account.working(experts_at_once), distilling_bytes(self._plan)
         if not account.on_gpu:
             return MemoryEstimate(0, max(working, 2 * outer, distilling), streams, at_once)
-        # The layer as it is stored, the packed one on its way to the disk, or the embedding; gradients rest there in float32.
-        largest = max(linear.format.stored_bytes for linear in self._plan.linears)
-        resting = account.layer + largest + account.leaving
+        # The layer as it is stored, its shard on the way to the disk, or the embedding; gradients rest there in float32.
+        resting = account.layer + account.shard + account.leaving
         return MemoryEstimate(max(working, distilling), max(resting, 2 * outer), streams, at_once)
 
 
@@ -116,6 +115,11 @@ class _Account:
         )
         self.read_ahead = on_gpu * max(
             sum(pinned(source.infos[name].elements * itemsize) for name in source.layer_tensors(index))
+            for index in range(source.num_layers)
+        )
+        # In pinned memory (hardware/devices.py), which torch keeps for the next one.
+        self.shard = on_gpu * max(
+            sum(pinned(linear.format.stored_bytes) for linear in plan.of_layer(index))
             for index in range(source.num_layers)
         )
         self.by_gradients = plan.recipe.importance is Importance.GRADIENTS

@@ -357,6 +357,7 @@ class _Run:
     rewriter: Rewriter = field(init=False)
     predictions: LeavingGradients | None = field(init=False)
     share: Share = field(init=False)  # of the windows
+    embedded: Streams | None = field(init=False, default=None)  # what enters the first layer, if this run made it
     finished: frozenset[int] = field(init=False)  # the shards that were, when this run began
     notes: list[str] = field(init=False, default_factory=list)  # since the last commit
     background: BackgroundWork = field(init=False, default_factory=BackgroundWork)
@@ -410,13 +411,14 @@ class _Run:
         for runner in self._runners:
             runner.prepare(self.samples.shape[1])
         embedding = f"{self.source.family.embedding}.weight"
-        streams = self._embed(embedding) if 1 not in self.finished else None
+        if 1 not in self.finished:
+            self._embed(embedding)
         layers = range(self.source.num_layers)
         if self.predictions is not None:
             first = next((layer for layer in layers if layer + 2 not in self.finished), len(layers))
             self.predictions.take(first, self.settings.seed, self.progress, self.should_stop)
             return_free_memory()
-        self._quantize_layers(layers, streams)
+        self._quantize_layers(layers)
         rest = [name for name in self.source.outer_tensors if name != embedding]
         written = self._write_shard(self._shard_count, self.rewriter.outer(self.source.read(rest)))
         self._commit(self._shard_count, written, [], self._take_notes())
@@ -430,21 +432,19 @@ class _Run:
         take_distilled(self.state)
         return self._finish()
 
-    def _embed(self, embedding: str) -> Streams:
-        """Write it. Returns the streams that enter the first layer."""
+    def _embed(self, embedding: str) -> None:
+        """Write it."""
         tensors = self.rewriter.embedding(self.source.read([embedding]))
         written = self._write_shard(1, tensors)
         hidden = self.runner.embed(self.samples[self.share.slice], tensors[embedding])
-        streams = Streams(hidden, self._copied(hidden) if self.original else None, self.share)
-        self.state.save_hidden(0, streams)
+        self.embedded = Streams(hidden, self._copied(hidden) if self.original else None, self.share)
+        self.state.save_hidden(0, self.embedded)
         self._commit(1, written, [], self._take_notes())
-        return streams
 
     def _copied(self, states: States) -> States:
         return states.copy(self.state.folder) if isinstance(states, StoredStates) else states.clone()
 
-    def _quantize_layers(self, layers: range, streams: Streams | None) -> None:
-        """`streams`: those that enter the first of them that is not finished, if they are not to be loaded."""
+    def _quantize_layers(self, layers: range) -> None:
         quantizer = LayerQuantizer(
             self.source,
             self.plan,
@@ -458,11 +458,13 @@ class _Run:
             self.experts_at_once or None,
         )
         total = sum(linear.elements for linear in self.plan.linears)
+        streams, self.embedded = self.embedded, None  # nothing else may hold them: they are gigabytes
         with self.progress.stage("quantizing", total, "w") as advance:
             for layer in layers:
                 if layer + 2 in self.finished:
                     advance(sum(linear.elements for linear in self.plan.of_layer(layer)))
                     self._drop_states(layer)
+                    streams = None  # they would enter a layer that is finished
                     continue
                 if self.group.any(self.should_stop()):
                     self._commit_waiting()

@@ -4,10 +4,13 @@ bytes; told to stop, it loses nothing."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,8 @@ from apex4_quant import quantize
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.format.storage import RUN_FOLDER
 from apex4_quant.quantization import run as run_module
-from apex4_quant.quantization.run_state import RunState
+from apex4_quant.quantization.layer import LayerQuantizer
+from apex4_quant.quantization.run_state import RunState, Streams
 
 from ..conftest import stop_after
 from ..distributed.several import Several
@@ -49,6 +53,22 @@ def test_every_second_state_is_kept_and_none_behind_the_last_layer(job: Job, tmp
     place = {step.removeprefix(f"write {RUN_FOLDER}/"): number for number, step in enumerate(steps)}
     assert place["hidden-00002.safetensors"] < place["shard-00002.json"] < place["shard-00003.json"]
     assert place["shard-00003.json"] < steps.index(f"remove {RUN_FOLDER}/hidden-00000.safetensors")
+
+
+def test_states_are_let_go_of_with_their_layer(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that two sets of them are in memory at most, also of those that the embedding made."""
+    work, entered = LayerQuantizer.quantize, list[weakref.ref[Any]]()
+
+    def quantize_layer(self: LayerQuantizer, layer: int, streams: Streams, *rest: Any) -> Any:
+        gc.collect()
+        assert [each() for each in entered] == [None] * layer
+        entered.append(weakref.ref(streams.hidden))
+        return work(self, layer, streams, *rest)
+
+    monkeypatch.setattr(LayerQuantizer, "quantize", quantize_layer)
+    with together(TOGETHER):
+        quantize(job.settings, tmp_path / "out")
+    assert len(entered) == LAYERS
 
 
 def test_killed_before_any_step(job: Job, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ import yaml
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.errors import Apex4Error, Stopped, UsageError
 from apex4_quant.format.storage import RUN_FOLDER, sha256
+from apex4_quant.models.layer_runner import LayerRunner
+from apex4_quant.models.states import States
+from apex4_quant.quantization import run as run_module
 from apex4_quant.quantization.layer import LayerQuantizer
 from apex4_quant.quantization.run import BackgroundWork
 from apex4_quant.quantization.run_state import RunState
@@ -460,6 +463,41 @@ def test_what_fails_behind_a_layer_ends_the_run(job: Job, out: Path, monkeypatch
         with pytest.raises(Apex4Error, match="no room for the states"):
             quantize(job.settings, out)
     assert not (out / "config.json").exists()
+    quantize(job.settings, out, resume=True)
+    assert contents(out) == job.whole
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written while its layer computes what leaves it; what that makes is not kept without it."""
+    write, shard, threads = run_module.write_tensors, "model-00002-of-00004.safetensors", list[str]()
+    computed, work, run_layer = threading.Event(), LayerQuantizer.quantize, LayerRunner.run_layer
+
+    def full(path: Path, tensors: Any) -> None:
+        if path.name == shard:
+            assert computed.wait(30)
+            threads.append(threading.current_thread().name[:6])
+            raise Apex4Error("no room for the shard")
+        write(path, tensors)
+
+    def quantize_layer(self: LayerQuantizer, *rest: Any) -> Any:
+        found = work(self, *rest)
+        computed.clear()
+        return found
+
+    def run(self: LayerRunner, layer: int, states: States) -> States:
+        found = run_layer(self, layer, states)
+        computed.set()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_tensors", full)
+        patch.setattr(LayerQuantizer, "quantize", quantize_layer)
+        patch.setattr(LayerRunner, "run_layer", run)
+        with pytest.raises(Apex4Error, match="no room for the shard"):
+            quantize(job.settings, out)
+    assert threads == ["apex4-"]
+    assert not (out / shard).exists() and not list(out.rglob("*.tmp"))
+    assert [path.name for path in (out / RUN_FOLDER).glob("shard-*.json")] == ["shard-00001.json"]
     quantize(job.settings, out, resume=True)
     assert contents(out) == job.whole
 
