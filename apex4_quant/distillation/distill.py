@@ -1,13 +1,14 @@
 """Distillation: the quantized model learns to predict what the original predicts, with the quantizers in the loop.
 
-Learned are codes, weight scales, activation clip ratios, transforms and norm gains. Biases stay: learned, they undid all the rest on a model
-that has them (docs/log.md, 2026-11-30).
+Learned are codes, weight scales, activation clip ratios, transforms and norm gains. Biases stay: learned, they undid all the
+rest on a model that has them (docs/log.md, 2026-11-30).
 The loss is KL(original || quantized) over the vocabulary, as a mean over the tokens of windows of text. Every HELD_OUT-th
 window is kept out of it; what is taken in the end is the state that was the best on those, and that may be the one before the
 first step. Error feedback is in the loop, and worked out anew before every comparison but the first: in the first it is what the
 quantized model has.
 
-The rates are relative ones: v is in units of a code, scales and clips are logarithms. Adam, along a cosine.
+The rates are relative ones: v is in units of a code, scales and clips are logarithms; but for transforms, whose entries are alike
+in all models, and norm gains. Adam, along a cosine.
 
 Unlike all other work on a model this needs it as a whole, twice: BYTES_A_PARAMETER of device memory for every parameter of
 the quantized linears, besides the activations of a step of STEP_TOKENS tokens.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import Apex4Error
-from ..hardware.devices import multiplies_fast, multiply_in_float32
+from ..hardware.devices import multiplies_fast, multiply_in_float32, room_on_host
 from .expert_tensors import published_name
 from .experts import unfuse_experts
 from .replaying import KEPT_BYTES, Replaying
@@ -150,10 +150,7 @@ class LayerRunner:
         """Room for hidden states. A GPU copies memory without the CPU, while both go on, if it may be pinned."""
         if self._states_folder is not None:
             return StoredStates.new(self._states_folder, shape, self.dtype)
-        if self.device.type == "cuda":
-            with contextlib.suppress(RuntimeError):  # the system may allow less pinned memory than this
-                return torch.empty(shape, dtype=self.dtype, pin_memory=True)
-        return torch.empty(shape, dtype=self.dtype)
+        return room_on_host(shape, self.dtype) if self.device.type == "cuda" else torch.empty(shape, dtype=self.dtype)
 
     @torch.no_grad()
     def prepare(self, seq_len: int) -> None:
