@@ -10,7 +10,8 @@ the quotient that is rounded,
     d (s q) / d v = s                                d (s q) / d s = q
 
 and s_a = c absmax / 7 hands its gradient on to c and to the largest value of the group. With error feedback q is round(r + what
-earlier errors add), and the gradients are those above all the same: what is added is rounding noise, as q - r is.
+earlier errors add), and the gradients are those above all the same: what is added is rounding noise, as q - r is. With sixteen levels
+s_a is -c / 8 of the value of largest magnitude, every block has a c, q is in -8 ... 7, and r from -8.5 on is inside.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..format.feedback import feedback_of, pack_feedback, transform_of
+from ..format.feedback import block_clips_of, clip_row, feedback_of, pack_feedback, transform_of
 from ..format.number_format import (
     ACTIVATION_SCALE_MIN,
     BITS,
     BLOCK,
     CODE_MAX,
+    SIXTEENTH_CODE,
     TOKEN_CODE_MAX,
     WEIGHT_SCALE_MAX,
     WEIGHT_SCALE_MIN,
@@ -36,7 +38,7 @@ from ..format.transform_kind import TransformKind
 from ..kernels.folding import fold
 from ..kernels.hadamard import apply_block_hadamard
 from ..kernels.quantize.configs import prepack_feedback
-from ..kernels.torch_backend import round_with_feedback
+from ..kernels.torch_backend import largest_of, round_with_feedback, signed_scale
 from ..kernels.training import ops as training
 from ..transforms.block_transforms import transform_weight
 from ..transforms.learned_transform import round_to_halves
@@ -45,7 +47,8 @@ WITHIN_CELL = 0.45  # of a code: how far the start of v may be from it, so that 
 
 
 class _RoundActivation(torch.autograd.Function):
-    """y [..., K], in groups, and log c -> what the quantizer makes of y, in its dtype. `feedback` is what TrainedInput keeps."""
+    """y [..., K], in groups, and log c -> what the quantizer makes of y, in its dtype. `feedback` is what TrainedInput keeps. A log c
+    [K / 128] is one of sixteen levels, which have feedback."""
 
     @staticmethod
     def forward(
@@ -64,11 +67,12 @@ class _RoundActivation(torch.autograd.Function):
                 quantized = training.round_activation_with_feedback(y, log_clip, feedback)
         else:
             grouped = y.unflatten(-1, (-1, group)).float()
-            scale = _scale(grouped.abs().amax(-1, keepdim=True), log_clip, code_max)
+            scale = _scale(_largest(grouped, log_clip), log_clip, code_max)
             if feedback is None:
                 codes = (grouped / scale).round_().clamp_(-code_max, code_max)
             else:
-                codes = round_with_feedback((grouped / scale).flatten(0, -3), feedback).view_as(grouped)
+                codes = round_with_feedback((grouped / scale).flatten(0, -3), feedback, _lowest(log_clip, code_max))
+                codes = codes.view_as(grouped)
             quantized = codes.mul_(scale).to(y.dtype).flatten(-2)
         ctx.save_for_backward(y, log_clip, None if feedback is None else quantized)
         return quantized
@@ -83,21 +87,39 @@ class _RoundActivation(torch.autograd.Function):
             return *found, None, None, None
         grouped = y.unflatten(-1, (-1, group)).float()
         gradient = gradients[0].unflatten(-1, (-1, group)).float()
-        largest, place = grouped.abs().max(-1, keepdim=True)
+        largest, lowest = _largest(grouped, log_clip), _lowest(log_clip, code_max)
         scale = _scale(largest, log_clip, code_max)
         ratio = grouped / scale
-        inside = ratio.abs() <= code_max + 0.5
+        inside = (ratio >= lowest - 0.5) & (ratio <= code_max + 0.5)
         rounded = ratio if quantized is None else quantized.unflatten(-1, (-1, group)).float() / scale
-        codes = rounded.round().clamp_(-code_max, code_max)
+        codes = rounded.round().clamp_(lowest, code_max)
         by_scale = (gradient * torch.where(inside, codes - ratio, codes)).sum(-1, keepdim=True)
         by_y = gradient * inside
-        sign = grouped.gather(-1, place).sign()
-        by_y.scatter_add_(-1, place, by_scale * sign * (log_clip.exp() / code_max))
-        return by_y.to(y.dtype).flatten(-2), (by_scale * scale).sum(), None, None, None
+        place = (grouped == largest).to(torch.uint8).argmax(-1, keepdim=True)  # the first
+        sixteen = log_clip.dim() == 1
+        by_largest = -log_clip.exp()[:, None] / -SIXTEENTH_CODE if sixteen else largest.sign() * (log_clip.exp() / code_max)
+        by_y.scatter_add_(-1, place, by_scale * by_largest)
+        by_clip = by_scale * scale
+        by_clip = by_clip.flatten(0, -3).sum((0, 2)) if sixteen else by_clip.sum()
+        return by_y.to(y.dtype).flatten(-2), by_clip, None, None, None
+
+
+def _lowest(log_clip: torch.Tensor, code_max: int) -> int:
+    return SIXTEENTH_CODE if log_clip.dim() == 1 else -code_max
+
+
+def _largest(grouped: torch.Tensor, log_clip: torch.Tensor) -> torch.Tensor:
+    """[..., g] -> the value that a group's scale is made of, [..., 1]: one of those of largest magnitude, with its sign."""
+    if log_clip.dim() == 1:
+        return largest_of(grouped)[..., None]
+    return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
 
 
 def _scale(largest: torch.Tensor, log_clip: torch.Tensor, code_max: int) -> torch.Tensor:
-    return (largest * (log_clip.exp() / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
+    """Of largest values [..., 1]."""
+    if log_clip.dim() == 1:
+        return signed_scale(largest[..., 0], log_clip.exp())[..., None]
+    return (largest.abs() * (log_clip.exp() / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
 
 
 class _RoundWeight(torch.autograd.Function):
@@ -143,7 +165,8 @@ class TrainedInput(nn.Module):
     """The quantizer of an input: its transform and clip ratio. Linears that read one input share it, and what it computes.
 
     `matrix` float16 [padded K / 128, 128, 128] is the stored transform, or [1, 128, 128] if all blocks share one; with error
-    feedback behind it, which is computed with and not learned but set anew, [padded K / 128, 184, 128].
+    feedback behind it, which is computed with and not learned but set anew, [padded K / 128, 184, 128]; and with a clip ratio for
+    every block, which is learned, [padded K / 128, 185, 128].
     With 8 bits an input has one scale a token and no clip ratio to be learned, and the weights behind it are folded.
     """
 
@@ -153,7 +176,9 @@ class TrainedInput(nn.Module):
         self.matrix = (
             None if matrix is None else nn.Parameter(transform_of(matrix).to(device, torch.float32, copy=True))
         )
-        self.log_clip = nn.Parameter(torch.tensor(math.log(format.activation_clip), device=device))
+        clips = None if matrix is None else block_clips_of(matrix)
+        one = torch.tensor(math.log(format.activation_clip))
+        self.log_clip = nn.Parameter((one if clips is None else clips.float().log()).to(device, copy=True))
         self.of_tokens = format.activation_bits != BITS
         self.log_clip.requires_grad_(not self.of_tokens)
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -201,11 +226,14 @@ class TrainedInput(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> tuple[torch.Tensor | None, float]:
-        """The transform as it is stored, float16, and the clip ratio."""
+        """The transform as it is stored, float16, and the clip ratio of all blocks."""
         matrix = None if self.matrix is None else round_to_halves(self.matrix)
         if matrix is not None and self.feedback is not None:
             matrix = torch.cat((matrix, pack_feedback(self.feedback)), 1)
-        return matrix, float(self.log_clip.exp())
+        if not self.format.transform.has_block_clips:
+            return matrix, float(self.log_clip.exp())
+        assert matrix is not None
+        return torch.cat((matrix, clip_row(round_to_halves(self.log_clip.exp()))), 1), 1.0
 
 
 class TrainedLinear(nn.Module):

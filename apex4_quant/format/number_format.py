@@ -19,13 +19,15 @@ TOKEN_CODE_MAX = 127  # of 8-bit activations, which have one scale a token; -128
 # Padded input features whose sums of 8-bit products an int32 holds: 127 * 126 * 2^17 < 2^31.
 LARGEST_K_OF_TOKENS = 2**17
 CODE_MAX = 7  # -8 is never produced: symmetric +-7 stays exact in e4m3 and in the Blackwell INT4 grids
-FORBIDDEN_CODE = -8
+FORBIDDEN_CODE = -8  # of weights
+SIXTEENTH_CODE = -8  # of activations that have it: what the largest value of a group gets (docs/format.md §2)
 
 BLOCK = 128  # the unit of groups, of group transforms and of tensor-parallel slices along K
 CHANNEL = "channel"  # a group size: one group spans all of K
 STEP_COLUMNS = 16  # of a block: with error feedback they are rounded together (feedback.py)
 FEEDBACK_STEPS = BLOCK // STEP_COLUMNS
 FEEDBACK_ROWS = FEEDBACK_STEPS * (FEEDBACK_STEPS - 1) // 2 * STEP_COLUMNS**2 // BLOCK  # of 128 values, for a block
+CLIP_ROWS = 1  # likewise, behind the feedback: the block's clip ratio, and zeros
 LARGEST_GROUP = 2**16  # the largest given as a number: K is padded to a multiple of it
 
 WEIGHT_SCALE_MIN = 2.0**-24  # smallest positive float16; what an all-zero weight group gets

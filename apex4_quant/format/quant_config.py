@@ -267,6 +267,11 @@ class QuantConfig:
                 f"{name} has the transform {format.transform} with groups of {format.group_size} and {format.activation_bits}-bit "
                 f"activations, and that is for groups of {BLOCK} and {BITS} bits: config.json is damaged"
             )
+        if format.transform.has_block_clips and format.activation_clip != 1:
+            raise Apex4Error(
+                f"{name} has activation_clip {format.activation_clip!r} with the transform {format.transform}, whose blocks have clip "
+                "ratios of their own: config.json is damaged"
+            )
         if format.activation_bits != BITS and not format.may_have_eight_bits:
             raise Apex4Error(
                 f"{name} has {format.padded_k} input features with 8-bit activations, and at most {LARGEST_K_OF_TOKENS} can be "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from .number_format import BITS, BLOCK, FEEDBACK_ROWS, GroupSize
+from .number_format import BITS, BLOCK, CLIP_ROWS, FEEDBACK_ROWS, GroupSize
 
 
 class TransformKind(StrEnum):
@@ -17,18 +17,24 @@ class TransformKind(StrEnum):
     HADAMARD = "hadamard128"  # the Hadamard matrix over sqrt(128): nothing is stored
     DENSE = "dense128"  # learned, one matrix for every block of the input
     FEEDBACK = "feedback128"  # the same, and rounding errors of a step are made up for by the columns that are left
+    FEEDBACK_16 = "feedback128x16"  # the same with sixteen levels, and a clip ratio for every block
     SHARED = "shared128"  # learned, one matrix for all blocks of the input
     NONE = "none"
 
     @property
     def is_learned(self) -> bool:
         """Whether the checkpoint stores matrices. Kernels have learned transforms with groups of 128 only."""
-        return self in (TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.SHARED)
+        return self not in (TransformKind.HADAMARD, TransformKind.NONE)
 
     @property
     def has_feedback(self) -> bool:
         """Whether error feedback is stored behind every matrix (feedback.py)."""
-        return self is TransformKind.FEEDBACK
+        return self in (TransformKind.FEEDBACK, TransformKind.FEEDBACK_16)
+
+    @property
+    def has_block_clips(self) -> bool:
+        """Whether every block has a clip ratio, behind its feedback, and codes of activations are -8 ... 7."""
+        return self is TransformKind.FEEDBACK_16
 
     def fitting(self, group_size: GroupSize, activation_bits: int) -> TransformKind:
         """What a linear has where this kind is wanted: feedback is for groups of 128 and 4-bit activations.
@@ -40,8 +46,8 @@ class TransformKind(StrEnum):
 
     @property
     def matrix_rows(self) -> int:
-        """Of 128 values, that are stored for a block: those of T, and of the feedback."""
-        return BLOCK + FEEDBACK_ROWS if self.has_feedback else BLOCK
+        """Of 128 values, that are stored for a block: those of T, of the feedback, and of the clip ratio."""
+        return BLOCK + FEEDBACK_ROWS * self.has_feedback + CLIP_ROWS * self.has_block_clips
 
     def matrix_count(self, blocks: int) -> int:
         """Matrices stored for an input of so many blocks of 128 channels."""

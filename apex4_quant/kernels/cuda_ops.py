@@ -27,7 +27,7 @@ from .operands import (
     TOKEN_FORMAT,
     Operands,
     empty_operands,
-    has_feedback,
+    feedback_of_matrix,
     require_add_rms_norm_linear,
     require_gemm,
     require_quantizer,
@@ -191,7 +191,7 @@ def _transform(matrix: torch.Tensor | None, hadamard: bool) -> str:
     """As a `QuantizerShape` has it."""
     if matrix is None:
         return "hadamard" if hadamard else "none"
-    return "feedback" if has_feedback(matrix) else "dense"
+    return feedback_of_matrix(matrix) or "dense"
 
 
 def _is_programmatic(sm: int, format: str) -> bool:
@@ -380,5 +380,5 @@ def _a_kernel_adds(source: _Source, how: Any) -> bool:
         return format in GROUPED_FORMATS and k_padded <= LONG_BLOCKS * BLOCK
     return dense_adds(
         len(x), k_padded // BLOCK,
-        aligned=source.aligned, format=format, sm_count=sm_count, feedback=has_feedback(matrix),
+        aligned=source.aligned, format=format, sm_count=sm_count, feedback=feedback_of_matrix(matrix),
     )  # fmt: skip

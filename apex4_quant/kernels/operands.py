@@ -24,7 +24,7 @@ import torch
 from ..errors import Apex4Error
 from ..format.layout_name import KERNEL_TILE_N
 from ..format.layouts import S8, Layout, get_layout
-from ..format.number_format import BLOCK, FEEDBACK_ROWS, LARGEST_K_OF_TOKENS, round_up
+from ..format.number_format import BLOCK, CLIP_ROWS, FEEDBACK_ROWS, LARGEST_K_OF_TOKENS, round_up
 from .folding import fold
 from .index import index_function
 
@@ -122,15 +122,23 @@ def unpack_activations(
 # ---- what operators ask of their operands ----------------------------------------------------------------------------
 
 WEIGHT_TILE_BYTES = KERNEL_TILE_N * BLOCK // 2  # of 64 output features of one block of 128 input features
-MATRIX_ELEMENTS = BLOCK * BLOCK
-FEEDBACK_ELEMENTS = FEEDBACK_ROWS * BLOCK
 
 
-def has_feedback(matrix: torch.Tensor | None) -> bool:
-    """Whether error feedback lies behind the matrix of every block, prepacked [..., 23552] or as stored [..., 184, 128]."""
-    return matrix is not None and (
-        matrix.shape[-1] == MATRIX_ELEMENTS + FEEDBACK_ELEMENTS or matrix.shape[-2:] == (BLOCK + FEEDBACK_ROWS, BLOCK)
-    )
+# Rows of a block's matrix as it is stored, by what lies behind it: FEEDBACKS of quantize/configs.py.
+_ROWS = {"": BLOCK, "feedback": BLOCK + FEEDBACK_ROWS, "feedback16": BLOCK + FEEDBACK_ROWS + CLIP_ROWS}
+MATRIX_ROWS = tuple(_ROWS.values())
+_FEEDBACK_OF_ROWS = {rows: feedback for feedback, rows in _ROWS.items()}
+
+
+def feedback_of_matrix(matrix: torch.Tensor | None) -> str:
+    """"feedback" where error feedback lies behind the matrix of every block, "feedback16" where a clip ratio does too, else "".
+
+    Prepacked matrices are [..., 128 rows], stored ones [..., rows, 128].
+    """
+    if matrix is None:
+        return ""
+    width = matrix.shape[-1]
+    return _FEEDBACK_OF_ROWS.get(matrix.shape[-2] if width == BLOCK else width // BLOCK, "")
 
 
 def _refuse(operator: str, argument: str, got: object, needed: str) -> NoReturn:
@@ -177,10 +185,12 @@ def require_quantizer(
     if up is not None and (up.shape != shape or up.dtype != x.dtype or up.get_device() != x.get_device()):
         _refuse(operator, "up", _described(up), f"{_described(x)} beside the gate, as that is,")
     if matrix is not None:
-        if has_feedback(matrix) and (group != BLOCK or format == TOKEN_FORMAT):
+        if feedback_of_matrix(matrix) and (group != BLOCK or format == TOKEN_FORMAT):
             _refuse(
                 operator, "group", group, f"{BLOCK}, and a format of 4-bit activations, with a matrix that has feedback"
             )
+        if clip != 1 and feedback_of_matrix(matrix) == "feedback16":
+            _refuse(operator, "clip", clip, "1 with a matrix that has the clip ratio of every block")
         prepacked = kernels and (group == BLOCK or format == TOKEN_FORMAT)
         _require_matrix(operator, matrix, x, k_padded // BLOCK, prepacked)
 
@@ -213,14 +223,13 @@ def _require(
 
 
 def _require_matrix(operator: str, matrix: torch.Tensor, x: torch.Tensor, blocks: int, prepacked: bool) -> None:
-    feedback = has_feedback(matrix)
+    feedback = feedback_of_matrix(matrix)
+    rows = _ROWS[feedback]
     if not prepacked:
-        rows = BLOCK + FEEDBACK_ROWS if feedback else BLOCK
         _require(operator, "matrix", matrix, x, matrix.dtype, (blocks, rows, BLOCK))
     else:  # one for all blocks, or one for each
         count = 1 if len(matrix) == 1 and not feedback else blocks
-        elements = MATRIX_ELEMENTS + FEEDBACK_ELEMENTS if feedback else MATRIX_ELEMENTS
-        _require(operator, "matrix", matrix, x, x.dtype, (count, elements))
+        _require(operator, "matrix", matrix, x, x.dtype, (count, rows * BLOCK))
 
 
 class _Weights(NamedTuple):

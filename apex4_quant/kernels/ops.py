@@ -13,7 +13,7 @@ argument. The last arguments are those of activation_quantization.py: K is padde
 which is `matrix` or the Hadamard matrix or none. How a GPU computes the Hadamard transform of a row, and so its last bits before
 they become codes, may depend on the number of rows. On a GPU `matrix` is what quantize.configs.prepack_matrix makes, of x's
 dtype, where groups are of 128 or the format is `s8`; otherwise, and on a CPU, float16 [k_padded / 128, 128, 128] as stored, or with
-error feedback, to 4 bits in groups of 128, [k_padded / 128, 184, 128].
+error feedback, to 4 bits in groups of 128, [k_padded / 128, 184, 128] or, with sixteen levels, [k_padded / 128, 185, 128].
 With a `weight_unit`, and only so, activations have 8 bits: the format is `s8`, `weight_scale` the int16 ratio of folding.py, the
 layout `sm90`, and for the quantizers `group` is `k_padded` and `clip` 1.
 On a GPU they launch the kernels on the current stream and wait for nothing. Weights, gains and matrices may be read before

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from ..format.feedback import feedback_of, step_order, transform_of
-from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, STEP_COLUMNS, TOKEN_CODE_MAX
+from ..format.feedback import block_clips_of, feedback_of, step_order, transform_of
+from ..format.number_format import (
+    ACTIVATION_SCALE_MIN,
+    BLOCK,
+    CODE_MAX,
+    SIXTEENTH_CODE,
+    STEP_COLUMNS,
+    TOKEN_CODE_MAX,
+)
 from .hadamard import apply_block_hadamard, apply_block_matrix
 
 
@@ -25,17 +32,25 @@ def quantize_activation(
     """x [M, K], K a multiple of `group` -> integer codes int64 [M, K] and scales float64 [M, K / group].
 
     Each block of 128 inputs is first multiplied by its `matrix` [K / 128, 128, 128] or, without one, by the Hadamard
-    matrix if `hadamard`. With error feedback `matrix` is [K / 128, 184, 128] and `group` 128;
-    `error_dtype` is that of `round_with_feedback`.
+    matrix if `hadamard`. With error feedback `matrix` is [K / 128, 184, 128] or, with sixteen levels, [K / 128, 185, 128], and
+    `group` 128; `error_dtype` is that of `round_with_feedback`.
 
-    s = max(clip * absmax / 7, floor) is rounded to float32, as stored; q = clamp(round_half_even(x / s), -7, 7).
+    s = max(clip * absmax / 7, floor) is rounded to float32, as stored; q = clamp(round_half_even(x / s), -7, 7). With sixteen levels
+    s has the sign that makes the value of largest magnitude negative, and a block's own clip, over 8; q is at least -8.
     """
     grouped: torch.Tensor = _transformed(x, hadamard, matrix).unflatten(-1, (-1, group))
-    scale = (clip * grouped.abs().amax(-1) / CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN).float().double()
+    clips = None if matrix is None else block_clips_of(matrix.double())
+    if clips is None:
+        lowest, scale = -CODE_MAX, (clip * grouped.abs().amax(-1) / CODE_MAX).clamp_min(ACTIVATION_SCALE_MIN)
+    else:
+        lowest, (least, most) = SIXTEENTH_CODE, grouped.aminmax(dim=-1)
+        largest = torch.where(-least >= most, least, most)
+        scale = (clips * largest.abs() / -SIXTEENTH_CODE).clamp_min(ACTIVATION_SCALE_MIN).copysign(-largest)
+    scale = scale.float().double()
     units = grouped / scale[..., None]
     feedback = None if matrix is None else feedback_of(matrix.double())
     if feedback is not None:
-        codes = round_with_feedback(units, feedback, error_dtype=error_dtype)[0]
+        codes = round_with_feedback(units, feedback, error_dtype=error_dtype, lowest=lowest)[0]
     else:
         codes = torch.round(units).clamp(-CODE_MAX, CODE_MAX)
     return codes.flatten(-2).long(), scale
@@ -46,11 +61,13 @@ def round_with_feedback(
     feedback: torch.Tensor,
     codes: torch.Tensor | None = None,
     error_dtype: torch.dtype | None = None,
+    lowest: int = -CODE_MAX,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Values in units of their scale, float64 [M, KB, 128], and G float64 [KB, 128, 128] in step order -> codes [M, KB, 128], and
     the values that were rounded to them.
 
-    Steps of 16 columns from the last to the first: v = units + sum over later columns c of (q[c] - v[c]) G[c]; q = clamp(round(v)).
+    Steps of 16 columns from the last to the first: v = units + sum over later columns c of (q[c] - v[c]) G[c];
+    q = clamp(round(v), `lowest`, 7).
     With `codes` given, of a kernel, they are taken as they are: the values then say what that kernel should have rounded.
     `error_dtype`: what errors are rounded to before they are multiplied; None: they are not.
     """
@@ -60,7 +77,7 @@ def round_with_feedback(
     for start in range(BLOCK - STEP_COLUMNS, -1, -STEP_COLUMNS):
         step = slice(start, start + STEP_COLUMNS)
         if codes is None:
-            rounded[..., step] = torch.round(values[..., step]).clamp(-CODE_MAX, CODE_MAX)
+            rounded[..., step] = torch.round(values[..., step]).clamp(lowest, CODE_MAX)
         errors = rounded[..., step] - values[..., step]
         if error_dtype is not None:
             errors = errors.to(error_dtype).double()

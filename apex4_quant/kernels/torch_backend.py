@@ -1,8 +1,8 @@
 """The format's arithmetic in vectorised PyTorch: what runs on a CPU, and on any GPU that has no kernel of ours.
 
-Exact where the format says exact. Codes are integers of magnitude <= 7, so a product sum over a group of g inputs is
-at most 49 g: below 2^24, a float32 matrix product of codes holds it exactly, in any order of summation. (K beyond
-342,000 in one group would not; no model has it.) The dequantization costs one multiply by s_w, exact for g = 128 (13
+Exact where the format says exact. Codes are integers of magnitude <= 7, or 8 of activations with sixteen levels, so a product sum
+over a group of g inputs is at most 56 g: below 2^24, a float32 matrix product of codes holds it exactly, in any order of
+summation. (K beyond 299,000 in one group would not; no model has it.) The dequantization costs one multiply by s_w, exact for g = 128 (13
 bits times the 11 of a float16; on a CPU it is done to the weights beforehand), and one multiply-add by s_a.
 
 With 8-bit activations weights are folded first (folding.py). A sum over 1024 inputs is at most 127 * 126 * 1024 < 2^24, so that a
@@ -15,8 +15,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..format.feedback import feedback_of, step_order, transform_of
-from ..format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, STEP_COLUMNS, TOKEN_CODE_MAX
+from ..format.feedback import block_clips_of, feedback_of, step_order, transform_of
+from ..format.number_format import (
+    ACTIVATION_SCALE_MIN,
+    BLOCK,
+    CODE_MAX,
+    SIXTEENTH_CODE,
+    STEP_COLUMNS,
+    TOKEN_CODE_MAX,
+)
 from .folding import fold, fold_codes
 from .hadamard import apply_block_hadamard, apply_block_matrix
 
@@ -46,7 +53,7 @@ def quantize_activation(
     """x [M, K] of any float dtype, K a multiple of `group` -> codes float32 [M, G, g] (integers), scales float32 [M, G].
 
     `matrix` [K / 128, 128, 128] is multiplied to the blocks of x in float32, in the place of the Hadamard matrix. With error
-    feedback it is [K / 128, 184, 128], and `group` is 128.
+    feedback it is [K / 128, 184, 128] or, with sixteen levels, [K / 128, 185, 128], and `group` is 128.
 
     NaN in an input group gives NaN scales, hence NaN outputs of that token: damage upstream stays visible.
     """
@@ -75,30 +82,51 @@ def _quantize(
     x: torch.Tensor, group: int, clip: float, hadamard: bool, matrix: torch.Tensor | None, code_max: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
-    feedback = None
+    feedback = clips = None
     if matrix is not None:
         x = apply_block_matrix(x, transform_of(matrix))
         if code_max == CODE_MAX:  # errors of 8 bits are not made up for
-            feedback = feedback_of(matrix)
+            feedback, clips = feedback_of(matrix), block_clips_of(matrix)
     elif hadamard:
         x = apply_block_hadamard(x)
-    return quantize_transformed(x, group, clip, feedback, code_max)
+    return quantize_transformed(x, group, clip, feedback, code_max, clips)
 
 
 def quantize_transformed(
-    x: torch.Tensor, group: int, clip: float = 1.0, feedback: torch.Tensor | None = None, code_max: int = CODE_MAX
+    x: torch.Tensor,
+    group: int,
+    clip: float = 1.0,
+    feedback: torch.Tensor | None = None,
+    code_max: int = CODE_MAX,
+    clips: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `quantize_activation`, of x float32 [M, K] that was transformed already. `feedback`: G [K / 128, 128, 128] in step order."""
+    """As `quantize_activation`, of x float32 [M, K] that was transformed already. `feedback`: G [K / 128, 128, 128] in step order;
+    `clips` [K / 128], of every block, with feedback alone: then there are sixteen levels, and `clip` is 1."""
     grouped = x.unflatten(-1, (-1, group))
-    scale = (grouped.abs().amax(-1) * (clip / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
+    if clips is None:
+        lowest, scale = -CODE_MAX, (grouped.abs().amax(-1) * (clip / code_max)).clamp_min(ACTIVATION_SCALE_MIN)
+    else:
+        lowest, scale = SIXTEENTH_CODE, signed_scale(largest_of(grouped), clips)
     units = grouped / scale[..., None]
     if feedback is not None:
-        return round_with_feedback(units, feedback), scale
+        return round_with_feedback(units, feedback, lowest), scale
     return units.round_().clamp_(-code_max, code_max), scale
 
 
-def round_with_feedback(units: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
-    """Values in units of their scale, float32 [M, KB, 128], and G [KB, 128, 128] in step order -> codes float32 [M, KB, 128]."""
+def largest_of(grouped: torch.Tensor) -> torch.Tensor:
+    """[..., g] -> the value of largest magnitude [...] with its sign; of two that differ in it, the negative one."""
+    least, most = grouped.amin(-1), grouped.amax(-1)
+    return torch.where(-least >= most, least, most)
+
+
+def signed_scale(largest: torch.Tensor, clips: torch.Tensor) -> torch.Tensor:
+    """The scales of sixteen levels [M, KB], of blocks of these largest values [M, KB] and of clip ratios [KB]."""
+    return (largest.abs() * (clips / -SIXTEENTH_CODE)).clamp_min(ACTIVATION_SCALE_MIN).copysign(-largest)
+
+
+def round_with_feedback(units: torch.Tensor, feedback: torch.Tensor, lowest: int = -CODE_MAX) -> torch.Tensor:
+    """Values in units of their scale, float32 [M, KB, 128], and G [KB, 128, 128] in step order -> codes float32 [M, KB, 128], from
+    `lowest` to 7."""
     order = step_order(units.device)
     values = units.detach().transpose(0, 1)[..., order]  # [KB, M, 128]; rounding has no gradient
     codes = torch.empty_like(values)
@@ -108,7 +136,7 @@ def round_with_feedback(units: torch.Tensor, feedback: torch.Tensor) -> torch.Te
         wanted = values[..., step]
         if start + STEP_COLUMNS < BLOCK:
             wanted = torch.baddbmm(wanted, errors[..., later], feedback[:, later, step])
-        code = wanted.round().clamp_(-CODE_MAX, CODE_MAX)
+        code = wanted.round().clamp_(lowest, CODE_MAX)
         codes[..., step] = code
         errors[..., step] = code.sub_(wanted)
     rounded = torch.empty_like(codes)
@@ -168,7 +196,7 @@ def grouped_weight(codes_w: torch.Tensor, scale_w: torch.Tensor) -> tuple[torch.
     """int8 codes [N, K] and float16 scales [N, G] as `multiply` wants them: [G, N, g] and float32 [G, N].
 
     On a CPU, where a few rows are multiplied at once, groups of 128 are float32 and have their scale in them, which then is
-    None: sums of such products are exact too, being at most 49 * 128 times an 11-bit number.
+    None: sums of such products are exact too, being at most 56 * 128 times an 11-bit number.
     """
     weight = codes_w.unflatten(1, (scale_w.shape[1], -1)).transpose(0, 1)
     scale_w = scale_w.float().t().contiguous()

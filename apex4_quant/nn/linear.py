@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..errors import Apex4Error
-from ..format.feedback import transform_of
+from ..format.feedback import block_clips_of, transform_of
 from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
@@ -279,7 +279,8 @@ class Apex4Linear(nn.Module):
     def transform_matrix(self) -> torch.Tensor | None:
         """The learned transform of the input by block, float16 [padded K / 128, 128, 128], or None.
 
-        With error feedback, which 8-bit activations do without, [padded K / 128, 184, 128].
+        With error feedback, which 8-bit activations do without, [padded K / 128, 184, 128], and with clip ratios
+        [padded K / 128, 185, 128].
         """
         if not self.format.transform.is_learned:
             return None
@@ -308,6 +309,9 @@ class Apex4Linear(nn.Module):
             raise Apex4Error(f"{name}.weight_scale holds a zero, negative or non-finite scale: the file is damaged")
         if self.input_transform is not None and not bool(torch.isfinite(self.input_transform).all()):
             raise Apex4Error(f"{name}.input_transform holds NaN or infinity: the file is damaged")
+        clips = None if self.input_transform is None else block_clips_of(self.input_transform)
+        if clips is not None and not bool((clips > 0).all()):
+            raise Apex4Error(f"{name}.input_transform holds a clip ratio that is not positive: the file is damaged")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Apex4Linear:
         # model.to(torch.bfloat16) must not touch the scales: their 11-bit mantissa is part of the format.

@@ -71,7 +71,7 @@ DEFAULT_TOKENS = 2048
 _EXAMPLE_K = 4096  # for tables of GPUs: the hidden size of an 8B model
 _LEARNED = {  # by key of gpus --json
     "dense_transform": TransformKind.DENSE,
-    "feedback_transform": TransformKind.FEEDBACK,
+    "feedback_transform": TransformKind.FEEDBACK_16,
 }
 _EXAMPLE_LAYER = (([4096, 1024, 1024], 4096), ([4096], 4096), ([14336, 14336], 4096), ([4096], 14336))
 
@@ -175,7 +175,7 @@ def _layer_seconds(
     )
 
 
-def default_choice(gpu: Gpu, mainloop: Mainloop = OURS, learned: TransformKind = TransformKind.FEEDBACK) -> str:
+def default_choice(gpu: Gpu, mainloop: Mainloop = OURS, learned: TransformKind = TransformKind.FEEDBACK_16) -> str:
     """What the planner does on this GPU with a Llama-3-8B and 4-bit activations, in words that `apex4 gpus` explains.
 
     `learned` is the recipe's transform. Where the dearest fits, which is the default, the other does.
@@ -243,7 +243,7 @@ def gpus_as_text() -> str:
         f"(mainloop {OURS.name});",
         f"     cha: per channel, g = K = {values['channel_in_features']}. lambda <= 1 hides behind the tensor cores.",
         f"D@M, F@M: time of the linears of a Llama-3-8B layer, M tokens, with {TransformKind.DENSE} and with "
-        f"{TransformKind.FEEDBACK} transforms",
+        f"{TransformKind.FEEDBACK_16} transforms",
         "     over that with Hadamard's.",
         "Default: what the planner takes with 4-bit activations, as --mode w4a4.",
         f"Within {DEFAULT_BUDGET:g}x of the fastest: g128, learned = groups of 128 everywhere and the recipe's learned "

@@ -22,7 +22,7 @@ class Mode(StrEnum):
 
     AUTO    the least loss within --budget, or the least time within --max-loss, from activations of 4 bits with group
             sizes {128, 256, 512, channel} under hadamard128 and 128 under the recipe's learned transform (dense128 or
-            feedback128), which kernels have with groups of 128 only, and activations of 8 bits with groups of 128 under
+            feedback128, feedback128x16), which kernels have with groups of 128 only, and activations of 8 bits with groups of 128 under
             hadamard128 and dense128: feedback is for errors of 4 bits
     W4A4    as AUTO, from activations of 4 bits: the paper's pure INT4
     MIXED   the paper's (arXiv 2606.08761), under hadamard128: sensitive inputs at 128, the others per channel. Sensitive
@@ -107,7 +107,7 @@ def choices_of(
     """What an input of K features may get: 4 bits first; one transform after the other, finest groups first.
 
     With activations of 8 bits no arithmetic is left to do for a group, so that coarser groups than 128 save no time; and
-    dense128 stands for feedback128.
+    dense128 stands for feedback128 and feedback128x16.
     """
     choices = (
         Choice(size, transform.fitting(size, bits), bits)

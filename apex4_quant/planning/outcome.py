@@ -26,7 +26,11 @@ PLANNED_KEYS = (
     "shape",
 )  # of a linear in the file; 4 bits go without saying
 
-_BESIDE = {TransformKind.FEEDBACK: ", and errors of rounding are made up for by what is rounded after them"}
+_MADE_UP_FOR = ", and errors of rounding are made up for by what is rounded after them"
+_BESIDE = {
+    TransformKind.FEEDBACK: _MADE_UP_FOR,
+    TransformKind.FEEDBACK_16: f"{_MADE_UP_FOR}, with sixteen levels",
+}
 
 
 @dataclass(frozen=True)

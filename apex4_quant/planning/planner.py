@@ -1,7 +1,7 @@
 """`apex4 plan`: which group size, transform and activation bits every linear gets, from predicted loss (sensitivity.py) and predicted time
 (cost_model.py).
 
-There are two transforms to choose from where the recipe has dense128 or feedback128; another recipe's transform, or that of
+There are two transforms to choose from where the recipe has dense128, feedback128 or feedback128x16; another recipe's transform, or that of
 --transform, is the only one (settings.py). What is chosen is said by the mode (options.py) and done in choosing.py.
 """
 

@@ -16,7 +16,7 @@ and the proxies that do not, are in docs/log.md, 2026-11-25 and 2026-11-29.
 A learned transform is one that LEARNING_STEPS steps find, on rows of its own: the errors are those of other rows, so that
 a transform which fits its rows too well gains nothing by it. A run learns longer, so its gain is predicted somewhat too
 small; which inputs gain most is the same. Kernels have learned transforms with groups of 128 only, and so does the choice.
-With error feedback (feedback128) the same transform is used, and the gradients that errors are weighed by say what makes up
+With error feedback (feedback128, feedback128x16) the same transform is used, and the gradients that errors are weighed by say what makes up
 for an error. They are the same gradients: of 2048 tokens the loss comes out 4 % too low, of 512 12 % (demo).
 
 The first pass keeps the hidden states that enter every layer, S L H numbers each, on the CPU. The second goes back from
@@ -37,9 +37,9 @@ import torch
 
 from ..calib.probes import PROBE_ROWS
 from ..distributed.group import Group
-from ..format.feedback import feedback_of
+from ..format.feedback import block_clips_of, clip_row, feedback_of
 from ..format.layouts import get_layout
-from ..format.number_format import BITS
+from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
 from ..format.transform_kind import TransformKind
 from ..kernels.folding import fold, fold_codes
@@ -54,6 +54,7 @@ from ..quantization.gradients import InputGradients, gradients_through
 from ..quantization.plan import PlannedLinear
 from ..quantization.predictions import gradients_of_predictions
 from ..quantization.run_state import Streams
+from ..rounding.activation_clip import BLOCK_CLIP_RATIOS
 from ..rounding.nearest import require_quantizable, round_to_codes, search_scales
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
 from ..transforms.error_feedback import error_feedback
@@ -113,14 +114,15 @@ def predict_errors(
     """What rounding the input rows [T, K] and `weights` [N_i, K] does, at `format`'s group size and transform.
 
     `matrix` [padded K / 128, 128, 128] is the learned transform, where `format` has one, with error feedback [padded K / 128,
-    184, 128]. All processes of `group` have the same arguments, and get the same errors.
+    184, 128], with clip ratios of blocks [padded K / 128, 185, 128]. All processes of `group` have the same arguments, and get the same errors.
     """
     group = group or Group()
     x = transform_input(rows, format, matrix)
     # Like a weight: g . e = (g T^-T) . (e T).
     gradients = transform_weight(metric.rows[group.share(len(metric.rows)).slice], format, matrix)
     feedback = None if matrix is None else feedback_of(matrix.float())
-    errors = [rounded - x for rounded in _rounded_inputs(x, format, feedback)]
+    clips = None if matrix is None else block_clips_of(matrix.float())
+    errors = [rounded - x for rounded in _rounded_inputs(x, format, feedback, clips)]
     shares = metric.tokens.sqrt()[:, None]
     energies = group.sum_of_numbers([float((shares * (error @ gradients.t())).square().sum()) for error in errors])
     best = energies.index(min(energies))
@@ -157,14 +159,20 @@ def _of_weight(
     return float((tokens[:, None] * of_weight * importance).sum()), noise, float((x @ base.t()).square().sum())
 
 
-def _rounded_inputs(x: torch.Tensor, format: LinearFormat, feedback: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """What the codes of transformed rows x [T, padded K] stand for, for every clip ratio that a run may choose."""
+def _rounded_inputs(
+    x: torch.Tensor, format: LinearFormat, feedback: torch.Tensor | None, clips: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """What the codes of transformed rows x [T, padded K] stand for, for every clip ratio that a run may choose, or for those of blocks,
+    `clips`, which are multiplied by each."""
     if format.activation_bits != BITS:
         codes, scale = quantize_token(x, hadamard=False)
         yield (codes * scale[..., None]).flatten(1)
         return
     for ratio in CLIP_RATIOS:
-        codes, scale = quantize_transformed(x, format.group_length, ratio, feedback)
+        if clips is None:
+            codes, scale = quantize_transformed(x, format.group_length, ratio, feedback)
+        else:
+            codes, scale = quantize_transformed(x, BLOCK, feedback=feedback, clips=clips * ratio)
         yield (codes * scale[..., None]).flatten(1)
 
 
@@ -334,9 +342,14 @@ def _quickly_learned(
 
 
 def _with_feedback(learned: torch.Tensor, format: LinearFormat, metric: Metric, group: Group) -> torch.Tensor:
-    """[padded K / 128, 184, 128]: the learned T, and the feedback that errors weighed by `metric` ask for."""
+    """[padded K / 128, 184, 128]: the learned T, and the feedback that errors weighed by `metric` ask for; [padded K / 128, 185, 128]
+    with the largest clip ratios that a run tries, where `format` has those of blocks."""
     gradients = transform_weight(metric.rows, format, learned)
-    return torch.cat((learned, error_feedback([gradients], format.padded_k, group)), 1)
+    matrix = torch.cat((learned, error_feedback([gradients], format.padded_k, group)), 1)
+    if not format.transform.has_block_clips:
+        return matrix
+    clips = torch.full((len(matrix),), max(BLOCK_CLIP_RATIOS), device=matrix.device, dtype=matrix.dtype)
+    return torch.cat((matrix, clip_row(clips)), 1)
 
 
 def losses_of(losses: dict[Choice, float]) -> dict[Choice, float]:

@@ -13,7 +13,13 @@ from .cost_model import DEFAULT_TOKENS, OURS
 from .options import Mode
 
 # Those whose errors are predicted.
-PLANNED_TRANSFORMS = (TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.NONE)
+PLANNED_TRANSFORMS = (
+    TransformKind.HADAMARD,
+    TransformKind.DENSE,
+    TransformKind.FEEDBACK,
+    TransformKind.FEEDBACK_16,
+    TransformKind.NONE,
+)
 TOKENS = 8192  # of calibration text, unless told otherwise: the hidden states entering every layer are kept
 
 

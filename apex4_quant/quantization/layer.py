@@ -34,7 +34,7 @@ from torch import nn
 from ..calib.probes import stratified
 from ..distributed.group import Group
 from ..errors import Apex4Error
-from ..format.feedback import feedback_of
+from ..format.feedback import clip_row, feedback_of
 from ..format.layouts import Layout
 from ..format.number_format import BITS, BLOCK
 from ..format.quant_config import LinearFormat
@@ -47,13 +47,13 @@ from ..nn.linear import Apex4Linear
 from ..nn.prepare import share_input
 from ..progress import step
 from ..recipes import Recipe, Rounding
-from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip
+from ..rounding.activation_clip import CLIP_SEARCH_ROWS, search_activation_clip, search_block_clips
 from ..rounding.gptq import DAMPING, drift_correction, inverse_factor, quantize_weight_gptq
 from ..rounding.nearest import quantize_weight_rtn, require_quantizable
 from ..transforms.block_transforms import pad_input_features, transform_input, transform_weight
 from ..transforms.error_feedback import error_feedback
 from ..transforms.importance import scale_by_readers
-from ..transforms.learned_transform import learn_transform
+from ..transforms.learned_transform import learn_transform, round_to_halves
 from ..transforms.rewriter import Rewriter
 from .collector import CollectedInput, Collector, Part
 from .gradients import InputGradients, gradients_through
@@ -94,8 +94,8 @@ class LayerTensors:
 class InputDecision:
     """What the linears of one input share, since it is transformed and quantized once.
 
-    `matrix` float16 [padded K / 128, 128, 128] is the learned transform, with error feedback [padded K / 128, 184, 128], `clip` the
-    searched clip ratio; None: there is none.
+    `matrix` float16 [padded K / 128, 128, 128] is the learned transform, with error feedback [padded K / 128, 184, 128], and with the
+    clip ratio of every block [padded K / 128, 185, 128]; `clip` is the searched ratio of all blocks. None: there is none.
     """
 
     matrix: torch.Tensor | None
@@ -527,10 +527,18 @@ def decide_input(
         with step("error feedback"):
             matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
             feedback = feedback_of(matrix.float())
+    clips = torch.full((format.padded_k // BLOCK,), recipe.activation_clip) if format.transform.has_block_clips else None
     if recipe.search_clip and format.activation_bits == BITS:
         with step("clip search"):
             inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)
-            clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
+            if clips is None:
+                clip = search_activation_clip(inputs, amplifying(), format.group_length, group, feedback)
+            else:
+                assert feedback is not None
+                clips = search_block_clips(inputs, amplifying(), feedback, group)
+    if clips is not None:
+        assert matrix is not None
+        matrix = torch.cat((matrix, clip_row(round_to_halves(clips)).to(matrix.device)), 1)
     return InputDecision(matrix, clip)
 
 

@@ -126,7 +126,7 @@ def build_plan(
         group_size,
         get_layout(layout),
         transform.fitting(group_size, activation_bits),
-        _clip_of(asked, activation_bits),
+        _clip_of(asked, transform.fitting(group_size, activation_bits), activation_bits),
         activation_bits=activation_bits,
     )
     linears: list[PlannedLinear] = []
@@ -162,7 +162,7 @@ def build_plan(
                     transform=wanted.fitting(own_size, bits),
                     transform_from=owner,
                     activation_bits=bits,
-                    activation_clip=_clip_of(asked, bits),
+                    activation_clip=_clip_of(asked, wanted.fitting(own_size, bits), bits),
                 )
                 if bits != BITS:
                     _require_eight_bits(name, format, target)
@@ -212,8 +212,9 @@ def build_plan(
     return Plan(tuple(linears), kept, config, asked)
 
 
-def _clip_of(recipe: Recipe, activation_bits: int) -> float:
-    return recipe.activation_clip if activation_bits == BITS else 1.0
+def _clip_of(recipe: Recipe, transform: TransformKind, activation_bits: int) -> float:
+    """Before a search: 1 where there is no clip ratio, and where every block has its own."""
+    return recipe.activation_clip if activation_bits == BITS and not transform.has_block_clips else 1.0
 
 
 def _require_eight_bits(name: str, format: LinearFormat, target: dict[str, str | None]) -> None:

@@ -1,4 +1,8 @@
-"""The clip ratio of activation scales: less range for the largest value of a group, finer steps for all others."""
+"""The clip ratios of activation scales: less range for the largest value of a group, finer steps for all others.
+
+With sixteen levels every block has one. The largest value then has a code that one step less stands for than on the other side, so
+that ratios begin above 1.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ from collections.abc import Iterable
 import torch
 
 from ..distributed.group import Group
+from ..format.number_format import BLOCK
 from ..kernels.torch_backend import quantize_transformed
 
 ACTIVATION_CLIP_RATIOS = tuple(1.0 - 0.02 * step for step in range(13))  # 1.00 ... 0.76
+BLOCK_CLIP_RATIOS = tuple(1.12 - 0.02 * step for step in range(13))  # 1.12 ... 0.88
 CLIP_SEARCH_ROWS = (
     1024  # calibration tokens looked at: the error is a sum over tokens and needs no more to rank the ratios
 )
@@ -39,6 +45,28 @@ def search_activation_clip(
         if error < best_error:
             best_ratio, best_error = ratio, error
     return round(best_ratio, 2)
+
+
+def search_block_clips(
+    rows: torch.Tensor, weights: Iterable[torch.Tensor], feedback: torch.Tensor, processes: Group | None = None
+) -> torch.Tensor:
+    """The ratio of every block, float32 [K / 128], with the least of what its own errors do to the outputs; sixteen levels.
+
+    Arguments are those of `search_activation_clip`. Errors of different blocks hardly know of each other, so that each is looked at by
+    itself.
+    """
+    processes, blocks = processes or Group(), rows.shape[1] // BLOCK
+    grams = rows.new_zeros(blocks, BLOCK, BLOCK)
+    for weight in weights:
+        of_blocks = weight.unflatten(1, (blocks, BLOCK)).transpose(0, 1)
+        grams.baddbmm_(of_blocks.transpose(1, 2), of_blocks)
+    errors = rows.new_zeros(len(BLOCK_CLIP_RATIOS), blocks)
+    ratios = rows.new_tensor(BLOCK_CLIP_RATIOS)
+    for number in range(len(errors))[processes.share(len(errors)).slice]:
+        codes, scale = quantize_transformed(rows, BLOCK, feedback=feedback, clips=ratios[number].expand(blocks))
+        difference = (codes * scale[..., None] - rows.unflatten(1, (blocks, BLOCK))).transpose(0, 1)
+        errors[number] = ((difference @ grams) * difference).sum((1, 2))
+    return ratios[processes.sum(errors).argmin(0)]
 
 
 class _Outputs:

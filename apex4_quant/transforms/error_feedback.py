@@ -1,4 +1,4 @@
-"""What makes up for the rounding of an input: G of a `feedback128` transform, from what errors of the input do.
+"""What makes up for the rounding of an input: G of the transforms with error feedback, from what errors of the input do.
 
 A block of 128 transformed columns is rounded in steps, and how the columns that are left make up for the errors so far is G. Errors e
 [1, 128] cost e M e^T, where M = sum of r^T r over rows r [1, 128] of what amplifies them: the weights that read the input, or the gradients

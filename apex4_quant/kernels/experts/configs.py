@@ -17,7 +17,7 @@ from ..gemm import s8_configs
 from ..gemm.configs import GemmConfig, GemmPlan
 from ..gemm.s8_configs import S8Config, S8Plan
 from ..gemm.sharing import split_counts
-from ..quantize.configs import DTYPES, FEW_ROWS, QuantizeConfig, dense_config, measuring_config
+from ..quantize.configs import DTYPES, FEEDBACKS, FEW_ROWS, QuantizeConfig, dense_config, measuring_config
 from ..runtime.configuration import Configuration
 
 ROUTE_THREADS = 256  # of a thread block of route.cu
@@ -52,7 +52,7 @@ def gemm_configs_of(sm: int, format: str) -> list[ExpertConfig]:
     ]
 
 
-def quantizer_config(dtype: str, format: str, feedback: bool = False) -> QuantizeConfig:
+def quantizer_config(dtype: str, format: str, feedback: str = "") -> QuantizeConfig:
     """The quantizer of SiLU(gate) * up with a matrix for each expert; to eight bits the one that makes codes."""
     config = dense_config(1, "silu_mul", dtype, format, feedback=feedback)
     macros = (*config.macros, ("APEX4_EXPERTS", 1))
@@ -77,8 +77,8 @@ def all_configs(sm: int) -> list[Configuration]:
             Configuration(each.name, each.source, each.entry, {**each.defines}) for each in gemm_configs_of(sm, format)
         ]
         for dtype in DTYPES if sm >= 80 else DTYPES[:1]:
-            codes = quantizer_config(dtype, format)
-            for each in (codes, measuring_config(codes)) if format == "s8" else (codes,):
+            codes = [quantizer_config(dtype, format, feedback) for feedback in (FEEDBACKS if format == "sm80" else [""])]
+            for each in (*codes, measuring_config(codes[0])) if format == "s8" else codes:
                 found.append(Configuration(each.name, each.source, each.entry, {**each.defines}))
     return found
 

@@ -16,7 +16,8 @@ Operands: x [T, in_k or fewer], topk_ids int32 or int64 [T, k], topk_weights [T,
 number of an expert here, negative if another GPU has it. `in_`: gate rows, then up rows, of E experts: weight_packed
 [E, tiles, in_k / 128, 4096], weight_scale and weight_unit as operands.py has them, [E, ...]; in_n = 2 inner. `out_`: the same of
 the down projections. in_matrix as the operators of ops.py take it. out_matrix: on a GPU [E, out_k / 128 or 1, 16384], prepacked, else
-[E, out_k / 128, 128, 128]; with error feedback [E, out_k / 128, 23552], else [E, out_k / 128, 184, 128]. out_clip_factors float32 [E]:
+[E, out_k / 128, 128, 128]; with error feedback [E, out_k / 128, 23552], else [E, out_k / 128, 184, 128], and with sixteen levels 23680 or 185.
+out_clip_factors float32 [E]:
 clip / 7 of each expert, in the place of out_clip.
 Groups are of 128 with 4-bit activations.
 """
@@ -31,13 +32,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from ...errors import Apex4Error
-from ...format.number_format import BLOCK, CODE_MAX, FEEDBACK_ROWS
+from ...format.number_format import BLOCK, CODE_MAX
 from ...private_names import current_cuda_stream
 from .. import cpu_ops, cuda_ops
-from ..operands import FEEDBACK_ELEMENTS, HALVES, MATRIX_ELEMENTS, ROW_BYTES, TOKEN_FORMAT, has_feedback, row_stride
-from ..quantize.configs import DENSE_THREADS, FEEDBACK_CHUNKS, MATRIX_CHUNKS, measuring_config
+from ..operands import HALVES, MATRIX_ROWS, ROW_BYTES, TOKEN_FORMAT, feedback_of_matrix, row_stride
+from ..quantize.configs import DENSE_THREADS, measuring_config
 from ..quantize.hadamard_product import signs
-from ..quantize.launch import rows_are_aligned
+from ..quantize.launch import chunks_of_block, rows_are_aligned
 from ..runtime import launcher, workspace
 from ..runtime.launcher import Launch
 from .configs import (
@@ -143,13 +144,11 @@ def _require_operands(
     if matrix is not None:
         blocks = leaving.k // BLOCK
         fits = len(matrix) == experts and matrix.is_contiguous()
+        rows = MATRIX_ROWS if format != TOKEN_FORMAT else MATRIX_ROWS[:1]
         if kernels:
-            shapes = [(1, MATRIX_ELEMENTS), (blocks, MATRIX_ELEMENTS)]
-            if format != TOKEN_FORMAT:
-                shapes.append((blocks, MATRIX_ELEMENTS + FEEDBACK_ELEMENTS))
+            shapes = [(1, BLOCK * BLOCK), *((blocks, each * BLOCK) for each in rows)]
             fits &= matrix.dtype == x.dtype and matrix.shape[1:] in shapes
         else:
-            rows = (BLOCK, BLOCK + FEEDBACK_ROWS) if format != TOKEN_FORMAT else (BLOCK,)
             fits &= matrix.shape[1:] in [(blocks, each, BLOCK) for each in rows]
         _require(fits, "out_matrix", matrix, f"a matrix for each of {experts} experts")
     if factors is not None:
@@ -227,7 +226,7 @@ class _Shape(NamedTuple):
     format: str
     own_quantizers: bool  # a transform or a clip for each expert
     expert_matrices: int  # of an expert; 0: all share one
-    feedback: bool  # behind each of them
+    feedback: str  # behind each of them
     clip: float
 
 
@@ -319,7 +318,7 @@ def _made_layer(kernel: Any, shape: _Shape) -> _Layer:
         inner = shape.in_n // 2
         aligned = rows_are_aligned(inner, (0, shape.in_n))
         shared_matrix = shape.expert_matrices == 0
-        chunks = MATRIX_CHUNKS + FEEDBACK_CHUNKS * shape.feedback
+        chunks = chunks_of_block(shape.feedback)
         numbers = (
             choices, inner, out_stride, shape.in_n, shape.in_n, SMALL_TILE,
             0 if shape.expert_matrices <= 1 else chunks, BLOCK**-0.5 if shared_matrix else 1.0,
@@ -383,7 +382,7 @@ def _compute(
             index, sm, sm_count, len(x), ids.shape[1], experts, experts if expert_map is None else len(expert_map),
             entering.n, entering.k // BLOCK, entering.blocks_per_group, leaving.n, leaving.k // BLOCK,
             leaving.blocks_per_group, 2 if ids.dtype == torch.int64 else 1, x.dtype, format, own_quantizers, matrices,
-            has_feedback(leaving.matrix), leaving.clip,
+            feedback_of_matrix(leaving.matrix), leaving.clip,
         )
     )  # fmt: skip
     stream = current_cuda_stream(index)

@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...format.number_format import BLOCK, FEEDBACK_ROWS, FEEDBACK_STEPS
+from ...format.number_format import BLOCK, CLIP_ROWS, FEEDBACK_ROWS, FEEDBACK_STEPS
 from ..index import index_function
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ DENSE_INPUTS = INPUTS[:3]  # what the kernels with a dense matrix read; a sum is
 FORMS = ("narrow", "resident", "long")  # APEX4_FORM, likewise
 WHOLE_FORMS = ("", "resident", "long", "cluster", "stream", "few")  # APEX4_FORM of quantize_whole_rows.cu
 PASSES = ("", "measure", "codes")  # APEX4_PASS, likewise
+FEEDBACKS = ("", "feedback", "feedback16")  # APEX4_FEEDBACK, likewise: without, with it, and with sixteen levels
 DTYPES = ("float16", "bfloat16")  # APEX4_BF16, likewise
 TOKEN_FORMAT = "s8"  # that of eight bits, one scale a token
 GROUPED_FORMATS = {80: "sm80", 86: "sm80", 89: "sm80", 90: "sm90"}  # that of four bits, by architecture
@@ -75,6 +76,7 @@ DENSE_SM90_TOKEN_ROWS = {"plain": 2 * 128, "silu_mul": 2 * 128, "rms_norm": 2 * 
 DENSE_SM90_TILE_ROWS = 64  # of a warpgroup
 MATRIX_CHUNKS = BLOCK * BLOCK // 8  # 16-byte units of a prepacked matrix
 FEEDBACK_CHUNKS = FEEDBACK_ROWS * BLOCK // 8  # of the error feedback behind it
+CLIP_CHUNKS = CLIP_ROWS * BLOCK // 8  # and of the clip ratio behind that
 PRODUCT_START = 4_600_000  # picoseconds that quantize_dense_sm90.cu takes longer to start than quantize_rows.cu
 BOARD_HEAD_BYTES, BOARD_POST_BYTES = 16, 8  # `Board` of quantize_dense_sm90.cu
 
@@ -142,14 +144,14 @@ def whole_rows_config(form: str, input: str, hadamard: bool, dtype: str) -> Quan
 
 @cache
 def dense_config(
-    few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False, feedback: bool = False
+    few_rows: int, input: str, dtype: str, format: str, sm_90: bool = False, feedback: str = ""
 ) -> QuantizeConfig:
     """`few_rows`: APEX4_FEW_ROWS. Of s8 the kernel that makes codes; `sm_90`: of the GPU, which of s8 decides, as the format sm90 says itself.
-    `feedback`: to four bits, with error feedback, which quantize_dense.cu alone has."""
+    `feedback`, one of FEEDBACKS: to four bits, with error feedback, which quantize_dense.cu alone has."""
     if feedback:
         plain = dense_config(few_rows or 1, input, dtype, format)
-        name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_feedback_{input}_{dtype}_{format}"
-        of_feedback = (("APEX4_FEW_ROWS", few_rows), *plain.macros[1:], ("APEX4_FEEDBACK", 1))
+        name = f"quantize_dense_{('many', 'few', 'fewest')[few_rows]}_{feedback}_{input}_{dtype}_{format}"
+        of_feedback = (("APEX4_FEW_ROWS", few_rows), *plain.macros[1:], ("APEX4_FEEDBACK", FEEDBACKS.index(feedback)))
         return QuantizeConfig(name, plain.source, plain.entry, of_feedback)
     wgmma = format == "sm90" or (sm_90 and format == TOKEN_FORMAT)
     kind = "many_wgmma" if wgmma and not few_rows and format == TOKEN_FORMAT else ("many", "few", "fewest")[few_rows]
@@ -218,7 +220,8 @@ def _configs(format: str, dtypes: tuple[str, ...]) -> Iterator[QuantizeConfig]:
                 continue
             for few_rows in (0, 1, 2) if input == "rms_norm" and format == "sm90" else (0, 1):
                 yield dense_config(few_rows, input, dtype, format)
-                yield dense_config(few_rows, input, dtype, format, feedback=True)
+                for feedback in FEEDBACKS[1:]:
+                    yield dense_config(few_rows, input, dtype, format, feedback=feedback)
 
 
 def token_adds(sm: int) -> bool:
@@ -345,7 +348,7 @@ def choose_dense(
     format: str = "sm80",
     sm_count: int = 132,
     sm_90: bool = False,
-    feedback: bool = False,
+    feedback: str = "",
 ) -> QuantizePlan:
     """The launch of quantize_dense.cu for m rows of k_blocks blocks. Unaligned rows: only the kernel for few rows reads them.
 
@@ -403,7 +406,7 @@ def choose_dense(
     return QuantizePlan(config, grid, DENSE_SM90[input][0], shared, rows_per_cta=rows, needs_board=together)
 
 
-def dense_adds(m: int, k_blocks: int, *, aligned: bool, format: str, sm_count: int, feedback: bool = False) -> bool:
+def dense_adds(m: int, k_blocks: int, *, aligned: bool, format: str, sm_count: int, feedback: str = "") -> bool:
     """Whether a dense transform of RMSNorm(x + residual) has row_rms.cu in front, which adds: not many rows on Hopper, of 4 bits,
     unless there is feedback."""
     if feedback:
@@ -489,16 +492,19 @@ def feedback_order() -> NDArray[np.int64]:
 
 
 def prepack_matrix(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """T [KB, 128, 128] or T with feedback [KB, 184, 128], as the checkpoint has it -> [KB, 16384] or [KB, 23552] as
-    quantize_dense.cu reads it, of `dtype` (that of x)."""
+    """T [KB, 128, 128], T with feedback [KB, 184, 128] or with clip ratios too [KB, 185, 128], as the checkpoint has it ->
+    [KB, 16384], [KB, 23552] or [KB, 23680] as quantize_dense.cu reads it, of `dtype` (that of x)."""
     import torch
 
-    from ...format.feedback import feedback_of, transform_of
+    from ...format.feedback import block_clips_of, clip_row, feedback_of, transform_of
 
     packed = _ordered(transform_of(matrix), fragment_order())
     feedback = feedback_of(matrix)
     if feedback is not None:
         packed = torch.cat((packed, prepack_feedback(feedback)), 1)
+    clips = block_clips_of(matrix)
+    if clips is not None:
+        packed = torch.cat((packed, clip_row(clips).flatten(1)), 1)
     return packed.to(dtype or matrix.dtype).contiguous()
 
 

@@ -15,7 +15,9 @@ from ...format.number_format import BLOCK, CODE_MAX, round_up
 from ..runtime import launcher
 from ..runtime.launcher import Kernel, Launch
 from .configs import (
+    CLIP_CHUNKS,
     FEEDBACK_CHUNKS,
+    FEEDBACKS,
     MATRIX_CHUNKS,
     TOKEN_FORMAT,
     QuantizePlan,
@@ -92,6 +94,11 @@ class Quantizer:
         self.launch(stream, codes, scales, x, second, given, matrix, block_absmax)
 
 
+def chunks_of_block(feedback: str) -> int:
+    """16-byte units of a block's prepacked matrix and what is behind it; `feedback`: one of FEEDBACKS."""
+    return MATRIX_CHUNKS + FEEDBACK_CHUNKS * bool(feedback) + CLIP_CHUNKS * (feedback == "feedback16")
+
+
 class QuantizerShape(NamedTuple):
     """All that a quantizer depends on but pointers. `aligned`: see `rows_are_aligned`; the rest: `run_quantize`.
 
@@ -139,10 +146,11 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     m, k, k_blocks, m_stride, ldx, ld_second = shape[1:7]
     input, dtype, format, sm_count = shape.input, shape.dtype, shape.format, shape.sm_count
     scale_factor, eps, aligned = _float(shape.clip / CODE_MAX), _float(shape.eps), _int(shape.aligned)
-    if shape.transform not in ("none", "hadamard", "dense", "feedback"):
-        raise ValueError(f"transform {shape.transform!r} is not none, hadamard, dense or feedback")
-    feedback = shape.transform == "feedback"
-    dense = feedback or shape.transform == "dense"
+    known = "none", "hadamard", "dense", *FEEDBACKS[1:]
+    if shape.transform not in known:
+        raise ValueError(f"transform {shape.transform!r} is none of {', '.join(known)}")
+    feedback = shape.transform if shape.transform in FEEDBACKS[1:] else ""
+    dense = bool(feedback) or shape.transform == "dense"
     adds = input == "add_rms_norm"
     if format == TOKEN_FORMAT and not dense:
         plan = choose_whole_rows(
@@ -167,6 +175,8 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     eight_bit = format == TOKEN_FORMAT
     if feedback and (eight_bit or (shape.matrix_is_shared and k_blocks > 1)):
         raise ValueError("error feedback is for 4-bit activations, and each block has its own")
+    if feedback == "feedback16" and shape.clip != 1:
+        raise ValueError("with sixteen levels each block has its own clip ratio, behind its feedback")
     plan = choose_dense(
         m, k_blocks,
         input=input, aligned=shape.aligned, dtype=dtype, format=format, sm_count=sm_count, sm_90=shape.sm_90,
@@ -179,7 +189,7 @@ def _quantizer(kernel: Callable[..., Kernel], shape: QuantizerShape) -> Quantize
     if adds:  # what follows reads the sum
         ldx, ld_second = k, 0
     statistics_bytes = 4 * round_up(m, VECTOR_BYTES) if plan.needs_statistics else 0
-    matrix_stride = 0 if shape.matrix_is_shared else MATRIX_CHUNKS + FEEDBACK_CHUNKS * feedback
+    matrix_stride = 0 if shape.matrix_is_shared else chunks_of_block(feedback)
     numbers = (
         *map(_int, (m, k, m_stride, ldx, ld_second, plan.rows_per_cta, matrix_stride)),
         _float(shape.matrix_factor), scale_factor, eps, _int(shape.gain_offset), aligned,
@@ -219,7 +229,7 @@ def run_quantize(
 ) -> None:
     """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
 
-    transform: "none", "hadamard", or "dense", which needs the prepacked `matrix` (one for all blocks, times
+    transform: "none", "hadamard", or "dense", likewise "feedback" and "feedback16", which needs the prepacked `matrix` (one for all blocks, times
     `matrix_factor`, if matrix_is_shared) and memory: `most_between_bytes(m, k_blocks)` at `between`, for this call alone, and, with
     input "rms_norm", `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
     input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half;

@@ -16,11 +16,12 @@ def rounding_config(entry: str, float32: bool) -> Configuration:
     return Configuration(f"{entry}{_suffix(float32)}", source, f"apex4_{entry}", defines)
 
 
-def feedback_config(float32: bool) -> Configuration:
-    name = f"round_activation_feedback{_suffix(float32)}"
+def feedback_config(float32: bool, sixteen: bool) -> Configuration:
+    """`sixteen`: levels of activations, and a clip ratio for every block."""
+    name = f"round_activation_feedback{'16' * sixteen}{_suffix(float32)}"
     # Of the quantizers' headers it takes the rounding alone: the input and the format of codes are any that they have.
     defines: dict[str, int | str] = {
-        "APEX4_FLOAT32": int(float32), "APEX4_BF16": 0, "APEX4_INPUT": 0, "APEX4_FORMAT": 80,
+        "APEX4_FLOAT32": int(float32), "APEX4_FEEDBACK": 1 + sixteen, "APEX4_BF16": 0, "APEX4_INPUT": 0, "APEX4_FORMAT": 80,
     }  # fmt: skip
     return Configuration(name, "training/round_feedback.cu", "apex4_round_activation_feedback", defines)
 
@@ -41,6 +42,6 @@ def all_configs(sm: int) -> list[Configuration]:
     entries = ("round_activation", "round_activation_back", "round_weight", "round_weight_back")
     return [
         *(rounding_config(entry, float32) for entry in entries for float32 in (False, True)),
-        *(feedback_config(float32) for float32 in (False, True)),
+        *(feedback_config(float32, sixteen) for float32 in (False, True) for sixteen in (False, True)),
         *(divergence_config(float32, whole) for float32 in (False, True) for whole in (True, False)),
     ]

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from ...format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX
+from ...format.number_format import ACTIVATION_SCALE_MIN, BLOCK, CODE_MAX, SIXTEENTH_CODE
 from .. import dispatch
 from ..runtime import launcher
 from .configs import (
@@ -44,17 +44,13 @@ def round_activation(y: torch.Tensor, log_clip: torch.Tensor, group: int, code_m
 
 def round_activation_with_feedback(y: torch.Tensor, log_clip: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
     """As `round_activation`, 4-bit codes in groups of 128; `feedback` float16 [K / 128, 7168] is prepacked G
-    (quantize/configs.py, prepack_feedback)."""
+    (quantize/configs.py, prepack_feedback). A log_clip [K / 128], of every block, is one of sixteen levels."""
     blocks = y.shape[-1] // BLOCK
     assert feedback.shape[0] == blocks and feedback.dtype is torch.float16
     out = torch.empty_like(y)
-    _launch(
-        _feedback(_is_float32(y.dtype), y.device.index or 0, _groups(y, BLOCK) // blocks, blocks),
-        out,
-        y,
-        feedback,
-        log_clip,
-    )
+    rows, device = _groups(y, BLOCK) // blocks, y.device.index or 0
+    launch = _feedback(_is_float32(y.dtype), log_clip.dim() == 1, device, rows, blocks)
+    _launch(launch, out, y, feedback, log_clip)
     return out
 
 
@@ -66,13 +62,16 @@ def round_activation_back(
     group: int,
     code_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of y, as y, and of log_clip, float32 []. `rounded` is what was made of y with feedback, if it was."""
+    """The gradients of y, as y, and of log_clip, float32 as that. `rounded` is what was made of y with feedback, if it was; with a
+    log_clip [K / 128] it was, to sixteen levels."""
+    blocks = log_clip.numel() if log_clip.dim() else 0
+    assert not blocks or (rounded is not None and group == BLOCK and y.shape[-1] == blocks * BLOCK)
     by_y = torch.empty_like(y)
     by_clip = torch.empty(_groups(y, group), dtype=torch.float32, device=y.device)
-    kinds = (*_COUNTS_OF_GROUPS, ctypes.c_float, ctypes.c_float)
-    numbers = (_groups(y, group), group, float(code_max), ACTIVATION_SCALE_MIN)
+    kinds = (*_COUNTS_OF_GROUPS, ctypes.c_float, ctypes.c_float, ctypes.c_int)
+    numbers = (_groups(y, group), group, float(code_max), ACTIVATION_SCALE_MIN, blocks)
     _round("round_activation_back", y.dtype, kinds, numbers, by_y, by_clip, y, log_clip, gradient, rounded)
-    return by_y, by_clip.sum()
+    return by_y, by_clip.view(-1, blocks).sum(0) if blocks else by_clip.sum()
 
 
 def round_weight(
@@ -137,14 +136,13 @@ def _rounding(
 
 
 @cache
-def _feedback(float32: bool, device: int, rows: int, blocks: int) -> launcher.Launch:
-    config = feedback_config(float32)
+def _feedback(float32: bool, sixteen: bool, device: int, rows: int, blocks: int) -> launcher.Launch:
+    config = feedback_config(float32, sixteen)
     kernel = launcher.kernel(config.source, config.entry, config.defines, device)
     grid = blocks, -(-rows // (FEEDBACK_TILE_ROWS * FEEDBACK_WARPS)), 1
-    kinds: Kinds = (ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_float)
-    return kernel.bind(
-        grid, 32 * FEEDBACK_WARPS, 4, _typed(kinds, (rows, blocks, float(CODE_MAX), ACTIVATION_SCALE_MIN))
-    )
+    kinds: Kinds = (ctypes.c_int64, ctypes.c_int, ctypes.c_float)
+    most = float(-SIXTEENTH_CODE if sixteen else CODE_MAX)
+    return kernel.bind(grid, 32 * FEEDBACK_WARPS, 4, _typed(kinds, (rows, blocks, most)))
 
 
 @cache

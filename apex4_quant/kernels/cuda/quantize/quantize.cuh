@@ -177,11 +177,11 @@ __device__ __forceinline__ void pack_octet(unsigned* words, const unsigned* code
 #if APEX4_FORMAT == 80
   words[0] = nibbles ^ 0x88888888u;  // from code + 8 to two's complement
 #else
-  // From code + 8 to sign and magnitude: the low three bits of a negative code are inverted and one is added.
+  // From code + 8 to sign and magnitude: the low three bits of a negative code are inverted and one is added, which may make 8.
   const unsigned negative = ~nibbles & 0x88888888u, one = negative >> 3;
-  const unsigned sign_magnitude = ((nibbles ^ one * 7u) & 0x77777777u) + one + negative;
-  words[0] = (sign_magnitude & 0x07070707u) | (sign_magnitude << 4 & 0x80808080u);
-  words[1] = (sign_magnitude >> 4 & 0x07070707u) | (sign_magnitude & 0x80808080u);
+  const unsigned magnitude = ((nibbles ^ one * 7u) & 0x77777777u) + one;
+  words[0] = (magnitude & 0x0f0f0f0fu) | (negative << 4 & 0x80808080u);
+  words[1] = (magnitude >> 4 & 0x0f0f0f0fu) | (negative & 0x80808080u);
 #endif
 }
 

@@ -45,6 +45,10 @@
 // With the macro APEX4_FEEDBACK, to four bits, errors are made up for by columns that are rounded later (quantize_feedback.cuh):
 //   matrix   T [KB][16384 + 7168]: behind the matrix of every block its feedback, in fragment order; none is shared
 //   matrix_stride  2944
+// If it is 2 there are sixteen levels, and behind the feedback of every block 256 bytes, of which its clip ratio are the first two:
+//   matrix   T [KB][16384 + 7168 + 128]
+//   matrix_stride  2960
+//   clip_over_7, clip_factors   not read
 // With many rows G is in shared memory behind the matrix; with few rows every warp reads what goes to its own columns into registers,
 // and warps round one after the other, the last columns first.
 //
@@ -289,7 +293,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
     const uint4* matrix, APEX4_TOKEN_OPERAND APEX4_EXPERT_POINTERS int m, int k, int m_stride, int ldx, int ld_second,
     int rows_per_cta, int matrix_stride, float matrix_factor, float clip_over_7, float eps, int gain_offset,
     int aligned APEX4_EXPERT_NUMBERS) {
-  __shared__ float warp_absmax[WARPS][ROWS];
+  __shared__ Magnitude warp_largest[WARPS][ROWS];
   let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
 #if APEX4_EXPERTS
@@ -299,7 +303,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
   const int first = own.y;
   m = own.y + own.z;
   matrix += static_cast<long long>(own.x) * expert_stride;
-#if APEX4_FORMAT != 8
+#if APEX4_FORMAT != 8 && APEX4_FEEDBACK != 2
   if (clip_factors != nullptr) clip_over_7 = clip_factors[own.x];
 #endif
 #else
@@ -316,6 +320,9 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 #if APEX4_FEEDBACK
   OwnFeedback feedback;
   if (APEX4_FEW_ROWS == 1 || warp < WARPS) feedback.load(fragments + MATRIX_CHUNKS, warp, lane);
+#if APEX4_FEEDBACK == 2
+  clip_over_7 = block_clip_over_8(fragments + MATRIX_CHUNKS + FEEDBACK_CHUNKS);
+#endif
 #endif
 #if APEX4_INPUT == APEX4_RMS_NORM
   if (BLOCK * block + 64 * warp < k && warp < 2 && lane == 0) prefetch(second + BLOCK * block + 64 * warp);  // nor is the gain
@@ -328,7 +335,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 #endif
 #endif
 #if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
-  find_scales(warp_absmax[0], scales, block_absmax, gridDim.x, m_stride, first, m, block == 0);
+  find_scales(warp_largest[0], scales, block_absmax, gridDim.x, m_stride, first, m, block == 0);
   named_barrier<1, 32 * WARPS>();
 #endif
   const Input input{x, second, inverse_rms, m, k, ldx, ld_second, BLOCK * block, gain_offset != 0, aligned != 0};
@@ -344,26 +351,26 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
       multiply(y[t], words[0] + PIECE_WORDS * pair, words[1] + PIECE_WORDS * pair, 1, b[pair][t].z, b[pair][t].w);
     }
 #if APEX4_FORMAT == 8 && APEX4_PASS == APEX4_CODES
-  token_codes(codes + static_cast<long long>(block) * m_stride * ROW_BYTES, y, warp_absmax[0], first, m, matrix_factor, lane, warp);
+  token_codes(codes + static_cast<long long>(block) * m_stride * ROW_BYTES, y, warp_largest[0], first, m, matrix_factor, lane, warp);
 #else
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
-    float absmax = 0.0f;
+    Magnitude largest = 0;
 #pragma unroll
     for (int t = 0; t < WARP_TILES; ++t)
-      absmax = max_nan(absmax, max_nan(fabsf(y[t][2 * half]), fabsf(y[t][2 * half + 1])));
-    absmax = max_of_quad(absmax);
-    if ((lane & 3) == 0) warp_absmax[warp][accumulator_row(lane, half)] = absmax;
+      largest = larger(largest, larger(magnitude_of(y[t][2 * half]), magnitude_of(y[t][2 * half + 1])));
+    largest = max_of_quad(largest);
+    if ((lane & 3) == 0) warp_largest[warp][accumulator_row(lane, half)] = largest;
   }
   named_barrier<1, 32 * WARPS>();
 #if APEX4_FEEDBACK
   float scales_of_halves[HALVES];
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
-    float absmax = 0.0f;
+    Magnitude largest = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][accumulator_row(lane, half)]);
-    scales_of_halves[half] = scale_of(absmax * matrix_factor, clip_over_7);
+    for (int i = 0; i < WARPS; ++i) largest = larger(largest, warp_largest[i][accumulator_row(lane, half)]);
+    scales_of_halves[half] = scale_of(largest, matrix_factor, clip_over_7);
     const float in_units = matrix_factor * reciprocal_of(scales_of_halves[half]);
 #pragma unroll
     for (int t = 0; t < WARP_TILES; ++t)
@@ -383,7 +390,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 #else
     float absmax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_absmax[i][in_tile]);
+    for (int i = 0; i < WARPS; ++i) absmax = max_nan(absmax, warp_largest[i][in_tile]);
 #endif
 #if APEX4_FORMAT == 8
     if (warp == 0 && (lane & 3) == 0) scales[static_cast<long long>(block) * m_stride + row] = absmax * matrix_factor;
@@ -414,7 +421,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 constexpr int M_TILES = 2, WARP_ROWS = 16 * M_TILES, CTA_ROWS = WARP_ROWS * WARPS;
 
 #if APEX4_FEEDBACK
-constexpr int COPIED_CHUNKS = MATRIX_CHUNKS + FEEDBACK_CHUNKS;
+constexpr int COPIED_CHUNKS = MATRIX_CHUNKS + FEEDBACK_CHUNKS, CLIP_CHUNKS = APEX4_FEEDBACK == 2;
 
 // Sums of M_TILES * 16 rows -> their scales, and the codes of their blocks.
 __device__ __forceinline__ void quantize_rows(
@@ -424,11 +431,11 @@ __device__ __forceinline__ void quantize_rows(
   for (int i = 0; i < M_TILES * HALVES; ++i) {
     float(&tiles)[TILES][4] = v[i / HALVES];
     const int half = i % HALVES, row = first + accumulator_row(lane, i);
-    float absmax = 0.0f;
+    Magnitude largest = 0;
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
-      absmax = max_nan(absmax, max_nan(fabsf(tiles[t][2 * half]), fabsf(tiles[t][2 * half + 1])));
-    const float scale = scale_of(max_of_quad(absmax) * matrix_factor, clip_over_7);
+      largest = larger(largest, larger(magnitude_of(tiles[t][2 * half]), magnitude_of(tiles[t][2 * half + 1])));
+    const float scale = scale_of(max_of_quad(largest), matrix_factor, clip_over_7);
     if (row < m && (lane & 3) == 0) block_scales[row] = scale;
     const float in_units = matrix_factor * reciprocal_of(scale);
 #pragma unroll
@@ -472,7 +479,7 @@ __device__ __forceinline__ void quantize_rows(
   }
 }
 #else
-constexpr int COPIED_CHUNKS = MATRIX_CHUNKS;
+constexpr int COPIED_CHUNKS = MATRIX_CHUNKS, CLIP_CHUNKS = 0;
 #endif
 
 __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
@@ -481,13 +488,14 @@ __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
     const int at = threadIdx.x + i * THREADS;
     copy_async(shared + at, from + at);
   }
+  if (CLIP_CHUNKS && threadIdx.x == 0) copy_async(shared + COPIED_CHUNKS, from + COPIED_CHUNKS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
     const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
     float matrix_factor, float clip_over_7, float, int gain_offset, int) {
-  __shared__ uint4 fragments[COPIED_CHUNKS];
+  __shared__ uint4 fragments[COPIED_CHUNKS + CLIP_CHUNKS];
   let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
   // The matrix is no output of the kernel before: no need to wait for that one.
@@ -524,6 +532,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
       }
     const int next = first + CTA_ROWS;
     if (next < end) input.load(words, next, lane);
+#if APEX4_FEEDBACK == 2
+    clip_over_7 = block_clip_over_8(fragments + COPIED_CHUNKS);  // read anew: there is no register to keep it in
+#endif
 #if APEX4_FEEDBACK
     quantize_rows(slab, block_scales, y, fragments + MATRIX_CHUNKS, first, m, matrix_factor, clip_over_7, lane);
 #else

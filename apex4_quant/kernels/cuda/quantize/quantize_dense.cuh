@@ -24,10 +24,24 @@ __device__ __forceinline__ void multiply(
   multiply_16x8x16(d, lower[word0], upper[word0], lower[word1], upper[word1], b0, b1);
 }
 
+// What a scale is made of: the largest magnitude, or where scales have a sign the value that has it. Its bits, with the sign at the
+// bottom, are in the order of magnitudes, and of two magnitudes that are equal the negative value's are larger; NaN's are largest.
+#if APEX4_FEEDBACK == 2
+typedef unsigned Magnitude;
+__device__ __forceinline__ Magnitude magnitude_of(float value) {
+  return __funnelshift_l(__float_as_uint(value), __float_as_uint(value), 1);
+}
+__device__ __forceinline__ Magnitude larger(Magnitude a, Magnitude b) { return max(a, b); }
+#else
+typedef float Magnitude;
+__device__ __forceinline__ Magnitude magnitude_of(float value) { return fabsf(value); }
+__device__ __forceinline__ Magnitude larger(Magnitude a, Magnitude b) { return max_nan(a, b); }
+#endif
+
 // The larger of the four lanes that share a row.
-__device__ __forceinline__ float max_of_quad(float value) {
-  value = max_nan(value, __shfl_xor_sync(FULL_WARP, value, 1));
-  return max_nan(value, __shfl_xor_sync(FULL_WARP, value, 2));
+__device__ __forceinline__ Magnitude max_of_quad(Magnitude value) {
+  value = larger(value, __shfl_xor_sync(FULL_WARP, value, 1));
+  return larger(value, __shfl_xor_sync(FULL_WARP, value, 2));
 }
 
 #if APEX4_FORMAT != 80

@@ -6,12 +6,32 @@
 // mma.m16n8k16 as they lie: rows r and r + 8 of tile 2 j are its first two registers, of tile 2 j + 1 the others.
 //
 // G lies behind the matrix in fragment order (index.cuh, feedback_fragment_byte): 28 chunks of 512 bytes.
+//
+// Macro APEX4_FEEDBACK: 1: codes are -7 ... 7; 2: -8 ... 7, scales have a sign, and behind G stands the block's clip ratio, a T.
 #pragma once
 
 #include "quantize/quantize_dense.cuh"
 
 constexpr int FEEDBACK_STEPS = TILES / 2;
 constexpr int FEEDBACK_CHUNKS = FEEDBACK_STEPS * (FEEDBACK_STEPS - 1) / 2 * 32;  // 16 bytes each
+constexpr float LOWEST_CODE = APEX4_FEEDBACK == 2 ? -8.0f : -7.0f;
+
+#if APEX4_FEEDBACK == 2
+// What the largest magnitude is multiplied by; `chunk`: behind G.
+__device__ __forceinline__ float block_clip_over_8(const uint4* chunk) {
+  return 0.125f * low_of(*reinterpret_cast<const unsigned*>(chunk));
+}
+
+// Of magnitude factor * value, and of the other sign.
+__device__ __forceinline__ float scale_of(Magnitude largest, float factor, float clip_over_8) {
+  const float magnitude = scale_of(__uint_as_float(largest >> 1) * factor, clip_over_8);
+  return __uint_as_float(__float_as_uint(magnitude) | ~largest << 31);
+}
+#else
+__device__ __forceinline__ float scale_of(Magnitude largest, float factor, float clip_over_7) {
+  return scale_of(largest * factor, clip_over_7);
+}
+#endif
 
 // The errors of one step, of sixteen rows.
 struct StepErrors {
@@ -36,7 +56,7 @@ __device__ __forceinline__ StepErrors round_step(float (&low)[4], float (&high)[
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& value = v[2 * half + e];
-        const float code = fminf(fmaxf(value, -7.0f), 7.0f) + ROUND_BIASED;
+        const float code = fminf(fmaxf(value, LOWEST_CODE), 7.0f) + ROUND_BIASED;
         error[e] = (code - ROUND_BIASED) - value;
         value = code;
       }

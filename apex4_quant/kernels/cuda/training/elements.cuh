@@ -57,7 +57,8 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
-// Half to even, and within +-code_max.
-__device__ __forceinline__ float code_of(float ratio, float code_max) {
-  return fminf(fmaxf(rintf(ratio), -code_max), code_max);
+// Half to even, and from `lowest` to `highest`.
+__device__ __forceinline__ float code_of(float ratio, float lowest, float highest) {
+  return fminf(fmaxf(rintf(ratio), lowest), highest);
 }
+__device__ __forceinline__ float code_of(float ratio, float code_max) { return code_of(ratio, -code_max, code_max); }

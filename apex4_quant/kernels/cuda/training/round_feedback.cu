@@ -1,13 +1,14 @@
 // The activation quantizer with error feedback, as distillation/trained_linear.py has it: codes times scales of transformed rows.
 // What quantize_dense.cu computes behind its product, in float32 (quantize_feedback.cuh); the way back is round_activation.cu's.
 //
-// A warp has a block of 16 rows. s = max(absmax * exp(log_clip) / code_max, scale_min); the units y / s are rounded in steps.
+// A warp has a block of 16 rows. s = max(absmax * exp(log_clip) / code_max, 2^-100), and with sixteen levels it has the sign that
+// makes the value of largest magnitude negative; the units y / s are rounded in steps.
 //
 // Operands:  out, y Element [rows, k_blocks, 128], aligned to four elements; feedback float16 [k_blocks][7168], G in fragment order
-//            (quantize/configs.py, prepack_feedback), aligned to 16 bytes; log_clip float32, one; rows, k_blocks, code_max (7: what
-//            round_step rounds to), scale_min
+//            (quantize/configs.py, prepack_feedback), aligned to 16 bytes; log_clip float32, one, with sixteen levels [k_blocks]; rows,
+//            k_blocks, code_max (what the largest magnitude stands for)
 // Grid: (k_blocks, ceil(rows / (16 WARPS))), 32 WARPS threads.
-// Macros: APEX4_FLOAT32 (elements.cuh); APEX4_BF16 0: errors and G are float16, whatever Element is.
+// Macros: APEX4_FLOAT32 (elements.cuh); APEX4_FEEDBACK (quantize_feedback.cuh), 2 for sixteen levels; APEX4_BF16 0: errors and G are float16, whatever Element is.
 #include "quantize/quantize_feedback.cuh"
 #include "training/elements.cuh"
 
@@ -18,17 +19,18 @@ __device__ __forceinline__ int first_column(int step, int lane) { return dense_o
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     apex4_round_activation_feedback(Element* out, const Element* y, const uint4* feedback, const float* log_clip, int64 rows,
-                                    int k_blocks, float code_max, float scale_min) {
+                                    int k_blocks, float code_max) {
   const int lane = threadIdx.x & 31, block = blockIdx.x;
   const int64 first = (static_cast<int64>(blockIdx.y) * WARPS + (threadIdx.x >> 5)) * TILE_ROWS;
   if (first >= rows) return;  // a whole warp
   feedback += static_cast<int64>(block) * FEEDBACK_CHUNKS;
   float v[TILES][4], scales[HALVES];
+  const float clip_over_most = expf(log_clip[APEX4_FEEDBACK == 2 ? block : 0]) / code_max;
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
     const int64 row = first + accumulator_row(lane, half);
     const Element* const from = y + (row * k_blocks + block) * BLOCK;
-    float absmax = 0.0f;
+    Magnitude largest = 0;
 #pragma unroll
     for (int step = 0; step < FEEDBACK_STEPS; ++step) {
       float x[WIDTH] = {};
@@ -36,10 +38,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
         v[2 * step + i / 2][2 * half + i % 2] = x[i];
-        absmax = fmaxf(absmax, fabsf(x[i]));
+        largest = larger(largest, magnitude_of(x[i]));
       }
     }
-    scales[half] = fmaxf(max_of_quad(absmax) * (expf(*log_clip) / code_max), scale_min);
+    scales[half] = scale_of(max_of_quad(largest), 1.0f, clip_over_most);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
