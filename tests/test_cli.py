@@ -180,7 +180,7 @@ def test_dry_run(invoke: Call, tiny_model: Call, calib: Path, tmp_path: Path) ->
         "name": "model.layers.0.self_attn.k_proj",
         "shape": [64, 128],
         "group_size": 128,
-        "transform": "feedback128",
+        "transform": "feedback128x16",
         "bytes": 64 * 64 + 2 * 64,
     }
     reasons = {entry["name"]: entry["reason"] for entry in plan["kept"]}
@@ -299,7 +299,7 @@ def test_inspect_and_check(invoke: Call, demo_checkpoint: Path) -> None:
     assert result["ok"] is True and result["path"] == str(demo_checkpoint)
     assert [done["check"] for done in result["checks"]][:3] == ["index and shards", "coverage", "checksums"]
     assert result["checks"][2]["found"] == "all files as recorded"
-    assert result["checks"][3]["found"] == "W4A4, transform feedback128 and all activation clips as in the report"
+    assert result["checks"][3]["found"] == "W4A4, transform feedback128x16 and all activation clips as in the report"
     lines = invoke("check", demo_checkpoint).stdout.splitlines()
     assert len(lines) == len(result["checks"]) + 1 and lines[-1] == f"{demo_checkpoint} is whole"
 

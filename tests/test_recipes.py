@@ -31,7 +31,7 @@ def test_the_named_recipes() -> None:
     assert (rtn.transform, rtn.rounding, rtn.search_clip, rtn.activation_clip) == ("hadamard128", "nearest", False, 1.0)
     quarot = named_recipes()["quarot-128g"]
     assert (quarot.rotation, quarot.activation_clip, quarot.rounding, quarot.diagonal) == (True, 0.9, "gptq", 0.0)
-    assert named_recipes()["apex4"].transform == "feedback128"
+    assert named_recipes()["apex4"].transform == "feedback128x16"
     assert named_recipes()["apex4-hadamard"].diagonal == named_recipes()["apex4-shared"].diagonal == 0.25
     assert named_recipes()["apex4-shared"].transform == "shared128"
     assert [name for name, recipe in named_recipes().items() if recipe.gptaq] == ["apex4-gptaq"]
@@ -40,7 +40,7 @@ def test_the_named_recipes() -> None:
         "apex4-gptaq",
     ]
     fast = named_recipes()["apex4-fast"]
-    assert (fast.transform, fast.rounding, fast.search_clip, fast.refinement) == ("feedback128", "gptq", True, 0)
+    assert (fast.transform, fast.rounding, fast.search_clip, fast.refinement) == ("feedback128x16", "gptq", True, 0)
     assert all(recipe.summary for recipe in named_recipes().values())
 
 

@@ -127,18 +127,18 @@ WEIGHT_TILE_BYTES = KERNEL_TILE_N * BLOCK // 2  # of 64 output features of one b
 # Rows of a block's matrix as it is stored, by what lies behind it: FEEDBACKS of quantize/configs.py.
 _ROWS = {"": BLOCK, "feedback": BLOCK + FEEDBACK_ROWS, "feedback16": BLOCK + FEEDBACK_ROWS + CLIP_ROWS}
 MATRIX_ROWS = tuple(_ROWS.values())
-_FEEDBACK_OF_ROWS = {rows: feedback for feedback, rows in _ROWS.items()}
 
 
 def feedback_of_matrix(matrix: torch.Tensor | None) -> str:
-    """"feedback" where error feedback lies behind the matrix of every block, "feedback16" where a clip ratio does too, else "".
+    """ "feedback" where error feedback lies behind the matrix of every block, "feedback16" where a clip ratio does too, else "".
 
     Prepacked matrices are [..., 128 rows], stored ones [..., rows, 128].
     """
-    if matrix is None:
+    if matrix is None or matrix.dim() < 2:
         return ""
     width = matrix.shape[-1]
-    return _FEEDBACK_OF_ROWS.get(matrix.shape[-2] if width == BLOCK else width // BLOCK, "")
+    rows = matrix.shape[-2] if width == BLOCK else width // BLOCK
+    return next((feedback for feedback, its in _ROWS.items() if feedback and rows == its), "")
 
 
 def _refuse(operator: str, argument: str, got: object, needed: str) -> NoReturn:

@@ -9,7 +9,8 @@ For M tokens, N outputs, K inputs (padded) in G groups:
     8-bit activations: M K + 4 M for M K / 2 + 4 M G, here and below, and the account of the 8-bit main loop
     quantization   = (2 M K + M K / 2 + 4 M G) / bandwidth  of the activations, once per input; a learned transform adds
                      2 R K bytes of matrices, and its 2 R M K operations at the 16-bit rate overlap with the memory: R
-                     is 128, and with error feedback 128 + 56, which is as many rows and as many products
+                     is 128, and with error feedback 128 + 56, which is as many rows and as many products; a row of
+                     clip ratios is read, and not multiplied
 
 `dequantization_load` is lambda = c rho / g: CUDA-core time over tensor-core time of one GEMM. c counts the FP32
 instruction slots per accumulator and group, rho is the GPU's INT4 rate over its FP32 rate, g the group size. A mainloop
@@ -25,7 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..format.number_format import BLOCK, CHANNEL, GroupSize, group_count, group_length, padded_in_features
+from ..format.number_format import (
+    BLOCK,
+    CHANNEL,
+    CLIP_ROWS,
+    GroupSize,
+    group_count,
+    group_length,
+    padded_in_features,
+)
 from ..format.transform_kind import TransformKind
 from ..hardware.gpus import GPUS, Gpu, resolve_target
 from . import issue_model
@@ -134,7 +143,8 @@ def activation_seconds(
     if not transform.is_learned:
         return _memory_seconds(gpu, moved)
     matrices = 2 * transform.matrix_count(padded // BLOCK) * transform.matrix_rows * BLOCK
-    products = 2 * m * padded * transform.matrix_rows / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
+    multiplied = transform.matrix_rows - CLIP_ROWS * transform.has_block_clips
+    products = 2 * m * padded * multiplied / (gpu.fp16_tflops * 1e12 * FP16_SHARE)
     return max(_memory_seconds(gpu, moved + matrices), products)
 
 

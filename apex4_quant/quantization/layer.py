@@ -527,7 +527,9 @@ def decide_input(
         with step("error feedback"):
             matrix = torch.cat((matrix, error_feedback(amplifying(), format.padded_k, group)), 1)
             feedback = feedback_of(matrix.float())
-    clips = torch.full((format.padded_k // BLOCK,), recipe.activation_clip) if format.transform.has_block_clips else None
+    clips = (
+        torch.full((format.padded_k // BLOCK,), recipe.activation_clip) if format.transform.has_block_clips else None
+    )
     if recipe.search_clip and format.activation_bits == BITS:
         with step("clip search"):
             inputs = transform_input(stratified(collected.statistics.inputs(), CLIP_SEARCH_ROWS), format, matrix)

@@ -38,6 +38,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim3 { unsigned x = 0, y = 0, z = 0; };
+using std::max;
 using std::min;
 
 namespace cpu {
@@ -177,6 +178,9 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << (shift & 31)) >> 32);
+}
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   unsigned result = 0;

@@ -73,7 +73,7 @@ def test_the_predictions_come_nearer(pair: tuple[Path, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def pair_with_feedback(few_tokens: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_pair(tmp_path_factory.mktemp("distill"), "feedback128", 12)
+    return make_pair(tmp_path_factory.mktemp("distill"), "feedback128x16", 12)
 
 
 def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]) -> None:
@@ -172,7 +172,7 @@ class Stop:
         return self.left < 0
 
 
-@pytest.mark.parametrize("transform", ["hadamard128", "feedback128"])
+@pytest.mark.parametrize("transform", ["hadamard128", "feedback128", "feedback128x16"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     transform: str, few_tokens: None, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

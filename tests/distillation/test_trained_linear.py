@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apex4_quant.distillation.trained_linear import TrainedInput, TrainedLinear, _RoundActivation, _RoundWeight
-from apex4_quant.format.feedback import feedback_of, pack_feedback
+from apex4_quant.format.feedback import clip_row, feedback_of, pack_feedback
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
@@ -17,7 +17,7 @@ from apex4_quant.nn.linear import Apex4Linear
 from apex4_quant.rounding.nearest import quantize_weight_rtn
 from apex4_quant.transforms.learned_transform import round_to_halves
 
-KINDS = [TransformKind.NONE, TransformKind.HADAMARD, TransformKind.DENSE, TransformKind.SHARED, TransformKind.FEEDBACK]
+KINDS = list(TransformKind)
 
 
 def random_feedback(blocks: int, random: torch.Generator) -> torch.Tensor:
@@ -25,10 +25,14 @@ def random_feedback(blocks: int, random: torch.Generator) -> torch.Tensor:
     return pack_feedback(round_to_halves(0.1 * torch.randn(blocks, 128, 128, generator=random)))
 
 
+def clip_of(kind: TransformKind, bits: int) -> float:
+    return 0.9 if bits == 4 and not kind.has_block_clips else 1.0
+
+
 def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4) -> tuple[Apex4Linear, TrainedLinear]:
     """A linear of 24 rows as it is stored, and as it is learned."""
     format = LinearFormat(
-        24, in_features, group, get_layout("rowmajor"), kind, 0.9 if bits == 4 else 1.0, activation_bits=bits
+        24, in_features, group, get_layout("rowmajor"), kind, clip_of(kind, bits), activation_bits=bits
     )
     random = torch.Generator().manual_seed(in_features)
     weight = torch.randn(24, in_features, generator=random)
@@ -43,6 +47,9 @@ def made(kind: TransformKind, in_features: int, group: int = 128, bits: int = 4)
     if kind.has_feedback:
         assert matrix is not None
         matrix = torch.cat((matrix, random_feedback(len(matrix), random)), 1)
+    if kind.has_block_clips:
+        assert matrix is not None
+        matrix = torch.cat((matrix, clip_row(round_to_halves(1.05 - 0.1 * torch.arange(len(matrix))))), 1)
     stored = Apex4Linear.from_codes(format, codes, scales, bias, matrix)
     input = TrainedInput(format, stored.input_transform, torch.device("cpu"))
     return stored, TrainedLinear(format, input, codes, scales, weight, bias)
@@ -61,7 +68,7 @@ def test_it_computes_what_is_stored(kind: TransformKind, in_features: int, group
     codes, scales = trained.stored()
     matrix, clip = trained.input.stored()
     assert torch.equal(codes, stored.codes()) and torch.equal(scales, stored.scales())
-    assert clip == pytest.approx(0.9 if bits == 4 else 1.0) and trained.input.log_clip.requires_grad == (bits == 4)
+    assert clip == pytest.approx(clip_of(kind, bits)) and trained.input.log_clip.requires_grad == (bits == 4)
     assert stored.input_transform is None or torch.equal(
         matrix if matrix is not None else torch.empty(0), stored.input_transform
     )
@@ -118,6 +125,36 @@ def test_gradients_of_activations_with_feedback() -> None:
         return tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
 
     assert not torch.equal(codes, (y.unflatten(-1, (-1, 128)) / scale).round().clamp(-7, 7))
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_sixteen_levels() -> None:
+    """A scale is -c / 8 of its block's largest value, which autograd differentiates; codes are passed straight through."""
+    random = torch.Generator().manual_seed(2)
+    y, weights = torch.randn(6, 256, generator=random), torch.randn(6, 256, generator=random)
+    y[0, 5], y[0, 7], y[1, 130] = 6.0, -6.0, 5.0
+    log_clip = torch.tensor([-0.4, 0.1])  # the first clips
+    feedback = feedback_of(torch.cat((torch.zeros(2, 128, 128).half(), random_feedback(2, random)), 1))
+    assert feedback is not None
+
+    def gradients(ours: bool) -> tuple[torch.Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in (y, log_clip)]
+        grouped = leaves[0].unflatten(-1, (-1, 128))
+        place = (grouped.detach().abs() - 1e-6 * grouped.detach().sign()).argmax(-1, keepdim=True)  # the negative one
+        scale = -grouped.gather(-1, place) * leaves[1].exp()[:, None] / 8
+        codes = round_with_feedback((grouped / scale).detach(), feedback.float(), -8)
+        if ours:
+            rounded = _RoundActivation.apply(*leaves, 128, 7, feedback.float())  # type: ignore[no-untyped-call]
+            torch.testing.assert_close(rounded, (codes * scale).flatten(-2))
+            assert {-8, 7} <= set(codes.flatten().int().tolist())
+        else:
+            ratio = grouped / scale
+            inside = (ratio.detach() <= 7.5) & (ratio.detach() >= -8.5)
+            rounded = (torch.where(inside, ratio + (codes - ratio).detach(), codes) * scale).flatten(-2)
+        (rounded * weights).sum().backward()
+        return tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
+
     for found, wanted in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

@@ -35,7 +35,8 @@ def test_activations(case: Any, gpu: Any) -> None:
 
 
 def test_feedback(case: Any, gpu: Any) -> None:
-    training.check_feedback(*case, gpu.device, gpu.seed)
+    for sixteen in (False, True):
+        training.check_feedback(*case, gpu.device, gpu.seed, sixteen)
 
 
 def test_weights(case: Any, gpu: Any) -> None:

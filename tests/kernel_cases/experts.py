@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from apex4_quant.format.feedback import clip_row
 from apex4_quant.format.number_format import BLOCK, FEEDBACK_ROWS, round_up
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.experts import configs
 from apex4_quant.kernels.experts.configs import ExpertConfig, ExpertPlan
 from apex4_quant.kernels.gemm.s8_configs import S8Config
 from apex4_quant.kernels.operands import fold_scales, layout_of_format, pack_activations
-from apex4_quant.kernels.quantize.configs import prepack_matrix
+from apex4_quant.kernels.quantize.configs import FEEDBACKS, prepack_matrix
 from apex4_quant.kernels.runtime import launcher
 
 from . import s8
@@ -235,7 +236,8 @@ def layer(
     experts: int, hidden: int, inner: int, format: str, generator: torch.Generator, *, transform: str = "hadamard",
     dtype: torch.dtype = torch.bfloat16, clips: bool = False, kernels: bool = True,
 ) -> Layer:  # fmt: skip
-    """transform: "hadamard", "none", "dense" (a matrix for each block and expert), "feedback" (as well) or "shared" (one for each expert)."""
+    """transform: "hadamard", "none", "dense" (a matrix for each block and expert), "feedback" and "feedback16" (as well) or "shared" (one for each
+    expert)."""
     device, layout = generator.device, layout_of_format(format)
     in_k, out_k = round_up(hidden, BLOCK), round_up(inner, BLOCK)
 
@@ -246,9 +248,11 @@ def layer(
 
     def matrices(k: int) -> torch.Tensor:
         made = torch.randn(k // BLOCK, BLOCK, BLOCK, generator=generator, device=device) * BLOCK**-0.5
-        if transform == "feedback":
+        if transform in FEEDBACKS[1:]:
             behind = torch.randn(k // BLOCK, FEEDBACK_ROWS, BLOCK, generator=generator, device=device)
             made = torch.cat((made, 0.1 * behind), 1)
+        if transform == "feedback16":
+            made = torch.cat((made, clip_row(torch.full((len(made),), 1.0546875, device=device))), 1)
         return (made[:1].expand(k // BLOCK, -1, -1) if transform == "shared" else made).half()
 
     def stacked(which: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor | None]:
@@ -260,7 +264,7 @@ def layer(
 
     entering = [weights(2 * inner, in_k) for _ in range(experts)]
     leaving = [weights(hidden, out_k) for _ in range(experts)]
-    learned = transform in ("dense", "feedback", "shared")
+    learned = transform in ("dense", *FEEDBACKS[1:], "shared")
     in_matrix = matrices(in_k) if learned else None
     out_matrices = [matrices(out_k) if learned else None for _ in range(experts)]
     factor = [0.8 + 0.05 * (expert % 4) if clips else 1.0 for expert in range(experts)]

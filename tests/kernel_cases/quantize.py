@@ -16,7 +16,9 @@ Every case poisons the outputs, runs one quantizer and decodes what it wrote. Wh
 * RMSNorm with a dense transform, many rows, Hopper: all cases share one board (quantize_dense_sm90.cu).
 * A Hadamard transform is checked both ways: as butterflies, and as the product with a shared matrix, which the operators choose
   for some shapes (quantize_configs.product_is_faster).
-* With error feedback (transform "feedback") a code that rounds the other way moves all that follow. So the values that a step has
+* With sixteen levels (transform "feedback16") a scale has the other sign than the value of largest magnitude, or than one that is
+  as large within e. Its largest code is -8, and what is said of clip / 7 is said of the block's clip / 8.
+* With error feedback (transforms "feedback" and "feedback16") a code that rounds the other way moves all that follow. So the values that a step has
   to round are worked out from the kernel's own codes of the steps before, and what those may be off by goes on, times |G|.
 * A residual is added first: the sum, rounded to 16 bits, is stored bit for bit as torch rounds it, and is what is normalised.
 * NaN in a group makes its scale NaN, infinity makes it not finite. Nothing but codes and scales of the m rows is written.
@@ -31,11 +33,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from apex4_quant.format.feedback import feedback_of, pack_feedback, step_order, transform_of
+from apex4_quant.format.feedback import block_clips_of, clip_row, feedback_of, pack_feedback, step_order, transform_of
 from apex4_quant.format.number_format import (
     ACTIVATION_SCALE_MIN,
     BLOCK,
     CODE_MAX,
+    SIXTEENTH_CODE,
     STEP_COLUMNS,
     TOKEN_CODE_MAX,
     GroupSize,
@@ -45,7 +48,7 @@ from apex4_quant.format.number_format import (
 )
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.kernels.index import index_function
-from apex4_quant.kernels.quantize.configs import INPUTS, NORMS, board_bytes, dense_adds, prepack_matrix
+from apex4_quant.kernels.quantize.configs import FEEDBACKS, INPUTS, NORMS, board_bytes, dense_adds, prepack_matrix
 from apex4_quant.kernels.quantize.launch import most_between_bytes, run_quantize
 from apex4_quant.transforms.error_feedback import feedback_by_moments
 from apex4_quant.transforms.learned_transform import storable
@@ -57,6 +60,7 @@ SCALE_ERROR = 4 * U
 RMS_NORM_ERROR, SILU_ERROR, SILU_UNDERFLOW = 2.0**-19, 2.0**-20, 1e-36
 EPS = 1e-5
 POISON, GUARD = 0xA5, 64
+BLOCK_CLIPS = (1.0, 1.0546875, 0.875)  # of eight bits: both 16-bit types hold them
 LARGE_GPU = 132  # multiprocessors
 MOST_UNDECIDED = 0.03  # of the codes: with more near ties than that a check would say little
 MOST_UNDECIDED_WITH_FEEDBACK = 0.25  # bounds add up from step to step, which errors hardly do
@@ -88,6 +92,10 @@ class Case:
     @property
     def code_max(self) -> int:
         return TOKEN_CODE_MAX if self.format == "s8" else CODE_MAX
+
+    @property
+    def has_feedback(self) -> bool:
+        return self.transform in FEEDBACKS[1:]
 
     @property
     def label(self) -> str:
@@ -134,7 +142,9 @@ def _strided(values: torch.Tensor, case: Case, device: torch.device) -> torch.Te
 class Operands:
     x: torch.Tensor
     second: torch.Tensor | None
-    matrix: torch.Tensor | None  # [KB or 1, 128, 128] or with feedback [KB, 184, 128], exact in both 16-bit types
+    matrix: (
+        torch.Tensor | None
+    )  # [KB or 1, 128, 128], with feedback [KB, 184, 128] or [KB, 185, 128], exact in both 16-bit types
     factor: float
     residual: torch.Tensor | None = None
 
@@ -157,13 +167,16 @@ def make_operands(case: Case, device: torch.device) -> Operands:
             factor = BLOCK**-0.5
         else:
             matrix = storable(normal(padded_in_features(case.k, case.group) // BLOCK, BLOCK, BLOCK))
-    if case.transform == "feedback":
+    if case.has_feedback:
         blocks = padded_in_features(case.k, case.group) // BLOCK
         amplifying = normal(blocks, 200, BLOCK) @ (
             torch.eye(BLOCK, device=device) + 0.04 * normal(blocks, BLOCK, BLOCK)
         )
         feedback = pack_feedback(feedback_by_moments((amplifying.transpose(1, 2) @ amplifying).double()))
         matrix = torch.cat((storable(normal(blocks, BLOCK, BLOCK)), feedback), 1)
+    if case.transform == "feedback16":
+        clips = torch.tensor(BLOCK_CLIPS, device=device).repeat(-(-len(matrix) // len(BLOCK_CLIPS)))[: len(matrix)]
+        matrix = torch.cat((matrix, clip_row(clips)), 1)
     residual = _strided(normal(case.m, case.k), case, device) if case.input == "add_rms_norm" else None
     return Operands(_strided(x, case, device), second, matrix, factor, residual)
 
@@ -327,15 +340,24 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         wrong.append("a scale is finite where the input is not")
     if case.data == "nan" and not bool(torch.isnan(scales[torch.isnan(absmax)]).all()):
         wrong.append("a scale is not NaN where the input is")
-    expected = (case.clip / code_max * absmax).clamp_min(ACTIVATION_SCALE_MIN)
-    tolerance = case.clip / code_max * bound.amax(-1) + SCALE_ERROR * expected
-    off = ~((scales.double() - expected).abs() <= tolerance) & ~bad
+    clips = None if operands.matrix is None else block_clips_of(operands.matrix.double())
+    share, lowest, size = case.clip / code_max, -code_max, scales
+    if clips is not None:
+        share, lowest, size = clips / -SIXTEENTH_CODE, SIXTEENTH_CODE, scales.abs()
+        # What a scale's sign says to be the largest: that of the values of the other sign.
+        named = torch.where(scales > 0, (-t).amax(-1), t.amax(-1))
+        if bool(((named < absmax - 2 * bound.amax(-1)) & ~bad).any()):
+            wrong.append("a scale has the wrong sign")
+    expected = (share * absmax).clamp_min(ACTIVATION_SCALE_MIN)
+    tolerance = share * bound.amax(-1) + SCALE_ERROR * expected
+    off = ~((size.double() - expected).abs() <= tolerance) & ~bad
     if bool(off.any()):
-        worst = float(((scales.double() - expected).abs() / expected)[off].max())
+        worst = float(((size.double() - expected).abs() / expected)[off].max())
         wrong.append(f"{int(off.sum())} scales of {off.numel()} are off, by up to {worst:.3g} of themselves")
     codes = codes.unflatten(-1, (-1, group))
     fine = ~bad[..., None].expand_as(codes)
-    if int(codes[fine].abs().amax() if bool(fine.any()) else 0) > code_max:
+    found = codes[fine]
+    if found.numel() and not lowest <= int(found.min()) <= int(found.max()) <= code_max:
         wrong.append("a code is too large or a negative zero")
     scale = scales.double()[..., None]
     exact = t / scale
@@ -343,11 +365,12 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         exact = (t.float() / scales[..., None]).double()
         near = torch.where(bound > 0, bound / scale, -1.0)
     else:
-        near = bound / scale + QUOTIENT_ERROR * exact.abs() + SHIFT_ERROR
-    if case.transform == "feedback":
+        near = bound / scale.abs() + QUOTIENT_ERROR * exact.abs() + SHIFT_ERROR
+    if case.has_feedback:
         exact, near = _with_feedback(case, operands, exact, near, codes)
-    ideal = torch.round(exact).clamp(-code_max, code_max)
-    undecided = ((exact - torch.floor(exact) - 0.5).abs() <= near) & (exact.abs() < code_max + 0.5)
+    ideal = torch.round(exact).clamp(lowest, code_max)
+    inside = (exact > lowest - 0.5) & (exact < code_max + 0.5)
+    undecided = ((exact - torch.floor(exact) - 0.5).abs() <= near) & inside
     difference = (codes.double() - ideal).abs()
     unequal = fine & (difference > 0) & ~undecided
     if case.input != "plain":  # an input of another rounding may be a whole code away
@@ -361,7 +384,7 @@ def compare(case: Case, operands: Operands, codes: torch.Tensor, scales: torch.T
         )
     if bool((fine & (difference > 1) & (near < 1)).any()):
         wrong.append("a code is off by more than one")
-    most = MOST_UNDECIDED_WITH_FEEDBACK if case.transform == "feedback" else MOST_UNDECIDED
+    most = MOST_UNDECIDED_WITH_FEEDBACK if case.has_feedback else MOST_UNDECIDED
     if case.input != "plain" and case.transform != "none" and codes.numel() < FEW_CODES:
         most = MOST_UNDECIDED_OF_FEW
     if case.data == "normal" and float(undecided.double().mean()) > most:
@@ -422,11 +445,11 @@ def _listed(quick: bool, seed: int) -> Iterator[Case]:
     for format in ("sm80", "sm90", "s8"):
         for dtype in DTYPES:
             for input in INPUTS:
-                for transform in ("none", "hadamard", "dense", "feedback"):
-                    if transform == "feedback" and format == "s8":
+                for transform in ("none", "hadamard", "dense", *FEEDBACKS[1:]):
+                    if transform in FEEDBACKS[1:] and format == "s8":
                         continue
                     base = Case(1, 1, format=format, dtype=dtype, input=input, transform=transform)
-                    dense = transform in ("dense", "feedback")
+                    dense = transform in ("dense", *FEEDBACKS[1:])
                     groups: tuple[GroupSize, ...] = (128,) if dense else (128, 256, "channel")
                     if format == "s8":  # a group is a row
                         base, groups = replace(base, group="channel"), ("channel",)
@@ -434,7 +457,7 @@ def _listed(quick: bool, seed: int) -> Iterator[Case]:
                         for m in rows:
                             for group in groups:
                                 number += 1
-                                clip = 1.0 if format == "s8" else (1.0, 0.9)[number % 2]
+                                clip = 1.0 if format == "s8" or transform == "feedback16" else (1.0, 0.9)[number % 2]
                                 yield replace(base, m=m, k=k, group=group, clip=clip, seed=number)
                     number += 1
                     small = replace(base, m=37, k=1000, seed=number)

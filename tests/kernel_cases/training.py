@@ -19,6 +19,7 @@ from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels.quantize.configs import prepack_feedback
+from apex4_quant.kernels.torch_backend import largest_of
 from apex4_quant.kernels.training import ops
 from apex4_quant.rounding.nearest import quantize_weight_rtn
 
@@ -50,35 +51,44 @@ def check_activation(
     _check(lambda y, c: _RoundActivation.apply(y, c, group, code_max), leaves, gradient.to(device, dtype))
 
 
-def check_feedback(rows: int, k: int, log_clip: float, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+def check_feedback(
+    rows: int, k: int, log_clip: float, dtype: torch.dtype, device: torch.device, seed: int, sixteen: bool = False
+) -> None:
     """G and its errors are float16 in the kernel: a value beside a tie falls to either side, and others of its group after it."""
     random = torch.Generator().manual_seed(seed)
     y, gradient = (torch.randn(rows, k, generator=random) for _ in range(2))
     y[0, :128] = 0
+    y[1, 2], y[1, 3], y[1, 9] = 20, -20, -20  # the first one counts; with sixteen levels the first negative one
     later = (0.1 * torch.randn(k // 128, 128, 128, generator=random)).half()
     feedback = feedback_of(torch.cat((torch.zeros_like(later), pack_feedback(later)), 1))
     assert feedback is not None
-    leaves = y.to(device, dtype), torch.tensor(log_clip, device=device)
+    log_clips = log_clip + 0.05 * torch.arange(k // 128) if sixteen else torch.tensor(log_clip)
+    leaves = y.to(device, dtype), log_clips.to(device)
     packed, plain = prepack_feedback(feedback).to(device), feedback.float().to(device)
     # Two calls, as each reads G in its own way; the way back of either is of its own codes.
     ours = _outcome(lambda y, c: _RoundActivation.apply(y, c, 128, 7, packed), leaves, gradient.to(device, dtype))
     with patch.object(ops, "run_on", lambda device: False):
         wanted = _outcome(lambda y, c: _RoundActivation.apply(y, c, 128, 7, plain), leaves, gradient.to(device, dtype))
-    without = _outcome(lambda y, c: _RoundActivation.apply(y, c, 128, 7), leaves, gradient.to(device, dtype))[0]
+        unmade = torch.zeros_like(plain) if sixteen else None
+        without = _outcome(
+            lambda y, c: _RoundActivation.apply(y, c, 128, 7, unmade), leaves, gradient.to(device, dtype)
+        )[0]
     assert ours[0].dtype == ours[1].dtype == dtype and ours[0].shape == ours[1].shape == y.shape
-    scale = (y.to(dtype).float().unflatten(1, (-1, 128)).abs().amax(-1) * math.exp(log_clip) / 7).to(device)
-    units = scale.clamp_min(1e-20).repeat_interleave(128, 1)
+    grouped, clips = y.to(dtype).float().unflatten(1, (-1, 128)), log_clips.exp()
+    scale = -largest_of(grouped) * clips / 8 if sixteen else grouped.abs().amax(-1) * clips / 7
+    units = torch.where(scale == 0, 1e-20, scale).to(device).repeat_interleave(128, 1)
     codes, exact = (each[0].float() / units for each in (ours, wanted))
     tolerance = 0.03 if dtype is torch.bfloat16 else 1e-4
-    assert float((codes - codes.round()).abs().max()) < tolerance and float(codes.abs().max()) < 7.1
+    assert float((codes - codes.round()).abs().max()) < tolerance and float(codes.max()) < 7.1
+    assert (-8.1 < float(codes.min()) < -7.9) if sixteen else (float(codes.min()) > -7.1)
     assert float((codes - exact).abs().max()) < 2.1
     assert float(((codes - exact).abs() > 0.5).float().mean()) <= DIFFERENT_FEEDBACK
     assert float(((codes - without.float() / units).abs() > 0.5).float().mean()) > 0.1
     same = ((codes - exact).abs() < 0.5).unflatten(1, (-1, 128)).all(-1).repeat_interleave(128, 1)
     differ = (ours[1].float() - wanted[1].float()).abs() > (0.02 if dtype is torch.bfloat16 else 1e-3)
     assert float(differ[same].float().mean()) <= DIFFERENT
-    size = float(wanted[2].abs()) + math.sqrt(rows * k)
-    assert abs(float(ours[2]) - float(wanted[2])) < 0.1 * size
+    size = wanted[2].abs() + math.sqrt(rows * (128 if sixteen else k))
+    assert ours[2].shape == wanted[2].shape and bool(((ours[2] - wanted[2]).abs() < 0.1 * size).all())
 
 
 def check_weight(

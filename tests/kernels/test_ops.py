@@ -194,6 +194,8 @@ def test_operands_that_do_not_fit_are_refused_in_one_sentence(
         ({"x": torch.zeros(M, K)}, "the input's dtype is torch.float32, and bfloat16 or float16 is needed"),
         ({"matrix": torch.zeros(2, 16384).bfloat16()}, r"matrix is torch.bfloat16 \[2, 16384\], and torch.bfloat16 \[3, 16384\]"),
         ({"matrix": torch.zeros(3, 16384).half()}, "matrix is torch.float16"),
+        ({"matrix": torch.zeros(3, 23680).bfloat16(), "clip": 0.9}, "clip is 0.9, and 1 with a matrix that has the clip ratio of every block"),
+        ({"matrix": torch.zeros(2, 23680).bfloat16(), "clip": 1.0}, r"matrix is torch.bfloat16 \[2, 23680\], and torch.bfloat16 \[3, 23680\]"),
         ({"matrix": torch.zeros(1, 23552).bfloat16()}, r"matrix is torch.bfloat16 \[1, 23552\], and torch.bfloat16 \[3, 23552\]"),
         ({"matrix": torch.zeros(3, 184, 128), "group": 384}, "group is 384, and 128, and a format of 4-bit activations, with a matrix that has feedback"),
         ({"matrix": torch.zeros(3, 23552).bfloat16(), "group": 384, "format": "s8", "clip": 1.0}, "group is 384, and 128, and a format of 4-bit"),

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from apex4_quant.format.feedback import pack_feedback
+from apex4_quant.format.feedback import clip_row, pack_feedback
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.hadamard import hadamard_128
 from apex4_quant.transforms.learned_transform import round_to_halves
@@ -110,7 +110,9 @@ def test_a_reader_that_folds_and_one_that_does_not_stay_within_the_bound() -> No
 # --- error feedback ---------------------------------------------------------------------------------------------------
 
 
-def by_the_words_of_the_format(units: list[float], feedback: list[list[float]]) -> tuple[list[int], list[float]]:
+def by_the_words_of_the_format(
+    units: list[float], feedback: list[list[float]], lowest: int = -7
+) -> tuple[list[int], list[float]]:
     """One block of one token: docs/format.md, section 2, column by column, G in step order. Codes, and what was rounded to them."""
     step = [column // 4 % 8 for column in range(128)]
     place = [16 * step[column] + 4 * (column // 32) + column % 4 for column in range(128)]
@@ -123,7 +125,7 @@ def by_the_words_of_the_format(units: list[float], feedback: list[list[float]]) 
                 if step[later] > now:
                     error = codes[later] - values[later]
                     values[column] += error * feedback[place[later]][place[column]]
-            codes[column] = min(7, max(-7, round(values[column])))
+            codes[column] = min(7, max(lowest, round(values[column])))
     return codes, values
 
 
@@ -149,6 +151,47 @@ def test_feedback_column_by_column(clip: float) -> None:
             expected, _ = by_the_words_of_the_format(units.tolist(), feedback[block].tolist())
             assert codes[row, own].tolist() == expected
     assert int(codes.abs().max()) == 7
+
+
+def test_sixteen_levels_column_by_column() -> None:
+    x, feedback = torch.randn(6, 256, generator=generator(1)), random_feedback(2, 2)
+    transform = round_to_halves(torch.randn(2, 128, 128, generator=generator(3)))
+    clips = [1.0625, 0.75]
+    matrix = torch.cat((transform, pack_feedback(feedback), clip_row(torch.tensor(clips).half())), 1)
+    codes, scale = reference.quantize_activation(x, 128, 1.0, False, matrix)
+    assert bool((scale > 0).any()) and bool((scale < 0).any()) and int(codes.min()) == -8 and int(codes.max()) == 7
+    for row in range(6):
+        for block in range(2):
+            own = slice(128 * block, 128 * block + 128)
+            values = (x[row, own].double() @ transform[block].double()).tolist()
+            largest = max(values, key=abs)
+            expected_scale = -clips[block] * largest / 8
+            assert float(scale[row, block]) == pytest.approx(expected_scale, rel=1e-7)
+            expected, _ = by_the_words_of_the_format(
+                [value / float(scale[row, block]) for value in values], feedback[block].tolist(), -8
+            )
+            assert codes[row, own].tolist() == expected
+
+
+def test_scales_of_sixteen_levels_by_hand() -> None:
+    """T is 1, G is 0. Of two values of one magnitude the negative one counts; where all are zero the scale is the floor's."""
+    matrix = torch.cat((torch.eye(128)[None], torch.zeros(1, 56, 128), clip_row(torch.ones(1))), 1)
+    x = torch.zeros(4, 128)
+    x[0, :3] = torch.tensor([4.0, -4.0, 3.75])
+    x[1, :3] = torch.tensor([4.0, -3.0, 0.26])
+    x[2, :2] = torch.tensor([-4.0, 3.9])
+    codes, scale = reference.quantize_activation(x, 128, 1.0, False, matrix)
+    assert scale[:, 0].abs().tolist() == [0.5, 0.5, 0.5, 2.0**-100] and (scale[:3, 0] > 0).tolist() == [
+        True,
+        False,
+        True,
+    ]
+    assert (
+        codes[0, :3].tolist() == [7, -8, 7]
+        and codes[1, :3].tolist() == [-8, 6, -1]
+        and codes[2, :2].tolist() == [-8, 7]
+    )
+    assert not codes[3].any()
 
 
 def test_values_that_given_codes_were_rounded_from() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error
-from apex4_quant.format.feedback import feedback_of, transform_of
+from apex4_quant.format.feedback import clip_row, feedback_of, transform_of
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.kernels import ops, reference, torch_backend
@@ -140,9 +140,11 @@ def test_codes_depend_on_the_values_of_x_not_on_its_dtype(dtype: torch.dtype) ->
     assert torch.equal(y, torch_backend.linear(x.float(), codes_w, scale_w).to(dtype))
 
 
-def with_feedback(k: int) -> torch.Tensor:
-    """Matrices of an input of K features as they are stored, float16 [K / 128 rounded up, 184, 128]."""
+def with_feedback(k: int, sixteen: bool = False) -> torch.Tensor:
+    """Matrices of an input of K features as they are stored, float16 [K / 128 rounded up, 184 or 185, 128]."""
     matrix = torch.cat((normal(-(-k // 128), 128, 128, seed=7), 0.1 * normal(-(-k // 128), 56, 128, seed=8)), 1)
+    if sixteen:
+        matrix = torch.cat((matrix, clip_row(1.05 - 0.1 * torch.arange(len(matrix)))), 1)
     return round_to_halves(matrix)
 
 
@@ -150,9 +152,12 @@ def with_feedback(k: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("m", "k", "clip"), [(1, 200, 1.0), (70, 200, 0.8), (3, 1000, 0.9), (37, 1000, 1.0), (600, 128, 1.0)]
 )
-def test_codes_with_feedback_are_what_the_reference_rounds(dtype: torch.dtype, m: int, k: int, clip: float) -> None:
+@pytest.mark.parametrize("sixteen", [False, True])
+def test_codes_with_feedback_are_what_the_reference_rounds(
+    dtype: torch.dtype, m: int, k: int, clip: float, sixteen: bool
+) -> None:
     """A code on the other side of a tie moves those that follow: the reference goes on from the codes that were made."""
-    x, matrix = normal(m, k, seed=k + m).to(dtype), with_feedback(k)
+    x, matrix, clip = normal(m, k, seed=k + m).to(dtype), with_feedback(k, sixteen), 1.0 if sixteen else clip
     padded = matrix.shape[0] * 128
     operands = ops.quantize(x, matrix, padded, 128, clip, False, "sm80")
     codes, scale = unpack_activations(*operands, m, "sm80")
@@ -166,15 +171,17 @@ def test_codes_with_feedback_are_what_the_reference_rounds(dtype: torch.dtype, m
     assert feedback is not None
     units = transformed / expected_scale[..., None]
     _, values = reference.round_with_feedback(units, feedback, codes.unflatten(1, (-1, 128)))
-    difference = (codes.double().unflatten(1, (-1, 128)) - values.round().clamp(-7, 7)).abs()
+    assert int(codes.min()) >= (-8 if sixteen else -7) and (int(codes.min()) == -8) == sixteen
+    difference = (codes.double().unflatten(1, (-1, 128)) - values.round().clamp(-8 if sixteen else -7, 7)).abs()
     at_tie = ((values.abs() % 1) - 0.5).abs() < 1e-4
     assert not bool((difference[~at_tie] > 0).any()) and float(at_tie.double().mean()) < 2e-3
     assert float((codes == expected).double().mean()) > 0.97
 
 
-def test_feedback_is_no_part_of_eight_bits() -> None:
-    x, matrix, weights = normal(5, 200), with_feedback(200), (random_codes(10, 256), random_scales(10, 2))
-    how = {"hadamard": False, "clip": 0.9}
+@pytest.mark.parametrize("sixteen", [False, True])
+def test_feedback_is_no_part_of_eight_bits(sixteen: bool) -> None:
+    x, matrix, weights = normal(5, 200), with_feedback(200, sixteen), (random_codes(10, 256), random_scales(10, 2))
+    how = {"hadamard": False, "clip": 1.0}
     for bits, same in ((8, True), (4, False)):
         found = torch_backend.linear(x, *weights, matrix=matrix, activation_bits=bits, **how)
         without = torch_backend.linear(x, *weights, matrix=transform_of(matrix), activation_bits=bits, **how)
@@ -188,8 +195,9 @@ def test_feedback_is_no_part_of_eight_bits() -> None:
         assert torch.equal(found, without)
 
 
-def test_nan_is_seen_and_stays_in_its_token_with_feedback() -> None:
-    x, matrix, weights = normal(3, 256), with_feedback(256), (random_codes(10, 256), random_scales(10, 2))
+@pytest.mark.parametrize("sixteen", [False, True])
+def test_nan_is_seen_and_stays_in_its_token_with_feedback(sixteen: bool) -> None:
+    x, matrix, weights = normal(3, 256), with_feedback(256, sixteen), (random_codes(10, 256), random_scales(10, 2))
     clean = torch_backend.linear(x, *weights, hadamard=False, matrix=matrix)
     x[1, 130] = float("nan")
     y = torch_backend.linear(x, *weights, hadamard=False, matrix=matrix)

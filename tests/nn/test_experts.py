@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from apex4_quant.format.feedback import clip_row
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
@@ -32,8 +33,9 @@ def made(
     for index, expert in enumerate(module):
         for part in PARTS:
             n, k = (HIDDEN, inner) if part == "down_proj" else (inner, HIDDEN)
-            clip = 0.8 + 0.05 * index if clips and part == "down_proj" else 0.9
             kind = TransformKind(transform)
+            clip = 0.8 + 0.05 * index if clips and part == "down_proj" else 0.9
+            clip = 1.0 if kind.has_block_clips else clip
             takes = owner is not None and part != "down_proj" and kind.is_learned
             format = LinearFormat(
                 n, k, 128, get_layout("rowmajor"), transform, clip, transform_from="a" if takes else None
@@ -42,6 +44,8 @@ def made(
             scales = (torch.rand(n, format.groups) * 0.02 + 5e-3).half()
             learned = kind.is_learned and not takes
             matrix = torch.randn(format.padded_k // 128, kind.matrix_rows, 128).half() / 128**0.5 if learned else None
+            if matrix is not None and kind.has_block_clips:
+                matrix[:, -1:] = clip_row(torch.full((len(matrix),), 0.875 + 0.0625 * index))
             linear = Apex4Linear.from_codes(format, codes, scales, None, matrix)
             if takes and owner is not None:
                 linear.take_transform_from(owner)
@@ -77,7 +81,7 @@ def one_after_the_other(module: UnfusedExperts) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", ["s8", "sm80"])
-@pytest.mark.parametrize("transform", ["hadamard128", "dense128", "feedback128"])
+@pytest.mark.parametrize("transform", ["hadamard128", "dense128", "feedback128", "feedback128x16"])
 def test_they_are_the_modules_one_after_the_other(transform: str, kernel: str) -> None:
     module = made(transform, kernel=kernel)
     expected = one_after_the_other(module)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apex4_quant.errors import Apex4Error, UsageError
+from apex4_quant.format.feedback import clip_row
 from apex4_quant.format.layouts import LAYOUTS, get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.transform_kind import TransformKind
@@ -24,10 +25,12 @@ def made(
     **format: Any,
 ) -> Apex4Linear:
     generator = torch.Generator().manual_seed(1)
-    of = LinearFormat(N, K, group, get_layout(layout), transform, 0.9, **format)
+    of = LinearFormat(N, K, group, get_layout(layout), transform, 1.0 if transform.has_block_clips else 0.9, **format)
     codes = torch.randint(-7, 8, (N, of.padded_k), dtype=torch.int8, generator=generator)
     scales = (torch.rand(N, of.groups, generator=generator) * 0.01 + 1e-3).half()
     matrix = torch.randn(of.padded_k // 128, of.transform.matrix_rows, 128, generator=generator).half() * 0.1
+    if of.transform.has_block_clips:
+        matrix[:, -1:] = clip_row(1.0625 - 0.125 * torch.arange(len(matrix)))
     bias = torch.randn(N, generator=generator).bfloat16()
     return Apex4Linear.from_codes(of, codes, scales, bias, matrix if of.transform_shape else None)
 
@@ -140,9 +143,10 @@ def test_a_cast_leaves_scales_and_transforms_exact(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kernel", [None, "s8"])
-def test_with_eight_bits_feedback_is_left_away(kernel: str | None) -> None:
+@pytest.mark.parametrize("kind", [TransformKind.FEEDBACK, TransformKind.FEEDBACK_16])
+def test_with_eight_bits_feedback_is_left_away(kernel: str | None, kind: TransformKind) -> None:
     """The bits of the dense transform with the same matrix; with four they differ."""
-    linear, dense, x = made(transform=TransformKind.FEEDBACK), made(transform=TransformKind.DENSE), some_input(2, 3)
+    linear, dense, x = made(transform=kind), made(transform=TransformKind.DENSE), some_input(2, 3)
     assert linear.input_transform is not None and dense.input_transform is not None
     dense.load_state_dict(linear.state_dict() | {"input_transform": linear.input_transform[:, :128]})
     for each in (linear, dense):

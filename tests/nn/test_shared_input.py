@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import apex4_quant  # noqa: F401  (registers the quantizer)
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
+from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.kernels import dispatch
 from apex4_quant.kernels.operands import GROUPED_FORMATS
 from apex4_quant.models.families import FAMILIES
@@ -388,8 +389,9 @@ def test_where_weights_cannot_lie_together_codes_are_made_once(
 def test_only_linears_that_quantize_alike_share(demo_checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
     layer = model.model.layers[0]
-    layer.self_attn.k_proj.format = replace(layer.self_attn.k_proj.format, activation_clip=0.5)
-    layer.mlp.up_proj.format = replace(layer.mlp.up_proj.format, activation_clip=0.5)
+    own: dict[str, Any] = {"transform": TransformKind.HADAMARD, "transform_from": None, "activation_clip": 0.5}
+    layer.self_attn.k_proj.format = replace(layer.self_attn.k_proj.format, **own)
+    layer.mlp.up_proj.format = replace(layer.mlp.up_proj.format, **own)
     prepare_model(model, FAMILIES["LlamaForCausalLM"])
     assert layer.self_attn.q_proj.shared is layer.self_attn.v_proj.shared is not None
     assert layer.self_attn.k_proj.shared is None

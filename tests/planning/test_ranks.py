@@ -25,7 +25,7 @@ def test_plan_of_two_is_that_of_one(calib: Path, tmp_path: Path) -> None:
     """Of a model with experts, whose tokens are not known beforehand; one process has a window more than the other."""
     model = write_moe(tmp_path / "moe")
     recipe = tmp_path / "feedback.yaml"  # with 8 bits it is dense128
-    recipe.write_text("transform: feedback128\n")
+    recipe.write_text("transform: feedback128x16\n")
     settings = PlanSettings(
         str(model), str(recipe), target="A100", calib=str(calib), samples=15, seq_len=16, device="cpu"
     )

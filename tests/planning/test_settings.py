@@ -11,7 +11,7 @@ from apex4_quant.errors import UsageError
 from apex4_quant.format.transform_kind import TransformKind
 from apex4_quant.planning.settings import PlanSettings, transforms_of
 
-DENSE, FEEDBACK = TransformKind.DENSE, TransformKind.FEEDBACK
+DENSE, FEEDBACK, SIXTEEN = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.FEEDBACK_16
 HADAMARD, NONE = TransformKind.HADAMARD, TransformKind.NONE
 
 
@@ -33,7 +33,7 @@ def test_transforms(settings: dict[str, Any], expected: tuple[TransformKind, ...
     assert transforms_of(PlanSettings("demo", **settings)) == expected
 
 
-@pytest.mark.parametrize("learned", [DENSE, FEEDBACK])
+@pytest.mark.parametrize("learned", [DENSE, FEEDBACK, SIXTEEN])
 def test_a_recipe_with_a_learned_transform_leaves_a_choice(learned: TransformKind, tmp_path: Path) -> None:
     recipe = tmp_path / "learned.yaml"
     recipe.write_text(f"transform: {learned}\n")
@@ -49,7 +49,7 @@ def test_a_recipe_with_a_learned_transform_leaves_a_choice(learned: TransformKin
     [
         (
             {"transform": "shared128"},
-            "transform 'shared128' has no predicted errors: give --transform hadamard128, dense128, feedback128 or none$",
+            "transform 'shared128' has no predicted errors: give --transform hadamard128, dense128, feedback128, feedback128x16 or none$",
         ),
         ({"recipe": "apex4-shared"}, "transform 'shared128' has no predicted errors"),
         ({"mode": "mixed", "transform": "dense128"}, "--mode mixed has groups per channel"),

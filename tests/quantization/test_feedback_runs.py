@@ -29,11 +29,11 @@ from .test_mixed_transforms import tensors_of
 
 Call = Callable[..., Any]
 FAILED, USAGE = 1, 2
-DENSE, FEEDBACK = TransformKind.DENSE, TransformKind.FEEDBACK
+DENSE, FEEDBACK = TransformKind.DENSE, TransformKind.FEEDBACK_16
 OWNERS = [f"model.layers.{layer}.{part}_proj" for layer in range(2) for part in ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.down")]  # fmt: skip
 Q = OWNERS[0]
 SMALL: dict[str, Any] = {"target": "none", "samples": 2, "seq_len": 32, "device": "cpu"}
-RECIPE = {"name": "short", "transform": "feedback128", "rounding": "gptq", "search_clip": True, "transform_steps": 5}
+RECIPE = {"name": "short", "transform": "feedback128x16", "rounding": "gptq", "search_clip": True, "transform_steps": 5}
 OF_COMMAND = ("--samples", 2, "--seq-len", 32, "--target", "none", "--json")
 
 
@@ -61,7 +61,7 @@ def section_of(out: Path) -> dict[str, Any]:
 def test_one_linear_of_an_input_stores_it_behind_the_transform(made: Path) -> None:
     out, dense = tensors_of(made / "out"), tensors_of(made / "dense")
     section = section_of(made / "out")
-    assert (section["transform"], section["format_version"], section["activation_bits"]) == ("feedback128", 1, 4)
+    assert (section["transform"], section["format_version"], section["activation_bits"]) == ("feedback128x16", 1, 4)
     stored = {name.removesuffix(".input_transform"): t for name, t in out.items() if name.endswith("input_transform")}
     assert sorted(stored) == sorted(OWNERS)
     for name, matrix in stored.items():
@@ -74,8 +74,8 @@ def test_one_linear_of_an_input_stores_it_behind_the_transform(made: Path) -> No
         name = f"model.layers.0.self_attn.{part}_proj.weight_packed"
         assert torch.equal(out[name], dense[name])
     report = json.loads((made / "out" / "apex4_report.json").read_text())
-    assert report["settings"]["transform"] == "feedback128"
-    assert {entry["transform"] for entry in report["quantized"]} == {"feedback128"}
+    assert report["settings"]["transform"] == "feedback128x16"
+    assert {entry["transform"] for entry in report["quantized"]} == {"feedback128x16"}
     assert report["bits_per_weight"] > json.loads((made / "dense" / "apex4_report.json").read_text())["bits_per_weight"]
 
 
@@ -127,12 +127,12 @@ def test_eight_bits_read_the_transform_alone(out: Path, tmp_path: Path, monkeypa
 
 def test_check_inspect_and_repack(out: Path, tmp_path: Path, invoke: Call) -> None:
     checks = json.loads(invoke("check", out, "--json").stdout)["checks"]
-    assert "W4A4, transform feedback128 and all activation clips as in the report" in [c["found"] for c in checks]
+    assert "W4A4, transform feedback128x16 and all activation clips as in the report" in [c["found"] for c in checks]
     linears = json.loads(invoke("inspect", out, "--json").stdout)["linears"]
-    assert {linear["transform"] for linear in linears} == {"feedback128"}
+    assert {linear["transform"] for linear in linears} == {"feedback128x16"}
     by_name = {linear["name"]: linear["bytes"] for linear in linears}
     assert by_name[Q] == 128 * 128 // 2 + 2 * 128 + 2 * 184 * 128
-    assert "  group 128 feedback128  " in invoke("inspect", out).stdout
+    assert "  group 128 feedback128x16  " in invoke("inspect", out).stdout
     there, back = tmp_path / "there", tmp_path / "back"
     assert invoke("repack", out, "-o", there, "--target", "H200", "--json").exit_code == 0
     check(str(there))
@@ -195,12 +195,12 @@ def test_a_config_that_gives_it_eight_bits(out: Path, tmp_path: Path, invoke: Ca
         entry.pop("activation_clip", None)
     (damaged / "config.json").write_text(json.dumps(config))
     one_sentence(
-        invoke("check", damaged, "--json"), FAILED, f"{Q} has the transform feedback128", "8-bit", "config.json"
+        invoke("check", damaged, "--json"), FAILED, f"{Q} has the transform feedback128x16", "8-bit", "config.json"
     )
     del section["activation_bits"]
     section |= {"group_size": 256, "activation_bits": 4, "format_version": 1}
     (damaged / "config.json").write_text(json.dumps(config))
-    one_sentence(invoke("check", damaged, "--json"), FAILED, f"{Q} has the transform feedback128", "groups of 256")
+    one_sentence(invoke("check", damaged, "--json"), FAILED, f"{Q} has the transform feedback128x16", "groups of 256")
 
 
 # ---- where it cannot be ----------------------------------------------------------------------------------------------
@@ -210,8 +210,8 @@ def test_a_config_that_gives_it_eight_bits(out: Path, tmp_path: Path, invoke: Ca
 def test_what_is_asked_for_is_refused_where_it_cannot_be(
     options: tuple[object, ...], made: Path, quantize_badly: Call, one_sentence: Call
 ) -> None:
-    refused = quantize_badly(made / "model", "--transform", "feedback128", *options)
-    one_sentence(refused, USAGE, "--transform feedback128 is for groups of 128", "4-bit", "dense128")
+    refused = quantize_badly(made / "model", "--transform", "feedback128x16", *options)
+    one_sentence(refused, USAGE, "--transform feedback128x16 is for groups of 128", "4-bit", "dense128")
 
 
 @pytest.mark.parametrize("options", [("--group-size", 256), ("--activation-bits", 8)])
@@ -246,13 +246,18 @@ def test_a_plan_that_asks_for_what_cannot_be(
     made: Path, tmp_path: Path, quantize_badly: Call, one_sentence: Call
 ) -> None:
     model, name = made / "model", "model.layers.0."
-    said = ("plan.yaml has transform feedback128", name, "8-bit activations", "4 bits only: write transform: dense128")
-    plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128", activation_bits=8)
+    said = (
+        "plan.yaml has transform feedback128x16",
+        name,
+        "8-bit activations",
+        "4 bits only: write transform: dense128",
+    )
+    plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128x16", activation_bits=8)
     one_sentence(quantize_badly(model, "--plan", plan), USAGE, *said)
-    plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128")
+    plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128x16")
     one_sentence(quantize_badly(model, "--plan", plan, "--activation-bits", 8), USAGE, *said)
-    plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128", group_size=256)
-    one_sentence(quantize_badly(model, "--plan", plan), USAGE, "transform feedback128 and group size 256", name)
+    plan = plan_of(made, tmp_path / "plan.yaml", transform="feedback128x16", group_size=256)
+    one_sentence(quantize_badly(model, "--plan", plan), USAGE, "transform feedback128x16 and group size 256", name)
 
 
 def test_a_plan_of_both(made: Path, calib: Path, tmp_path: Path) -> None:
@@ -264,7 +269,7 @@ def test_a_plan_of_both(made: Path, calib: Path, tmp_path: Path) -> None:
     for name in OWNERS:
         assert tensors[f"{name}.input_transform"].shape[1] == (128 if ".0." in name else 184)
     section = section_of(tmp_path / "out")
-    assert (section["transform"], section["format_version"]) == ("feedback128", 2)
+    assert (section["transform"], section["format_version"]) == ("feedback128x16", 2)
     assert section["modules"][Q] == {"transform": "dense128", "activation_bits": 8}
     check(str(tmp_path / "out"))
     quantize(settings, tmp_path / "out", resume=True)
@@ -272,7 +277,7 @@ def test_a_plan_of_both(made: Path, calib: Path, tmp_path: Path) -> None:
 
 def test_what_a_resumed_run_is_asked_for(made: Path) -> None:
     source = ModelSource(str(made / "model"))
-    for transform in (None, "feedback128"):
+    for transform in (None, "feedback128x16"):
         recipe = "rtn" if transform else RECIPE
         first = QuantizeSettings(source.name, recipe, transform=transform, target="none").resolve(source)
         assert first.transform is FEEDBACK
@@ -280,7 +285,7 @@ def test_what_a_resumed_run_is_asked_for(made: Path) -> None:
         for asked, said in (({"activation_bits": 8}, "activation_bits = 4 and now 8"), ({"group_size": 256}, "128 and now 256")):  # fmt: skip
             with pytest.raises(UsageError, match=said):
                 require_same(Path("out"), first, asked)
-        with pytest.raises(UsageError, match="transform = 'feedback128' and now 'dense128'"):
+        with pytest.raises(UsageError, match="transform = 'feedback128x16' and now 'dense128'"):
             require_same(Path("out"), first, {"transform": "dense128"})
     eight = QuantizeSettings(source.name, RECIPE, activation_bits=8, target="none").resolve(source)
     assert eight.transform is DENSE

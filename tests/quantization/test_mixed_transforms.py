@@ -24,7 +24,7 @@ from apex4_quant.quantization.settings import QuantizeSettings
 
 from ..conftest import stop_after
 
-DENSE, FEEDBACK, HADAMARD = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.HADAMARD
+DENSE, FEEDBACK, HADAMARD = TransformKind.DENSE, TransformKind.FEEDBACK_16, TransformKind.HADAMARD
 
 Call = Callable[..., Any]  # the fixtures of conftest.py
 FAILED, USAGE = 1, 2

@@ -49,7 +49,7 @@ from apex4_quant.transforms.learned_transform import (
     with_equal_peaks,
 )
 
-DENSE, FEEDBACK, SHARED = TransformKind.DENSE, TransformKind.FEEDBACK, TransformKind.SHARED
+DENSE, FEEDBACK, SHARED = TransformKind.DENSE, TransformKind.FEEDBACK_16, TransformKind.SHARED
 
 
 def dense_format(n: int, k: int, group: int | str = 128, owner: str | None = None) -> LinearFormat:

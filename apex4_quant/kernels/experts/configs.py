@@ -77,7 +77,9 @@ def all_configs(sm: int) -> list[Configuration]:
             Configuration(each.name, each.source, each.entry, {**each.defines}) for each in gemm_configs_of(sm, format)
         ]
         for dtype in DTYPES if sm >= 80 else DTYPES[:1]:
-            codes = [quantizer_config(dtype, format, feedback) for feedback in (FEEDBACKS if format == "sm80" else [""])]
+            codes = [
+                quantizer_config(dtype, format, feedback) for feedback in (FEEDBACKS if format == "sm80" else [""])
+            ]
             for each in (*codes, measuring_config(codes[0])) if format == "s8" else codes:
                 found.append(Configuration(each.name, each.source, each.entry, {**each.defines}))
     return found

@@ -63,7 +63,9 @@ def test_codes_and_scales_come_back_from_slices(layout: str, ranks: int, along_k
         assert torch.equal(scales, torch.cat([s for _, s in expected]))
 
 
-@pytest.mark.parametrize(("kind", "rows"), [(TransformKind.DENSE, 128), (TransformKind.FEEDBACK, 184)])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [(TransformKind.DENSE, 128), (TransformKind.FEEDBACK, 184), (TransformKind.FEEDBACK_16, 185)]
+)
 def test_a_transform_is_cut_with_the_input_features_and_whole_for_all_rows(kind: TransformKind, rows: int) -> None:
     format = format_of(128, "sm90", kind, None)
     matrix = torch.randn(3, rows, 128, generator=torch.Generator().manual_seed(0)).half()

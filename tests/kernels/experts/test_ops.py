@@ -39,11 +39,18 @@ def inputs(
 
 @pytest.mark.parametrize(
     ("format", "transform"),
-    [*product(("s8", "sm80"), ("hadamard", "dense", "shared")), ("sm80", "feedback")],
+    [*product(("s8", "sm80"), ("hadamard", "dense", "shared")), ("sm80", "feedback"), ("sm80", "feedback16")],
 )
 def test_on_a_cpu_it_is_the_reference_of_every_expert(format: str, transform: str) -> None:
     layer = cases.layer(
-        4, HIDDEN, INNER, format, generator(), transform=transform, clips=format == "sm80", kernels=False
+        4,
+        HIDDEN,
+        INNER,
+        format,
+        generator(),
+        transform=transform,
+        clips=format == "sm80" and transform != "feedback16",
+        kernels=False,
     )
     for case in cases.ID_CASES:
         x, ids, weights = inputs(9, 2, 4, case=case)
@@ -131,7 +138,7 @@ def as_on_a_gpu(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     [
         ("s8", "hadamard", False), ("s8", "dense", False), ("s8", "shared", False),
         ("sm80", "hadamard", False), ("sm80", "hadamard", True), ("sm80", "dense", True), ("sm80", "shared", False),
-        ("sm80", "feedback", True),
+        ("sm80", "feedback", True), ("sm80", "feedback16", False),
     ],
 )  # fmt: skip
 def test_its_kernels_give_the_reference_of_every_expert(

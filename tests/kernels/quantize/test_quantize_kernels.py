@@ -19,12 +19,13 @@ import pytest
 import torch
 
 from apex4_quant.errors import UsageError
-from apex4_quant.format.feedback import feedback_of, step_order
+from apex4_quant.format.feedback import clip_row, feedback_of, step_order
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.index import index_function
 from apex4_quant.kernels.quantize import configs as quantize_configs
 from apex4_quant.kernels.quantize.configs import (
     DENSE_INPUTS,
+    FEEDBACKS,
     INPUTS,
     NORMS,
     QuantizePlan,
@@ -364,6 +365,9 @@ def test_feedback_lies_behind_the_matrix() -> None:
     assert packed.shape == (2, 16384 + 7168) and torch.equal(packed[:, :16384], prepack_matrix(matrix[:, :128]))
     feedback = feedback_of(matrix)
     assert torch.equal(packed[1, 16384:], feedback[1].flatten()[torch.from_numpy(order)])
+    with_clips = torch.cat((matrix, clip_row(torch.tensor([1.25, 0.75]).half())), 1)
+    assert torch.equal(prepack_matrix(with_clips)[:, :-128], packed)
+    assert [row.tolist() for row in prepack_matrix(with_clips)[:, -128:]] == [[1.25] + [0] * 127, [0.75] + [0] * 127]
 
 
 def test_renamed_mma_is_the_product() -> None:
@@ -551,10 +555,11 @@ def test_machine_code_of_the_dense_quantizer(sm: int, format: str, tmp_path: Pat
     few = opcodes(compiled(dense_config(True, "plain", "bfloat16", format), sm).cubin, tmp_path)
     assert hmma(few) == 4 * 8
     feedback = [
-        opcodes(compiled(dense_config(rows, "plain", "bfloat16", format, feedback=True), sm).cubin, tmp_path)
+        opcodes(compiled(dense_config(rows, "plain", "bfloat16", format, feedback=kind), sm).cubin, tmp_path)
+        for kind in FEEDBACKS[1:]
         for rows in (0, 1)
     ]
-    assert hmma(feedback[0]) == 2 * (16 * 8 + 56) and hmma(feedback[1]) == 4 * 8 + 4 * 2 + 3 * 8
+    assert [hmma(counts) for counts in feedback] == [2 * (16 * 8 + 56), 4 * 8 + 4 * 2 + 3 * 8] * 2
     for counts in (many, few, *feedback):
         assert not any(name.startswith(("LDL", "STL", "F2I", "I2F")) for name in counts)
 
@@ -566,7 +571,7 @@ def variants(base: Any) -> list[Any]:
     few = replace(base, m=5, k=200)
     return [
         few,
-        replace(base, m=20, k=600, clip=1.0 if base.format == "s8" else 0.9, seed=1),
+        replace(base, m=20, k=600, clip=1.0 if base.format == "s8" or base.transform == "feedback16" else 0.9, seed=1),
         replace(base, m=37, k=333, seed=2),
         replace(base, m=1, k=128, seed=3),
         replace(few, padding=24),
@@ -583,6 +588,7 @@ DENSE_S8 = replace(ROWS_S8, transform="dense")
 DENSE_S8_90 = replace(DENSE_S8, m=300, k=1000, sm_90=True)
 DENSE_80, DENSE_90 = replace(ROWS_80, transform="dense"), replace(ROWS_90, transform="dense")
 FEEDBACK_80, FEEDBACK_90 = replace(ROWS_80, transform="feedback"), replace(ROWS_90, transform="feedback")
+SIXTEEN_80, SIXTEEN_90 = replace(ROWS_80, transform="feedback16"), replace(ROWS_90, transform="feedback16")
 FAMILIES: dict[str, list[Any]] = {
     "hadamard, sm80": variants(ROWS_80),
     "hadamard, sm90": variants(ROWS_90),
@@ -648,6 +654,15 @@ FAMILIES: dict[str, list[Any]] = {
     ],
     "feedback, few rows": [*variants(FEEDBACK_80), *variants(FEEDBACK_90)],
     "feedback, many rows": [replace(FEEDBACK_80, m=161, k=520, clip=0.9), *(replace(FEEDBACK_90, m=150, k=640, data=data) for data in ("normal", "nan"))],
+    "sixteen levels, few rows": [*variants(SIXTEEN_80), *variants(SIXTEEN_90)],
+    "sixteen levels, many rows": [
+        replace(base, m=m, k=k, data=data) for base, m, k in ((SIXTEEN_80, 161, 520), (SIXTEEN_90, 150, 640)) for data in ("normal", "nan", "ties")
+    ],
+    "sixteen levels, fused": [
+        *(replace(base, m=m, k=520, input=input, gain_offset=m > 16) for base in (SIXTEEN_80, SIXTEEN_90) for m in (7, 140)
+          for input in INPUTS[1:]),
+        replace(SIXTEEN_90, m=3, k=8104, input="rms_norm"),
+    ],
     "feedback, fused": [
         *(replace(base, m=m, k=520, input=input, gain_offset=m > 16) for base in (FEEDBACK_80, FEEDBACK_90) for m in (7, 140)
           for input in INPUTS[1:]),
@@ -735,6 +750,14 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], Any]] = {
     "sign of an error": (("quantize_feedback.cuh", "(code - ROUND_BIASED) - value", "value - (code - ROUND_BIASED)"), replace(FEEDBACK_80, m=150)),
     "errors of other warps": (("quantize_dense.cu", "if (turn > 0) errors_of_steps", "if (turn > 1) errors_of_steps"), replace(FEEDBACK_80, m=16)),
     "octets": (("quantize_dense.cu", "packed[i] + OCTET_WORDS * (step / 2)", "packed[i] + OCTET_WORDS * (3 - step / 2)"), replace(FEEDBACK_90, m=150)),
+    "sixteenth level": (("quantize_feedback.cuh", "? -8.0f : -7.0f", "? -7.0f : -7.0f"), SIXTEEN_80),
+    "sixteenth level, byte": (("quantize.cuh", "magnitude & 0x0f0f0f0fu", "magnitude & 0x07070707u"), SIXTEEN_90),
+    "sixteenth level, upper byte": (("quantize.cuh", "magnitude >> 4 & 0x0f0f0f0fu", "magnitude >> 4 & 0x07070707u"), SIXTEEN_90),
+    "sign of a scale": (("quantize_feedback.cuh", "| ~largest << 31", "| largest << 31"), SIXTEEN_80),
+    "which value is the largest": (("quantize_dense.cuh", "__funnelshift_l(__float_as_uint(value), __float_as_uint(value), 1)", "__float_as_uint(value) << 1"), SIXTEEN_80),
+    "a block's clip": (("quantize_feedback.cuh", "0.125f * low_of", "0.124f * low_of"), SIXTEEN_90),
+    "a block's clip, where": (("quantize_dense.cu", "fragments + COPIED_CHUNKS)", "fragments + COPIED_CHUNKS - 1)"), replace(SIXTEEN_80, m=150)),
+    "a block's clip, few rows": (("quantize_dense.cu", "fragments + MATRIX_CHUNKS + FEEDBACK_CHUNKS)", "matrix + MATRIX_CHUNKS + FEEDBACK_CHUNKS)"), replace(SIXTEEN_80, m=16)),
     "signs": (("index.cuh", "(k & 1) + 16 * (k >> 1 & 3)", "(k & 1) + 16 * (k >> 2 & 3)"), ROWS_S8),
     "byte": (("quantize_s8.cuh", "__byte_perm(c, d, 0x0040)", "__byte_perm(d, c, 0x0040)"), ROWS_S8),
     "scale's quotient": (("quantize_s8.cuh", "? quotient : near", "? near * 1.000001f : near"), replace(ROWS_S8, transform="none", data="ties", m=128)),
@@ -766,7 +789,7 @@ def test_a_changed_constant_is_noticed(name: str, monkeypatch: pytest.MonkeyPatc
         base,
         m=20 if base.m == 1 else base.m,
         k=584 if base.k == 1 else base.k,
-        clip=1.0 if base.data == "ties" or base.format == "s8" else 0.9,
+        clip=1.0 if base.data == "ties" or base.format == "s8" or base.transform == "feedback16" else 0.9,
     )
     monkeypatch.setattr(launcher, "kernel", cpu_launcher.kernel)
     assert kernel_cases.check(case, CPU) == []

@@ -60,9 +60,10 @@ def test_activations(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL_FEEDBACK, ids=str)
-def test_feedback(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sixteen", [False, True])
+def test_feedback(case: Any, sixteen: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     run_kernels(monkeypatch)
-    kernel_cases.check_feedback(*case, dtype, CPU, seed=1)
+    kernel_cases.check_feedback(*case, dtype, CPU, seed=1, sixteen=sixteen)
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
@@ -80,13 +81,19 @@ def test_divergence(case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 
 MUTATIONS = {
-    "inside": ("round_activation.cu", "<= code_max + 0.5f ? code - ratio", "<= code_max ? code - ratio"),
+    "inside": ("round_activation.cu", "ratio <= highest + 0.5f", "ratio <= highest"),
     "first of equals": ("round_activation.cu", "other_place < place", "other_place > place"),
     "clip": ("round_activation.cu", "by_clip[group] = by_scale * scale", "by_clip[group] = by_scale"),
     "sign of the largest": ("round_activation.cu", "largest < 0.0f ? -1.0f : 0.0f", "largest < 0.0f ? 1.0f : 0.0f"),
     "codes with feedback": ("round_activation.cu", "__fdiv_rn(made[i], scale) : ratio", "ratio : ratio"),
     "the step": ("round_feedback.cu", "feedback_fragment_byte(step, pair, lane)", "feedback_fragment_byte(step, 0, lane)"),
-    "the scale": ("round_feedback.cu", "expf(*log_clip) / code_max", "1.0f / code_max"),
+    "the scale": ("round_feedback.cu", "expf(log_clip[APEX4_FEEDBACK == 2 ? block : 0]) / code_max", "1.0f / code_max"),
+    "sixteen: clips of blocks": ("round_feedback.cu", "APEX4_FEEDBACK == 2 ? block : 0", "0"),
+    "sixteen: clips of blocks, back": ("round_activation.cu", "blocks ? static_cast<unsigned>(group) % blocks : 0", "0"),
+    "sixteen: sign of a scale": ("round_activation.cu", "copysignf(magnitude, -largest)", "copysignf(magnitude, largest)"),
+    "sixteen: gradient of the largest": ("round_activation.cu", "blocks ? -1.0f :", "blocks ? 1.0f :"),
+    "sixteen: the negative one": ("round_activation.cu", "x[i] == -fabsf(largest) && largest > 0.0f", "false"),
+    "sixteen: below": ("round_activation.cu", "blocks ? -SIXTEEN_LEVELS_MOST : -code_max", "-code_max"),
     "gradient of scales": ("round_weight.cu", "sum = fmaf(g[i], code_of(x[i], code_max), sum)", "sum += g[i]"),
     "rounding of folded weights": ("round_weight.cu", "folding, 128.0f) / 256.0f", "folding, 0.0f) / 256.0f"),
     "shrinking": ("divergence.cu", "exponentials *= shrink, differences *= shrink", "exponentials *= shrink"),
@@ -99,8 +106,9 @@ def test_a_changed_line_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     run_kernels(monkeypatch, [MUTATIONS[name]])
     monkeypatch.setattr(kernel_cases, "DIFFERENT", 0)
     with pytest.raises(AssertionError):
-        if name == "codes with feedback" or MUTATIONS[name][0] == "round_feedback.cu":
-            kernel_cases.check_feedback(*SMALL_FEEDBACK[1], torch.float32, CPU, seed=1)
+        sixteen = name.startswith("sixteen")
+        if name == "codes with feedback" or sixteen or MUTATIONS[name][0] == "round_feedback.cu":
+            kernel_cases.check_feedback(*SMALL_FEEDBACK[1], torch.float32, CPU, seed=1, sixteen=sixteen)
         elif MUTATIONS[name][0] == "round_activation.cu":
             kernel_cases.check_activation(*SMALL_ACTIVATIONS[1], torch.float32, CPU, seed=1)
         elif MUTATIONS[name][0] == "round_weight.cu":

@@ -74,7 +74,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                        (equal && (blocks && other != largest ? other < largest : first_of_equal));
     if (ahead) largest = other, place = other_place;
   }
-  const float by_absmax = expf(log_clip[blocks ? group % blocks : 0]) / (blocks ? SIXTEEN_LEVELS_MOST : code_max);
+  // In 32 bits, which it fits: 64 are divided by a call, which wants a stack.
+  const unsigned clip = blocks ? static_cast<unsigned>(group) % blocks : 0;
+  const float by_absmax = expf(log_clip[clip]) / (blocks ? SIXTEEN_LEVELS_MOST : code_max);
   const float magnitude = fmaxf(fabsf(largest) * by_absmax, scale_min);
   const float scale = blocks ? copysignf(magnitude, -largest) : magnitude;
   const float lowest = blocks ? -SIXTEEN_LEVELS_MOST : -code_max;
