@@ -12,7 +12,7 @@ import torch
 
 from apex4_quant.format.layout_name import KERNEL_TILE_N
 from apex4_quant.format.layouts import get_layout
-from apex4_quant.format.number_format import BLOCK, CODE_MAX
+from apex4_quant.format.number_format import BLOCK, CODE_MAX, SIXTEENTH_CODE
 from apex4_quant.kernels import reference
 from apex4_quant.kernels.gemm import configs as gemm_configs
 from apex4_quant.kernels.gemm.configs import GemmConfig, GemmPlan
@@ -43,16 +43,19 @@ def random_operands(m: int, n: int, k: int, blocks_per_group: int, generator: to
     device = generator.device
     groups = -(-k // BLOCK // blocks_per_group)
 
-    def codes(rows: int) -> torch.Tensor:
-        return torch.randint(-CODE_MAX, CODE_MAX + 1, (rows, k), generator=generator, device=device, dtype=torch.int8)
+    def codes(rows: int, lowest: int) -> torch.Tensor:
+        return torch.randint(lowest, CODE_MAX + 1, (rows, k), generator=generator, device=device, dtype=torch.int8)
 
     def scales(rows: int) -> torch.Tensor:
         return torch.rand(rows, groups, generator=generator, device=device) * 0.02 + 0.001
 
+    sign = (
+        torch.randint(0, 2, (m, groups), generator=generator, device=device) * 2 - 1
+    )  # with sixteen levels scales have one
     return Operands(
-        codes(m),
-        scales(m),
-        codes(n),
+        codes(m, SIXTEENTH_CODE),
+        scales(m) * sign,
+        codes(n, -CODE_MAX),
         scales(n).half(),
         torch.randn(n, generator=generator, device=device) if bias else None,
         blocks_per_group,
@@ -152,7 +155,7 @@ def worst_error(y: torch.Tensor, operands: Operands) -> float:
 
 def allowed_error(operands: Operands, want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     magnitudes = Operands(
-        operands.codes_a.abs(), operands.scale_a, operands.codes_w.abs(), operands.scale_w,
+        operands.codes_a.abs(), operands.scale_a.abs(), operands.codes_w.abs(), operands.scale_w,
         None if operands.bias is None else operands.bias.abs(), operands.blocks_per_group,
     )  # fmt: skip
     half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
@@ -277,6 +280,18 @@ def check_integers(config: GemmConfig, sm_count: int, generator: torch.Generator
             random_operands(m, n, k, 1, generator, bias=False).__dict__[name] for name in ("codes_a", "codes_w")
         ),
     }
+    if not config.wide_groups:  # sixteen levels are for groups of 128
+        eights = torch.full((m, k), SIXTEENTH_CODE, dtype=torch.int8, device=device)
+        patterns |= {
+            "all -8": (eights, weights),
+            "-8 and 7": (
+                torch.where(position % 2 == 0, eights, sevens),
+                torch.where(position % 2 == 0, -weights, weights),
+            ),
+            "-8, odd": (torch.where(position % 128 == 127, eights + 1, eights), weights),
+            "-8, odd first": (torch.where(position % 128 == 0, eights + 1, eights), -weights),
+            "-8, steps": (eights, torch.where(position // 32 % 4 < 2, weights, -weights)),
+        }
     for name, (codes_a, codes_w) in patterns.items():
         ones = torch.ones(m, k // BLOCK // per_group, device=device)
         operands = Operands(codes_a, ones, codes_w, torch.ones(n, ones.shape[1], device=device).half(), None, per_group)

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from ...errors import Apex4Error
-from ...format.feedback import transform_of
+from ...format.feedback import block_clips_of, transform_of
 from ...format.number_format import BITS, BLOCK, CODE_MAX
 from ...format.quant_config import QuantConfig
 from ...format.transform_kind import TransformKind
@@ -229,6 +229,9 @@ def fill_randomly(
     """Legal tensors for vLLM's `--load-format dummy`: speed does not depend on what they are."""
     if matrix is not None:
         matrix.data.copy_(torch.randn_like(matrix.data, dtype=torch.float32) * BLOCK**-0.5)
+        clips = block_clips_of(matrix.data.flatten(0, -3))
+        if clips is not None:
+            clips.fill_(1.0)
     layout = stored.first.format.layout
     shape = len(packed) * layout.tile_n, stored.first.padded_k
     packed.copy_(layout.pack(torch.randint(-CODE_MAX, CODE_MAX + 1, shape, dtype=torch.int8, device=packed.device)))
