@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)  // or registers of float32 are spilled on sm_80
     apex4_round_activation_back(Element* by_y, float* by_clip, const Element* y, const float* log_clip,
                                 const Element* gradient, const Element* rounded, int64 groups, int length, float code_max,
                                 float scale_min, int blocks) {
