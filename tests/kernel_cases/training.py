@@ -78,7 +78,7 @@ def check_feedback(
     scale = -largest_of(grouped) * clips / 8 if sixteen else grouped.abs().amax(-1) * clips / 7
     units = torch.where(scale == 0, 1e-20, scale).to(device).repeat_interleave(128, 1)
     codes, exact = (each[0].float() / units for each in (ours, wanted))
-    tolerance = 0.03 if dtype is torch.bfloat16 else 1e-4
+    tolerance = 0.04 if dtype is torch.bfloat16 else 1e-4
     assert float((codes - codes.round()).abs().max()) < tolerance and float(codes.max()) < 7.1
     assert (-8.1 < float(codes.min()) < -7.9) if sixteen else (float(codes.min()) > -7.1)
     assert float((codes - exact).abs().max()) < 2.1
