@@ -122,10 +122,10 @@ def test_quantize_json(run_cli: Call, invoke: Call, tiny_model: Call, calib: Pat
     quantized = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
     assert len(quantized) == 11 and not any(name.startswith("model.layers.0.mlp") for name in quantized)
     # A float16 scale for 128 weights (64 rows are whole tiles of sm80), and the learned transforms: one float16 matrix
-    # per block of 128 channels of every input, and its error feedback.
+    # per block of 128 channels of every input, its error feedback, and its clip ratio.
     weights = 2 * (128 * 128 + 2 * 64 * 128 + 128 * 128) + 3 * 256 * 128
     blocks = 2 * 1 + 2 * 1 + 1 + 2
-    assert summary["bits_per_weight"] == round(4.125 + 16 * 184 * 128 * blocks / weights, 4)
+    assert summary["bits_per_weight"] == round(4.125 + 16 * 185 * 128 * blocks / weights, 4)
     assert 0.01 < summary["mean_relative_error"] <= summary["max_relative_error"] < 0.3
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["target"] == {"gpu": "RTX 3090", "arch": "sm_86"} and config["layout"] == "sm80"
@@ -288,7 +288,7 @@ def test_inspect_and_check(invoke: Call, demo_checkpoint: Path) -> None:
     assert found["architecture"] == "LlamaForCausalLM" and len(found["linears"]) == 6 * 7
     down = next(linear for linear in found["linears"] if linear["name"] == "model.layers.5.mlp.down_proj")
     assert (down["quantized"], down["shape"], down["group_size"]) == (True, [256, 768], 128)
-    assert down["bytes"] == 256 * 768 // 2 + 2 * 256 * 6 + 2 * 6 * 184 * 128 and 0 < down["error"] < 0.5
+    assert down["bytes"] == 256 * 768 // 2 + 2 * 256 * 6 + 2 * 6 * 185 * 128 and 0 < down["error"] < 0.5
     shards = [load_file(file) for file in demo_checkpoint.glob("*.safetensors")]
     assert found["bytes"] == sum(t.numel() * t.itemsize for shard in shards for t in shard.values())
     assert found["quantization_config"]["layout"] == "rowmajor"

@@ -38,6 +38,7 @@ def test_the_named_recipes() -> None:
     assert [name for name, recipe in named_recipes().items() if recipe.importance == "gradients"] == [
         "apex4",
         "apex4-gptaq",
+        "apex4-distill",
     ]
     fast = named_recipes()["apex4-fast"]
     assert (fast.transform, fast.rounding, fast.search_clip, fast.refinement) == ("feedback128x16", "gptq", True, 0)

@@ -259,9 +259,9 @@ def plan_file_text(
     """The YAML of a plan. `groups`: for every shared input, entries by name; `comments`: on each; `notes`: by name."""
     header = header | {"checksum": _checksum(_linears(groups))}
     lines = [
-        "# Change group_size to 128, 256, 512, ... or channel, transform to hadamard128, none, dense128, feedback128 or feedback128x16 (learned,",
-        "# with group_size 128 only; the last two make up for errors of 4 bits, and are for those only), activation_bits to 4 (if",
-        "# it is not there) or 8: apex4 quantize MODEL -o OUT --plan THIS_FILE",
+        "# Change group_size to 128, 256, 512, ... or channel, transform to hadamard128, none, dense128, feedback128 or",
+        "# feedback128x16 (the last three are learned, with group_size 128 only; the last two make up for errors of 4 bits, and are",
+        "# for those only), activation_bits to 4 (if it is not there) or 8: apex4 quantize MODEL -o OUT --plan THIS_FILE",
         "# Linears that read the same input (no empty line between them) must have the same of all three.",
         "# Predicted: loss of the input in 1/1000 nat a token (divergence from the original), relative error of the linear.",
         f"apex4_plan: {PLAN_VERSION}",

@@ -21,7 +21,7 @@ from apex4_quant.distillation.own_text import write_windows
 from apex4_quant.distillation.trained_linear import TrainedInput, TrainedLinear
 from apex4_quant.errors import Stopped, UsageError
 from apex4_quant.evaluation.evaluate import EvalSettings, evaluate
-from apex4_quant.format.feedback import feedback_of
+from apex4_quant.format.feedback import block_clips_of, feedback_of
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat
 from apex4_quant.format.storage import sha256
@@ -88,11 +88,13 @@ def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]
         next(load_file(file)[name] for file in sorted(out.glob("*.safetensors")) if name in load_file(file))
         for out in (before, after)
     ]
-    assert stored[0].shape == stored[1].shape == (2, 184, 128)
+    assert stored[0].shape == stored[1].shape == (2, 185, 128)
     for matrix in stored:
         feedback = feedback_of(matrix.float())
         assert bool((feedback.abs().amax((1, 2)) > 0.02).all())
-    assert not torch.equal(stored[0][:, 128:], stored[1][:, 128:])
+    assert not torch.equal(stored[0][:, 128:184], stored[1][:, 128:184])
+    clips = [block_clips_of(matrix.float()) for matrix in stored]
+    assert bool(((clips[1] / clips[0]).log().abs() < 0.05).all()), clips
     assert quality[1] < quality[0]
     check(str(after))
     report = json.loads((after / "apex4_report.json").read_text())["distillation"]
@@ -103,7 +105,7 @@ def test_error_feedback_is_worked_out_anew(pair_with_feedback: tuple[Path, Path]
         tensors = load_file(file)
         for key in tensors:
             if key.endswith("input_transform"):
-                tensors[key][:, 128:] = 0
+                tensors[key][:, 128:184] = 0
         save_file(tensors, file, metadata={"format": "pt"})
     (without / "apex4_report.json").unlink()
     assert (

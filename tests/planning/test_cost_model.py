@@ -157,7 +157,7 @@ def test_gpus_command(run_cli: Call, invoke: Call) -> None:
     assert rows["A100"]["lambda"] == {"128": 1.0, "256": 0.5, "512": 0.25, "channel": 0.0312}
     assert (rows["A100"]["rho"], rows["A100"]["tensor_bits"], rows["H200"]["tensor_bits"]) == (64.0, 4, 8)
     assert {gpu["default"] for gpu in values["gpus"]} == {"g128, learned"}
-    for key, transform in (("dense_transform", DENSE), ("feedback_transform", FEEDBACK)):
+    for key, transform in (("dense_transform", DENSE), ("feedback_transform", TransformKind.FEEDBACK_16)):
         costs = {str(tokens): learned_transform_cost(GPUS["A100"], tokens, transform) for tokens in (1, 2048)}
         assert rows["A100"][key] == pytest.approx(costs, abs=1e-4)
     text = invoke("gpus").stdout
@@ -201,6 +201,10 @@ def test_error_feedback_by_hand() -> None:
     assert seconds[FEEDBACK] - seconds[HADAMARD] == pytest.approx(products - hidden)
     dense, feedback = (learned_transform_cost(a100, 1, kind) for kind in (DENSE, FEEDBACK))
     assert (feedback - 1) / (dense - 1) == pytest.approx(184 / 128, rel=1e-6)
+    # A row of clip ratios more is read, and not multiplied.
+    sixteen = TransformKind.FEEDBACK_16
+    assert (learned_transform_cost(a100, 1, sixteen) - 1) / (dense - 1) == pytest.approx(185 / 128, rel=1e-6)
+    assert activation_seconds(rtx3090, 8192, 4096, 128, sixteen) == pytest.approx(products)
 
 
 def test_one_shared_matrix_is_read_once() -> None:

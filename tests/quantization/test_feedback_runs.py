@@ -65,7 +65,7 @@ def test_one_linear_of_an_input_stores_it_behind_the_transform(made: Path) -> No
     stored = {name.removesuffix(".input_transform"): t for name, t in out.items() if name.endswith("input_transform")}
     assert sorted(stored) == sorted(OWNERS)
     for name, matrix in stored.items():
-        assert matrix.shape == (5 if "down" in name else 1, 184, 128) and matrix.dtype == torch.float16
+        assert matrix.shape == (5 if "down" in name else 1, 185, 128) and matrix.dtype == torch.float16
         feedback = feedback_of(matrix)
         assert feedback is not None and bool((feedback.flatten(1) != 0).any(1).all())
     # The weights of the first input know nothing of it, nor does the transform.
@@ -131,7 +131,7 @@ def test_check_inspect_and_repack(out: Path, tmp_path: Path, invoke: Call) -> No
     linears = json.loads(invoke("inspect", out, "--json").stdout)["linears"]
     assert {linear["transform"] for linear in linears} == {"feedback128x16"}
     by_name = {linear["name"]: linear["bytes"] for linear in linears}
-    assert by_name[Q] == 128 * 128 // 2 + 2 * 128 + 2 * 184 * 128
+    assert by_name[Q] == 128 * 128 // 2 + 2 * 128 + 2 * 185 * 128
     assert "  group 128 feedback128x16  " in invoke("inspect", out).stdout
     there, back = tmp_path / "there", tmp_path / "back"
     assert invoke("repack", out, "-o", there, "--target", "H200", "--json").exit_code == 0
@@ -183,7 +183,7 @@ def test_a_matrix_without_its_feedback(out: Path, tmp_path: Path, invoke: Call, 
 
     damaged = edited(out, tmp_path / "damaged", change)
     sentence = one_sentence(invoke("check", damaged, "--json"), FAILED, f"{Q}.input_transform")
-    assert "F16 [1, 128, 128] and must be F16 [1, 184, 128]" in sentence
+    assert "F16 [1, 128, 128] and must be F16 [1, 185, 128]" in sentence
 
 
 def test_a_config_that_gives_it_eight_bits(out: Path, tmp_path: Path, invoke: Call, one_sentence: Call) -> None:
@@ -267,7 +267,7 @@ def test_a_plan_of_both(made: Path, calib: Path, tmp_path: Path) -> None:
     quantize(settings, tmp_path / "out")
     tensors = tensors_of(tmp_path / "out")
     for name in OWNERS:
-        assert tensors[f"{name}.input_transform"].shape[1] == (128 if ".0." in name else 184)
+        assert tensors[f"{name}.input_transform"].shape[1] == (128 if ".0." in name else 185)
     section = section_of(tmp_path / "out")
     assert (section["transform"], section["format_version"]) == ("feedback128x16", 2)
     assert section["modules"][Q] == {"transform": "dense128", "activation_bits": 8}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from apex4_quant import QuantizeSettings, quantize
 from apex4_quant.errors import Apex4Error
-from apex4_quant.format.feedback import transform_of
+from apex4_quant.format.feedback import block_clips_of, transform_of
 from apex4_quant.format.layouts import get_layout
 from apex4_quant.format.quant_config import LinearFormat, QuantConfig
 from apex4_quant.format.storage import REPORT_NAME
@@ -26,6 +26,7 @@ from apex4_quant.kernels import reference, torch_backend
 from apex4_quant.kernels.hadamard import apply_block_matrix
 from apex4_quant.models.families import Producer
 from apex4_quant.nn.linear import Apex4Linear
+from apex4_quant.rounding.activation_clip import BLOCK_CLIP_RATIOS
 from apex4_quant.rounding.gptq import DAMPING, inverse_factor, quantize_weight_gptq
 from apex4_quant.rounding.nearest import quantize_weight_rtn
 from apex4_quant.transforms import learned_transform
@@ -44,6 +45,7 @@ from apex4_quant.transforms.learned_transform import (
     learn_transform,
     moments_in_basis,
     peaks_and_slopes,
+    round_to_halves,
     rows_of_step,
     slope_of_log_error,
     with_equal_peaks,
@@ -592,9 +594,13 @@ def test_damaged_transforms_are_found(
     tensors[name][0, 0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     one_sentence(invoke("check", damaged, "--json"), 1, name, "NaN")
+    tensors[name] = good.clone()
+    tensors[name][1, -1, 0] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    one_sentence(invoke("check", damaged, "--json"), 1, name, "clip ratio that is not positive")
     tensors[name] = good[:1]
     save_file(tensors, file, metadata={"format": "pt"})
-    one_sentence(invoke("check", damaged, "--json"), 1, name, "[1, 184, 128]")
+    one_sentence(invoke("check", damaged, "--json"), 1, name, "[1, 185, 128]")
     with pytest.raises(Apex4Error, match=name):
         AutoModelForCausalLM.from_pretrained(damaged)
 
@@ -602,14 +608,16 @@ def test_damaged_transforms_are_found(
 def test_inspect_counts_the_transform(dense_model: Path, invoke: Callable[..., Result]) -> None:
     linears = {entry["name"]: entry for entry in json.loads(invoke("inspect", dense_model, "--json").stdout)["linears"]}
     q, k = (linears[f"model.layers.0.self_attn.{name}_proj"]["bytes"] for name in "qk")
-    # q has twice k's rows and stores the transform of 256 channels, and its error feedback.
-    assert q - 2 * k == 2 * 2 * 184 * 128
+    # q has twice k's rows and stores the transform of 256 channels, its error feedback and its clip ratios.
+    assert q - 2 * k == 2 * 2 * 185 * 128
 
 
 def test_searched_clip_ratios_are_used_by_the_loaded_model(dense_model: Path) -> None:
     report = json.loads((dense_model / REPORT_NAME).read_text())
     model = AutoModelForCausalLM.from_pretrained(dense_model)
-    clips = {entry["name"]: entry["activation_clip"] for entry in report["quantized"]}
-    assert any(clip != 1 for clip in clips.values())
-    for name, clip in clips.items():
-        assert model.get_submodule(name).format.activation_clip == clip
+    for name in (entry["name"] for entry in report["quantized"]):
+        linear = model.get_submodule(name)
+        assert linear.format.activation_clip == 1  # every block has its own
+        clips = block_clips_of(linear.transform_matrix())
+        assert set(clips.tolist()) <= set(round_to_halves(torch.tensor(BLOCK_CLIP_RATIOS)).tolist())
+    assert len(set(clips.tolist())) > 1
