@@ -229,7 +229,7 @@ def run_quantize(
 ) -> None:
     """Quantize m rows of x into `codes` and `scales`. Pointers are integers; dtype is "float16" or "bfloat16".
 
-    transform: "none", "hadamard", or "dense", likewise "feedback" and "feedback16", which needs the prepacked `matrix` (one for all blocks, times
+    transform: "none", "hadamard", or "dense", "feedback" and "feedback16", which need the prepacked `matrix` ("dense": one for all blocks, times
     `matrix_factor`, if matrix_is_shared) and memory: `most_between_bytes(m, k_blocks)` at `between`, for this call alone, and, with
     input "rms_norm", `board_bytes(m)` at `board`, zeros before the first call and then for one call after the other.
     input: "plain"; "rms_norm", with the gain at `second`; "silu_mul", x being the gate and `second` the other half;

@@ -8,7 +8,8 @@
 //            (quantize/configs.py, prepack_feedback), aligned to 16 bytes; log_clip float32, one, with sixteen levels [k_blocks]; rows,
 //            k_blocks, code_max (what the largest magnitude stands for)
 // Grid: (k_blocks, ceil(rows / (16 WARPS))), 32 WARPS threads.
-// Macros: APEX4_FLOAT32 (elements.cuh); APEX4_FEEDBACK (quantize_feedback.cuh), 2 for sixteen levels; APEX4_BF16 0: errors and G are float16, whatever Element is.
+// Macros: APEX4_FLOAT32 (elements.cuh); APEX4_FEEDBACK (quantize_feedback.cuh), 2 for sixteen levels;
+// APEX4_BF16 0: errors and G are float16, whatever Element is.
 #include "quantize/quantize_feedback.cuh"
 #include "training/elements.cuh"
 
