@@ -411,9 +411,12 @@ def seconds_by_part(
 
 
 def _products_of_clips(readers: list[PlannedLinear], by_gradients: bool) -> float:
-    """Multiply-adds: W^T W or g^T g and an error for each ratio, or where W or g has few rows their products alone."""
+    """Multiply-adds: W^T W or g^T g and an error for each ratio, or where W or g has few rows their products alone. Of clip ratios of
+    blocks, blocks of W^T W alone."""
     width, rows = readers[0].format.padded_k, PROBE_ROWS if by_gradients else _outputs(readers)
     looked_at = len(ACTIVATION_CLIP_RATIOS) * CLIP_SEARCH_ROWS
+    if readers[0].format.transform.has_block_clips:
+        return width * BLOCK * (rows + looked_at)
     return width * (width * (rows + looked_at) if rows > width else rows * looked_at)
 
 

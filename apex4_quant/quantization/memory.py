@@ -5,7 +5,8 @@ A run has one decoder layer in memory. The tensors of its worst moments, K the p
     predicting    the head in float32, and logits with what goes back through them
     gradients     the layer, and the graph of one window through it
     collecting    the layer, a batch on its way through it, the Hessians K x K of a stage, and rows of what is read
-    deciding      the Hessians; what a transform is learned from; sums for its error feedback; W^T W, K x K, for the activation clip
+    deciding      the Hessians; what a transform is learned from; sums for its error feedback; W^T W, K x K, for the activation clip,
+                  or its blocks for those of blocks
     factoring     a Hessian and two more K x K: its factor (rounding/gptq.py)
     rounding      a Hessian if codes are gone over, its factor, and some N x K
 
@@ -30,6 +31,7 @@ from ..models.layer_runner import HEAD_TOKENS, batch_tokens
 from ..models.replaying import KEPT_BYTES
 from ..models.source import ModelSource
 from ..recipes import Importance, Rounding
+from ..rounding.activation_clip import CLIP_SEARCH_ROWS
 from ..transforms.error_feedback import ROWS_AT_ONCE
 from ..transforms.learned_transform import WEIGHT_ROWS_KEPT
 from .collector import EXPERT_ROWS
@@ -238,7 +240,11 @@ class _Account:
         if linears[0].format.transform.is_learned:
             deciding = 8 * largest + 4 * width * (2 * rows + 2 * (2 * WEIGHT_ROWS_KEPT) + 12 * BLOCK)
         if self.recipe.search_clip:
-            deciding = max(deciding, square + 12 * largest)
+            # W^T W, or with clip ratios of blocks its blocks, and what rounding some rows needs.
+            searching = square
+            if linears[0].format.transform.has_block_clips:
+                searching = 4 * width * (BLOCK + 6 * CLIP_SEARCH_ROWS)
+            deciding = max(deciding, searching + 12 * largest)
         if linears[0].format.transform.has_feedback:  # moments in float64 and what G is made of, and some rows
             deciding = max(deciding, 12 * largest + 8 * width * (8 * BLOCK + 2 * ROWS_AT_ONCE))
         factoring = (2 + (self.streams - 1)) * square if gptq else 0

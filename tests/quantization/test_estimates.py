@@ -175,9 +175,13 @@ def test_the_account_of_time(tiny_model: Call, tmp_path: Path) -> None:
     made = 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256) * 128
     assert learned["feedback"] == 2 * made + rounded and gptq["feedback"] == 0
     assert parts(model, "apex4", 100)["feedback"] == 2 * 2 * 640 * 4096 * 128 + rounded
-    looked_at = 13 * 1024  # o and down have no more rows than columns
-    clips = 128**2 * (256 + looked_at) + 128**2 * looked_at + 128**2 * (512 + looked_at) + 256 * 128 * looked_at
+    looked_at = 13 * 1024
+    # Blocks of 128 of W^T W alone, of 256, 128, 512 and 128 rows, and of 128, 128, 128 and 256 columns.
+    clips = 128 * (128 * (256 + 128 + 512 + 3 * looked_at) + 256 * (128 + looked_at))
     assert learned["clips"] == 2 * clips and "gradients" not in learned
+    # With one ratio for all blocks W^T W as a whole; o and down have no more rows than columns.
+    clips = 128**2 * (256 + looked_at) + 128**2 * looked_at + 128**2 * (512 + looked_at) + 256 * 128 * looked_at
+    assert parts(model, "apex4-hadamard", 100)["clips"] == 2 * clips
     assert {"transforms", "gradients", "rounding"} <= set(parts(model, "apex4", 100))
     rtn = parts(model, "rtn", 200)
     assert rtn["passes"] == 2 * gptq["passes"] and not {"Hessians", "rounding", "gradients"} & set(rtn)
