@@ -122,8 +122,6 @@ def unpack_activations(
 # ---- what operators ask of their operands ----------------------------------------------------------------------------
 
 WEIGHT_TILE_BYTES = KERNEL_TILE_N * BLOCK // 2  # of 64 output features of one block of 128 input features
-
-
 # Rows of a block's matrix as it is stored, by what lies behind it: FEEDBACKS of quantize/configs.py.
 _ROWS = {"": BLOCK, "feedback": BLOCK + FEEDBACK_ROWS, "feedback16": BLOCK + FEEDBACK_ROWS + CLIP_ROWS}
 MATRIX_ROWS = tuple(_ROWS.values())
@@ -138,7 +136,9 @@ def feedback_of_matrix(matrix: torch.Tensor | None) -> str:
         return ""
     width = matrix.shape[-1]
     rows = matrix.shape[-2] if width == BLOCK else width // BLOCK
-    return next((feedback for feedback, its in _ROWS.items() if feedback and rows == its), "")
+    if rows == MATRIX_ROWS[1]:
+        return "feedback"
+    return "feedback16" if rows == MATRIX_ROWS[2] else ""
 
 
 def _refuse(operator: str, argument: str, got: object, needed: str) -> NoReturn:
@@ -185,11 +185,12 @@ def require_quantizer(
     if up is not None and (up.shape != shape or up.dtype != x.dtype or up.get_device() != x.get_device()):
         _refuse(operator, "up", _described(up), f"{_described(x)} beside the gate, as that is,")
     if matrix is not None:
-        if feedback_of_matrix(matrix) and (group != BLOCK or format == TOKEN_FORMAT):
+        feedback = feedback_of_matrix(matrix)
+        if feedback and (group != BLOCK or format == TOKEN_FORMAT):
             _refuse(
                 operator, "group", group, f"{BLOCK}, and a format of 4-bit activations, with a matrix that has feedback"
             )
-        if clip != 1 and feedback_of_matrix(matrix) == "feedback16":
+        if clip != 1 and feedback == "feedback16":
             _refuse(operator, "clip", clip, "1 with a matrix that has the clip ratio of every block")
         prepacked = kernels and (group == BLOCK or format == TOKEN_FORMAT)
         _require_matrix(operator, matrix, x, k_padded // BLOCK, prepacked)

@@ -1,7 +1,7 @@
 """The clip ratios of activation scales: less range for the largest value of a group, finer steps for all others.
 
-With sixteen levels every block has one. The largest value then has a code that one step less stands for than on the other side, so
-that ratios begin above 1.
+With sixteen levels every block has one. A ratio of 1 gives the value of largest magnitude the code -8, and one of 8/7 lets a value as
+large on the other side have the code 7. So those that are tried begin above 1.
 """
 
 from __future__ import annotations
