@@ -139,7 +139,7 @@ CHECKPOINTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "modules_to_not_convert is null": (edit_quantization(modules_to_not_convert=None), ("modules_to_not_convert",)),
     "other group size": (
         edit_quantization(group_size=256),
-        ("model.layers.0.self_attn.q_proj", "feedback128 with groups of 256", "config.json"),
+        ("model.layers.0.self_attn.q_proj", "feedback128x16 with groups of 256", "config.json"),
     ),
     "other layout": (edit_quantization(layout="sm80"), ("model.layers.0.self_attn.q_proj.weight_packed",)),
 }
