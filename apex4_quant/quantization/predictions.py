@@ -10,6 +10,7 @@ then they are carried through the linears of that layer, on the states that come
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from ..models.source import ModelSource
 from ..models.states import States, in_memory
 from ..progress import Progress
 from .gradients import gradients_through
-from .run_state import RunState, StateKind
+from .run_state import BackgroundWork, RunState, StateKind
 
 # Gradients are taken of so many tokens of the calibration text, in whole windows: more gain nothing (docs/log.md).
 GRADIENT_TOKENS = 16384
@@ -117,20 +118,27 @@ class LeavingGradients:
                     f"'apex4 quantize --resume -o {self._state.out}' goes on"
                 )
 
-        def keep(layer: int, hidden: States) -> None:
+        def save(kind: StateKind, layer: int, states: torch.Tensor) -> None:
             go_on()
-            self._state.save(StateKind.ENTERING, layer, hidden, share)
+            background.start(partial(self._state.save, kind, layer, states, share))
 
-        with progress.stage("taking gradients", 2 * layers - first, " layers") as advance:
+        def keep(layer: int, hidden: States) -> None:
+            save(StateKind.ENTERING, layer, in_memory(hidden))
+
+        # States reach the disk while the next layer is worked on.
+        with (
+            BackgroundWork() as background,
+            progress.stage("taking gradients", 2 * layers - first, " layers") as advance,
+        ):
             gradients, _ = gradients_of_predictions(
                 self._source, self._runner, self._samples, seed, keep, advance, group, share
             )
             for layer in reversed(range(first, layers)):
-                go_on()
-                self._state.save(StateKind.LEAVING_GRADIENTS, layer, gradients.to(GRADIENT_DTYPE), share)
+                save(StateKind.LEAVING_GRADIENTS, layer, gradients.to(GRADIENT_DTYPE))
                 if layer > first:
                     gradients = self._through(layer, gradients, layer - 1 if layer - 1 > first else None)
                 advance(1)
+            background.finish()
         group.barrier()
         for layer in range(layers) if group.is_first else ():
             self._state.drop(StateKind.ENTERING, layer)

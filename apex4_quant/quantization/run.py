@@ -24,7 +24,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +66,7 @@ from .layer import LayerQuantizer, QuantizedLayer, return_free_memory
 from .memory import MemoryAccount, Windows, fit
 from .plan import KeepReason, Plan, plan_as_dict, plan_of
 from .predictions import LeavingGradients
-from .run_state import OutputFolder, RunState, Streams, seconds_to_keep, stored_settings
+from .run_state import BackgroundWork, OutputFolder, RunState, Streams, seconds_to_keep, stored_settings
 from .settings import QuantizeSettings, ResolvedSettings, require_same
 
 
@@ -302,36 +301,6 @@ def _finished(out: Path, group: Group) -> QuantizeResult:
 
 def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-class BackgroundWork:
-    """A thread for what has to reach the disk while something else is worked on: one thing at a time."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "apex4-keep")
-        self._work: Future[None] | None = None
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Begin with it, when all that was started before is done. Raises what that raised."""
-        self.finish()
-        self._work = self._thread.submit(work)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is on its way."""
-        return self._work is None or self._work.done()
-
-    def finish(self) -> None:
-        """Wait for what was started. Raises what it raised, once."""
-        work, self._work = self._work, None
-        if work is not None:
-            work.result()
-
-    def __enter__(self) -> BackgroundWork:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()  # a layer that is done is kept, whatever ends the run
 
 
 @dataclass

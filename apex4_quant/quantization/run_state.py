@@ -23,7 +23,8 @@ import fcntl
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -371,6 +372,36 @@ class RunState:
             first, _, stop = windows.partition("-")
             found[Share(int(first), int(stop), total) if windows else Share.whole(total)] = path
         return found
+
+
+class BackgroundWork:
+    """A thread for what has to reach the disk while something else is worked on: one thing at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "apex4-keep")
+        self._work: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin with it, when all that was started before is done. Raises what that raised."""
+        self.finish()
+        self._work = self._thread.submit(work)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._work is None or self._work.done()
+
+    def finish(self) -> None:
+        """Wait for what was started. Raises what it raised, once."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def __enter__(self) -> BackgroundWork:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()  # a layer that is done is kept, whatever ends the run
 
 
 def seconds_to_keep() -> float:

@@ -28,8 +28,7 @@ from apex4_quant.models.layer_runner import LayerRunner
 from apex4_quant.models.states import States
 from apex4_quant.quantization import run as run_module
 from apex4_quant.quantization.layer import LayerQuantizer
-from apex4_quant.quantization.run import BackgroundWork
-from apex4_quant.quantization.run_state import RunState
+from apex4_quant.quantization.run_state import BackgroundWork, RunState
 from apex4_quant.recipes import named_recipes
 
 from ..conftest import stop_after, write_calibration, write_tiny_model
