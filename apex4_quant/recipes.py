@@ -40,7 +40,8 @@ class Recipe:
 
     transform        the group transform, unless --transform or a plan says otherwise
     rounding         how weights become codes
-    search_clip      look for an activation clip ratio of every linear input; without it all are `activation_clip`
+    search_clip      look for an activation clip ratio of every linear input, or with feedback128x16 of every block of it; without it
+                     all are `activation_clip`
     activation_clip  the largest value of a group that is represented, over its absmax: in (0, 1]
     rotation         merge random Hadamard rotations of the residual stream and of the values into the weights
     diagonal         exponent of the balancing factors (0: none), in [0, 1]

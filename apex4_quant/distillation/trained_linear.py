@@ -97,10 +97,10 @@ class _RoundActivation(torch.autograd.Function):
         by_y = gradient * inside
         place = (grouped == largest).to(torch.uint8).argmax(-1, keepdim=True)  # the first
         sixteen = log_clip.dim() == 1
-        ratio_of_clip = (
+        slope = (  # d s_a by the largest value
             log_clip.exp()[:, None] / SIXTEENTH_CODE if sixteen else largest.sign() * log_clip.exp() / code_max
         )
-        by_y.scatter_add_(-1, place, by_scale * ratio_of_clip)
+        by_y.scatter_add_(-1, place, by_scale * slope)
         by_clip = by_scale * scale
         by_clip = by_clip.flatten(0, -3).sum((0, 2)) if sixteen else by_clip.sum()
         return by_y.to(y.dtype).flatten(-2), by_clip, None, None, None

@@ -43,9 +43,8 @@ def feedback_of(matrix: torch.Tensor) -> torch.Tensor | None:
     if matrix.shape[1] == BLOCK:
         return None
     feedback = matrix.new_zeros(len(matrix), BLOCK, BLOCK)
-    feedback.view(len(matrix), -1)[:, _stored_places(matrix.device)] = matrix[:, BLOCK : BLOCK + FEEDBACK_ROWS].flatten(
-        1
-    )
+    rows = matrix[:, BLOCK : BLOCK + FEEDBACK_ROWS]
+    feedback.view(len(matrix), -1)[:, _stored_places(matrix.device)] = rows.flatten(1)
     return feedback
 
 

@@ -2,7 +2,7 @@
 
     y[m, n] = sum_g  s_a[m, g] * s_w[n, g] * ( sum_{k in g} q_a[m, k] * q_w[n, k] )  +  bias[n]
 
-Codes are integers in [-7, 7]. Weight scales are float16 and chosen before the codes; activation scales are float32,
+Codes are integers in [-7, 7], of activations with sixteen levels in [-8, 7]. Weight scales are float16 and chosen before the codes; activation scales are float32,
 one per token and group, computed at run time. With 8-bit activations codes of the input are integers in [-127, 127] with one
 scale a token, and weights are folded (kernels/folding.py). Constants here are the only copies.
 """
@@ -18,7 +18,7 @@ ACTIVATION_BITS = (4, 8)  # what a linear may say of its input's codes
 TOKEN_CODE_MAX = 127  # of 8-bit activations, which have one scale a token; -128 is never produced
 # Padded input features whose sums of 8-bit products an int32 holds: 127 * 126 * 2^17 < 2^31.
 LARGEST_K_OF_TOKENS = 2**17
-CODE_MAX = 7  # -8 is never produced: symmetric +-7 stays exact in e4m3 and in the Blackwell INT4 grids
+CODE_MAX = 7  # of weights -8 is never produced: sign and magnitude of layout sm90 have no room for it
 FORBIDDEN_CODE = -8  # of weights
 SIXTEENTH_CODE = -8  # of activations that have it: what the largest value of a group gets (docs/format.md §2)
 

@@ -114,7 +114,7 @@ def quantize_transformed(
 
 
 def largest_of(grouped: torch.Tensor) -> torch.Tensor:
-    """[..., g] -> the value of largest magnitude [...] with its sign; of two that differ in it, the negative one."""
+    """[..., g] -> the value of largest magnitude [...] with its sign; of two that differ in the sign alone, the negative one."""
     least, most = grouped.amin(-1), grouped.amax(-1)
     return torch.where(-least >= most, least, most)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..format.storage import format_bytes, write_bytes
+from ..format.transform_kind import TransformKind
 from . import facts
 from .base_model import BaseModel, base_model_of
 from .card import throughput_rows
@@ -168,14 +169,15 @@ def _shown(value: Any) -> str:
 def _linears(checkpoint: CheckpointFolder) -> str:
     rows = []
     for entry in checkpoint.report["quantized"]:
-        clip, error = entry.get("activation_clip"), entry.get("error")
+        clip, error, transform = entry.get("activation_clip"), entry.get("error"), str(entry.get("transform", ""))
+        of_blocks = transform == TransformKind.FEEDBACK_16  # each block's stands in the weight files
         rows.append(
             (
                 entry["name"],
                 " x ".join(map(str, entry["shape"])),
                 str(entry["group_size"]),
-                str(entry.get("transform", "")),
-                "" if clip is None else f"{clip:.3f}",
+                transform,
+                "by block" if of_blocks else "" if clip is None else f"{clip:.3f}",
                 format_bytes(entry.get("bytes", 0)),
                 "" if error is None else f"{error:.4f}",
             )

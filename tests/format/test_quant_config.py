@@ -123,7 +123,26 @@ def test_feedback_where_it_cannot_be_is_refused(change: dict[str, Any], words: s
     assert_sentence(caught.value)
 
 
-@pytest.mark.parametrize("values", [GOLDEN, FULL, EIGHT_BITS, FEEDBACK])
+def test_sixteen_levels_have_clip_ratios_of_blocks() -> None:
+    sixteen = FEEDBACK | {"transform": "feedback128x16"}
+    config = QuantConfig.from_dict(sixteen)
+    up, gate = (config.linear_format(f"a.{name}", 64, 200) for name in ("up", "gate"))
+    assert up.transform_shape == (2, 185, 128) and gate.transform_shape is None
+    assert up.stored_bytes - gate.stored_bytes == 2 * 2 * 185 * 128
+    for change, words in (
+        (
+            {"modules": {"a.up": {"activation_clip": 0.9}}},
+            "a.up has activation_clip 0.9 .* feedback128x16, whose blocks have",
+        ),
+        ({"group_size": 256}, "a.up has the transform feedback128x16 with groups of 256"),
+        ({"activation_bits": 8, "format_version": 2}, "a.up has the transform feedback128x16 .* 8-bit activations"),
+    ):
+        with pytest.raises(Apex4Error, match=words) as caught:
+            QuantConfig.from_dict(sixteen | change).linear_format("a.up", 64, 128)
+        assert_sentence(caught.value)
+
+
+@pytest.mark.parametrize("values", [GOLDEN, FULL, EIGHT_BITS, FEEDBACK, FEEDBACK | {"transform": "feedback128x16"}])
 def test_round_trip_through_json(values: dict[str, Any]) -> None:
     config = QuantConfig.from_dict(json.loads(json.dumps(values)))
     assert json.loads(json.dumps(config.to_dict())) == values

@@ -12,7 +12,7 @@ From a tensor of a safetensors file to an operand of a kernel:
                          tensor-parallel rank computes, and refuses a cut through a tile or a group. The layer gets
                              weight_packed    uint8   [sum of tiles, K / 128, 64 T]   in the checkpoint's layout
                              weight_scale     float16 [sum of tiles, G, T]
-                             input_transform  float16 [K / 128 or 1, 128, 184 or 185, 128] where the transform is learned
+                             input_transform  float16 [K / 128 or 1, rows, 128] with 128, 184 or 185 rows, where the transform is learned
                          of this rank's sizes. Members' tiles stand one behind the other.
     weights are loaded   vLLM hands each stored tensor to the parameter's loader (parameters.py), which compares shape and
                          dtype with the format's, cuts out the rank's tiles and blocks, and copies them. The transform of an

@@ -16,9 +16,8 @@ Operands: x [T, in_k or fewer], topk_ids int32 or int64 [T, k], topk_weights [T,
 number of an expert here, negative if another GPU has it. `in_`: gate rows, then up rows, of E experts: weight_packed
 [E, tiles, in_k / 128, 4096], weight_scale and weight_unit as operands.py has them, [E, ...]; in_n = 2 inner. `out_`: the same of
 the down projections. in_matrix as the operators of ops.py take it. out_matrix: on a GPU [E, out_k / 128 or 1, 16384], prepacked, else
-[E, out_k / 128, 128, 128]; with error feedback [E, out_k / 128, 23552], else [E, out_k / 128, 184, 128], and with sixteen levels 23680 or 185.
-out_clip_factors float32 [E]:
-clip / 7 of each expert, in the place of out_clip.
+[E, out_k / 128, 128, 128]; with error feedback [E, out_k / 128, 23552], else [E, out_k / 128, 184, 128], and with sixteen levels 23680
+or 185. out_clip_factors float32 [E]: clip / 7 of each expert, in the place of out_clip.
 Groups are of 128 with 4-bit activations.
 """
 

@@ -1,7 +1,8 @@
 // W4A4 GEMM for sm_90a (H100, H200): y = dequantize(A) dequantize(W)^T + bias, groups of 128 n input features.
 //
 // Hopper has no 4-bit tensor cores, so that codes are widened to 8 bits, exactly: a byte `s0000mmm` is, in e4m3, the
-// number (-1)^s m 2^-9, and a product sum of 128 pairs is n 2^-18 with |n| <= 6272 < 2^13. The tensor core keeps 13 bits
+// number (-1)^s m 2^-9, as is `s0001000` of activations with sixteen levels, m = 8; a product sum of 128 pairs is n 2^-18 with
+// |n| <= 128 * 56 = 7168 < 2^13. The tensor core keeps 13 bits
 // below the leading one and loses nothing (scripts/gpu_check proves it on the GPU).
 //
 // The weights are the A operand of wgmma, because that one may come from registers: 4-bit codes go from shared memory to

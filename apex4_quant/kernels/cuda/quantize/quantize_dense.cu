@@ -421,7 +421,7 @@ extern "C" __global__ void APEX4_BOUNDS apex4_quantize_dense(
 constexpr int M_TILES = 2, WARP_ROWS = 16 * M_TILES, CTA_ROWS = WARP_ROWS * WARPS;
 
 #if APEX4_FEEDBACK
-constexpr int COPIED_CHUNKS = MATRIX_CHUNKS + FEEDBACK_CHUNKS, CLIP_CHUNKS = APEX4_FEEDBACK == 2;
+constexpr int COPIED_CHUNKS = MATRIX_CHUNKS + FEEDBACK_CHUNKS, COPIED_CLIPS = APEX4_FEEDBACK == 2;
 
 // Sums of M_TILES * 16 rows -> their scales, and the codes of their blocks.
 __device__ __forceinline__ void quantize_rows(
@@ -479,7 +479,7 @@ __device__ __forceinline__ void quantize_rows(
   }
 }
 #else
-constexpr int COPIED_CHUNKS = MATRIX_CHUNKS, CLIP_CHUNKS = 0;
+constexpr int COPIED_CHUNKS = MATRIX_CHUNKS, COPIED_CLIPS = 0;
 #endif
 
 __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
@@ -488,14 +488,14 @@ __device__ __forceinline__ void copy_matrix(uint4* shared, const uint4* from) {
     const int at = threadIdx.x + i * THREADS;
     copy_async(shared + at, from + at);
   }
-  if (CLIP_CHUNKS && threadIdx.x == 0) copy_async(shared + COPIED_CHUNKS, from + COPIED_CHUNKS);
+  if (COPIED_CLIPS && threadIdx.x == 0) copy_async(shared + COPIED_CHUNKS, from + COPIED_CHUNKS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) apex4_quantize_dense(
     unsigned char* codes, float* scales, const unsigned short* x, const unsigned short* second, const float* inverse_rms,
     const uint4* matrix, APEX4_TOKEN_OPERAND int m, int k, int m_stride, int ldx, int ld_second, int rows_per_cta, int matrix_stride,
     float matrix_factor, float clip_over_7, float, int gain_offset, int) {
-  __shared__ uint4 fragments[COPIED_CHUNKS + CLIP_CHUNKS];
+  __shared__ uint4 fragments[COPIED_CHUNKS + COPIED_CLIPS];
   let_dependents_start();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x;
   // The matrix is no output of the kernel before: no need to wait for that one.
